@@ -1,0 +1,54 @@
+"""Exact, resumable, distributed influence functions for PyTorch models."""
+
+from distinfluence.blocks import BlockMode, ParameterBlocks
+from distinfluence.curvature import (
+    EmpiricalFisherOperator,
+    GGNOperator,
+    HessianOperator,
+    SecondOrderMode,
+)
+from distinfluence.errors import DistinfluenceError
+from distinfluence.influence import (
+    CgInfluence,
+    DirectInfluence,
+    FitReport,
+    InfluenceFunctionModel,
+    InfluenceMode,
+    SolveReport,
+)
+from distinfluence.objective import Objective, SupervisedObjective
+from distinfluence.risk import EmpiricalRisk
+from distinfluence.scaling import (
+    DaskInfluenceCalculator,
+    ModelRecipe,
+    Recipe,
+    SequentialInfluenceCalculator,
+)
+from distinfluence.store import InfluenceResult, open_influences
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockMode",
+    "CgInfluence",
+    "DaskInfluenceCalculator",
+    "DirectInfluence",
+    "DistinfluenceError",
+    "EmpiricalFisherOperator",
+    "EmpiricalRisk",
+    "FitReport",
+    "GGNOperator",
+    "HessianOperator",
+    "InfluenceFunctionModel",
+    "InfluenceMode",
+    "InfluenceResult",
+    "ModelRecipe",
+    "Objective",
+    "ParameterBlocks",
+    "Recipe",
+    "SecondOrderMode",
+    "SequentialInfluenceCalculator",
+    "SolveReport",
+    "SupervisedObjective",
+    "open_influences",
+]

@@ -1,0 +1,5 @@
+"""`python -m distinfluence`."""
+
+from distinfluence.cli import main
+
+main()

@@ -1,0 +1,164 @@
+"""The command line: `distinfluence demo`, `run`, `info`, `top`."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import click
+
+import distinfluence
+from distinfluence.errors import DistinfluenceError
+from distinfluence.store import InfluenceResult, Ranking, open_influences
+
+INTERRUPTED = 130  # the shell's exit status for a command that Ctrl-C ended
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(distinfluence.__version__)
+def main() -> None:
+    """Which training examples made the model do that?
+
+    Computes the matrix of influences of training on test samples for any PyTorch model, on the workers of a Dask
+    cluster, and writes it to a zarr group that any zarr reader opens. A positive influence means that the training
+    sample helps the test sample, a negative one that it harms.
+
+    \b
+    Start here:
+      distinfluence demo                    a real example, under two minutes
+      distinfluence run job.yaml            your own model and data
+      distinfluence info influences.zarr    what a result holds and how far it converged
+      distinfluence top influences.zarr 0   the training samples that matter most for test sample 0
+    """
+
+
+@main.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("distinfluence-demo"),
+    show_default=True,
+    help="Folder for the model, the job file, the result and a picture.",
+)
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Worker processes.")
+def demo(output: Path, workers: int) -> None:
+    """Find mislabelled digits: train, compute 297 × 1500 influences on a local Dask cluster, look at them.
+
+    Trains a small network on scikit-learn's digits with 5 % of the training labels flipped on purpose, writes a job
+    file and runs it, then says how many of the flipped labels stand among the most harmful training samples.
+    """
+    from distinfluence.demo import run_demo
+
+    with _clean_errors(resume=f"distinfluence run {output / 'job.yaml'} --resume"):
+        click.echo(run_demo(output, workers))
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--resume", is_flag=True, help="Go on with a result that was begun with the same model, data and method.")
+@click.option("--overwrite", is_flag=True, help="Replace a result that distinfluence wrote.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+def run(job: Path, resume: bool, overwrite: bool, quiet: bool) -> None:
+    """Compute the influences that the file JOB describes.
+
+    \b
+    A job file:
+      model: {factory: "my_model:build", checkpoint: model.pt}
+      loss: "torch.nn:CrossEntropyLoss"
+      data: {train: "my_data:train", test: "my_data:test"}
+      method: {name: cg, second_order_mode: ggn, hessian_regularization: 0.01, rtol: 1.0e-5}
+      chunks: {train: 256, test: 1024}
+      cluster: {kind: local, workers: 2}
+      output: influences.zarr
+    """
+    from distinfluence.config import Job
+    from distinfluence.job import run_job, summary
+    from distinfluence.scaling import Progress
+
+    with _clean_errors(resume=f"distinfluence run {job} --resume"):
+        result = run_job(Job.read(job), overwrite=overwrite, resume=resume, progress=Progress(not quiet))
+        click.echo(summary(result))
+        click.echo(f"next: distinfluence top {result.path} 0")
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Everything that is recorded, as JSON.")
+def info(path: Path, as_json: bool) -> None:
+    """What the result at PATH holds, what made it, and how far it converged."""
+    from distinfluence.job import summary
+
+    with _clean_errors():
+        result = open_influences(path)
+        if as_json:
+            click.echo(json.dumps({**result.provenance, "progress": result.progress}, indent=2))
+            return
+        provenance = result.provenance
+        click.echo(summary(result))
+        click.echo(f"state: {provenance['state']}, created {provenance['created']}, sign: {provenance['sign_convention']}")
+        for name, value in provenance.get("fingerprints", {}).items():
+            click.echo(f"sha256 of {name.replace('_', ' ')}: {value[:16]}…")
+        click.echo("versions: " + ", ".join(f"{k} {v}" for k, v in provenance.get("versions", {}).items()))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("test_index", type=int)
+@click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many of each.")
+@click.option("--partial", is_flag=True, help="Rank what is there of a result that is still running.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def top(path: Path, test_index: int, k: int, partial: bool, as_json: bool) -> None:
+    """The training samples that help and harm test sample TEST_INDEX most."""
+    with _clean_errors():
+        result = open_influences(path)
+        helpful = result.top(test_index, k, partial=partial)
+        harmful = result.bottom(test_index, k, partial=partial)
+        click.echo(_ranking_json(helpful, harmful) if as_json else _ranking_table(result, test_index, helpful, harmful))
+
+
+def _ranking_json(helpful: Ranking, harmful: Ranking) -> str:
+    return json.dumps(
+        {
+            name: [{"train": int(i), "influence": float(v)} for i, v in zip(*ranking, strict=True)]
+            for name, ranking in (("helpful", helpful), ("harmful", harmful))
+        },
+        indent=2,
+    )
+
+
+def _ranking_table(result: InfluenceResult, test_index: int, helpful: Ranking, harmful: Ranking) -> str:
+    row = int(test_index) % result.shape[0]
+    lines = [
+        f"test sample {row}: loss {float(result.test_loss[row]):.4g}, relative residual "
+        f"{float(result.relative_residual[row]):.1e}",
+        f"{'most helpful':>26}   {'most harmful':>26}",
+        f"{'train':>10}{'influence':>16}   {'train':>10}{'influence':>16}",
+    ]
+    lines += [
+        f"{i:>10}{v:>16.5g}   {j:>10}{w:>16.5g}"
+        for i, v, j, w in zip(helpful.indices, helpful.values, harmful.indices, harmful.values, strict=True)
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _clean_errors(resume: str = "") -> Iterator[None]:
+    """Our errors as one message, Ctrl-C and SIGTERM as a clean stop; anything else is a defect and keeps its traceback."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except DistinfluenceError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("stopped; what was written stays." + (f" Go on with: {resume}" if resume else ""), err=True)
+        sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,188 @@
+"""Job files: what to compute, checked before anything runs.
+
+A job file is YAML. Unknown keys are errors that suggest the right one; nothing in it is executed but the callables that
+it names, and nothing is unpickled. Relative paths and modules are looked up beside the file.
+"""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
+
+from distinfluence.errors import ConfigError
+from distinfluence.influence import CgInfluence, DirectInfluence, InfluenceFunctionModel, InfluenceMode
+from distinfluence.objective import Loss, Objective
+from distinfluence.scaling import ClusterSpec, ModelRecipe, Recipe
+
+METHODS: Mapping[str, type[InfluenceFunctionModel]] = {"cg": CgInfluence, "direct": DirectInfluence}
+
+
+class Section(BaseModel):
+    """A mapping of the job file; keys that it does not know are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Reference(Section):
+    """Something importable, `module:name`, and what to call it with. In YAML a plain string is enough."""
+
+    target: str
+    arguments: dict[str, JsonValue] = {}
+
+
+def _expanded(value: object) -> object:
+    return {"target": value} if isinstance(value, str) else value
+
+
+Referenced = Annotated[Reference, BeforeValidator(_expanded)]
+
+
+class ModelSection(Section):
+    """The model: a factory and the checkpoint with its weights, written by `torch.save(model.state_dict(), …)`."""
+
+    factory: Referenced
+    checkpoint: Path | None = None
+
+
+class DataSection(Section):
+    """Training and test data: callables that return arrays or a map-style data set, called on the workers."""
+
+    train: Referenced
+    test: Referenced
+
+
+class ChunkSection(Section):
+    """Samples in a chunk: a training chunk is a strip of the result, a test chunk is solved together."""
+
+    train: PositiveInt = 256
+    test: PositiveInt = 1024
+
+
+class ClusterSection(Section):
+    """Where the workers are; see `ClusterSpec`."""
+
+    kind: Literal["local", "address", "scheduler_file"] = "local"
+    workers: PositiveInt = 2
+    memory_limit: str = "auto"
+    address: str = ""
+    timeout: float = Field(default=60.0, gt=0)
+
+
+class Job(Section):
+    """A whole run.
+
+    method: `name` (cg, direct) and the parameters of that influence model. loss: a torch loss of (outputs, targets) or
+    an `Objective`. mode: up or perturbation. output: the folder of the result. scratch: a folder that every worker
+    sees, beside the output if left out.
+    """
+
+    model: ModelSection
+    loss: Referenced
+    data: DataSection
+    method: dict[str, Any]
+    output: Path
+    mode: InfluenceMode = InfluenceMode.UP
+    chunks: ChunkSection = ChunkSection()
+    cluster: ClusterSection = ClusterSection()
+    solve: Literal["auto", "rows", "data"] = "auto"
+    top_k: PositiveInt = 50
+    scratch: Path | None = None
+    _folder: Path = Path()
+
+    @classmethod
+    def read(cls, path: Path) -> "Job":
+        """The job of a YAML file. Raises ConfigError naming every key that is unknown, missing or of the wrong kind."""
+        try:
+            content = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"`{path}` cannot be read: {error.strerror}. Pass the path of a job file.") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"`{path}` is no YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"`{path}` must hold a mapping, got {type(content).__name__}. See the docs for an example.")
+        return cls.parse(content, path.resolve().parent, str(path))
+
+    @classmethod
+    def parse(cls, content: Mapping[str, object], folder: Path, name: str = "job") -> "Job":
+        """The job of a mapping; folder: where relative paths and modules are looked up."""
+        try:
+            job = cls.model_validate(content)
+        except ValidationError as error:
+            lines = [_explain(cls, problem) for problem in error.errors()]
+            raise ConfigError(f"`{name}` has {len(lines)} mistakes:\n  " + "\n  ".join(lines)) from None
+        job._folder = folder
+        job.method_class()  # its name and keys are checked now, not after the data are loaded
+        return job
+
+    def method_class(self) -> type[InfluenceFunctionModel]:
+        """The influence model that `method` names. Raises ConfigError for an unknown name or parameter."""
+        name = self.method.get("name")
+        if name not in METHODS:
+            raise ConfigError(
+                f"`method.name` must be one of {sorted(METHODS)}, got {name!r}.{_suggestion(str(name), list(METHODS))}"
+            )
+        known = [p for p in inspect.signature(METHODS[name]).parameters if p not in ("model", "loss", "pre_conditioner")]
+        for key in self.method:
+            if key not in known and key != "name":
+                raise ConfigError(f"`method.{key}` is no parameter of {name!r}.{_suggestion(key, known)}")
+        return METHODS[name]
+
+    def influence_model(self) -> tuple[InfluenceFunctionModel, ModelRecipe]:
+        """The influence model with its module built here, and the recipe by which workers build theirs."""
+        checkpoint = None if self.model.checkpoint is None else str(self.path(self.model.checkpoint))
+        recipe = ModelRecipe(self.recipe(self.model.factory), checkpoint)
+        parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
+        try:
+            return self.method_class()(recipe.build(), self._loss(), **parameters), recipe
+        except TypeError as error:
+            raise ConfigError(f"`method` {self.method} does not fit: {error}. Correct its parameters.") from error
+
+    def _loss(self) -> Loss | Objective:
+        found = self.recipe(self.loss).resolve()
+        loss = self.recipe(self.loss).build() if isinstance(found, type) or self.loss.arguments else found
+        if not callable(loss) and not isinstance(loss, Objective):
+            raise ConfigError(f"`loss` {self.loss.target!r} must be a loss or an Objective, got {type(loss).__name__}.")
+        return loss
+
+    def recipe(self, reference: Reference) -> Recipe:
+        """The recipe of a reference, importing from the job file's folder."""
+        return Recipe(reference.target, reference.arguments, str(self._folder))
+
+    def path(self, path: Path) -> Path:
+        """A path of the job file, relative to its folder."""
+        return (self._folder / path.expanduser()).resolve()
+
+    def cluster_spec(self) -> ClusterSpec:
+        """Where to run."""
+        return ClusterSpec(**self.cluster.model_dump())
+
+
+def _explain(job: type[Section], problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"`{where}` is no key of a job file.{_suggestion(str(problem['loc'][-1]), _keys(job, problem['loc'][:-1]))}"
+    if problem["type"] == "missing":
+        return f"`{where}` is missing."
+    return f"`{where}`: {problem['msg']}, got {problem['input']!r}."
+
+
+def _keys(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        field = section.model_fields.get(str(part))
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)
+
+
+def _suggestion(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f" Did you mean `{close[0]}`?"
+    return f" Known: {', '.join(known)}." if known else ""

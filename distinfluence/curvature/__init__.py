@@ -1,0 +1,42 @@
+"""Curvature matrices as linear operators, one file a matrix."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from distinfluence.curvature.base import CurvatureOperator, MatrixOperator, Work
+from distinfluence.curvature.empirical_fisher import EmpiricalFisherOperator
+from distinfluence.curvature.ggn import GGNOperator
+from distinfluence.curvature.hessian import HessianOperator
+from distinfluence.curvature.over_data import DataOperator
+
+__all__ = [
+    "CurvatureOperator",
+    "DataOperator",
+    "EmpiricalFisherOperator",
+    "GGNOperator",
+    "HessianOperator",
+    "MatrixOperator",
+    "SecondOrderMode",
+    "Work",
+    "operator_class",
+]
+
+
+class SecondOrderMode(StrEnum):
+    """Which curvature matrix of the mean training loss."""
+
+    EMPIRICAL_FISHER = "empirical_fisher"
+    GGN = "ggn"
+    HESSIAN = "hessian"
+
+
+_OPERATORS: Mapping[SecondOrderMode, type[DataOperator]] = {
+    SecondOrderMode.EMPIRICAL_FISHER: EmpiricalFisherOperator,
+    SecondOrderMode.GGN: GGNOperator,
+    SecondOrderMode.HESSIAN: HessianOperator,
+}
+
+
+def operator_class(mode: SecondOrderMode) -> type[DataOperator]:
+    """The operator of a second-order mode."""
+    return _OPERATORS[mode]

@@ -1,0 +1,154 @@
+"""The seam that makes everything distributed: sums over data chunks of a function of the chunk.
+
+All that a fit needs of the data is `DataPlane.sum(kernel, *broadcast)`. A kernel is a small value that pickles and
+knows neither where it runs nor how many chunks there are. `LocalPlane` loops over a loader in this process; the
+scaling layer has one that runs the same kernels on Dask workers.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from distinfluence.batch import Batch, batch_length, nbytes
+from distinfluence.errors import EmptyDataError, ShapeError
+from distinfluence.sample_risk import SampleRisk
+
+KEPT_BYTES = 2 * 2**30  # of batches that stay on the device between passes
+
+
+class Kernel(Protocol):
+    """A function of one chunk: sums over its samples, never means, so that ragged chunks weigh what they hold."""
+
+    def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]: ...
+
+
+class DataPlane(ABC):
+    """A data set in chunks, with the risk that is evaluated on it.
+
+    risk: on this process's device. n_samples: of all chunks. remarks: how the loss was understood, for reports.
+    passes: sweeps over the data so far; on_pass: called at the start of each, for progress bars.
+    """
+
+    risk: SampleRisk
+    n_samples: int
+    remarks: tuple[str, ...]
+    passes: int = 0
+    on_pass: Callable[[], None] | None = None
+
+    def _begin_pass(self) -> None:
+        self.passes += 1
+        if self.on_pass is not None:
+            self.on_pass()
+
+    @abstractmethod
+    def sum(self, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """Σ over chunks of kernel(risk, chunk, *broadcast), in the order of the chunks, on the risk's device."""
+
+    @abstractmethod
+    def to(self, risk: SampleRisk) -> "DataPlane":
+        """The same data with a risk on another device."""
+
+    @abstractmethod
+    def map(self, kernel: Kernel, *broadcast: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """kernel(risk, chunk, *broadcast) of each chunk, in the order of the chunks, on the risk's device."""
+
+
+class LoopPlane(DataPlane):
+    """Chunks one after the other in this process."""
+
+    def __init__(self, risk: SampleRisk) -> None:
+        self.risk = risk
+
+    @abstractmethod
+    def batches(self) -> Iterator[Batch]:
+        """All chunks, on the risk's device, checked."""
+
+    def sum(self, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """Σ over chunks, one after the other."""
+        total: tuple[Tensor, ...] = ()
+        for part in self.map(kernel, *broadcast):
+            total = add(total, part)
+        return total
+
+    def map(self, kernel: Kernel, *broadcast: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """One chunk at a time."""
+        self._begin_pass()
+        for batch in self.batches():
+            yield kernel(self.risk, batch, *broadcast)
+
+
+class LocalPlane(LoopPlane):
+    """Chunks from a loader: a DataLoader, an iterable of batches, or one (x, y) batch.
+
+    Batches are collated and checked once and stay on the device between passes, up to KEPT_BYTES; beyond, the loader
+    is run through again for each pass. Raises EmptyDataError for a loader without samples, and whatever
+    `SampleRisk.check` raises for its first batch.
+    """
+
+    def __init__(self, risk: SampleRisk, data: object) -> None:
+        super().__init__(risk)
+        self._loader = as_loader(data)
+        self._kept: list[Batch] | None = []
+        self.n_samples, self.remarks = self._first_pass()
+
+    def _first_pass(self) -> tuple[int, tuple[str, ...]]:
+        n_samples, kept_bytes = 0, 0
+        remarks: tuple[str, ...] = ()
+        for data in self._loader:
+            batch = self.risk.place(data)
+            if n_samples == 0:
+                remarks = self.risk.check(batch)
+            n_samples += batch_length(batch)
+            kept_bytes += nbytes(batch)
+            if self._kept is not None:
+                self._kept.append(batch)
+            if kept_bytes > KEPT_BYTES:
+                self._kept = None
+        if n_samples == 0:
+            raise EmptyDataError("`data` must hold at least one sample, got none. Pass a data set that isn't empty.")
+        return n_samples, remarks
+
+    def to(self, risk: SampleRisk) -> "LocalPlane":
+        """The same loader; batches that were kept move along."""
+        other = copy.copy(self)
+        other.risk = risk
+        other._kept = None if self._kept is None else [risk.place(batch) for batch in self._kept]
+        return other
+
+    def batches(self) -> Iterator[Batch]:
+        """All batches, on the risk's device, checked."""
+        if self._kept is not None:
+            yield from self._kept
+        else:
+            for data in self._loader:
+                yield self.risk.place(data)
+
+
+def add(total: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Element-wise sum of two results; the first may be empty, and is used up."""
+    return tuple(a.add_(b) for a, b in zip(total, part, strict=True)) if total else tuple(t.clone() for t in part)
+
+
+def as_loader(data: object) -> Iterable[object]:
+    """Something that can be iterated again and again for batches.
+
+    An (x, y) pair of tensors or a dict of tensors is one batch. A shuffled DataLoader is read once in the order of
+    its first pass where the batches are kept. Raises ShapeError for a one-shot iterator.
+    """
+    if isinstance(data, DataLoader):
+        return data
+    if isinstance(data, dict) or (
+        isinstance(data, (tuple, list)) and len(data) > 0 and all(isinstance(part, torch.Tensor) for part in data)
+    ):
+        return [data]
+    if isinstance(data, Iterator) or not isinstance(data, (Sequence, Iterable)):
+        raise ShapeError(
+            f"`data` must be a DataLoader, an (x, y) pair of tensors, or a list of batches, got {type(data).__name__}. "
+            "It is read several times: wrap a generator in a list."
+        )
+    return data

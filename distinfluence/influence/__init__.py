@@ -1,0 +1,17 @@
+"""Influence models: risk + blocks + curvature + solver behind the seed interface."""
+
+from distinfluence.influence.base import InfluenceFunctionModel, InfluenceMode, Tile
+from distinfluence.influence.cg import CgInfluence
+from distinfluence.influence.direct import DirectInfluence
+from distinfluence.influence.report import BlockReport, FitReport, SolveReport
+
+__all__ = [
+    "BlockReport",
+    "CgInfluence",
+    "DirectInfluence",
+    "FitReport",
+    "InfluenceFunctionModel",
+    "InfluenceMode",
+    "SolveReport",
+    "Tile",
+]

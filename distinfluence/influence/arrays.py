@@ -1,0 +1,64 @@
+"""The one boundary between torch tensors and NumPy arrays.
+
+Only NumPy arrays cross a task boundary (serialisers untie tied weights and fail on bfloat16); tensors live inside
+tasks. A NumPy batch has the form of a `Batch` with arrays in place of tensors.
+"""
+
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distinfluence.batch import Batch
+from distinfluence.errors import DtypeError
+
+Array: TypeAlias = NDArray[np.generic]
+ArrayBatch: TypeAlias = "Array | tuple[ArrayBatch, ...] | dict[str, ArrayBatch]"
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """The tensor's values on the CPU; bfloat16, which NumPy lacks, as float32."""
+    tensor = tensor.detach().cpu()
+    array: Array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def to_tensor(array: Array) -> Tensor:
+    """A tensor of the array's values, sharing memory where the array is writable. Raises DtypeError for other kinds."""
+    array = np.asarray(array)
+    if array.dtype.kind not in "biufc":
+        raise DtypeError(f"`data` must hold numbers, got dtype {array.dtype}. Encode strings and objects as numbers.")
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def to_numpy_batch(batch: Batch) -> ArrayBatch:
+    """The same batch with arrays in place of tensors."""
+    if isinstance(batch, Tensor):
+        return to_numpy(batch)
+    if isinstance(batch, dict):
+        return {key: to_numpy_batch(value) for key, value in batch.items()}
+    return tuple(to_numpy_batch(value) for value in batch)
+
+
+def to_tensor_batch(batch: ArrayBatch) -> Batch:
+    """The same batch with tensors in place of arrays."""
+    if isinstance(batch, dict):
+        return {key: to_tensor_batch(value) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(to_tensor_batch(value) for value in batch)
+    return to_tensor(batch)
+
+
+def named_arrays(batch: ArrayBatch, name: str = "batch") -> dict[str, Array]:
+    """Every array of the batch under the name by which a user would reach it."""
+    if isinstance(batch, dict):
+        parts = [named_arrays(value, f"{name}[{key!r}]") for key, value in batch.items()]
+    elif isinstance(batch, tuple):
+        parts = [named_arrays(value, f"{name}[{index}]") for index, value in enumerate(batch)]
+    else:
+        return {name: batch}
+    return {key: array for part in parts for key, array in part.items()}

@@ -1,0 +1,108 @@
+"""What a fit covered and how far a solve got."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distinfluence.solvers.base import Outcome, Solution
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit was made of.
+
+    n_samples: training samples. n_parameters: covered parameters p; n_total: all parameters of the model; coverage:
+    their ratio. uncovered: names left out (frozen, or not in a custom block structure). blocks: block → size.
+    damping: block → λ. positive_definite: block → whether A + λI is, None where the method does not find out.
+    passes: over the training data. remarks: how the loss was understood. seconds: wall time.
+    """
+
+    second_order_mode: str
+    n_samples: int
+    n_parameters: int
+    n_total: int
+    uncovered: tuple[str, ...]
+    blocks: Mapping[str, int]
+    damping: Mapping[str, float]
+    positive_definite: Mapping[str, bool | None]
+    passes: int
+    remarks: tuple[str, ...]
+    seconds: float
+
+    @property
+    def coverage(self) -> float:
+        """Share of the model's parameters that the scores cover, 0 to 1."""
+        return self.n_parameters / self.n_total
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.second_order_mode} over {self.n_samples} samples, {self.passes} passes, {self.seconds:.2f} s",
+            f"covers {self.n_parameters} of {self.n_total} parameters ({self.coverage:.1%}) in {len(self.blocks)} blocks",
+        ]
+        lines += [f"not positive definite: {block}" for block, is_spd in self.positive_definite.items() if is_spd is False]
+        return "\n".join([*lines, *self.remarks])
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """How far the solve of each row got.
+
+    relative_residual: [k] float64, ‖g − (A + λI) x‖ / ‖g‖ over all blocks, from a fresh product. iterations: [k] int64,
+    of the block that needed most. converged: [k] bool, in every block. outcome: for each row why it stopped, of the
+    first block that did not converge. by_block: the `Solution`s without their x, block by block.
+    """
+
+    relative_residual: Tensor
+    iterations: Tensor
+    converged: Tensor
+    outcome: tuple[Outcome, ...]
+    by_block: Mapping[str, "BlockReport"]
+
+    @classmethod
+    def of(cls, solutions: Mapping[str, Solution], rhs: Mapping[str, Tensor]) -> "SolveReport":
+        """Put the blocks' solutions together; rhs: block → [k, p_block]."""
+        norms = {block: rows.double().norm(dim=1).cpu() for block, rows in rhs.items()}
+        blocks = {block: BlockReport.of(solution) for block, solution in solutions.items()}
+        squared = torch.stack([(norms[b] * blocks[b].relative_residual) ** 2 for b in blocks]).sum(dim=0)
+        total = torch.stack([norms[b] ** 2 for b in blocks]).sum(dim=0)
+        outcomes = zip(*(report.outcome for report in blocks.values()), strict=True)
+        return cls(
+            relative_residual=torch.where(total > 0, squared / total, squared).sqrt(),
+            iterations=torch.stack([report.iterations for report in blocks.values()]).amax(dim=0),
+            converged=torch.stack([report.converged for report in blocks.values()]).all(dim=0),
+            outcome=tuple(
+                next((one for one in row if one is not Outcome.CONVERGED), Outcome.CONVERGED) for row in outcomes
+            ),
+            by_block=blocks,
+        )
+
+    def __str__(self) -> str:
+        k = self.converged.numel()
+        return (
+            f"{int(self.converged.sum())} of {k} rows converged, worst relative residual "
+            f"{float(self.relative_residual.max()):.1e}, at most {int(self.iterations.max())} iterations"
+        )
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """How far the solve of each row got in one block; fields as in `Solution`."""
+
+    relative_residual: Tensor
+    iterations: Tensor
+    converged: Tensor
+    outcome: tuple[Outcome, ...]
+    curvature: Tensor
+
+    @classmethod
+    def of(cls, solution: Solution) -> "BlockReport":
+        """The solution without its x, on the CPU."""
+        return cls(
+            relative_residual=solution.relative_residual.double().cpu(),
+            iterations=solution.iterations.cpu(),
+            converged=solution.converged.cpu(),
+            outcome=solution.outcome,
+            curvature=solution.curvature.double().cpu(),
+        )

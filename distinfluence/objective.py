@@ -1,0 +1,216 @@
+"""What is differentiated: the training loss of a sample and, where it differs, the measurement of a query.
+
+`SupervisedObjective` makes one from any loss of (outputs, targets) as torch has them. Subclass `Objective` for batches
+of another form (dicts as Hugging Face models take them) or to ask another question of the query than its loss.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distinfluence.batch import Batch, batch_length, describe, take
+from distinfluence.errors import DtypeError, LossError, ShapeError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Forward(Protocol):
+    """The model as an objective sees it: called as the module is, with the parameters at hand."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class Objective(ABC):
+    """Per-sample training loss, and the measurement of a query; both [n] for a batch of n samples.
+
+    A sample's value must not depend on the other samples of the batch; this is checked on the first batch.
+    """
+
+    @abstractmethod
+    def outputs(self, model: Forward, batch: Batch) -> Tensor:
+        """The model's predictions [n, ...]; the Gauss–Newton matrix is split here into model and loss."""
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Training loss of each sample [n]; the training objective is their mean."""
+
+    def measurements(self, model: Forward, batch: Batch) -> Tensor:
+        """What is asked of each query sample [n]: its training loss unless overridden."""
+        return self.losses(self.outputs(model, batch), batch)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """The tensor [n, *input] that perturbation mode differentiates by: the first of an (x, y) batch."""
+        if isinstance(batch, tuple) and isinstance(batch[0], Tensor):
+            return batch[0]
+        raise ShapeError(
+            "`mode='perturbation'` needs to know which tensor of the batch is perturbed, and this batch is no (x, y) "
+            f"pair: {describe(batch)}. Override `inputs` and `replace_inputs` of the objective."
+        )
+
+    def replace_inputs(self, batch: Batch, inputs: Tensor) -> Batch:
+        """The same batch with `inputs` in place of what the method `inputs` returns."""
+        assert isinstance(batch, tuple)
+        return (inputs, *batch[1:])
+
+    def settings(self) -> dict[str, object]:
+        """What fixes the objective, in JSON's types, for provenance and fingerprints: its name unless overridden."""
+        return {"objective": f"{type(self).__module__}.{type(self).__qualname__}"}
+
+    def check(self, outputs: Tensor, batch: Batch) -> tuple[str, ...]:
+        """Remarks on how the loss was understood, for the fit report. Raises LossError where it cannot be."""
+        return ()
+
+
+class SupervisedObjective(Objective):
+    """Batches (x, y) and a loss of (outputs, targets).
+
+    The per-sample loss is the loss of a batch of one, so that mean and sum over the batch come to the same; a module
+    with `reduction="none"` is called on the whole batch and must return [n].
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        if not callable(loss):
+            raise LossError(
+                f"`loss` must be a callable of (outputs, targets) or an `Objective`, got {type(loss).__name__}. "
+                "Pass for instance `torch.nn.CrossEntropyLoss()`."
+            )
+        if isinstance(loss, type):
+            raise LossError(f"`loss` must be an instance, got the class {loss.__name__}. Pass `{loss.__name__}()`.")
+        self.loss = loss
+        self._vmap = True
+        self._unreduced = getattr(loss, "reduction", None) == "none"
+        if isinstance(loss, nn.Module) and getattr(loss, "weight", None) is not None and not self._unreduced:
+            if loss.reduction == "mean":
+                raise LossError(
+                    f"`loss` is {type(loss).__name__} with class weights and reduction 'mean', which divides by the "
+                    "weights of the batch: a sample's loss then depends on the others. Use reduction='none' or 'sum'."
+                )
+
+    def settings(self) -> dict[str, object]:
+        """The loss's name and its plain attributes (reduction, label smoothing, …)."""
+        named = self.loss if hasattr(self.loss, "__qualname__") else type(self.loss)
+        plain = {k: v for k, v in getattr(self.loss, "__dict__", {}).items() if _is_plain(k, v)}
+        return {"loss": f"{named.__module__}.{named.__qualname__}", **plain}
+
+    def outputs(self, model: Forward, batch: Batch) -> Tensor:
+        """model(x), which must be one tensor [n, ...]."""
+        x, _ = _pair(batch)
+        outputs = model(x)
+        if not isinstance(outputs, Tensor):
+            raise LossError(
+                f"`model` must return one tensor for a loss of (outputs, targets), got {type(outputs).__name__}. "
+                "Subclass `Objective` to take the predictions out of it."
+            )
+        return outputs
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss of each sample as a batch of one."""
+        _, y = _pair(batch)
+        if self._unreduced:
+            return self._whole(outputs, y)
+        if y.shape[0] == 1:
+            return self._one(outputs, y).unsqueeze(0)
+        if not self._vmap:
+            return torch.stack([self._one(outputs[i : i + 1], y[i : i + 1]) for i in range(y.shape[0])])
+        result: Tensor = torch.vmap(lambda f, t: self._one(f.unsqueeze(0), t.unsqueeze(0)))(outputs, y)
+        return result
+
+    def check(self, outputs: Tensor, batch: Batch) -> tuple[str, ...]:
+        """Find out whether the loss is a mean or a sum over the batch, and whether vmap can take it."""
+        _, y = _pair(batch)
+        if outputs.shape[:1] != y.shape[:1]:
+            raise ShapeError(
+                f"`model` must return one row for each target, got outputs {tuple(outputs.shape)} for targets "
+                f"{tuple(y.shape)}. Return the samples along the first dimension."
+            )
+        whole = self._call(outputs, y)
+        if self._unreduced:
+            return ()
+        one_by_one = torch.stack([self._one(outputs[i : i + 1], y[i : i + 1]) for i in range(y.shape[0])])
+        try:
+            self._vmap = torch.allclose(self.losses(outputs, batch), one_by_one)
+        except RuntimeError:
+            self._vmap = False
+        return self._reduction(float(whole), one_by_one.double())
+
+    def _reduction(self, whole: float, one_by_one: Tensor) -> tuple[str, ...]:
+        tolerance = 1e-4 * float(one_by_one.abs().mean()) + 1e-30  # float32 sums of a batch agree to about 1e-6
+        if one_by_one.numel() == 1 or abs(whole - float(one_by_one.mean())) <= tolerance:
+            return ()
+        if abs(whole - float(one_by_one.sum())) <= tolerance * one_by_one.numel():
+            return (
+                "the loss sums over the batch: influences refer to the mean over samples of the summed loss of each",
+            )
+        raise LossError(
+            f"`loss` of a batch is {whole:.6g}, neither the mean ({float(one_by_one.mean()):.6g}) nor the sum "
+            f"({float(one_by_one.sum()):.6g}) of the losses of its samples. Subclass `Objective` and return one loss "
+            "per sample."
+        )
+
+    def _call(self, outputs: Tensor, y: Tensor) -> Tensor:
+        try:
+            return self.loss(outputs, y)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise DtypeError(
+                f"`loss` cannot take outputs {outputs.dtype} {list(outputs.shape)} with targets `y` {y.dtype} "
+                f"{list(y.shape)}: {error}. Convert the targets to the dtype and shape that the loss expects."
+            ) from error
+
+    def _one(self, outputs: Tensor, y: Tensor) -> Tensor:
+        value = self.loss(outputs, y)
+        if value.numel() != 1:
+            raise LossError(
+                f"`loss` must return one number for a batch of one, got shape {tuple(value.shape)}. "
+                "Reduce all dimensions but the samples."
+            )
+        return value.reshape(())
+
+    def _whole(self, outputs: Tensor, y: Tensor) -> Tensor:
+        values = self.loss(outputs, y)
+        if values.shape != y.shape[:1]:
+            raise LossError(
+                f"`loss` with reduction='none' must return one value per sample, [{y.shape[0]}], got "
+                f"{tuple(values.shape)}. Use reduction='mean', or reduce all dimensions but the first."
+            )
+        return values
+
+
+def as_objective(loss: Loss | Objective) -> Objective:
+    """The objective itself, or one made from a loss of (outputs, targets)."""
+    return loss if isinstance(loss, Objective) else SupervisedObjective(loss)
+
+
+def _is_plain(name: str, value: object) -> bool:
+    return not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
+
+
+def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    raise ShapeError(
+        f"`batch` must be a pair (x, y) for a loss of (outputs, targets), got {describe(batch)}. "
+        "Subclass `Objective` for batches of another form."
+    )
+
+
+def check_independence(objective: Objective, model: Forward, batch: Batch, losses: Tensor) -> None:
+    """Raise LossError if a sample's loss depends on the rest of its batch. losses: [n] of the whole batch."""
+    n = min(batch_length(batch), 3)
+    if losses.shape[0] <= 1:
+        return
+    for index in range(n):
+        sample = take(batch, index, index + 1)
+        alone = float(objective.losses(objective.outputs(model, sample), sample)[0])
+        together = float(losses[index])
+        # another batch size takes other kernels: they agree to rounding, which a deep network grows to about √eps
+        tolerance = 10 * float(torch.finfo(losses.dtype).eps) ** 0.5
+        if not math.isclose(alone, together, rel_tol=tolerance, abs_tol=tolerance / 10):
+            raise LossError(
+                f"`model` gives sample {index} the loss {alone:.6g} alone and {together:.6g} within its batch. "
+                "Influence needs losses that do not depend on the other samples: call `model.eval()`, and reduce the "
+                "loss sample by sample."
+            )

@@ -1,0 +1,232 @@
+"""The risk of samples as a pure function of the covered parameters and a batch.
+
+`SampleRisk` binds a module, an objective and parameter blocks. It copies nothing of the user's model but buffers and
+never writes to it: parameters are passed in functionally, gradients returned, `.grad`, hooks, mode and random state
+stay as found. Everything that differentiates goes through `losses` and `measurements` here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distinfluence.batch import Batch, as_batch, batch_length, check_batch, describe, map_batch, take
+from distinfluence.blocks import ParameterBlocks
+from distinfluence.errors import (
+    DistinfluenceError,
+    DtypeError,
+    LossError,
+    ModelModeError,
+    NonDeterministicModelError,
+    NonFiniteError,
+    ShapeError,
+)
+from distinfluence.objective import Forward, Objective, check_independence
+
+CHECKED_SAMPLES = 8  # of the first batch, for the checks that evaluate the model several times
+RANDOM_IN_TRAINING = (
+    nn.modules.dropout._DropoutNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.batchnorm._NormBase,
+    nn.RReLU,
+)
+
+Parameters = Mapping[str, Tensor]
+Way = Callable[[Any], Tensor]
+
+
+class SampleRisk:
+    """Losses and measurements of samples as functions of (parameters, batch).
+
+    module: read only. objective: what is evaluated. blocks: the covered parameters. device: where to evaluate; the
+    module's own unless given. Raises ModelModeError for a module in train mode with dropout or batch statistics.
+    """
+
+    def __init__(
+        self, module: nn.Module, objective: Objective, blocks: ParameterBlocks, device: torch.device | None = None
+    ) -> None:
+        check_mode(module)
+        self.module = module
+        self.objective = objective
+        self.blocks = blocks
+        first = module.get_parameter(next(iter(blocks.shapes)))
+        self.dtype = first.dtype
+        self.device = device or first.device
+        tensors = {name: p.detach().to(self.device) for name, p in module.named_parameters()}
+        self.parameters: Parameters = {name: tensors[name] for name in blocks.shapes}
+        self._constants = {name: tensor for name, tensor in tensors.items() if name not in self.parameters}
+        # clones: a module that updates a buffer in `forward` then updates ours
+        self._constants |= {name: b.detach().to(self.device, copy=True) for name, b in module.named_buffers()}
+        self._choices: dict[str, int] = {}
+        self._restricted: dict[str, SampleRisk] = {}
+
+    @property
+    def size(self) -> int:
+        """p, the number of covered parameters."""
+        return self.blocks.size
+
+    def restrict(self, block: str | None) -> "SampleRisk":
+        """The same risk as a function of one block's parameters; itself for None."""
+        if block is None:
+            return self
+        if block not in self._restricted:
+            self._restricted[block] = SampleRisk(self.module, self.objective, self.blocks.only(block), self.device)
+        return self._restricted[block]
+
+    def to(self, device: torch.device) -> "SampleRisk":
+        """The same risk evaluated on another device; the user's module stays where it is."""
+        return self if device == self.device else SampleRisk(self.module, self.objective, self.blocks, device)
+
+    def forward(self, parameters: Parameters) -> Forward:
+        """The module as a callable, with these parameters."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.module, {**self._constants, **parameters}, args, kwargs)
+
+        return call
+
+    def outputs(self, parameters: Parameters, batch: Batch) -> Tensor:
+        """Predictions [n, ...]."""
+        return self.objective.outputs(self.forward(parameters), batch)
+
+    def losses(self, parameters: Parameters, batch: Batch) -> Tensor:
+        """Training losses [n]."""
+        return self.objective.losses(self.outputs(parameters, batch), batch)
+
+    def measurements(self, parameters: Parameters, batch: Batch) -> Tensor:
+        """Query measurements [n]."""
+        return self.objective.measurements(self.forward(parameters), batch)
+
+    def place(self, batch: object) -> Batch:
+        """The batch in one form, on the risk's device, checked: shapes, length, NaN and infinity."""
+        formed = as_batch(batch)
+        check_batch(formed)
+        return map_batch(lambda tensor: tensor.to(self.device), formed)
+
+    def check(self, batch: Batch) -> tuple[str, ...]:
+        """Evaluate the model on a few samples and raise where influence would be meaningless.
+
+        Raises LossError, NonFiniteError, NonDeterministicModelError or ShapeError. Returns remarks for the report.
+        """
+        few = take(batch, 0, min(CHECKED_SAMPLES, batch_length(batch)))
+        with untouched_randomness(), torch.no_grad(), double_differentiable():
+            forward = self.forward(self.parameters)
+            outputs = self._first_outputs(forward, few)
+            remarks = self.objective.check(outputs, few)
+            losses = self.objective.losses(outputs, few)
+            self._check_losses(losses, few)
+            again = self.losses(self.parameters, few)
+            if not torch.allclose(losses, again, rtol=float(torch.finfo(losses.dtype).eps) ** 0.5):
+                raise NonDeterministicModelError(
+                    "`model` gives other losses when called again on the same batch. Call `model.eval()` and take "
+                    "random numbers out of `forward`."
+                )
+            check_independence(self.objective, forward, few, losses)
+            measured = self.measurements(self.parameters, few)
+            if measured.shape != losses.shape:
+                raise ShapeError(
+                    f"`objective.measurements` must return one value per sample, [{losses.shape[0]}], got "
+                    f"{tuple(measured.shape)}."
+                )
+        return remarks
+
+    def _first_outputs(self, forward: Forward, batch: Batch) -> Tensor:
+        try:
+            return self.objective.outputs(forward, batch)
+        except DistinfluenceError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            raise DtypeError(
+                f"`model` ({self.dtype}) cannot take this batch ({describe(batch)}): {error}. "
+                "Pass batches of the shape and dtype that the model was trained with."
+            ) from error
+
+    def _check_losses(self, losses: Tensor, batch: Batch) -> None:
+        n = batch_length(batch)
+        if losses.shape != (n,):
+            raise LossError(f"`objective.losses` must return one loss per sample, [{n}], got {tuple(losses.shape)}.")
+        if not torch.isfinite(losses).all():
+            bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+            raise NonFiniteError(
+                f"`loss` must be finite, got NaN or infinity for samples {bad} of this batch. "
+                "Look at these samples and at the model's outputs for them."
+            )
+
+    def choose(self, what: str, ways: Sequence[Way], small: Any) -> Way:
+        """The first of several equivalent ways that this model can take and that agrees with the last on `small`.
+
+        The last way is plain autograd in a loop: what torch.func's transforms cannot take (some recurrent modules,
+        data-dependent control flow, operators without a forward derivative) still gets the right answer. The choice
+        is made once for each `what`.
+        """
+        if what not in self._choices:
+            self._choices[what] = self._first_valid(ways, small)
+        return ways[self._choices[what]]
+
+    def _first_valid(self, ways: Sequence[Way], small: Any) -> int:
+        expected, failure = attempt(ways[-1], small)
+        for index, way in enumerate(ways[:-1]):
+            value, _ = attempt(way, small)
+            if value is not None and (expected is None or agree(value, expected)):
+                return index
+        if failure is not None:
+            raise failure
+        return len(ways) - 1
+
+
+def attempt(way: Way, argument: Any) -> tuple[Tensor | None, Exception | None]:
+    """The result or the reason why there is none; running out of memory is no reason to try another way."""
+    try:
+        return way(argument), None
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        return None, error
+
+
+def agree(value: Tensor, expected: Tensor) -> bool:
+    """Equal up to the rounding of two orders of evaluation: 10·√eps of the norm, and absolutely to eps."""
+    eps = torch.finfo(expected.dtype).eps
+    allowed = 10 * eps**0.5 * float(expected.norm()) + eps * expected.numel() ** 0.5
+    return bool((value - expected).norm() <= allowed)
+
+
+def check_mode(module: nn.Module) -> None:
+    """Raise ModelModeError if a submodule in train mode draws random numbers or uses batch statistics."""
+    for name, child in module.named_modules():
+        random = isinstance(child, RANDOM_IN_TRAINING) and not (isinstance(child, nn.modules.dropout._DropoutNd) and child.p == 0)
+        random = random or (isinstance(child, (nn.MultiheadAttention, nn.RNNBase)) and child.dropout > 0)
+        if child.training and random:
+            raise ModelModeError(
+                f"`model` is in train mode with {type(child).__name__} at {name or 'the top'!r}, whose output is random "
+                "or depends on the batch. Call `model.eval()` first."
+            )
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Restore the random state of torch's CPU and current CUDA generator afterwards."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+@contextmanager
+def double_differentiable() -> Iterator[None]:
+    """Attention by the plain kernels: the fused ones have no double backward and no forward derivative."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

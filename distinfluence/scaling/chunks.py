@@ -1,0 +1,374 @@
+"""Data sets in chunks that are loaded where they are used.
+
+A chunk is a `ChunkSource`: a few hundred bytes that say where its samples are, or, for dask arrays, the task that makes
+them. Arrays and tensors in the caller's memory are written once to memory-mapped files in the scratch folder; zarr
+arrays and data sets given as a `Recipe` are never read by the caller at all.
+"""
+
+import itertools
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import cloudpickle
+import dask
+import dask.array as da
+import numpy as np
+import zarr
+from dask.delayed import Delayed
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset, default_collate
+
+from distinfluence.batch import as_batch
+from distinfluence.errors import ChunkError, DtypeError, EmptyDataError, RecipeError, ShapeError
+from distinfluence.influence.arrays import Array, ArrayBatch, to_numpy, to_numpy_batch
+from distinfluence.scaling.recipe import Recipe
+
+CHUNK_SIZE = 256  # samples, where nobody says better
+DATASET_BYTES = 8 * 2**20  # a pickled data set that is larger carries its samples with it
+
+
+class Leaf(Protocol):
+    """One array of a data set, samples along its first dimension, read range by range."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole array."""
+
+    def read(self, start: int, stop: int) -> Array:
+        """Samples start to stop, in memory."""
+
+
+@dataclass(frozen=True)
+class MemoryLeaf:
+    """An array of this process."""
+
+    array: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole array."""
+        return self.array.shape
+
+    def read(self, start: int, stop: int) -> Array:
+        """A view of the samples."""
+        view: Array = self.array[start:stop]
+        return view
+
+
+@dataclass(frozen=True)
+class NpyLeaf:
+    """An array in a .npy file that every worker sees."""
+
+    path: str
+    shape: tuple[int, ...]
+
+    def read(self, start: int, stop: int) -> Array:
+        """The samples, copied out of the memory-mapped file."""
+        return np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[start:stop])
+
+
+@dataclass(frozen=True)
+class ZarrLeaf:
+    """A zarr array; it travels as the address of its store."""
+
+    array: zarr.Array[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole array."""
+        return self.array.shape
+
+    def read(self, start: int, stop: int) -> Array:
+        """The samples, decoded."""
+        return np.asarray(self.array[start:stop])
+
+
+LeafTree: TypeAlias = "Leaf | tuple[LeafTree, ...] | dict[str, LeafTree]"
+Keep: TypeAlias = Callable[[Array], Leaf]
+
+
+class ChunkSource(ABC):
+    """Where the samples of one chunk are. key: the same for the same samples, within a run."""
+
+    key: str
+
+    @abstractmethod
+    def load(self) -> ArrayBatch:
+        """The samples, as NumPy arrays."""
+
+
+@dataclass(frozen=True)
+class ArraySource(ChunkSource):
+    """A range of samples of arrays."""
+
+    leaves: LeafTree
+    start: int
+    stop: int
+    key: str
+
+    def load(self) -> ArrayBatch:
+        """Read the range of each array."""
+        return self._read(self.leaves)
+
+    def _read(self, tree: LeafTree) -> ArrayBatch:
+        if isinstance(tree, dict):
+            return {name: self._read(leaf) for name, leaf in tree.items()}
+        if isinstance(tree, tuple):
+            return tuple(self._read(leaf) for leaf in tree)
+        return tree.read(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class DatasetSource(ChunkSource):
+    """A range of samples of a map-style data set, or of arrays, that each process builds once for itself."""
+
+    recipe: Recipe | bytes
+    collate: bytes | None
+    start: int
+    stop: int
+    key: str
+
+    def load(self) -> ArrayBatch:
+        """Collate the samples, or slice the arrays."""
+        data = _built(self.recipe, self.key.partition("/")[0])
+        if not isinstance(data, Dataset):
+            return ArraySource(_leaves(data, MemoryLeaf, "data"), self.start, self.stop, self.key).load()
+        collate = default_collate if self.collate is None else cloudpickle.loads(self.collate)
+        return to_numpy_batch(as_batch(collate([data[index] for index in range(self.start, self.stop)])))
+
+
+_data_sets: dict[str, Any] = {}
+
+
+def _built(recipe: Recipe | bytes, key: str) -> Any:
+    if key not in _data_sets:
+        _data_sets[key] = cloudpickle.loads(recipe) if isinstance(recipe, bytes) else recipe.build()
+    return _data_sets[key]
+
+
+@dataclass(frozen=True)
+class ChunkedData:
+    """A data set cut into chunks.
+
+    sizes: samples in each chunk. chunks: a `ChunkSource` for each, or the dask task that makes its arrays.
+    """
+
+    sizes: tuple[int, ...]
+    chunks: tuple[ChunkSource | Delayed, ...]
+
+    @property
+    def n_samples(self) -> int:
+        """Samples of all chunks."""
+        return sum(self.sizes)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first sample of each chunk."""
+        return tuple(itertools.accumulate(self.sizes[:-1], initial=0))
+
+    @property
+    def sources(self) -> tuple[ChunkSource, ...]:
+        """The chunks, where all of them can be loaded anywhere. Raises ChunkError for dask arrays."""
+        found = tuple(chunk for chunk in self.chunks if isinstance(chunk, ChunkSource))
+        if len(found) < len(self.chunks):
+            raise ChunkError("dask arrays must be stored before every worker can read them. Call `stored` first.")
+        return found
+
+    @property
+    def strip(self) -> int:
+        """The common chunk size. Raises ChunkError if a chunk but the last is smaller or larger."""
+        first = self.sizes[0]
+        if any(size != first for size in self.sizes[:-1]) or self.sizes[-1] > first:
+            raise ChunkError(
+                f"`x` must have training chunks of one size (the last may be smaller) to be written as strips, got "
+                f"{self.sizes[:10]}. Call `x.rechunk({{0: {max(self.sizes)}}})`, and the same for `y`."
+            )
+        return first
+
+
+def chunked(x: object, y: object | None, keep: Keep, chunk_size: int | None = None) -> ChunkedData:
+    """Cut a data set into chunks.
+
+    x, y: tensors, NumPy, zarr or dask arrays with the samples along the first dimension; or as x alone a tuple or dict
+    of these, a map-style torch `Dataset`, a DataLoader that does not shuffle, a `Recipe` of any of these, or a
+    `ChunkedData`. keep: where arrays of this process go. chunk_size: samples in a chunk; dask arrays bring their own.
+    Raises ShapeError for lengths that differ, ChunkError for chunks that do not line up, EmptyDataError, DtypeError.
+    """
+    if isinstance(x, ChunkedData):
+        return x
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ChunkError(f"`chunk_size` must be a whole number of samples ≥ 1, got {chunk_size!r}.")
+    data = x if y is None else (x, y)
+    if isinstance(data, Recipe):
+        return _of_recipe(data, chunk_size)
+    if isinstance(data, DataLoader):
+        return _of_loader(data, keep, chunk_size)
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, Dataset):
+        return _of_dataset(data, None, chunk_size)
+    if _any_dask(data):
+        return _of_dask(data, chunk_size)
+    leaves = _leaves(data, keep, "data")
+    key = uuid.uuid4().hex
+    return _cut(_length(leaves), chunk_size, lambda a, b: ArraySource(leaves, a, b, f"{key}/{a}"))
+
+
+def spill_to(folder: Path) -> Keep:
+    """Keep arrays as .npy files in a folder that every worker sees."""
+
+    def keep(array: Array) -> Leaf:
+        path = folder / f"array-{uuid.uuid4().hex}.npy"
+        np.save(path, array, allow_pickle=False)
+        return NpyLeaf(str(path), array.shape)
+
+    return keep
+
+
+def _cut(n: int, chunk_size: int | None, source: Callable[[int, int], ChunkSource]) -> ChunkedData:
+    if n == 0:
+        raise EmptyDataError("`x` must hold at least one sample, got none. Pass a data set that isn't empty.")
+    size = min(chunk_size or CHUNK_SIZE, n)
+    edges = [*range(0, n, size), n]
+    ranges = list(zip(edges[:-1], edges[1:], strict=True))
+    return ChunkedData(tuple(b - a for a, b in ranges), tuple(source(a, b) for a, b in ranges))
+
+
+def _of_recipe(recipe: Recipe, chunk_size: int | None) -> ChunkedData:
+    key = uuid.uuid4().hex
+    built = _built(recipe, key)
+    if isinstance(built, IterableDataset) or not (isinstance(built, (Dataset, Tensor, np.ndarray, Mapping, Sequence))):
+        raise DtypeError(
+            f"`{recipe.target}` must return a map-style data set, or arrays, got {type(built).__name__}. "
+            "Give the data set `__len__` and `__getitem__`."
+        )
+    n = len(built) if isinstance(built, Dataset) else _length(_leaves(built, MemoryLeaf, "data"))  # type: ignore[arg-type]
+    return _cut(n, chunk_size, lambda a, b: DatasetSource(recipe, None, a, b, f"{key}/{a}"))
+
+
+def _of_loader(loader: "DataLoader[Any]", keep: Keep, chunk_size: int | None) -> ChunkedData:
+    if loader.batch_sampler is not None and not isinstance(loader.sampler, SequentialSampler):
+        raise ChunkError(
+            f"`x` must be a DataLoader in a fixed order, got one with {type(loader.sampler).__name__}: its samples "
+            "would have no numbers. Pass shuffle=False."
+        )
+    if loader.drop_last:
+        raise ChunkError("`x` must be a DataLoader over all samples, got drop_last=True. Pass drop_last=False.")
+    size = chunk_size or loader.batch_size
+    data = loader.dataset
+    if isinstance(data, TensorDataset) and loader.collate_fn is default_collate:
+        return chunked(data.tensors, None, keep, size)
+    return _of_dataset(data, None if loader.collate_fn is default_collate else loader.collate_fn, size)
+
+
+def _of_dataset(data: "Dataset[Any]", collate: Callable[..., object] | None, chunk_size: int | None) -> ChunkedData:
+    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        raise DtypeError(
+            f"`x` must be a map-style data set, got {type(data).__name__}. Give it `__len__` and `__getitem__`."
+        )
+    pickled = bytes(cloudpickle.dumps(data))
+    if len(pickled) > DATASET_BYTES:
+        raise RecipeError(
+            f"`x` is a {type(data).__name__} of {len(pickled) / 2**20:.0f} MiB, too much to go with the tasks. Pass "
+            "`Recipe('module:callable')`, so that each worker builds it, or its arrays."
+        )
+    fixed_collate = None if collate is None else bytes(cloudpickle.dumps(collate))
+    key = uuid.uuid4().hex
+    return _cut(len(data), chunk_size, lambda a, b: DatasetSource(pickled, fixed_collate, a, b, f"{key}/{a}"))
+
+
+def _any_dask(data: object) -> bool:
+    if isinstance(data, Mapping):
+        return any(_any_dask(value) for value in data.values())
+    if isinstance(data, (tuple, list)):
+        return any(_any_dask(value) for value in data)
+    return isinstance(data, da.Array)
+
+
+def _of_dask(data: object, chunk_size: int | None) -> ChunkedData:
+    columns = dict(_dask_columns(data, "data"))
+    for name, array in columns.items():
+        if any(np.isnan(size) for size in array.chunks[0]):
+            raise ChunkError(f"`{name}` must have known chunk sizes. Call `compute_chunk_sizes()` on it.")
+    chunks = {name: tuple(int(size) for size in array.chunks[0]) for name, array in columns.items()}
+    lengths = {name: sum(sizes) for name, sizes in chunks.items()}
+    if len(set(lengths.values())) > 1:
+        raise ShapeError(f"`x` and `y` must have as many samples, got {lengths}. Pass inputs and targets that match.")
+    if len(set(chunks.values())) > 1:
+        raise ChunkError(
+            f"`x` and `y` must have the same chunks along the samples, got {chunks}. Call `y.rechunk({{0: x.chunks[0]}})`."
+        )
+    sizes = next(iter(chunks.values()))
+    if 0 in sizes:
+        raise EmptyDataError(f"`x` must have samples in every chunk, got chunks {sizes}.")
+    if chunk_size is not None and set(sizes) != {chunk_size}:
+        columns = {name: array.rechunk({0: chunk_size}) for name, array in columns.items()}
+        sizes = tuple(int(size) for size in next(iter(columns.values())).chunks[0])
+    blocks = {
+        name: array.rechunk(dict.fromkeys(range(1, array.ndim), -1)).to_delayed().reshape(-1)
+        for name, array in columns.items()
+    }
+    parts = tuple(dask.delayed(_regroup(data, blocks, index, "data")) for index in range(len(sizes)))
+    return ChunkedData(sizes, parts)
+
+
+def _dask_columns(data: object, name: str) -> list[tuple[str, Any]]:
+    if isinstance(data, Mapping):
+        return [pair for key, value in data.items() for pair in _dask_columns(value, f"{name}[{key!r}]")]
+    if isinstance(data, (tuple, list)):
+        return [pair for index, value in enumerate(data) for pair in _dask_columns(value, f"{name}[{index}]")]
+    if not isinstance(data, da.Array):
+        raise ChunkError(
+            f"`{name}` must be a dask array as the others are, got {type(data).__name__}. Call "
+            "`dask.array.from_array(…, chunks=…)` with the same chunks along the samples."
+        )
+    return [(name, data)]
+
+
+def _regroup(data: object, blocks: Mapping[str, Any], index: int, name: str) -> object:
+    if isinstance(data, Mapping):
+        return {key: _regroup(value, blocks, index, f"{name}[{key!r}]") for key, value in data.items()}
+    if isinstance(data, (tuple, list)):
+        return tuple(_regroup(value, blocks, index, f"{name}[{i}]") for i, value in enumerate(data))
+    return blocks[name][index]
+
+
+def _leaves(data: object, keep: Keep, name: str) -> LeafTree:
+    if isinstance(data, Mapping):
+        return {str(key): _leaves(value, keep, f"{name}[{key!r}]") for key, value in data.items()}
+    if isinstance(data, (tuple, list)):
+        return tuple(_leaves(value, keep, f"{name}[{index}]") for index, value in enumerate(data))
+    if isinstance(data, Tensor):
+        return keep(to_numpy(data))
+    if isinstance(data, np.ndarray):
+        return keep(data)
+    if isinstance(data, zarr.Array):
+        shared = not isinstance(data.store, zarr.storage.MemoryStore)
+        return ZarrLeaf(data) if shared else keep(np.asarray(data[:]))
+    raise DtypeError(
+        f"`{name}` must be a tensor, a NumPy, zarr or dask array, a data set, a DataLoader or a `Recipe`, got "
+        f"{type(data).__name__}. Convert it to an array first."
+    )
+
+
+def _length(tree: LeafTree) -> int:
+    lengths = dict(_lengths(tree, "data"))
+    if len(set(lengths.values())) > 1:
+        raise ShapeError(f"`x` and `y` must have as many samples, got {lengths}. Pass inputs and targets that match.")
+    if not lengths:
+        raise EmptyDataError("`x` must hold at least one array, got none. Pass the samples.")
+    return next(iter(lengths.values()))
+
+
+def _lengths(tree: LeafTree, name: str) -> list[tuple[str, int]]:
+    if isinstance(tree, dict):
+        return [pair for key, value in tree.items() for pair in _lengths(value, f"{name}[{key!r}]")]
+    if isinstance(tree, tuple):
+        return [pair for index, value in enumerate(tree) for pair in _lengths(value, f"{name}[{index}]")]
+    if not tree.shape:
+        raise ShapeError(f"`{name}` must have the samples along its first dimension, got a scalar.")
+    return [(name, tree.shape[0])]

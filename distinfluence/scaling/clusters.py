@@ -1,0 +1,72 @@
+"""Clusters by description: a local one, or one that is running already."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import dask
+from distributed import Client, LocalCluster
+
+from distinfluence.errors import ClusterError, SettingError
+
+KINDS = ("local", "address", "scheduler_file")
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """Where the workers are.
+
+    kind: "local" starts `workers` processes of one thread on this host, listening on the loopback interface only;
+    "address" and "scheduler_file" join a running scheduler at `address` (tcp://…, or the file's path).
+    memory_limit: of each local worker, as Dask reads it ("auto": its share of the host). timeout: seconds to wait for
+    the scheduler and the first worker.
+    """
+
+    kind: str = "local"
+    workers: int = 2
+    memory_limit: str = "auto"
+    address: str = ""
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SettingError(f"`kind` of the cluster must be one of {list(KINDS)}, got {self.kind!r}.")
+        if self.workers < 1:
+            raise SettingError(f"`workers` must be at least 1, got {self.workers}.")
+        if self.kind != "local" and not self.address:
+            raise SettingError(f"`address` must say where the scheduler is for a cluster of kind {self.kind!r}.")
+
+
+@contextmanager
+def connected(spec: ClusterSpec) -> Iterator[Client]:
+    """A client of the cluster; one that was started here is closed at the end, a running one is left as it is.
+
+    Raises ClusterError if the scheduler does not answer.
+    """
+    if spec.kind == "local":
+        # the work is in torch, which holds no lock: late heartbeats are no reason to give up on a worker
+        with (
+            dask.config.set({"distributed.scheduler.worker-ttl": "15 minutes"}),
+            LocalCluster(
+                n_workers=spec.workers,
+                threads_per_worker=1,
+                memory_limit=spec.memory_limit,
+                dashboard_address=None,
+                host="127.0.0.1",
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
+        return
+    try:
+        client = (
+            Client(scheduler_file=spec.address, timeout=spec.timeout)
+            if spec.kind == "scheduler_file"
+            else Client(spec.address, timeout=spec.timeout)
+        )
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ClusterError(
+            f"no scheduler answers at {spec.address}: {error}. Start one with `dask scheduler`, or correct `address`."
+        ) from error
+    with client:
+        yield client

@@ -1,0 +1,103 @@
+"""The data plane on Dask: the same kernels, mapped over chunks on the workers, summed by a tree.
+
+A pass writes the broadcast tensors to files once (k·p numbers; workers read them through the page cache), runs one task
+per chunk on the worker that had the chunk before if it is free, and adds the results in a fixed order, FAN_IN at a
+time. Nothing but the final sum comes back.
+"""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from distributed import Client, Future
+from torch import Tensor
+
+from distinfluence.dataplane import DataPlane, Kernel
+from distinfluence.influence.arrays import to_numpy, to_tensor
+from distinfluence.sample_risk import SampleRisk
+from distinfluence.scaling.chunks import ChunkedData
+from distinfluence.scaling.executor import OnCluster
+from distinfluence.scaling.worker import WorkerContext, add_parts, run_kernel, save_whole
+
+FAN_IN = 8  # partial sums that one task adds
+
+
+class DaskPlane(DataPlane):
+    """Sums over chunks on the workers of a cluster.
+
+    risk: of the caller, for its dtype and device; the workers build their own from `context`.
+    """
+
+    def __init__(
+        self, risk: SampleRisk, client: Client, context: WorkerContext, data: ChunkedData, remarks: tuple[str, ...], folder: Path
+    ) -> None:
+        self.risk = risk
+        self.n_samples = data.n_samples
+        self.remarks = remarks
+        self._client = client
+        self._context = context
+        self._data = data
+        self._folder = folder
+        self._sent: Future | None = None
+
+    def sum(self, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """Σ over chunks; one task per chunk and a tree of additions."""
+        name, files, parts = self._submit(kernel, broadcast)
+        level = 0
+        try:
+            while len(parts) > 1:
+                groups = [parts[i : i + FAN_IN] for i in range(0, len(parts), FAN_IN)]
+                parts = [
+                    self._client.submit(add_parts, *group, key=f"{name}-sum{level}-{i}", pure=False)
+                    for i, group in enumerate(groups)
+                ]
+                level += 1
+            return tuple(to_tensor(array).to(self.risk.device) for array in parts[0].result())
+        except KeyboardInterrupt:
+            self._client.cancel(parts, force=True)
+            raise
+        finally:
+            _delete(files)
+
+    def map(self, kernel: Kernel, *broadcast: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The chunks' results one by one, in the order of the chunks."""
+        _, files, parts = self._submit(kernel, broadcast)
+        try:
+            while parts:
+                yield tuple(to_tensor(array).to(self.risk.device) for array in parts.pop(0).result())
+        finally:
+            _delete(files)
+
+    def to(self, risk: SampleRisk) -> "DaskPlane":
+        """The same chunks; the workers' device is fixed by their context."""
+        return DaskPlane(risk, self._client, self._context, self._data, self.remarks, self._folder)
+
+    def _submit(self, kernel: Kernel, broadcast: tuple[Tensor, ...]) -> tuple[str, list[Path], list[Future]]:
+        self._begin_pass()
+        name = f"{type(kernel).__name__}-{uuid.uuid4().hex[:8]}"
+        files = [self._folder / f"{name}-{i}.npy" for i in range(len(broadcast))]
+        for file, tensor in zip(files, broadcast, strict=True):
+            save_whole(file, to_numpy(tensor))
+        if self._sent is None:
+            self._sent = OnCluster(self._client).send(self._context, f"context-{self._context.key}")
+        workers = sorted(self._client.nthreads())
+        parts = [
+            self._client.submit(
+                run_kernel,
+                self._sent,
+                kernel,
+                tuple(map(str, files)),
+                source,
+                key=f"{name}-{i}",
+                pure=False,
+                workers=[workers[i % len(workers)]],
+                allow_other_workers=True,
+            )
+            for i, source in enumerate(self._data.sources)
+        ]
+        return name, files, parts
+
+
+def _delete(files: list[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,229 @@
+"""From fitted model and data to the result on disk: one solve per test chunk, one gradient pass per train chunk.
+
+1. *Look*: every chunk is loaded once, checked and fingerprinted.
+2. *Factors*: those of each test chunk go to a file in the scratch folder, with how far their solve got.
+3. *Strips*: one task per train chunk; it makes the chunk's gradients in micro-batches, multiplies them with the factors
+   of all test points, and writes one shard, its ranking and its mark.
+
+A run that died goes on where it stopped: factors that are on disk are not solved again, marked strips not made again.
+"""
+
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distinfluence.errors import SettingError, StoreNotFoundError
+from distinfluence.influence.arrays import Array, to_numpy, to_tensor
+from distinfluence.influence.base import InfluenceFunctionModel, InfluenceMode
+from distinfluence.scaling.chunks import ChunkedData
+from distinfluence.scaling.executor import Executor
+from distinfluence.scaling.progress import Progress
+from distinfluence.scaling.recipe import fingerprint_module
+from distinfluence.scaling.worker import (
+    Context,
+    Inspection,
+    check_model,
+    chunk_right_hand_sides,
+    factor_fields,
+    inspect_chunk,
+    save_factors,
+    saved_fields,
+    solve_chunk,
+    write_strip,
+)
+from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, open_influences
+from distinfluence.store.fingerprint import combine, fingerprint_settings
+
+STRATEGIES = ("auto", "rows", "data")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit leaves for the stages after it. sha256: of the data that was fitted to."""
+
+    model: InfluenceFunctionModel
+    context: Context
+    executor: Executor
+    n_workers: int
+    train: ChunkedData
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a run, beyond the fitted model.
+
+    solve: "rows" solves each test chunk on one worker, which sweeps the training set by itself; "data" solves here and
+    spreads each sweep over the workers; "auto" takes rows when there are as many test chunks as workers.
+    """
+
+    test: ChunkedData
+    columns: ChunkedData
+    mode: InfluenceMode
+    solve: str
+    top_k: int
+    overwrite: bool
+    resume: bool
+    attributes: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        if self.solve not in STRATEGIES:
+            raise SettingError(f"`solve` must be one of {list(STRATEGIES)}, got {self.solve!r}. Choose one of these.")
+        if self.overwrite and self.resume:
+            raise SettingError("`overwrite` and `resume` exclude each other, got both. Pass one of them.")
+
+
+def look(executor: Executor, context: Context, data: ChunkedData, progress: Progress, what: str) -> str:
+    """Load and check every chunk where it will be used; the sha256 of the data set in these chunks."""
+    items = [(chunk, i, data.starts[i], data.sizes[i]) for i, chunk in enumerate(data.chunks)]
+    found: dict[str, str] = {}
+    with progress.stage(f"look at {what}", len(items), "chunks") as bar:
+        for index, inspection in executor.run(inspect_chunk, (context,), items):
+            assert isinstance(inspection, Inspection)
+            found[str(index)] = inspection.sha256
+            bar.advance()
+    return combine(found)
+
+
+def write_influences(path: Path, fitted: Fitted, request: Request, scratch: Path, progress: Progress) -> InfluenceResult:
+    """Carry out a request; see the module. Raises StoreError for a path that cannot be used, before any computation."""
+    columns, test = request.columns, request.test
+    layout = Layout(
+        n_test=test.n_samples,
+        n_train=columns.n_samples,
+        strip=min(columns.strip, columns.n_samples),
+        input_shape=_input_shape(fitted, request),
+        top_k=request.top_k,
+    )
+    fingerprints = {
+        "parameters": fingerprint_module(fitted.model.risk.module),
+        "fit_data": fitted.sha256,
+        "test_data": look(fitted.executor, fitted.context, test, progress, "test data"),
+        "train_data": fitted.sha256
+        if columns is fitted.train
+        else look(fitted.executor, fitted.context, columns, progress, "training data"),
+    }
+    settings = {
+        "solver": fitted.model.settings(),
+        "objective": fitted.model.objective.settings(),
+        "mode": str(request.mode),
+        "chunks": {"test": list(test.sizes), "train": layout.strip},
+    }
+    writer = _writer(path, layout, fingerprints, settings, fitted, request)
+    folder = scratch / f"factors-{combine({**fingerprints, 'settings': fingerprint_settings(settings)})[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = _write_factors(writer, fitted, request, folder, progress)
+    pending = writer.pending()
+    with progress.stage("strips", len(pending), "strips") as bar:
+        items = [(columns.chunks[i], i, columns.starts[i], columns.sizes[i]) for i in pending]
+        shared = (fitted.context, writer, files, str(request.mode))
+        for _ in fitted.executor.run(write_strip, shared, items):
+            bar.advance()
+    writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
+    shutil.rmtree(folder, ignore_errors=True)
+    return open_influences(path)
+
+
+def _input_shape(fitted: Fitted, request: Request) -> tuple[int, ...]:
+    if request.mode is InfluenceMode.UP:
+        return ()
+    for _, (_, shape) in fitted.executor.run(check_model, (fitted.context,), [(request.columns.chunks[0],)]):
+        if shape is not None:
+            return tuple(shape)
+    raise SettingError(
+        "`mode='perturbation'` needs a floating-point input to differentiate by, and the training data have none. "
+        "For token ids, let the objective's `inputs` return the embeddings."
+    )
+
+
+def _writer(
+    path: Path,
+    layout: Layout,
+    fingerprints: dict[str, str],
+    settings: dict[str, object],
+    fitted: Fitted,
+    request: Request,
+) -> InfluenceWriter:
+    if request.resume:
+        try:
+            return InfluenceWriter.resume(path, layout, fingerprints, settings)
+        except StoreNotFoundError:
+            pass  # nothing to go on with: begin
+    blocks = fitted.model.risk.blocks
+    attributes = {
+        **request.attributes,
+        **settings,
+        "fingerprints": fingerprints,
+        "parameters": {
+            "covered": blocks.size,
+            "total": blocks.n_total,
+            "coverage": blocks.coverage,
+            "uncovered": list(blocks.uncovered),
+        },
+        "n_fit": fitted.train.n_samples,
+        "remarks": list(fitted.model.fit_report.remarks),
+        "versions": {name: version(name) for name in ("torch", "dask", "distributed", "zarr", "numpy")}
+        | {"python": platform.python_version()},
+    }
+    return InfluenceWriter.create(path, layout, attributes, overwrite=request.overwrite)
+
+
+def _write_factors(
+    writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress
+) -> tuple[str, ...]:
+    test = request.test
+    files = tuple(str(folder / f"factors-{i:06d}.npy") for i in range(len(test.sizes)))
+    waiting = [i for i, file in enumerate(files) if not Path(file).is_file()]
+    with progress.stage("factors", test.n_samples, "test points") as bar:
+
+        def done(index: int, fields: Mapping[str, Array]) -> None:
+            rows = slice(test.starts[index], test.starts[index] + test.sizes[index])
+            writer.write_test(rows, **fields)
+            bar.advance(test.sizes[index])
+
+        for index in set(range(len(files))) - set(waiting):
+            done(index, saved_fields(files[index]))
+        if _by_rows(fitted, request):
+            items = [(test.chunks[i], files[i], i, test.starts[i], test.sizes[i]) for i in waiting]
+            for position, fields in fitted.executor.run(solve_chunk, (fitted.context,), items):
+                done(waiting[position], fields)
+        else:
+            _solve_here(fitted, request, files, waiting, done, bar.note)
+    return files
+
+
+def _by_rows(fitted: Fitted, request: Request) -> bool:
+    if request.solve == "auto":
+        return not fitted.model.solves_over_data or len(request.test.sizes) >= fitted.n_workers
+    return request.solve == "rows"
+
+
+def _solve_here(
+    fitted: Fitted,
+    request: Request,
+    files: tuple[str, ...],
+    waiting: list[int],
+    done: Callable[[int, Mapping[str, Array]], None],
+    note: Callable[[str], None],
+) -> None:
+    """Gradients of the test chunks from the workers, one solve for each, its sweeps spread over the workers."""
+    plane = fitted.model.plane
+    before = plane.passes
+    plane.on_pass = lambda: note(f"{plane.passes - before} passes")
+    items = [(request.test.chunks[i], i, request.test.starts[i], request.test.sizes[i]) for i in waiting]
+    try:
+        for position, sides in fitted.executor.run(chunk_right_hand_sides, (fitted.context,), items):
+            with torch.no_grad():
+                factors, report = fitted.model.solve(to_tensor(sides["rows"]).to(fitted.model.risk.device))
+            fields = factor_fields(report, sides["loss"], sides["gradient_norm"])
+            save_factors(files[waiting[position]], np.asarray(to_numpy(factors)), fields)
+            done(waiting[position], fields)
+    finally:
+        plane.on_pass = None
+

@@ -1,0 +1,19 @@
+"""Solvers for (A + λI) x = b, one file a method."""
+
+from distinfluence.solvers.base import Outcome, Solution, Solver
+from distinfluence.solvers.block_cg import BlockCG
+from distinfluence.solvers.cg import CG
+from distinfluence.solvers.direct import Direct, Factorisation
+from distinfluence.solvers.preconditioner import FittedPreconditioner, Preconditioner
+
+__all__ = [
+    "CG",
+    "BlockCG",
+    "Direct",
+    "Factorisation",
+    "FittedPreconditioner",
+    "Outcome",
+    "Preconditioner",
+    "Solution",
+    "Solver",
+]

@@ -1,0 +1,59 @@
+"""Conjugate gradients, vectorised over rows, each row with its own step lengths and its own end.
+
+One pass for each step, over the rows that are not done. Reference: Hestenes & Stiefel (1952); with a preconditioner,
+Golub & Van Loan (2013), Algorithm 11.5.1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distinfluence.solvers.conjugate import ConjugateSolver, Damped, Patience, Steps, norms
+
+
+@dataclass(frozen=True)
+class CG(ConjugateSolver):
+    """Row-wise conjugate gradients; hyperparameters as `ConjugateSolver`.
+
+    >>> import torch
+    >>> from distinfluence.curvature import MatrixOperator
+    >>> solver = CG(damping=1.0)
+    >>> state = solver.fit(MatrixOperator(torch.diag(torch.tensor([1.0, 3.0]))))
+    >>> solver.solve(state, torch.tensor([[2.0, 4.0]])).x
+    tensor([[1., 1.]])
+    """
+
+    def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, maxiter: int) -> Steps:
+        result = Steps.none(rhs)
+        rows = torch.arange(rhs.shape[0], device=rhs.device)
+        r, z = rhs.clone(), state.precondition(rhs)
+        p, rz = z.clone(), _dots(r, z)
+        patience = Patience()
+        for _ in range(maxiter):
+            q = state.matmat(p)
+            curved = _dots(p, q)
+            quotient = curved / norms(p) ** 2
+            result.curvature[rows] = torch.minimum(result.curvature[rows], quotient)
+            result.largest = max(result.largest, float(quotient.abs().max()))
+            flat = quotient <= result.noise
+            step = torch.where(flat, 0.0, rz / torch.where(flat, 1.0, curved)).to(rhs.dtype)
+            result.d[rows] += step[:, None] * p
+            r -= step[:, None] * q
+            result.flat[rows] = flat
+            result.steps[rows] += 1
+            ratio = norms(r) / threshold[rows]
+            keep = (ratio > 1) & ~flat
+            if not keep.any() or patience.lost(ratio[keep]):
+                break
+            rows, r, p, rz = rows[keep], r[keep], p[keep], rz[keep]
+            z = state.precondition(r)
+            rz, before = _dots(r, z), rz
+            p = z + (rz / before).to(rhs.dtype)[:, None] * p
+        return result
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a_i, b_i⟩ of each row, accumulated in float64."""
+    return torch.linalg.vecdot(a.double(), b.double())
+

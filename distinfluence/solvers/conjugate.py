@@ -1,0 +1,202 @@
+"""What plain and block conjugate gradients share: stopping, true residuals, restarts.
+
+An inner iteration solves (A + λI) d = r for the rows that are not done, with r the true residual, until its recurrence
+says that a row's residual is small enough. Then one fresh product says whether that is true; rows whose recurrence has
+drifted start again from where they are, as long as that still helps.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distinfluence.curvature.base import CurvatureOperator
+from distinfluence.errors import SettingError
+from distinfluence.solvers.base import Outcome, Solution, Solver, check_damping, check_rhs, check_tolerance
+from distinfluence.solvers.preconditioner import FittedPreconditioner, Preconditioner
+
+MOST_ITERATIONS = 5_000  # where `maxiter` is None: 10·p, but no more than this
+PATIENCE = 100  # steps in which the residuals must fall by a tenth, or the true ones are looked at
+
+
+@dataclass(frozen=True)
+class Damped:
+    """A + λI with its preconditioner, as conjugate gradients see it: the state of a fit."""
+
+    operator: CurvatureOperator
+    damping: float
+    preconditioner: FittedPreconditioner | None
+
+    def matmat(self, rows: Tensor) -> Tensor:
+        """rows [k, p] · (A + λI); one pass."""
+        return self.operator.matmat(rows).add_(rows, alpha=self.damping)
+
+    def precondition(self, rows: Tensor) -> Tensor:
+        """rows · M⁻¹; the rows themselves without a preconditioner."""
+        return rows if self.preconditioner is None else self.preconditioner.apply(rows)
+
+
+@dataclass
+class Steps:
+    """What an inner iteration did to its rows.
+
+    d: [k, p], the correction. steps: [k]. curvature: [k] float64, the smallest Rayleigh quotient met. largest: the
+    largest one, a lower bound of ‖A + λI‖. flat: [k], rows that stopped at curvature that is not positive.
+    """
+
+    d: Tensor
+    steps: Tensor
+    curvature: Tensor
+    flat: Tensor
+    largest: float = 0.0
+
+    @classmethod
+    def none(cls, rhs: Tensor) -> "Steps":
+        """Nothing done yet, for rhs [k, p]."""
+        k, device = rhs.shape[0], rhs.device
+        return cls(
+            d=torch.zeros_like(rhs),
+            steps=torch.zeros(k, dtype=torch.int64, device=device),
+            curvature=torch.full((k,), torch.inf, dtype=torch.float64, device=device),
+            flat=torch.zeros(k, dtype=torch.bool, device=device),
+        )
+
+    @property
+    def noise(self) -> float:
+        """Rayleigh quotients within ± this are zero to rounding: 10·eps·‖A + λI‖."""
+        return 10 * float(torch.finfo(self.d.dtype).eps) * self.largest
+
+
+@dataclass(frozen=True)
+class ConjugateSolver(Solver[Damped]):
+    """Hyperparameters and outer loop of conjugate gradients.
+
+    damping: λ ≥ 0. rtol, atol: a row has converged when ‖rhs − (A + λI) x‖ ≤ max(rtol·‖rhs‖, atol), SciPy's rule, for
+    the true residual. maxiter: iterations of a row, 10·p up to 5000 if None. preconditioner: see `Preconditioner`.
+    """
+
+    damping: float
+    rtol: float = 1e-7
+    atol: float = 0.0
+    maxiter: int | None = None
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        check_tolerance("rtol", self.rtol)
+        check_tolerance("atol", self.atol)
+        if self.rtol == 0 and self.atol == 0:
+            raise SettingError("`rtol` and `atol` must not both be 0: no residual is. Pass for instance rtol=1e-6.")
+        if self.maxiter is not None and (not isinstance(self.maxiter, int) or self.maxiter < 1):
+            raise SettingError(f"`maxiter` must be a whole number ≥ 1 or None, got {self.maxiter!r}.")
+
+    def fit(self, operator: CurvatureOperator) -> Damped:
+        """Fit the preconditioner, if there is one."""
+        fitted = None if self.preconditioner is None else self.preconditioner.fit(operator, self.damping)
+        return Damped(operator, self.damping, fitted)
+
+    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Damped:
+        """As `fit`: a preconditioner is fitted again."""
+        return self.fit(operator)
+
+    @abstractmethod
+    def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, maxiter: int) -> Steps:
+        """Solve for rhs [k, p] from zero until each row's recurrence is at its threshold [k], at most maxiter steps."""
+
+    def solve(self, state: Damped, rhs: Tensor, x0: Tensor | None = None) -> Solution:
+        """Solve for rhs [k, p]. x0: [k, p], where to start; zero if None. Costs a pass more than there are steps."""
+        check_rhs(rhs, state.operator)
+        if x0 is not None:
+            check_rhs(x0, state.operator)
+        run = _Run(self, state, rhs, x0)
+        while (rows := run.unfinished()).numel():
+            run.advance(rows, self._inner(state, run.residual[rows], run.threshold[rows], run.steps_left(rows)))
+        return run.solution()
+
+
+class _Run:
+    """The outer loop's view of one solve: where each row is."""
+
+    def __init__(self, solver: ConjugateSolver, state: Damped, rhs: Tensor, x0: Tensor | None) -> None:
+        self._state = state
+        self._rhs = rhs
+        k, p = rhs.shape
+        self._maxiter = solver.maxiter or min(10 * p, MOST_ITERATIONS)
+        # not rhs.clone(): a zero row then returns at once, and step counts mean products
+        self._x = torch.zeros_like(rhs) if x0 is None else x0.clone()
+        self.residual = rhs.clone() if x0 is None else rhs - state.matmat(self._x)
+        self._rhs_norm = norms(rhs)
+        self.threshold = (solver.rtol * self._rhs_norm).clamp_min(solver.atol)
+        self._norm = norms(self.residual)
+        self._steps = torch.zeros(k, dtype=torch.int64, device=rhs.device)
+        self._curvature = torch.full((k,), torch.inf, dtype=torch.float64, device=rhs.device)
+        self._outcome: list[Outcome | None] = [
+            Outcome.CONVERGED if done else None for done in (self._norm <= self.threshold).tolist()
+        ]
+
+    def unfinished(self) -> Tensor:
+        """Numbers of the rows that have no outcome yet."""
+        return torch.tensor([i for i, o in enumerate(self._outcome) if o is None], device=self._x.device).long()
+
+    def steps_left(self, rows: Tensor) -> int:
+        """How many steps an inner iteration over these rows may take."""
+        return self._maxiter - int(self._steps[rows].max())
+
+    def advance(self, rows: Tensor, inner: Steps) -> None:
+        """Add the correction, look at the true residual, and settle what has come to an end."""
+        before = self._norm[rows]
+        self._x[rows] += inner.d
+        self.residual[rows] = self._rhs[rows] - self._state.matmat(self._x[rows])
+        self._norm[rows] = norms(self.residual[rows])
+        self._steps[rows] += inner.steps
+        self._curvature[rows] = torch.minimum(self._curvature[rows], inner.curvature)
+        for number, row in enumerate(rows.tolist()):
+            self._outcome[row] = self._settle(row, float(before[number]), bool(inner.flat[number]), inner.noise)
+
+    def _settle(self, row: int, before: float, flat: bool, noise: float) -> Outcome | None:
+        now = float(self._norm[row])
+        if now <= float(self.threshold[row]):
+            return Outcome.CONVERGED
+        if flat:
+            negative = float(self._curvature[row]) < -noise
+            return Outcome.NEGATIVE_CURVATURE if negative else Outcome.SINGULAR
+        if int(self._steps[row]) >= self._maxiter:
+            return Outcome.MAXITER
+        # a restart that does not halve the true residual has met the rounding of the products
+        return Outcome.STAGNATED if not now <= before / 2 else None
+
+    def solution(self) -> Solution:
+        relative = torch.where(self._rhs_norm > 0, self._norm / self._rhs_norm, self._norm)
+        return Solution(
+            x=self._x,
+            relative_residual=relative.cpu(),
+            iterations=self._steps.cpu(),
+            outcome=tuple(outcome for outcome in self._outcome if outcome is not None),
+            curvature=torch.where(self._curvature.isinf(), torch.nan, self._curvature).cpu(),
+        )
+
+
+def norms(rows: Tensor) -> Tensor:
+    """‖row‖ of each row, [k] float64."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+
+
+class Patience:
+    """Says when the residuals have stopped falling: the recurrence is wandering in rounding errors.
+
+    A healthy solve lowers them by e^(−2/√cond) a step, 0.2 in the logarithm over PATIENCE steps at a condition of 10⁶.
+    """
+
+    def __init__(self) -> None:
+        self._best = torch.inf
+        self._since = 0
+
+    def lost(self, relative: Tensor) -> bool:
+        """relative: residual over threshold of the rows that are not done, [k]."""
+        level = float(relative.log().mean())
+        self._since += 1
+        if level < self._best - 0.1:
+            self._best, self._since = level, 0
+        return self._since >= PATIENCE

@@ -1,0 +1,21 @@
+"""The result on disk: a zarr v3 group, written strip by strip by many processes, read lazily by anyone."""
+
+from distinfluence.store.fingerprint import combine, fingerprint_array, fingerprint_arrays, fingerprint_settings
+from distinfluence.store.layout import Layout
+from distinfluence.store.ranking import Ranking
+from distinfluence.store.result import InfluenceResult, open_influences
+from distinfluence.store.resuming import check_resumable
+from distinfluence.store.writer import InfluenceWriter
+
+__all__ = [
+    "InfluenceResult",
+    "InfluenceWriter",
+    "Layout",
+    "Ranking",
+    "check_resumable",
+    "combine",
+    "fingerprint_array",
+    "fingerprint_arrays",
+    "fingerprint_settings",
+    "open_influences",
+]

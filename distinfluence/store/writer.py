@@ -1,0 +1,397 @@
+"""Writing a result: many processes, one writer per strip, safe to kill at any moment.
+
+A strip's shard, its points' arrays and its partial ranking are written and synced first, its mark last; so a marked
+strip is whole, and a run that died goes on with the strips in `pending`. Costs: one file per strip in each of
+`influences`, `strip_status`, the two partial rankings and what was given per training point; one fsync for each.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
+
+from distinfluence.errors import (
+    CorruptStoreError,
+    DtypeError,
+    IncompleteResultError,
+    IndexRangeError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
+)
+from distinfluence.store.fingerprint import to_json
+from distinfluence.store.folder import (
+    FORMAT,
+    FORMAT_VERSION,
+    local_path,
+    put_in_place,
+    read_attributes,
+    require_free,
+    surfaced_errors,
+    sweep_unfinished_files,
+    sync_to_disk,
+)
+from distinfluence.store.layout import Layout, array_specs
+from distinfluence.store.ranking import (
+    Ranking,
+    empty_ranking,
+    merge_harmful,
+    merge_helpful,
+    most_harmful,
+    most_helpful,
+)
+from distinfluence.store.resuming import check_resumable
+
+SIGN_CONVENTION = (
+    "positive: the training point helps (without it the test measurement rises by about influence / n_train); "
+    "negative: it harms"
+)
+RUNNING, COMPLETE = "running", "complete"
+
+_DRIVER_CHUNKS = [
+    *((f"{end}_{what}", "0/0") for end in ("top", "bottom") for what in ("index", "value")),
+    *((name, "0") for name in ("test_loss", "test_gradient_norm", "relative_residual", "iterations", "converged")),
+]
+_RESERVED = frozenset({"format", "format_version", "state", "layout", "sign_convention", "created", "summary"})
+
+
+class InfluenceWriter:
+    """A result on disk, open for writing. Make one with `create`, `open` or `resume`; it can be pickled (as its path).
+
+    Any number of processes may call `write_strip` at once, for different strips. `create`, `write_test`, `reopen` and
+    `finish` are for the one process that drives the run.
+    """
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.path = path
+        self.layout = layout
+        with surfaced_errors("open", path):
+            self._group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        layout: Layout,
+        attributes: Mapping[str, object],
+        *,
+        overwrite: bool = False,
+    ) -> InfluenceWriter:
+        """Make an empty result at `path` and open it.
+
+        `attributes` are JSON values; `resume` compares `fingerprints` (name -> hex) and whichever others it is given.
+        Raises ForeignStoreError if something else lies there (nothing is touched), StoreExistsError if a result does
+        and not `overwrite`, SettingError if `attributes` are no JSON or use a reserved name.
+        """
+        folder = local_path(path)
+        stored = _stored_attributes(layout, attributes)
+        require_free(folder, overwrite)
+        put_in_place(folder, overwrite, lambda beside: _build(beside, layout, stored))
+        return cls(folder, layout)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> InfluenceWriter:
+        """Open an existing result for writing. Raises StoreNotFoundError, ForeignStoreError, StoreError."""
+        folder = local_path(path)
+        return cls(folder, Layout.from_attributes(read_attributes(folder)["layout"]))
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | os.PathLike[str],
+        layout: Layout,
+        fingerprints: Mapping[str, str],
+        settings: Mapping[str, object] | None = None,
+    ) -> InfluenceWriter:
+        """`open`, after `check_resumable`."""
+        check_resumable(path, layout, fingerprints, settings)
+        return cls.open(path)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (InfluenceWriter.open, (str(self.path),))
+
+    def __repr__(self) -> str:
+        return f"InfluenceWriter({str(self.path)!r}, shape={self.layout.shape}, strips={self.layout.n_strips})"
+
+    def write_test(
+        self,
+        rows: slice,
+        *,
+        loss: NDArray[Any] | None = None,
+        gradient_norm: NDArray[Any] | None = None,
+        relative_residual: NDArray[Any] | None = None,
+        iterations: NDArray[Any] | None = None,
+        converged: NDArray[Any] | None = None,
+    ) -> None:
+        """Write what is known of the test points `rows`; each array is [rows]. One process at a time.
+
+        `loss` and `gradient_norm` must be finite; `relative_residual` (to the norm of the right-hand side) need not be.
+        Raises IndexRangeError, ShapeError, DtypeError, NonFiniteError, StoreError.
+        """
+        n_rows = _check_rows(rows, self.layout.n_test)
+        given = {
+            "test_loss": _per_point("loss", loss, n_rows, "fiu", np.float32),
+            "test_gradient_norm": _per_point("gradient_norm", gradient_norm, n_rows, "fiu", np.float32),
+            "relative_residual": _per_point("relative_residual", relative_residual, n_rows, "fiu", np.float32),
+            "iterations": _per_point("iterations", iterations, n_rows, "iu", np.int32),
+            "converged": _per_point("converged", converged, n_rows, "b", np.bool_),
+        }
+        for name in ("test_loss", "test_gradient_norm"):
+            _require_finite(f"{name} of test points {rows.start or 0}…", given[name])
+        with surfaced_errors("write to", self.path):
+            for name, values in given.items():
+                if values is not None:
+                    self._array(name)[rows] = values
+
+    def write_strip(
+        self,
+        i: int,
+        values: NDArray[Any],
+        *,
+        loss: NDArray[Any] | None = None,
+        gradient_norm: NDArray[Any] | None = None,
+    ) -> bool:
+        """Write strip i and mark it. values: [n_test, n_i, *input_shape]; loss, gradient_norm: [n_i].
+
+        A strip that is marked already is left as it is (the first writer wins, so that backup tasks are harmless):
+        returns whether this call wrote. Values are stored as float32. Raises IndexRangeError, ShapeError, DtypeError,
+        NonFiniteError, or StoreError (disk full, no permission); the strip then stays unmarked.
+        """
+        values = _strip_values(i, values, self.layout.strip_shape(i))
+        loss = _per_point("loss", loss, values.shape[1], "fiu", np.float32)
+        gradient_norm = _per_point("gradient_norm", gradient_norm, values.shape[1], "fiu", np.float32)
+        _require_finite(f"loss of strip {i}", loss)
+        _require_finite(f"gradient_norm of strip {i}", gradient_norm)
+        action = f"write strip {i} to"
+        with surfaced_errors(action, self.path):
+            if self._is_done(i):
+                return False
+            try:
+                with surfaced_errors(action, self.path):
+                    self._write_chunks(i, values, loss, gradient_norm)
+            except CorruptStoreError:
+                # zarr reads what lies there before it replaces a shard at the edge: here a torn file, from a power cut.
+                self._delete_chunks(i)
+                self._write_chunks(i, values, loss, gradient_norm)
+            sync_to_disk(self._files_of(i))
+            self._mark(i, 1)
+        return True
+
+    def pending(self) -> list[int]:
+        """The strips that are still to be written: not marked, or marked but with their shard gone from the disk."""
+        with surfaced_errors("read", self.path):
+            status = np.asarray(self._array("strip_status")[:])
+            return [i for i in range(self.layout.n_strips) if status[i] != 1 or not self._shard_of(i).is_file()]
+
+    def reopen(self, strips: Iterable[int]) -> None:
+        """Unmark and delete strips (damaged ones, say), so that they are pending and the result is running again."""
+        strips = list(strips)
+        for i in strips:
+            self.layout.strip_slice(i)
+        if not strips:
+            return
+        with surfaced_errors("write to", self.path):
+            self._group.attrs["state"] = RUNNING
+            for i in strips:
+                self._mark(i, 0)
+                self._delete_chunks(i)
+
+    def finish(self, summary: Mapping[str, object] | None = None) -> None:
+        """Fold the strips' rankings into `top_…` and `bottom_…`, consolidate the metadata, mark the result complete.
+
+        summary: JSON values that are only known at the end (seconds per stage, say), kept as the attribute `summary`.
+        Can be called again, also after a kill. Raises IncompleteResultError if strips are pending.
+        """
+        pending = self.pending()
+        if pending:
+            raise IncompleteResultError(
+                f"{len(pending)} of {self.layout.n_strips} strips are not written yet ({_some(pending)}), expected "
+                f"none pending in {self.path}. Write them, then call `finish` again."
+            )
+        with surfaced_errors("finish", self.path):
+            if read_attributes(self.path)["state"] != COMPLETE:
+                if self.layout.ranked:
+                    self._fold_rankings()
+                sweep_unfinished_files(self.path)
+                sync_to_disk([self.path / name / "c" / chunk for name, chunk in _DRIVER_CHUNKS])
+                if summary is not None:
+                    self._group.attrs["summary"] = to_json(summary, "summary")
+                self._group.attrs["state"] = COMPLETE
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # consolidated metadata is no part of the v3 specification, yet
+                zarr.consolidate_metadata(str(self.path))
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        if name not in self._arrays:
+            array = self._group[name]
+            if not isinstance(array, zarr.Array):
+                raise CorruptStoreError(
+                    f"`{name}` of {self.path} must be an array, got a group. Compute the result again."
+                )
+            self._arrays[name] = array
+        return self._arrays[name]
+
+    def _write_chunks(
+        self, i: int, values: NDArray[np.float32], loss: NDArray[Any] | None, gradient_norm: NDArray[Any] | None
+    ) -> None:
+        columns = self.layout.strip_slice(i)
+        # One assignment per shard: two would read the shard back and write it twice.
+        self._array("influences")[:, columns] = values
+        for name, per_point in (("train_loss", loss), ("train_gradient_norm", gradient_norm)):
+            if per_point is not None:
+                self._array(name)[columns] = per_point
+        if self.layout.ranked:
+            self._write_partial_ranking(i, values)
+
+    def _delete_chunks(self, i: int) -> None:
+        for file in self._files_of(i):
+            file.unlink(missing_ok=True)
+
+    def _mark(self, i: int, status: int) -> None:
+        self._array("strip_status")[i] = status
+        sync_to_disk([self.path / "strip_status" / "c" / str(i)])
+
+    def _is_done(self, i: int) -> bool:
+        return bool(np.asarray(self._array("strip_status")[i]) == 1) and self._shard_of(i).is_file()
+
+    def _shard_of(self, i: int) -> Path:
+        return self.path.joinpath("influences", "c", "0", str(i), *("0" for _ in self.layout.input_shape))
+
+    def _files_of(self, i: int) -> list[Path]:
+        per_point = [self.path / name / "c" / str(i) for name in ("train_loss", "train_gradient_norm")]
+        partials = [self.path / "strips" / name / "c" / str(i) / "0/0/0" for name in ("index", "value")]
+        return [self._shard_of(i), *per_point, *partials]
+
+    def _write_partial_ranking(self, i: int, values: NDArray[np.float32]) -> None:
+        columns = self.layout.strip_slice(i)
+        points = np.arange(columns.start, columns.stop, dtype=np.int32)
+        helpful = most_helpful(values, points, self.layout.strip_k)
+        harmful = most_harmful(values, points, self.layout.strip_k)
+        shape = (2, self.layout.n_test, self.layout.strip_k)  # a last strip narrower than k leaves the rest as fill
+        indices, ranked = np.full(shape, -1, np.int32), np.full(shape, np.nan, np.float32)
+        for end, ranking in enumerate((helpful, harmful)):
+            width = ranking.indices.shape[1]
+            indices[end, :, :width], ranked[end, :, :width] = ranking
+        self._array("strips/index")[i] = indices
+        self._array("strips/value")[i] = ranked
+
+    def _fold_rankings(self) -> None:
+        k, n_test = self.layout.k, self.layout.n_test
+        top, bottom = empty_ranking(n_test), empty_ranking(n_test)
+        for i in range(self.layout.n_strips):
+            helpful, harmful = self._partial_rankings(i)
+            top, bottom = merge_helpful(top, helpful, k), merge_harmful(bottom, harmful, k)
+        for end, ranking in (("top", top), ("bottom", bottom)):
+            self._array(f"{end}_index")[:] = ranking.indices
+            self._array(f"{end}_value")[:] = ranking.values
+
+    def _partial_rankings(self, i: int) -> tuple[Ranking, Ranking]:
+        columns = self.layout.strip_slice(i)
+        width = min(self.layout.strip_k, columns.stop - columns.start)
+        indices = np.asarray(self._array("strips/index")[i])[:, :, :width]
+        values = np.asarray(self._array("strips/value")[i])[:, :, :width]
+        if (indices < columns.start).any() or (indices >= columns.stop).any() or not np.isfinite(values).all():
+            raise CorruptStoreError(
+                f"the ranking of strip {i} in {self.path} is missing or damaged, expected training points "
+                f"{columns.start} to {columns.stop - 1}. Call reopen([{i}]) and write the strip again."
+            )
+        return Ranking(indices[0], values[0]), Ranking(indices[1], values[1])
+
+
+def _stored_attributes(layout: Layout, attributes: Mapping[str, object]) -> dict[str, Any]:
+    taken = sorted(_RESERVED & set(attributes))
+    if taken:
+        raise SettingError(f"`attributes` must not use the store's own names, got {', '.join(taken)}. Rename them.")
+    plain = to_json(attributes, "attributes")
+    assert isinstance(plain, dict)
+    own: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "state": RUNNING,
+        "layout": layout.to_attributes(),
+        "sign_convention": SIGN_CONVENTION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return {**own, **plain}
+
+
+def _build(folder: Path, layout: Layout, attributes: dict[str, Any]) -> None:
+    group = zarr.open_group(str(folder), mode="w-", zarr_format=3, attributes=attributes)
+    if layout.ranked:
+        group.create_group("strips")
+    for spec in array_specs(layout):
+        # All-fill chunks are not stored, which loses nothing: influences are finite, their fill is NaN.
+        group.create_array(
+            spec.name,
+            shape=spec.shape,
+            chunks=spec.chunks,
+            shards=spec.shards,
+            dtype=spec.dtype,
+            fill_value=spec.fill,
+            compressors=[Crc32cCodec()],
+            dimension_names=spec.dims,
+        )
+
+
+def _strip_values(i: int, values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    values = np.asarray(values)
+    if values.shape != shape:
+        raise ShapeError(
+            f"`values` of strip {i} must be {shape}, got {values.shape}. Pass all test points by its points."
+        )
+    if values.dtype.kind != "f":
+        raise DtypeError(f"`values` of strip {i} must be floating point, got {values.dtype}. Convert to float32.")
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32, copy=False)
+    _require_finite(f"values of strip {i}", values)
+    return values
+
+
+def _per_point(
+    name: str, values: NDArray[Any] | None, n: int, kinds: str, dtype: type[np.generic]
+) -> NDArray[Any] | None:
+    if values is None:
+        return None
+    values = np.asarray(values)
+    if values.shape != (n,):
+        raise ShapeError(f"`{name}` must be ({n},), one value per point, got {values.shape}. Pass a flat array.")
+    if values.dtype.kind not in kinds:
+        raise DtypeError(f"`{name}` must convert to {dtype.__name__}, got {values.dtype}. Convert it first.")
+    with np.errstate(over="ignore"):
+        return values.astype(dtype, copy=False)
+
+
+def _require_finite(name: str, values: NDArray[Any] | None) -> None:
+    # The extremes carry NaN and infinity along and need no mask as large as the strip.
+    if values is None or (np.isfinite(values.min()) and np.isfinite(values.max())):
+        return
+    first = tuple(int(d) for d in np.argwhere(~np.isfinite(values))[0])
+    raise NonFiniteError(
+        f"`{name}` must be finite in float32, got {values[first]} at {list(first)}. Look for "
+        "diverged solves, overflow in half precision, or bad samples."
+    )
+
+
+def _check_rows(rows: slice, n_test: int) -> int:
+    if not isinstance(rows, slice) or rows.step not in (None, 1):
+        raise SettingError(f"`rows` must be a slice without step, got {rows!r}. Pass slice(start, stop).")
+    start, stop = rows.start or 0, n_test if rows.stop is None else rows.stop
+    if not 0 <= start < stop <= n_test:
+        raise IndexRangeError(
+            f"`rows` must lie within 0 to {n_test} and not be empty, got {rows!r}. Pass a range of rows."
+        )
+    return int(stop - start)
+
+
+def _some(strips: list[int]) -> str:
+    return ", ".join(map(str, strips[:5])) + (", …" if len(strips) > 5 else "")
