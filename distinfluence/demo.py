@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 N_TRAIN = 1500
 FLIPPED_SHARE = 0.05
 SEED = 0
-EPOCHS = 60
+EPOCHS = 30
 SHOWN = 6  # test digits in the picture, with as many training digits on either side
 
 

@@ -5,10 +5,7 @@ matrix strip by strip, which is what to use at scale. Both make one solve per te
 training chunk.
 """
 
-import shutil
-import tempfile
 import uuid
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,18 +20,30 @@ from dask.delayed import Delayed
 from distributed import Client
 
 from distinfluence.errors import ClusterError, NotFittedError, RecipeError, ShapeError
-from distinfluence.influence.arrays import ArrayBatch, to_numpy
+from distinfluence.influence.arrays import Array, ArrayBatch, to_numpy
 from distinfluence.influence.base import InfluenceFunctionModel, InfluenceMode, influence_mode
 from distinfluence.influence.report import FitReport
-from distinfluence.scaling.chunks import ArraySource, ChunkedData, Keep, LeafTree, MemoryLeaf, NpyLeaf, chunked, spill_to
+from distinfluence.scaling.chunks import (
+    CHUNK_SIZE,
+    ArraySource,
+    ChunkedData,
+    Home,
+    InThisProcess,
+    LeafTree,
+    NpyLeaf,
+    chunked,
+    recipe_length,
+    spill,
+)
 from distinfluence.scaling.executor import Executor, InProcess, OnCluster, check_workers
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.progress import Progress
-from distinfluence.scaling.recipe import ModelRecipe, fingerprint_module
+from distinfluence.scaling.recipe import ModelRecipe, Recipe, fingerprint_module
 from distinfluence.scaling.strips import Fitted, Request, look, write_influences
 from distinfluence.scaling.worker import (
     Context,
     LocalContext,
+    Scratch,
     SourcePlane,
     WorkerContext,
     check_model,
@@ -55,8 +64,9 @@ class InfluenceCalculator(ABC):
     model: an influence model; it is fitted by `fit`, and its own module is only read.
     """
 
-    def __init__(self, model: InfluenceFunctionModel) -> None:
+    def __init__(self, model: InfluenceFunctionModel, scratch: str | Path | None = None) -> None:
         self.model = model
+        self._scratch = Scratch(scratch)
         self._fitted: Fitted | None = None
 
     def fit(
@@ -98,7 +108,7 @@ class InfluenceCalculator(ABC):
 
         With `return_report`, also a dict of lazy [n_test] arrays: relative_residual, iterations, converged.
         """
-        data = self._chunked(x, y, chunk_size or TEST_CHUNK_SIZE)
+        data = self._chunked(x, y, chunk_size, TEST_CHUNK_SIZE)
         node, p = self._node(), self.model.n_parameters
         solved = [(_call(chunk_factors, node, chunk), size) for chunk, size in zip(data.chunks, data.sizes, strict=True)]
         factors = da.concatenate(
@@ -189,7 +199,7 @@ class InfluenceCalculator(ABC):
         fitted = self._stages()
         columns = fitted.train if x is None else self._everywhere(self._chunked(x, y, chunk_size))
         request = Request(
-            test=self._everywhere(self._chunked(x_test, y_test, test_chunk_size or TEST_CHUNK_SIZE)),
+            test=self._everywhere(self._chunked(x_test, y_test, test_chunk_size, TEST_CHUNK_SIZE)),
             columns=columns,
             mode=influence_mode(mode),
             solve=solve,
@@ -198,7 +208,7 @@ class InfluenceCalculator(ABC):
             resume=resume,
             attributes=attributes or {},
         )
-        return write_influences(Path(path), fitted, request, self._scratch(), _progress(progress))
+        return write_influences(Path(path), fitted, request, self._scratch.folder, _progress(progress))
 
     @property
     def fit_report(self) -> FitReport:
@@ -228,12 +238,14 @@ class InfluenceCalculator(ABC):
             )
         return shape
 
-    def _chunked(self, x: object, y: object | None, chunk_size: int | None) -> ChunkedData:
-        return chunked(x, y, self._keep(), chunk_size)
+    def _chunked(
+        self, x: object, y: object | None, chunk_size: int | None, default_size: int = CHUNK_SIZE
+    ) -> ChunkedData:
+        return chunked(x, y, self._home(), chunk_size, default_size)
 
     @abstractmethod
-    def _keep(self) -> Keep:
-        """Where arrays of this process go."""
+    def _home(self) -> Home:
+        """Where data of the caller go."""
 
     @abstractmethod
     def _everywhere(self, data: ChunkedData) -> ChunkedData:
@@ -259,10 +271,6 @@ class InfluenceCalculator(ABC):
     def _n_workers(self) -> int:
         """How many tasks run at a time."""
 
-    @abstractmethod
-    def _scratch(self) -> Path:
-        """A folder for files that only live during a run, seen by every task."""
-
 
 class SequentialInfluenceCalculator(InfluenceCalculator):
     """The stages of a run one after the other in this process: the same numbers without a cluster.
@@ -272,14 +280,13 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
     """
 
     def __init__(self, model: InfluenceFunctionModel, *, scratch: str | Path | None = None) -> None:
-        super().__init__(model)
-        self._folder = _scratch_folder(self, scratch)
+        super().__init__(model, scratch)
 
-    def _keep(self) -> Keep:
-        return MemoryLeaf
+    def _home(self) -> InThisProcess:
+        return InThisProcess()
 
     def _everywhere(self, data: ChunkedData) -> ChunkedData:
-        return _stored(data, self._scratch(), InProcess())
+        return _stored(data, self._scratch.folder, InProcess())
 
     def _executor(self) -> Executor:
         return InProcess()
@@ -295,9 +302,6 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
 
     def _n_workers(self) -> int:
         return 1
-
-    def _scratch(self) -> Path:
-        return self._folder
 
 
 class DaskInfluenceCalculator(InfluenceCalculator):
@@ -318,20 +322,19 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         recipe: ModelRecipe | None = None,
         scratch: str | Path | None = None,
     ) -> None:
-        super().__init__(model)
         if not isinstance(client, Client):
             raise ClusterError(
                 f"`client` must be a distributed.Client, got {type(client).__name__}. Make one with `Client(cluster)`."
             )
+        super().__init__(model, scratch)
         self.client = client
-        self._folder = _scratch_folder(self, scratch)
-        self._n_threads = check_workers(client, str(self._folder))
+        self._n_threads = check_workers(client, str(self._scratch.folder))
         self._recipe = self._travelling(recipe)
 
     def _travelling(self, recipe: ModelRecipe | None) -> ModelRecipe:
         module = self.model.risk.module
         if recipe is None:
-            return ModelRecipe.spill(module, self._folder)
+            return ModelRecipe.spill(module, self._scratch.folder)
         sha256 = fingerprint_module(module)
         if recipe.sha256 not in ("", sha256):
             raise RecipeError(
@@ -339,11 +342,11 @@ class DaskInfluenceCalculator(InfluenceCalculator):
             )
         return replace(recipe, sha256=sha256)
 
-    def _keep(self) -> Keep:
-        return spill_to(self._folder)
+    def _home(self) -> "OnWorkers":
+        return OnWorkers(self.client, self._scratch.folder)
 
     def _everywhere(self, data: ChunkedData) -> ChunkedData:
-        return _stored(data, self._folder, OnCluster(self.client))
+        return _stored(data, self._scratch.folder, OnCluster(self.client))
 
     def _executor(self) -> Executor:
         return OnCluster(self.client)
@@ -351,6 +354,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
     def _unfitted_context(self) -> WorkerContext:
         return WorkerContext(
             key=uuid.uuid4().hex,
+            scratch=self._scratch,
             unbound=bytes(cloudpickle.dumps(self.model.unbound())),
             recipe=self._recipe,
             device=self.model.risk.device.type,
@@ -364,19 +368,32 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         key = uuid.uuid4().hex
         files = {}
         for number, (name, tensor) in enumerate(self.model.state_arrays().items()):
-            path = self._folder / f"state-{key[:8]}-{number}.npy"
+            path = self._scratch.folder / f"state-{key[:8]}-{number}.npy"
             save_whole(path, to_numpy(tensor))
             files[name] = str(path)
         return replace(context, key=key, state=files, report=self.model.fit_report, train=train)
 
     def _plane(self, context: WorkerContext, data: ChunkedData, remarks: tuple[str, ...]) -> DaskPlane:
-        return DaskPlane(self.model.risk, self.client, context, data, remarks, self._folder)
+        return DaskPlane(self.model.risk, self.client, context, data, remarks, self._scratch.folder)
 
     def _n_workers(self) -> int:
         return len(self.client.nthreads())
 
-    def _scratch(self) -> Path:
-        return self._folder
+
+class OnWorkers:
+    """Arrays of the caller are spilled; what a recipe builds is looked at by a worker."""
+
+    def __init__(self, client: Client, folder: Path) -> None:
+        self._client = client
+        self._folder = folder
+
+    def keep(self, array: Array) -> NpyLeaf:
+        """A file in the scratch folder."""
+        return spill(array, self._folder)
+
+    def length(self, recipe: Recipe, key: str) -> int:
+        """Asked of a worker, which builds it."""
+        return int(self._client.submit(recipe_length, recipe, key, pure=False).result())
 
 
 def _progress(progress: bool | Progress) -> Progress:
@@ -385,16 +402,6 @@ def _progress(progress: bool | Progress) -> Progress:
 
 def _call(task: Any, *arguments: object) -> Delayed:
     return dask.delayed(task, pure=False, traverse=False)(*arguments)
-
-
-def _scratch_folder(owner: object, scratch: str | Path | None) -> Path:
-    if scratch is not None:
-        folder = Path(scratch).expanduser().resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    folder = Path(tempfile.mkdtemp(prefix="distinfluence-", dir=dask.config.get("temporary-directory", None)))
-    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def _stored(data: ChunkedData, folder: Path, executor: Executor) -> ChunkedData:

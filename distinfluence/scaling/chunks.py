@@ -8,6 +8,7 @@ arrays and data sets given as a `Recipe` are never read by the caller at all.
 import itertools
 import uuid
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from distinfluence.influence.arrays import Array, ArrayBatch, to_numpy, to_numpy
 from distinfluence.scaling.recipe import Recipe
 
 CHUNK_SIZE = 256  # samples, where nobody says better
+KEPT_DATA_SETS = 4  # that a process keeps built: training and test data of two runs
 DATASET_BYTES = 8 * 2**20  # a pickled data set that is larger carries its samples with it
 
 
@@ -88,7 +90,28 @@ class ZarrLeaf:
 
 
 LeafTree: TypeAlias = "Leaf | tuple[LeafTree, ...] | dict[str, LeafTree]"
-Keep: TypeAlias = Callable[[Array], Leaf]
+
+
+class Home(Protocol):
+    """Where data of the caller go, and who looks at data that the caller must not load."""
+
+    def keep(self, array: Array) -> Leaf:
+        """A place for an array of the caller's process from which every task can read it."""
+
+    def length(self, recipe: Recipe, key: str) -> int:
+        """Number of samples of what the recipe builds, found where tasks run; `key`: under which it is kept there."""
+
+
+class InThisProcess:
+    """Data stay where they are."""
+
+    def keep(self, array: Array) -> Leaf:
+        """The array itself."""
+        return MemoryLeaf(array)
+
+    def length(self, recipe: Recipe, key: str) -> int:
+        """Build it here."""
+        return recipe_length(recipe, key)
 
 
 class ChunkSource(ABC):
@@ -136,18 +159,33 @@ class DatasetSource(ChunkSource):
         """Collate the samples, or slice the arrays."""
         data = _built(self.recipe, self.key.partition("/")[0])
         if not isinstance(data, Dataset):
-            return ArraySource(_leaves(data, MemoryLeaf, "data"), self.start, self.stop, self.key).load()
+            return ArraySource(_leaves(data, InThisProcess(), "data"), self.start, self.stop, self.key).load()
         collate = default_collate if self.collate is None else cloudpickle.loads(self.collate)
         return to_numpy_batch(as_batch(collate([data[index] for index in range(self.start, self.stop)])))
 
 
-_data_sets: dict[str, Any] = {}
+_data_sets: OrderedDict[str, Any] = OrderedDict()
 
 
 def _built(recipe: Recipe | bytes, key: str) -> Any:
     if key not in _data_sets:
         _data_sets[key] = cloudpickle.loads(recipe) if isinstance(recipe, bytes) else recipe.build()
+        while len(_data_sets) > KEPT_DATA_SETS:
+            _data_sets.popitem(last=False)
     return _data_sets[key]
+
+
+def recipe_length(recipe: Recipe, key: str) -> int:
+    """Number of samples of what the recipe builds, which is kept under `key`. Raises DtypeError if that is neither a data set nor arrays."""
+    built = _built(recipe, key)
+    if isinstance(built, IterableDataset) or not isinstance(built, (Dataset, Tensor, np.ndarray, Mapping, Sequence)):
+        raise DtypeError(
+            f"`{recipe.target}` must return a map-style data set, or arrays, got {type(built).__name__}. "
+            "Give the data set `__len__` and `__getitem__`."
+        )
+    if isinstance(built, Dataset):
+        return len(built)  # type: ignore[arg-type]
+    return _length(_leaves(built, InThisProcess(), "data"))
 
 
 @dataclass(frozen=True)
@@ -190,12 +228,15 @@ class ChunkedData:
         return first
 
 
-def chunked(x: object, y: object | None, keep: Keep, chunk_size: int | None = None) -> ChunkedData:
+def chunked(
+    x: object, y: object | None, home: Home, chunk_size: int | None = None, default_size: int = CHUNK_SIZE
+) -> ChunkedData:
     """Cut a data set into chunks.
 
     x, y: tensors, NumPy, zarr or dask arrays with the samples along the first dimension; or as x alone a tuple or dict
     of these, a map-style torch `Dataset`, a DataLoader that does not shuffle, a `Recipe` of any of these, or a
-    `ChunkedData`. keep: where arrays of this process go. chunk_size: samples in a chunk; dask arrays bring their own.
+    `ChunkedData`. home: where data of the caller go. chunk_size: samples in a chunk; if None, dask arrays and loaders bring their own,
+    other data are cut into `default_size`.
     Raises ShapeError for lengths that differ, ChunkError for chunks that do not line up, EmptyDataError, DtypeError.
     """
     if isinstance(x, ChunkedData):
@@ -204,53 +245,42 @@ def chunked(x: object, y: object | None, keep: Keep, chunk_size: int | None = No
         raise ChunkError(f"`chunk_size` must be a whole number of samples ≥ 1, got {chunk_size!r}.")
     data = x if y is None else (x, y)
     if isinstance(data, Recipe):
-        return _of_recipe(data, chunk_size)
+        return _of_recipe(data, home, chunk_size or default_size)
     if isinstance(data, DataLoader):
-        return _of_loader(data, keep, chunk_size)
+        return _of_loader(data, home, chunk_size, default_size)
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, Dataset):
-        return _of_dataset(data, None, chunk_size)
+        return _of_dataset(data, None, chunk_size or default_size)
     if _any_dask(data):
         return _of_dask(data, chunk_size)
-    leaves = _leaves(data, keep, "data")
+    leaves = _leaves(data, home, "data")
     key = uuid.uuid4().hex
-    return _cut(_length(leaves), chunk_size, lambda a, b: ArraySource(leaves, a, b, f"{key}/{a}"))
+    return _cut(_length(leaves), chunk_size or default_size, lambda a, b: ArraySource(leaves, a, b, f"{key}/{a}"))
 
 
-def spill_to(folder: Path) -> Keep:
-    """Keep arrays as .npy files in a folder that every worker sees."""
-
-    def keep(array: Array) -> Leaf:
-        path = folder / f"array-{uuid.uuid4().hex}.npy"
-        np.save(path, array, allow_pickle=False)
-        return NpyLeaf(str(path), array.shape)
-
-    return keep
+def spill(array: Array, folder: Path) -> NpyLeaf:
+    """Keep an array as a .npy file in a folder that every worker sees."""
+    path = folder / f"array-{uuid.uuid4().hex}.npy"
+    np.save(path, array, allow_pickle=False)
+    return NpyLeaf(str(path), array.shape)
 
 
-def _cut(n: int, chunk_size: int | None, source: Callable[[int, int], ChunkSource]) -> ChunkedData:
+def _cut(n: int, chunk_size: int, source: Callable[[int, int], ChunkSource]) -> ChunkedData:
     if n == 0:
         raise EmptyDataError("`x` must hold at least one sample, got none. Pass a data set that isn't empty.")
-    size = min(chunk_size or CHUNK_SIZE, n)
+    size = min(chunk_size, n)
     edges = [*range(0, n, size), n]
     ranges = list(zip(edges[:-1], edges[1:], strict=True))
     return ChunkedData(tuple(b - a for a, b in ranges), tuple(source(a, b) for a, b in ranges))
 
 
-def _of_recipe(recipe: Recipe, chunk_size: int | None) -> ChunkedData:
-    key = uuid.uuid4().hex
-    built = _built(recipe, key)
-    if isinstance(built, IterableDataset) or not (isinstance(built, (Dataset, Tensor, np.ndarray, Mapping, Sequence))):
-        raise DtypeError(
-            f"`{recipe.target}` must return a map-style data set, or arrays, got {type(built).__name__}. "
-            "Give the data set `__len__` and `__getitem__`."
-        )
-    n = len(built) if isinstance(built, Dataset) else _length(_leaves(built, MemoryLeaf, "data"))  # type: ignore[arg-type]
-    return _cut(n, chunk_size, lambda a, b: DatasetSource(recipe, None, a, b, f"{key}/{a}"))
+def _of_recipe(recipe: Recipe, home: Home, chunk_size: int) -> ChunkedData:
+    key = uuid.uuid4().hex  # not the recipe's own: what it builds may have changed since the last run
+    return _cut(home.length(recipe, key), chunk_size, lambda a, b: DatasetSource(recipe, None, a, b, f"{key}/{a}-{b}"))
 
 
-def _of_loader(loader: "DataLoader[Any]", keep: Keep, chunk_size: int | None) -> ChunkedData:
+def _of_loader(loader: "DataLoader[Any]", home: Home, chunk_size: int | None, default_size: int) -> ChunkedData:
     if loader.batch_sampler is not None and not isinstance(loader.sampler, SequentialSampler):
         raise ChunkError(
             f"`x` must be a DataLoader in a fixed order, got one with {type(loader.sampler).__name__}: its samples "
@@ -258,14 +288,14 @@ def _of_loader(loader: "DataLoader[Any]", keep: Keep, chunk_size: int | None) ->
         )
     if loader.drop_last:
         raise ChunkError("`x` must be a DataLoader over all samples, got drop_last=True. Pass drop_last=False.")
-    size = chunk_size or loader.batch_size
+    size = chunk_size or loader.batch_size or default_size
     data = loader.dataset
     if isinstance(data, TensorDataset) and loader.collate_fn is default_collate:
-        return chunked(data.tensors, None, keep, size)
+        return chunked(data.tensors, None, home, size)
     return _of_dataset(data, None if loader.collate_fn is default_collate else loader.collate_fn, size)
 
 
-def _of_dataset(data: "Dataset[Any]", collate: Callable[..., object] | None, chunk_size: int | None) -> ChunkedData:
+def _of_dataset(data: "Dataset[Any]", collate: Callable[..., object] | None, chunk_size: int) -> ChunkedData:
     if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
         raise DtypeError(
             f"`x` must be a map-style data set, got {type(data).__name__}. Give it `__len__` and `__getitem__`."
@@ -337,18 +367,18 @@ def _regroup(data: object, blocks: Mapping[str, Any], index: int, name: str) -> 
     return blocks[name][index]
 
 
-def _leaves(data: object, keep: Keep, name: str) -> LeafTree:
+def _leaves(data: object, home: Home, name: str) -> LeafTree:
     if isinstance(data, Mapping):
-        return {str(key): _leaves(value, keep, f"{name}[{key!r}]") for key, value in data.items()}
+        return {str(key): _leaves(value, home, f"{name}[{key!r}]") for key, value in data.items()}
     if isinstance(data, (tuple, list)):
-        return tuple(_leaves(value, keep, f"{name}[{index}]") for index, value in enumerate(data))
+        return tuple(_leaves(value, home, f"{name}[{index}]") for index, value in enumerate(data))
     if isinstance(data, Tensor):
-        return keep(to_numpy(data))
+        return home.keep(to_numpy(data))
     if isinstance(data, np.ndarray):
-        return keep(data)
+        return home.keep(data)
     if isinstance(data, zarr.Array):
         shared = not isinstance(data.store, zarr.storage.MemoryStore)
-        return ZarrLeaf(data) if shared else keep(np.asarray(data[:]))
+        return ZarrLeaf(data) if shared else home.keep(np.asarray(data[:]))
     raise DtypeError(
         f"`{name}` must be a tensor, a NumPy, zarr or dask array, a data set, a DataLoader or a `Recipe`, got "
         f"{type(data).__name__}. Convert it to an array first."

@@ -6,7 +6,10 @@ the host. Arguments and results are NumPy arrays and small values.
 """
 
 import os
+import shutil
+import tempfile
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import cloudpickle
+import dask
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -66,15 +70,36 @@ class LocalContext:
         return self.model
 
 
+class Scratch:
+    """A folder for files that only live during a run; a temporary one goes when nothing on this side refers to it.
+
+    Contexts hold on to it, so that lazy arrays outlive the calculator that made them. It does not travel.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        if folder is not None:
+            self.folder = Path(folder).expanduser().resolve()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self.folder = Path(
+                tempfile.mkdtemp(prefix="distinfluence-", dir=dask.config.get("temporary-directory", None))
+            )
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
 @dataclass(frozen=True)
 class WorkerContext:
     """A model as a recipe, with the settings, the fitted state's files and the training set's chunks.
 
-    unbound: the pickled influence model without its module. state: array name → .npy file. n_threads: of torch, in a
+    scratch: where its files are, None once it has travelled. unbound: the pickled influence model without its module. state: array name → .npy file. n_threads: of torch, in a
     task. device: "cpu" or "cuda"; which GPU is decided where the task runs.
     """
 
     key: str
+    scratch: Scratch | None
     unbound: bytes
     recipe: ModelRecipe
     device: str

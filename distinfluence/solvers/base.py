@@ -75,20 +75,20 @@ class Solver(ABC, Generic[StateT]):
         """The state again from `state_arrays`, beside an equal operator, without the work of `fit`."""
 
 
-def check_rhs(rhs: Tensor, operator: CurvatureOperator) -> None:
+def check_rhs(rhs: Tensor, operator: CurvatureOperator, name: str = "rhs") -> None:
     """Raise ShapeError, DtypeError or NonFiniteError unless rhs is finite, [k, p] and in the operator's dtype."""
     if rhs.ndim != 2 or rhs.shape[1] != operator.size:
         raise ShapeError(
-            f"`rhs` must be [k, p] with p={operator.size}, got {tuple(rhs.shape)}. Pass one row per right-hand side."
+            f"`{name}` must be [k, p] with p={operator.size}, got {tuple(rhs.shape)}. Pass one row per right-hand side."
         )
     if rhs.dtype != operator.dtype:
-        raise DtypeError(f"`rhs` must be {operator.dtype} as the operator is, got {rhs.dtype}. Convert the rows.")
+        raise DtypeError(f"`{name}` must be {operator.dtype} as the operator is, got {rhs.dtype}. Convert the rows.")
     finite = torch.isfinite(rhs).all(dim=1)
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
+        remedy = "Look at the gradients of these samples." if name == "rhs" else "Start these rows from zero."
         raise NonFiniteError(
-            f"`rhs` must be finite, got NaN or infinity in rows {bad[:10]} ({len(bad)} of {rhs.shape[0]}). "
-            "Look at the gradients of these samples."
+            f"`{name}` must be finite, got NaN or infinity in rows {bad[:10]} ({len(bad)} of {rhs.shape[0]}). {remedy}"
         )
 
 

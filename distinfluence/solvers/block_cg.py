@@ -30,7 +30,8 @@ class BlockCG(ConjugateSolver):
 
     def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, maxiter: int) -> Steps:
         result = Steps.none(rhs)
-        rows, r = torch.arange(rhs.shape[0], device=rhs.device), rhs.clone()
+        rows = torch.arange(rhs.shape[0], device=rhs.device)
+        mix, r = independent_rows(rhs)
         p = orthonormal_rows(state.precondition(r))
         patience = Patience()
         for _ in range(maxiter):
@@ -44,19 +45,34 @@ class BlockCG(ConjugateSolver):
                 result.flat[rows] = True
                 break
             step = (inverse @ (p @ r.T).double()).to(rhs.dtype)
-            result.d[rows] += step.T @ p
+            result.d[rows] += (mix @ step.T) @ p
             r -= step.T @ q
-            ratio = norms(r) / threshold[rows]
+            ratio = norms(mix @ r) / threshold[rows]
             keep = ratio > 1
             if not keep.any() or patience.lost(ratio[keep]):
                 break
-            rows, r = rows[keep], r[keep]
+            rows, mix = rows[keep], mix[keep]
+            used = (mix != 0).any(dim=0)
+            mix, r = mix[:, used], r[used]
             z = state.precondition(r)
             conjugate = -(inverse @ (q @ z.T).double()).to(rhs.dtype)
             p = orthonormal_rows(z + conjugate.T @ p)
             if p.shape[0] == 0:
                 break
         return result
+
+
+def independent_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [k, p] = mix [k, r] · basis [r, p]: the rows themselves where they are independent, else a basis of their span.
+
+    Without this, dependent residuals would drift apart by rounding, and once that has grown to the size of what is left
+    of them, it spoils the search space: six times the passes for rows that come twice.
+    """
+    k = rows.shape[0]
+    basis = orthonormal_rows(rows)
+    if basis.shape[0] == k:
+        return torch.eye(k, dtype=rows.dtype, device=rows.device), rows.clone()
+    return rows @ basis.T, basis
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator
-from distinfluence.errors import SettingError
+from distinfluence.errors import SettingError, ShapeError
 from distinfluence.solvers.base import Outcome, Solution, Solver, check_damping, check_rhs, check_tolerance
 from distinfluence.solvers.preconditioner import FittedPreconditioner, Preconditioner
 
@@ -89,7 +89,7 @@ class ConjugateSolver(Solver[Damped]):
         check_tolerance("atol", self.atol)
         if self.rtol == 0 and self.atol == 0:
             raise SettingError("`rtol` and `atol` must not both be 0: no residual is. Pass for instance rtol=1e-6.")
-        if self.maxiter is not None and (not isinstance(self.maxiter, int) or self.maxiter < 1):
+        if self.maxiter is not None and (type(self.maxiter) is not int or self.maxiter < 1):  # a bool is none
             raise SettingError(f"`maxiter` must be a whole number ≥ 1 or None, got {self.maxiter!r}.")
 
     def fit(self, operator: CurvatureOperator) -> Damped:
@@ -109,7 +109,9 @@ class ConjugateSolver(Solver[Damped]):
         """Solve for rhs [k, p]. x0: [k, p], where to start; zero if None. Costs a pass more than there are steps."""
         check_rhs(rhs, state.operator)
         if x0 is not None:
-            check_rhs(x0, state.operator)
+            check_rhs(x0, state.operator, "x0")
+            if x0.shape != rhs.shape:
+                raise ShapeError(f"`x0` must be {tuple(rhs.shape)} as `rhs` is, got {tuple(x0.shape)}.")
         run = _Run(self, state, rhs, x0)
         while (rows := run.unfinished()).numel():
             run.advance(rows, self._inner(state, run.residual[rows], run.threshold[rows], run.steps_left(rows)))
@@ -124,10 +126,10 @@ class _Run:
         self._rhs = rhs
         k, p = rhs.shape
         self._maxiter = solver.maxiter or min(10 * p, MOST_ITERATIONS)
-        # not rhs.clone(): a zero row then returns at once, and step counts mean products
-        self._x = torch.zeros_like(rhs) if x0 is None else x0.clone()
-        self.residual = rhs.clone() if x0 is None else rhs - state.matmat(self._x)
         self._rhs_norm = norms(rhs)
+        # not rhs.clone(): a zero row then returns at once, and step counts mean products
+        self._x = torch.zeros_like(rhs) if x0 is None else torch.where(self._rhs_norm[:, None] > 0, x0, 0.0)
+        self.residual = rhs.clone() if x0 is None else rhs - state.matmat(self._x)
         self.threshold = (solver.rtol * self._rhs_norm).clamp_min(solver.atol)
         self._norm = norms(self.residual)
         self._steps = torch.zeros(k, dtype=torch.int64, device=rhs.device)
@@ -147,9 +149,13 @@ class _Run:
     def advance(self, rows: Tensor, inner: Steps) -> None:
         """Add the correction, look at the true residual, and settle what has come to an end."""
         before = self._norm[rows]
-        self._x[rows] += inner.d
-        self.residual[rows] = self._rhs[rows] - self._state.matmat(self._x[rows])
-        self._norm[rows] = norms(self.residual[rows])
+        x = self._x[rows] + inner.d
+        residual = self._rhs[rows] - self._state.matmat(x)
+        after = norms(residual)
+        # a correction that made the true residual worse (steps along nearly flat directions) is not taken
+        better = after < before
+        taken = rows[better]
+        self._x[taken], self.residual[taken], self._norm[taken] = x[better], residual[better], after[better]
         self._steps[rows] += inner.steps
         self._curvature[rows] = torch.minimum(self._curvature[rows], inner.curvature)
         for number, row in enumerate(rows.tolist()):

@@ -1,8 +1,8 @@
 """Solve with a dense factorisation of A + λI, made once.
 
 Cost: p products for the matrix (`operator.dense`), p³/3 flops for its Cholesky factor, 2·p² for each right-hand side.
-Memory: the matrix and its factor, 16·p² bytes. All in float64. A matrix that is not positive definite is factorised by
-eigenvalues instead (9·p³ flops or so), and said so.
+Memory: the matrix and its factor, 16·p² bytes. All in float64. A matrix that is indefinite, or singular to rounding, is
+factorised by eigenvalues instead (9·p³ flops or so), and said so.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,12 @@ class Factorisation:
     @property
     def positive_definite(self) -> bool:
         """Whether A + λI has only positive eigenvalues."""
-        return self.eigenvalues.numel() == 0
+        return not self.eigenvalues.numel() or float(self.eigenvalues[0]) > self.noise
+
+    @property
+    def noise(self) -> float:
+        """Eigenvalues within ± this are zero to rounding: p·eps·‖A + λI‖."""
+        return _rounding(self.matrix) * float(self.eigenvalues.abs().max())
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Direct(Solver[Factorisation]):
     """Dense factorisation: exact to rounding.
 
     damping: λ ≥ 0. rtol: residual norm relative to ‖rhs‖ above which a row counts as not solved: a backward stable solve
-    leaves about eps·cond(A + λI), so that 1e-6 is missed only beyond cond ≈ 1e10, where few digits of x are right.
+    leaves about eps·cond(A + λI), so that 1e-6 is missed only beyond cond ≈ 1e10, where few digits of x are right. Rows
+    in float32 may miss it by the rounding of x itself, up to 1e-2.
     Reference: Golub & Van Loan (2013), Matrix Computations, sections 4.2 and 8.3.
     """
 
@@ -56,7 +62,9 @@ class Direct(Solver[Factorisation]):
         matrix.diagonal().add_(self.damping)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         eigenvalues = matrix.new_empty(0)
-        if int(failed):
+        # whether Cholesky fails on a singular matrix is up to rounding: a pivot that is zero to rounding counts as failed
+        pivots = factor.diagonal() ** 2
+        if int(failed) or bool(pivots.min() <= 10 * _rounding(matrix) * matrix.diagonal().max()):
             eigenvalues, factor = torch.linalg.eigh(matrix)
         return Factorisation(operator, matrix, factor, eigenvalues)
 
@@ -64,14 +72,14 @@ class Direct(Solver[Factorisation]):
         """Two triangular solves, or the eigenvectors; the residual from the dense matrix."""
         check_rhs(rhs, state.operator)
         b = rhs.double()
-        x = _cholesky_solve(state, b) if state.positive_definite else _eigen_solve(state, b)
+        x = _eigen_solve(state, b) if state.eigenvalues.numel() else _cholesky_solve(state, b)
         x = x.to(rhs.dtype)
         norms = b.norm(dim=1)
         residual = (b - x.double() @ state.matrix).norm(dim=1)
         relative = torch.where(norms > 0, residual / norms, residual).cpu()
-        # x is rounded to the dtype of rhs, which alone leaves a residual of eps·‖A‖·‖x‖
+        # x is rounded to the dtype of rhs, which alone leaves a residual of eps·‖A‖·‖x‖; no excuse beyond a percent of ‖rhs‖
         rounding = torch.finfo(rhs.dtype).eps * state.matrix.abs().sum(dim=1).max() * x.double().norm(dim=1)
-        solved = (residual <= self.rtol * norms + rounding).cpu()
+        solved = (residual <= self.rtol * norms + torch.minimum(rounding, 1e-2 * norms)).cpu()
         smallest = float(state.eigenvalues[0]) if state.eigenvalues.numel() else float("nan")
         k = rhs.shape[0]
         return Solution(
@@ -97,7 +105,11 @@ def _cholesky_solve(state: Factorisation, b: Tensor) -> Tensor:
 
 def _eigen_solve(state: Factorisation, b: Tensor) -> Tensor:
     """The minimum-norm solution: eigenvalues that are zero to rounding have no inverse."""
-    size = state.eigenvalues.abs().amax()
-    zero = state.eigenvalues.abs() <= size * state.eigenvalues.numel() * torch.finfo(torch.float64).eps
+    zero = state.eigenvalues.abs() <= state.noise
     inverse = torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, state.eigenvalues))
     return (b @ state.factor * inverse) @ state.factor.T
+
+
+def _rounding(matrix: Tensor) -> float:
+    """p·eps: what rounding does to the eigenvalues of a matrix [p, p], relative to its norm."""
+    return matrix.shape[0] * torch.finfo(matrix.dtype).eps

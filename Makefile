@@ -1,0 +1,59 @@
+# Everything runs in .venv, which the targets make for themselves. PYTHON: the interpreter to make it with.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint format docs clean
+
+help: ## Say what can be made.
+	@echo 'distinfluence: influence functions of PyTorch models. Needs Python 3.11 or newer; the rest installs into $(VENV).'
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Install what the demo needs and find mislabelled digits (the result: distinfluence-demo/).
+	@$(BIN)/distinfluence demo
+
+test: lint ## Install everything for development, then lint, check types and run every test.
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## Check style, formatting and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Sort imports, mend what ruff can mend, and format.
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## Build the documentation into docs/_build/html; warnings are errors.
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo 'The documentation is in docs/_build/html/index.html.'
+
+clean: ## Remove the environment, caches and built documentation; results stay.
+	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written when its set-up is complete, and only then: an interrupted one is done again.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "distinfluence needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing)." \
+	    "Try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo 'Making $(VENV) …'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
+	@echo 'Installing (a minute or two; PyTorch is large) …'
+	@$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
+	@echo 'Installing (a few minutes; PyTorch is large) …'
+	@$(INSTALL) -e '.[demo,browse,docs,test]'
+	@touch $@ $(VENV)/.demo

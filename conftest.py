@@ -1,0 +1,30 @@
+"""Runs every ```python block of the README and of the documentation, page by page, each page in an empty folder."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+
+def _enter_folder(namespace: dict[str, Any]) -> None:
+    namespace["_before"] = os.getcwd()
+    namespace["_folder"] = TemporaryDirectory(prefix="distinfluence-docs-")
+    os.chdir(namespace["_folder"].name)
+
+
+def _leave_folder(namespace: dict[str, Any]) -> None:
+    os.chdir(namespace["_before"])
+    namespace["_folder"].cleanup()
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/**/*.md"],
+    excludes=["docs/_build/**"],
+    path=str(Path(__file__).parent),
+    setup=_enter_folder,
+    teardown=_leave_folder,
+).pytest()

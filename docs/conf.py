@@ -1,0 +1,46 @@
+"""Sphinx: Markdown pages by MyST, the reference from the docstrings by autodoc."""
+
+import re
+
+from sphinx.application import Sphinx
+
+import distinfluence
+
+project = "distinfluence"
+author = "the distinfluence developers"
+copyright = "the distinfluence developers"
+version = release = distinfluence.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+nitpicky = False
+default_role = "code"
+
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+autoclass_content = "class"
+autodoc_class_signature = "mixed"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+
+html_theme = "furo"
+html_title = f"distinfluence {release}"
+html_show_copyright = False
+html_show_sourcelink = False
+
+
+def _escape_markup(_app: Sphinx, _kind: str, _name: str, _what: object, _options: object, lines: list[str]) -> None:
+    """Keep `*args`, `|x|` and `name_` in a docstring from being read as reStructuredText; `code` stays code."""
+    for i, line in enumerate(lines):
+        if line.lstrip().startswith(">>>"):
+            continue
+        parts = re.split(r"(`[^`]*`)", line)
+        lines[i] = "".join(p if p.startswith("`") else re.sub(r"[*|]|_(?!\w)", r"\\\g<0>", p) for p in parts)
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the docstring filter."""
+    app.connect("autodoc-process-docstring", _escape_markup)

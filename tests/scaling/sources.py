@@ -1,0 +1,53 @@
+"""Models and data that tests name as `tests.scaling.sources:…`, so that workers build them for themselves."""
+
+import os
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tests.zoo import build
+
+
+def model() -> nn.Module:
+    return build("mlp classification").model
+
+
+def train() -> tuple[Tensor, Tensor]:
+    return build("mlp classification").train
+
+
+def test() -> tuple[Tensor, Tensor]:
+    return build("mlp classification").test
+
+
+class Samples(Dataset[tuple[Tensor, Tensor]]):
+    """The training samples one by one."""
+
+    def __len__(self) -> int:
+        return len(train()[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = train()
+        return x[index], y[index]
+
+
+def arrays_of_this_process(forbidden_pid: int) -> tuple[Tensor, Tensor]:
+    """The training samples, but never in the process with that number."""
+    if os.getpid() == forbidden_pid:
+        raise AssertionError("the driver loaded the data")
+    return train()
+
+
+def broken() -> tuple[Tensor, Tensor]:
+    """NaN in sample 17."""
+    x, y = train()
+    x = x.clone()
+    x[17, 2] = torch.nan
+    return x, y
+
+
+def ids() -> NDArray[np.int64]:
+    return np.arange(5)

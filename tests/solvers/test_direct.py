@@ -1,0 +1,82 @@
+"""Direct: the contract, and what a dense factorisation can do that others cannot."""
+
+import pytest
+import torch
+
+from distinfluence.curvature import MatrixOperator
+from distinfluence.solvers import Direct, Factorisation, Outcome
+
+from .contract import SolverContract
+from .systems import P, SYSTEM, dense_solution, indefinite, low_rank, randn, relative_error, spd, with_spectrum
+
+
+class TestDirect(SolverContract[Factorisation]):
+    solver = Direct(damping=0.0)
+    accuracy = 1e-8
+
+    def test_a_positive_definite_matrix_says_so(self) -> None:
+        state = Direct(SYSTEM.damping).fit(MatrixOperator(SYSTEM.matrix))
+        assert state.positive_definite
+
+    @pytest.mark.parametrize("damping", [0.0, 0.05])
+    def test_an_indefinite_matrix_is_solved_and_says_so(self, damping: float) -> None:
+        matrix, rhs = indefinite(), randn(4, P)
+        state = Direct(damping).fit(MatrixOperator(matrix))
+        assert not state.positive_definite
+        solution = Direct(damping).solve(state, rhs)
+        assert solution.converged.all()
+        assert relative_error(solution.x, dense_solution(matrix, damping, rhs)) <= self.accuracy
+        smallest = float(torch.linalg.eigvalsh(matrix)[0]) + damping
+        assert torch.allclose(solution.curvature, torch.full((4,), smallest, dtype=torch.float64))
+
+    def test_the_indefinite_factorisation_survives_being_stored(self) -> None:
+        matrix, rhs = indefinite(), randn(4, P)
+        solver = Direct(0.05)
+        state = solver.fit(MatrixOperator(matrix))
+        restored = solver.restore(MatrixOperator(matrix), solver.state_arrays(state))
+        assert not restored.positive_definite
+        assert torch.equal(solver.solve(restored, rhs).x, solver.solve(state, rhs).x)
+
+    def test_restoring_and_solving_take_no_pass(self) -> None:
+        operator = MatrixOperator(SYSTEM.matrix)
+        solver = Direct(SYSTEM.damping)
+        arrays = solver.state_arrays(solver.fit(MatrixOperator(SYSTEM.matrix)))
+        x = solver.solve(solver.restore(operator, arrays), SYSTEM.rhs()).x
+        assert operator.work.passes == 0
+        assert relative_error(x, dense_solution(SYSTEM.matrix, SYSTEM.damping, SYSTEM.rhs())) <= self.accuracy
+
+    def test_fitting_takes_one_product_for_each_parameter_and_solving_none(self) -> None:
+        operator = MatrixOperator(SYSTEM.matrix)
+        solver = Direct(SYSTEM.damping)
+        state = solver.fit(operator)
+        assert (operator.work.passes, operator.work.rows) == (1, P)
+        solver.solve(state, SYSTEM.rhs(3))
+        assert (operator.work.passes, operator.work.rows) == (1, P)
+
+    def test_no_iterations_are_counted(self) -> None:
+        assert self.solve(SYSTEM.matrix, SYSTEM.damping, SYSTEM.rhs(3)).iterations.tolist() == [0, 0, 0]
+
+    @pytest.mark.parametrize("p", [5, 40, 150])
+    def test_a_rank_that_rounding_hides_is_not_divided_by(self, p: int) -> None:
+        # the smallest pivots are ± rounding: whether Cholesky fails is chance, what comes out must not be
+        matrix, rhs = low_rank(p, n=p - 1), randn(4, p)
+        state = Direct(0.0).fit(MatrixOperator(matrix))
+        assert not state.positive_definite
+        solution = Direct(0.0).solve(state, rhs)
+        assert solution.outcome == (Outcome.SINGULAR,) * 4
+        assert (solution.relative_residual <= 1).all()
+
+    def test_a_matrix_of_one_entry_is_singular_only_at_zero(self) -> None:
+        for entry in (1e-200, 1.0, 1e200):
+            matrix = torch.tensor([[entry]], dtype=torch.float64)
+            assert Direct(0.0).fit(MatrixOperator(matrix)).positive_definite
+        assert not Direct(0.0).fit(MatrixOperator(torch.zeros(1, 1))).positive_definite
+
+    def test_float32_that_cannot_hold_the_solution_is_not_called_converged(self) -> None:
+        matrix = with_spectrum(torch.logspace(0, -9, P)).float()
+        solution = self.solve(matrix, 1e-9, randn(4, P).float())
+        assert not solution.converged[solution.relative_residual > 0.1].any()
+
+    def test_ill_conditioned_float32_is_solved_to_its_rounding(self) -> None:
+        matrix, rhs = spd(cond=1e4).float(), randn(4, P).float()
+        assert self.solve(matrix, 0.0, rhs).converged.all()

@@ -1,0 +1,297 @@
+"""The order of the layers, what each may import, and that exports, documentation and contract tests go together."""
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import distinfluence
+from distinfluence import errors, solvers
+from distinfluence.solvers import Solver
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "distinfluence").rglob("*.py"))
+PACKAGES = [file for file in FILES if file.endswith("__init__.py")]
+DOCUMENTED = ["distinfluence", *(f"distinfluence.{name}" for name in ("curvature", "evaluate", "scaling", "solvers"))]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """files: patterns of module names below `distinfluence`. sees: other layers or modules that it may import.
+
+    top: third parties. lazily: third parties that may be imported inside a function or for type checking only.
+    """
+
+    files: tuple[str, ...]
+    sees: tuple[str, ...]
+    top: frozenset[str] = frozenset()
+    lazily: frozenset[str] = frozenset()
+
+
+_CORE = ("errors", "model", "curvature", "solvers", "influence")
+
+LAYERS = {
+    "errors": Layer(files=("errors",), sees=()),
+    "store": Layer(
+        files=(r"store(\..*)?",), sees=("errors",), top=frozenset({"numpy", "zarr"}), lazily=frozenset({"xarray"})
+    ),
+    "model": Layer(
+        files=("batch", "blocks", "objective", "sample_risk", "gradients", "dataplane", "risk"),
+        sees=("errors",),
+        top=frozenset({"torch"}),
+    ),
+    "curvature": Layer(files=(r"curvature(\..*)?",), sees=("errors", "model"), top=frozenset({"torch"})),
+    "solvers": Layer(files=(r"solvers(\..*)?",), sees=("errors", "curvature.base"), top=frozenset({"torch"})),
+    "influence": Layer(
+        files=(r"influence(\..*)?",),
+        sees=("errors", "model", "curvature", "solvers"),
+        top=frozenset({"numpy", "torch"}),
+    ),
+    "scaling": Layer(
+        files=(r"scaling(\..*)?",),
+        sees=(*_CORE, "store"),
+        top=frozenset({"cloudpickle", "dask", "distributed", "numpy", "torch", "tqdm", "zarr"}),
+        lazily=frozenset({"dask_cuda", "dask_jobqueue"}),
+    ),
+    "evaluate": Layer(files=(r"evaluate(\..*)?",), sees=(*_CORE, "store", "scaling"), top=frozenset({"numpy"})),
+    "package": Layer(files=("",), sees=(*_CORE, "store", "scaling", "evaluate")),
+    "application": Layer(
+        files=("config", "job", "demo", "cli", "__main__"),
+        sees=(*_CORE, "store", "scaling", "evaluate", "package"),
+        top=frozenset({"click", "numpy", "pydantic", "torch", "yaml"}),
+        lazily=frozenset({"matplotlib", "sklearn"}),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """module: its full name. lazy: inside a function, or for type checking only."""
+
+    module: str
+    lazy: bool
+    line: int
+
+
+def module_of(file: str) -> str:
+    """`distinfluence/store/layout.py` → `store.layout`; a package's `__init__` → the package."""
+    parts = Path(file).with_suffix("").parts[1:]
+    return ".".join(parts[:-1] if parts and parts[-1] == "__init__" else parts)
+
+
+def layer_of(module: str) -> str | None:
+    return next((name for name, layer in LAYERS.items() if any(re.fullmatch(p, module) for p in layer.files)), None)
+
+
+def exists(module: str) -> bool:
+    path = ROOT / "distinfluence" / module.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(tree: ast.AST, lazy: bool = False) -> Iterator[Import]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, lazy, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            # `from package import name` imports a module if there is one of that name
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                ours = module.split(".")[0] == "distinfluence" and exists(inner.partition(".")[2])
+                yield Import(inner if ours else module, lazy, node.lineno)
+        else:
+            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            typing_only = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+            yield from imports(node, lazy or inside or typing_only)
+
+
+def violations(file: str, source: str) -> list[str]:
+    """What in the source of this file breaks the order of the layers, one sentence each."""
+    own = layer_of(module_of(file))
+    if own is None:
+        return [f"{file}: belongs to no layer; name it in LAYERS"]
+    layer = LAYERS[own]
+    found = []
+    for each in imports(ast.parse(source)):
+        where = f"{file}:{each.line}: {own}"
+        top, _, inner = each.module.partition(".")
+        if top == "distinfluence":
+            other = layer_of(inner)
+            if other is None or (other != own and other not in layer.sees and inner not in layer.sees):
+                found.append(f"{where} must not import {each.module}")
+        elif top == "":
+            found.append(f"{where} must import by the full name, not {each.module}")
+        elif top not in sys.stdlib_module_names and top not in layer.top:
+            if top not in layer.lazily:
+                found.append(f"{where} must not import {each.module}")
+            elif not each.lazy:
+                found.append(f"{where} must import {each.module} inside the function that needs it")
+    return found
+
+
+def unsafe(file: str, source: str) -> list[str]:
+    """Uses of what can run code that came with the data."""
+    tree = ast.parse(source)
+    modules = {"dill", "joblib", "marshal", "pickle", "shelve"}
+    found = [f"{file}:{i.line}: {i.module}" for i in imports(tree) if i.module.partition(".")[0] in modules]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "compile", "__import__"):
+            found.append(f"{file}:{node.lineno}: {node.func.id}")
+        settings = {k.arg: ast.unparse(k.value) for k in node.keywords if k.arg}
+        if settings.get("allow_pickle", "False") != "False" or settings.get("weights_only", "True") != "True":
+            found.append(f"{file}:{node.lineno}: unpickles")
+        if ast.unparse(node.func) == "torch.load" and "weights_only" not in settings:
+            found.append(f"{file}:{node.lineno}: torch.load without weights_only=True")
+        if ast.unparse(node.func) in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+            found.append(f"{file}:{node.lineno}: {ast.unparse(node.func)} instead of yaml.safe_load")
+    return found
+
+
+def read(file: str) -> str:
+    return (ROOT / file).read_text()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_imports_only_what_its_layer_may(file: str) -> None:
+    assert violations(file, read(file)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "expected"),
+    [
+        ("solvers/new.py", "from distinfluence.risk import EmpiricalRisk", "must not import distinfluence.risk"),
+        ("solvers/new.py", "from distinfluence.curvature import ggn", "must not import distinfluence.curvature"),
+        ("influence/new.py", "def f():\n    import distinfluence.store", "must not import distinfluence.store"),
+        ("influence/new.py", "import dask.array as da", "influence must not import dask.array"),
+        ("store/new.py", "import torch", "store must not import torch"),
+        ("store/new.py", "import xarray", "must import xarray inside the function"),
+        ("curvature/new.py", "from distinfluence import EmpiricalRisk", "curvature must not import distinfluence"),
+        ("scaling/new.py", "from distinfluence import cli", "scaling must not import distinfluence.cli"),
+        ("scaling/new.py", "from .chunks import ChunkedData", "must import by the full name"),
+        ("errors.py", "import numpy", "errors must not import numpy"),
+        ("demo.py", "from sklearn.datasets import load_digits", "must import sklearn.datasets inside the function"),
+        ("new.py", "import math", "belongs to no layer"),
+    ],
+)
+def test_a_forbidden_import_is_found(file: str, source: str, expected: str) -> None:
+    (found,) = violations(f"distinfluence/{file}", source)
+    assert expected in found
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("solvers/new.py", "import math\nimport torch\nfrom distinfluence.curvature.base import MatrixOperator"),
+        ("store/new.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import xarray"),
+        ("demo.py", "def picture():\n    from matplotlib.figure import Figure"),
+        ("cli.py", "import click\nimport distinfluence"),
+    ],
+)
+def test_an_allowed_import_is_no_violation(file: str, source: str) -> None:
+    assert violations(f"distinfluence/{file}", source) == []
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_unpickles_or_evaluates_what_it_reads(file: str) -> None:
+    assert unsafe(file, read(file)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "eval('1')",
+        "np.load(path, allow_pickle=True)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "yaml.load(text, Loader)",
+    ],
+)
+def test_an_unsafe_read_is_found(source: str) -> None:
+    assert len(unsafe("distinfluence/new.py", source)) == 1
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_module_says_what_is_in_it(file: str) -> None:
+    assert ast.get_docstring(ast.parse(read(file)))
+
+
+def test_no_file_is_named_for_what_it_is_not_about() -> None:
+    assert not [file for file in FILES if Path(file).stem in ("common", "helpers", "misc", "util", "utils")]
+
+
+@pytest.mark.parametrize("file", PACKAGES)
+def test_a_package_lists_its_public_names_in_order_and_has_them(file: str) -> None:
+    name = ".".join(Path(file).parts[:-1])
+    package = importlib.import_module(name)
+    names = list(package.__all__)
+    assert sorted(set(names), key=_as_ruff_sorts) == names
+    assert [name for name in names if not hasattr(package, name)] == []
+
+
+def _as_ruff_sorts(name: str) -> tuple[int, str]:
+    """Constants, then classes, then the rest, each by the alphabet: an isort-style sort, as the linter wants it."""
+    return (0 if name.isupper() else 1 if name[:1].isupper() else 2, name)
+
+
+def reference() -> set[str]:
+    """The names that autodoc documents, without their module."""
+    text = read("docs/reference.md")
+    return {match.rpartition(".")[2] for match in re.findall(r"^\.\. auto\w+:: (distinfluence[\w.]*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_every_public_name_is_in_the_reference(name: str) -> None:
+    assert set(importlib.import_module(name).__all__) - reference() == set()
+
+
+def test_every_error_is_in_the_reference() -> None:
+    raised = {name for name, _ in inspect.getmembers(errors, inspect.isclass)}
+    assert raised - reference() == set()
+
+
+def exported_solvers() -> list[str]:
+    public = {name: getattr(solvers, name) for name in solvers.__all__}
+    return [n for n, s in public.items() if inspect.isclass(s) and issubclass(s, Solver) and not inspect.isabstract(s)]
+
+
+def solvers_under_contract() -> set[str]:
+    """The classes that a `SolverContract` of tests/solvers has as its `solver`."""
+    found = set()
+    for path in (ROOT / "tests" / "solvers").glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any("SolverContract" in ast.unparse(base) for base in node.bases):
+                found |= {name for statement in node.body for name in _made(statement)}
+    return found
+
+
+def _made(statement: ast.stmt) -> Iterator[str]:
+    """X of `solver = X(…)` or `solver: … = X(…)`."""
+    if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Call):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        if "solver" in map(ast.unparse, targets):
+            yield ast.unparse(statement.value.func)
+
+
+@pytest.mark.parametrize("name", exported_solvers())
+def test_every_solver_has_a_contract_test(name: str) -> None:
+    assert name in solvers_under_contract()
+
+
+@pytest.mark.parametrize("name", exported_solvers())
+def test_every_solver_has_a_docs_page(name: str) -> None:
+    pages = (ROOT / "docs" / "solvers").glob("*.md")
+    assert any(re.search(rf"\b{name}\b", page.read_text()) for page in pages)
+
+
+def test_the_package_is_typed_and_has_a_version() -> None:
+    assert (ROOT / "distinfluence" / "py.typed").is_file()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", distinfluence.__version__)
