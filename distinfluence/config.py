@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
 
 from distinfluence.errors import ConfigError
-from distinfluence.influence import CgInfluence, DirectInfluence, InfluenceFunctionModel, InfluenceMode
+from distinfluence.influence import CgInfluence, DirectInfluence, InfluenceFunctionModel
 from distinfluence.objective import Loss, Objective
 from distinfluence.scaling import ClusterSpec, ModelRecipe, Recipe
 
@@ -85,7 +85,7 @@ class Job(Section):
     data: DataSection
     method: dict[str, Any]
     output: Path
-    mode: InfluenceMode = InfluenceMode.UP
+    mode: Literal["up", "perturbation"] = "up"
     chunks: ChunkSection = ChunkSection()
     cluster: ClusterSection = ClusterSection()
     solve: Literal["auto", "rows", "data"] = "auto"

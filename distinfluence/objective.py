@@ -138,6 +138,8 @@ class SupervisedObjective(Objective):
         return self._reduction(float(whole), one_by_one.double())
 
     def _reduction(self, whole: float, one_by_one: Tensor) -> tuple[str, ...]:
+        if not math.isfinite(whole):
+            return ()  # said by the check of the losses themselves, with the samples
         tolerance = 1e-4 * float(one_by_one.abs().mean()) + 1e-30  # float32 sums of a batch agree to about 1e-6
         if one_by_one.numel() == 1 or abs(whole - float(one_by_one.mean())) <= tolerance:
             return ()

@@ -34,11 +34,11 @@ html_show_sourcelink = False
 
 def _escape_markup(_app: Sphinx, _kind: str, _name: str, _what: object, _options: object, lines: list[str]) -> None:
     """Keep `*args`, `|x|` and `name_` in a docstring from being read as reStructuredText; `code` stays code."""
-    for i, line in enumerate(lines):
-        if line.lstrip().startswith(">>>"):
-            continue
-        parts = re.split(r"(`[^`]*`)", line)
-        lines[i] = "".join(p if p.startswith("`") else re.sub(r"[*|]|_(?!\w)", r"\\\g<0>", p) for p in parts)
+    parts = re.split(r"(`[^`]*`|^ *>>>.*$)", "\n".join(lines), flags=re.MULTILINE)
+    for i in range(0, len(parts), 2):  # the odd ones are code
+        joins_code = i > 0 and re.match(r"\w", parts[i])  # `row`s: without a break the code would not end
+        parts[i] = ("\\ " if joins_code else "") + re.sub(r"[*|]|_(?!\w)", r"\\\g<0>", parts[i])
+    lines[:] = "".join(parts).split("\n")
 
 
 def setup(app: Sphinx) -> None:

@@ -15,6 +15,7 @@ from distinfluence.errors import ClusterError, SettingError
 # the training set took 2.5 times as long. These are glibc's thresholds as it would grow them by itself.
 WORKER_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
+LOOPBACK = "127.0.0.1"
 KINDS = ("local", "address", "scheduler_file")
 
 
@@ -72,8 +73,9 @@ def connected(spec: ClusterSpec) -> Iterator[Client]:
                 n_workers=spec.workers,
                 threads_per_worker=1,
                 memory_limit=spec.memory_limit,
-                dashboard_address=None,
-                host="127.0.0.1",
+                host=LOOPBACK,
+                dashboard_address=f"{LOOPBACK}:0",
+                worker_dashboard_address=f"{LOOPBACK}:0",
             ) as cluster,
             Client(cluster) as client,
         ):

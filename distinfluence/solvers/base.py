@@ -102,4 +102,6 @@ def check_tolerance(name: str, value: float) -> None:
     """Raise SettingError unless the tolerance is a number ≥ 0 and, for `rtol`, < 1."""
     limit = 1.0 if name == "rtol" else math.inf
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < limit:
-        raise SettingError(f"`{name}` must be a number from 0 to below {limit:g}, got {value!r}. Pass for instance 1e-6.")
+        raise SettingError(
+            f"`{name}` must be a number from 0 to below {limit:g}, got {value!r}. Pass for instance 1e-6."
+        )

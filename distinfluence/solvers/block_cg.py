@@ -36,11 +36,11 @@ class BlockCG(ConjugateSolver):
         patience = Patience()
         for _ in range(maxiter):
             q = state.matmat(p)
-            projected = _Projected(p @ q.T)
-            result.largest = max(result.largest, projected.largest)
+            projected = _Projected(p @ q.T, result.largest, result.rounding)
+            result.largest = projected.largest
             result.curvature[rows] = result.curvature[rows].clamp_max(projected.smallest)
             result.steps[rows] += 1
-            inverse = projected.inverse(result.noise)
+            inverse = projected.inverse()
             if inverse is None:
                 result.flat[rows] = True
                 break
@@ -63,7 +63,7 @@ class BlockCG(ConjugateSolver):
 
 
 def independent_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [k, p] = mix [k, r] · basis [r, p]: the rows themselves where they are independent, else a basis of their span.
+    """rows [k, p] = mix [k, r] · basis [r, p]: the rows themselves if they are independent, else a basis of their span.
 
     Without this, dependent residuals would drift apart by rounding, and once that has grown to the size of what is left
     of them, it spoils the search space: six times the passes for rows that come twice.
@@ -89,34 +89,40 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     u, sigma, _ = torch.linalg.svd(r.double(), full_matrices=False)
     tolerance = 10 * rows.shape[1] ** 0.5 * torch.finfo(rows.dtype).eps
     kept = u[:, sigma > tolerance * sigma[0]].to(rows.dtype)
-    return (q @ kept).T.contiguous()
+    basis: Tensor = (q @ kept).T.contiguous()
+    return basis
 
 
 class _Projected:
     """T = Pᵀ(A + λI)P [r, r] in float64, for orthonormal P; its diagonal and eigenvalues are Rayleigh quotients.
 
-    smallest, largest: those seen; the extreme eigenvalues where T is not positive definite, else of the diagonal.
+    smallest: the least of those seen, the least eigenvalue where T is not positive definite. largest: the largest in
+    absolute value, of those seen before as well; quotients below `rounding` of that are flat.
     """
 
-    def __init__(self, gram: Tensor) -> None:
+    def __init__(self, gram: Tensor, largest: float, rounding: float) -> None:
         small = gram.double()
         self._matrix = (small + small.T) / 2
-        self._factor, failed = torch.linalg.cholesky_ex(self._matrix)
-        self._definite = not int(failed)
         self._vectors = self._values = self._matrix.diagonal()
+        self._factor, failed = torch.linalg.cholesky_ex(self._matrix)
+        self.largest = max(largest, float(self._values.abs().max()))
+        # where T is singular, whether Cholesky fails is up to rounding: a pivot within the noise counts as failed
+        pivot = float(self._factor.diagonal().min()) ** 2
+        self._definite = not int(failed) and pivot > rounding * self.largest
         if not self._definite:
             self._values, self._vectors = torch.linalg.eigh(self._matrix)
+            self.largest = max(self.largest, float(self._values.abs().max()))
         self.smallest = float(self._values.min())
-        self.largest = float(self._values.abs().max())
+        self._noise = rounding * self.largest
 
-    def inverse(self, noise: float) -> Tensor | None:
+    def inverse(self) -> Tensor | None:
         """T⁻¹; without the directions that are flat to rounding, and None where T is indefinite or wholly flat.
 
         A singular matrix without damping has flat directions: the others still make progress.
         """
         if self._definite:
             return torch.cholesky_inverse(self._factor)
-        steep = self._values > noise
-        if self.smallest < -noise or not steep.any():
+        steep = self._values > self._noise
+        if self.smallest < -self._noise or not steep.any():
             return None
         return (self._vectors[:, steep] / self._values[steep]) @ self._vectors[:, steep].T

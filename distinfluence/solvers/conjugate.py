@@ -64,9 +64,14 @@ class Steps:
         )
 
     @property
+    def rounding(self) -> float:
+        """10·eps: Rayleigh quotients within ± this of the largest are flat, zero to rounding."""
+        return 10 * float(torch.finfo(self.d.dtype).eps)
+
+    @property
     def noise(self) -> float:
-        """Rayleigh quotients within ± this are zero to rounding: 10·eps·‖A + λI‖."""
-        return 10 * float(torch.finfo(self.d.dtype).eps) * self.largest
+        """Rayleigh quotients within ± this are flat: 10·eps·‖A + λI‖."""
+        return self.rounding * self.largest
 
 
 @dataclass(frozen=True)
@@ -170,8 +175,10 @@ class _Run:
             return Outcome.NEGATIVE_CURVATURE if negative else Outcome.SINGULAR
         if int(self._steps[row]) >= self._maxiter:
             return Outcome.MAXITER
-        # a restart that does not halve the true residual has met the rounding of the products
-        return Outcome.STAGNATED if not now <= before / 2 else None
+        if now <= before / 2:
+            return None
+        # a restart that does not halve the true residual has met the rounding of the products, or a flat direction
+        return Outcome.SINGULAR if float(self._curvature[row]) <= noise else Outcome.STAGNATED
 
     def solution(self) -> Solution:
         relative = torch.where(self._rhs_norm > 0, self._norm / self._rhs_norm, self._norm)
@@ -186,7 +193,8 @@ class _Run:
 
 def norms(rows: Tensor) -> Tensor:
     """‖row‖ of each row, [k] float64."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    result: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return result
 
 
 class Patience:

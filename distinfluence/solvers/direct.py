@@ -35,17 +35,17 @@ class Factorisation:
 
     @property
     def noise(self) -> float:
-        """Eigenvalues within ± this are zero to rounding: p·eps·‖A + λI‖."""
-        return _rounding(self.matrix) * float(self.eigenvalues.abs().max())
+        """Eigenvalues within ± this are zero to rounding: p·eps·‖A + λI‖; 0 with a Cholesky factor."""
+        return _rounding(self.matrix) * float(self.eigenvalues.abs().amax()) if self.eigenvalues.numel() else 0.0
 
 
 @dataclass(frozen=True)
 class Direct(Solver[Factorisation]):
     """Dense factorisation: exact to rounding.
 
-    damping: λ ≥ 0. rtol: residual norm relative to ‖rhs‖ above which a row counts as not solved: a backward stable solve
-    leaves about eps·cond(A + λI), so that 1e-6 is missed only beyond cond ≈ 1e10, where few digits of x are right. Rows
-    in float32 may miss it by the rounding of x itself, up to 1e-2.
+    damping: λ ≥ 0. rtol: residual norm relative to ‖rhs‖ above which a row counts as not solved: a backward stable
+    solve leaves about eps·cond(A + λI), so that 1e-6 is missed only beyond cond ≈ 1e10, where few digits of x are
+    right. Rows in float32 may miss it by the rounding of x itself, up to 1e-2.
     Reference: Golub & Van Loan (2013), Matrix Computations, sections 4.2 and 8.3.
     """
 
@@ -62,7 +62,7 @@ class Direct(Solver[Factorisation]):
         matrix.diagonal().add_(self.damping)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         eigenvalues = matrix.new_empty(0)
-        # whether Cholesky fails on a singular matrix is up to rounding: a pivot that is zero to rounding counts as failed
+        # whether Cholesky fails on a singular matrix is up to rounding: a pivot within it counts as failed
         pivots = factor.diagonal() ** 2
         if int(failed) or bool(pivots.min() <= 10 * _rounding(matrix) * matrix.diagonal().max()):
             eigenvalues, factor = torch.linalg.eigh(matrix)
@@ -77,7 +77,7 @@ class Direct(Solver[Factorisation]):
         norms = b.norm(dim=1)
         residual = (b - x.double() @ state.matrix).norm(dim=1)
         relative = torch.where(norms > 0, residual / norms, residual).cpu()
-        # x is rounded to the dtype of rhs, which alone leaves a residual of eps·‖A‖·‖x‖; no excuse beyond a percent of ‖rhs‖
+        # x is rounded to the dtype of rhs, which alone leaves a residual of eps·‖A‖·‖x‖: excused to a percent of ‖rhs‖
         rounding = torch.finfo(rhs.dtype).eps * state.matrix.abs().sum(dim=1).max() * x.double().norm(dim=1)
         solved = (residual <= self.rtol * norms + torch.minimum(rounding, 1e-2 * norms)).cpu()
         smallest = float(state.eigenvalues[0]) if state.eigenvalues.numel() else float("nan")

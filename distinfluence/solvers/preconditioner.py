@@ -15,7 +15,7 @@ class FittedPreconditioner(Protocol):
 
 
 class Preconditioner(Protocol):
-    """How to make M⁻¹ ≈ (A + λI)⁻¹. Stopping criteria always refer to the true residual, never to the preconditioned."""
+    """How to make M⁻¹ ≈ (A + λI)⁻¹. Stopping criteria refer to the true residual, never to the preconditioned one."""
 
     def fit(self, operator: CurvatureOperator, damping: float) -> FittedPreconditioner:
         """All work that needs no right-hand side."""

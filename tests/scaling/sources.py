@@ -1,6 +1,7 @@
 """Models and data that tests name as `tests.scaling.sources:…`, so that workers build them for themselves."""
 
 import os
+import time
 
 import numpy as np
 import torch
@@ -13,6 +14,23 @@ from tests.zoo import build
 
 def model() -> nn.Module:
     return build("mlp classification").model
+
+
+class Slow(nn.Module):
+    """The model, but each evaluation takes a tenth of a second."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.1)
+        out: Tensor = self.model(x)
+        return out
+
+
+def slow_model() -> nn.Module:
+    return Slow(model())
 
 
 def train() -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from scipy.sparse.linalg import cg  # type: ignore[import-untyped]
+from scipy.sparse.linalg import cg
 from torch import Tensor
 
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
@@ -16,8 +16,6 @@ from distinfluence.solvers.conjugate import ConjugateSolver, Damped
 from .contract import SolverContract
 from .systems import (
     P,
-    SYSTEM,
-    damped,
     dense_solution,
     diagonal_with_zeros,
     indefinite,
@@ -147,9 +145,11 @@ class ConjugateContract(SolverContract[Damped]):
 
     # ---- what converged means
 
-    @pytest.mark.parametrize(("rtol", "atol"), [(1e-10, 0.0), (1e-4, 0.0), (1e-10, 1e-2), (0.0, 1e-5), (1e-3, 1e-1)])
+    @pytest.mark.parametrize(
+        ("rtol", "atol"), [(1e-10, 0.0), (1e-4, 0.0), (1e-10, 1e-2), (0.0, 1e-5), (1e-3, 1e-1), (1e-2, 0.12)]
+    )
     def test_tolerances_mean_what_they_mean_in_scipy(self, rtol: float, atol: float) -> None:
-        matrix, b = spd(cond=100), randn(P)
+        matrix, b = spd(200, cond=10), randn(200)  # so good that rounding moves no step
         steps: list[object] = []
         x, info = cg(matrix.numpy(), b.numpy(), rtol=rtol, atol=atol, callback=steps.append)
         assert info == 0
@@ -189,7 +189,7 @@ class ConjugateContract(SolverContract[Damped]):
         x0 = dense_solution(spd(), 1e-3, rhs) * (1 + 1e-6 * randn(3, P, seed=9))
         before = x0.clone()
         warm, warm_operator = self.run(spd(), rhs, x0=x0, damping=1e-3)
-        cold, cold_operator = self.run(spd(), rhs, damping=1e-3)
+        _, cold_operator = self.run(spd(), rhs, damping=1e-3)
         assert warm_operator.work.passes < cold_operator.work.passes
         assert relative_error(warm.x, dense_solution(spd(), 1e-3, rhs)) <= self.accuracy
         assert torch.equal(x0, before)
@@ -298,7 +298,3 @@ class ConjugateContract(SolverContract[Damped]):
     def test_a_number_of_iterations_that_is_none_is_refused(self, maxiter: int) -> None:
         with pytest.raises(SettingError, match=r"`maxiter` must be a whole number ≥ 1 or None, got"):
             replace(self.solver, maxiter=maxiter)
-
-    def test_the_dense_reference_of_these_tests_is_symmetric(self) -> None:
-        matrix = damped(SYSTEM.matrix, SYSTEM.damping)
-        assert torch.equal(matrix, matrix.T)

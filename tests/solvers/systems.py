@@ -20,7 +20,8 @@ def with_spectrum(eigenvalues: Tensor, seed: int = 1) -> Tensor:
     """A symmetric matrix [p, p] with these eigenvalues [p] and random eigenvectors."""
     q, _ = torch.linalg.qr(randn(len(eigenvalues), len(eigenvalues), seed=seed))
     matrix = (q * eigenvalues.double()) @ q.T
-    return (matrix + matrix.T) / 2
+    result: Tensor = (matrix + matrix.T) / 2
+    return result
 
 
 def spd(p: int = P, cond: float = 1e4) -> Tensor:
@@ -88,7 +89,8 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
 
 def dense_solution(matrix: Tensor, damping: float, rhs: Tensor) -> Tensor:
     """(matrix + damping·I)⁻¹ of each row by LU in float64: [k, p]."""
-    return torch.linalg.solve(damped(matrix, damping), rhs.double().T).T
+    x: Tensor = torch.linalg.solve(damped(matrix, damping), rhs.double().T)
+    return x.T
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:
@@ -100,4 +102,5 @@ def relative_error(x: Tensor, expected: Tensor) -> float:
 def relative_residual(matrix: Tensor, damping: float, rhs: Tensor, x: Tensor) -> Tensor:
     """‖rhs − (A + λI) x‖ / ‖rhs‖ of each row, in float64."""
     residual = rhs.double() - x.double() @ damped(matrix, damping)
-    return residual.norm(dim=1) / rhs.double().norm(dim=1)
+    result: Tensor = residual.norm(dim=1) / rhs.double().norm(dim=1)
+    return result

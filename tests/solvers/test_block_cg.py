@@ -6,10 +6,10 @@ from torch import Tensor
 
 from distinfluence.curvature import MatrixOperator
 from distinfluence.solvers import CG, BlockCG, Outcome
-from distinfluence.solvers.block_cg import orthonormal_rows
+from distinfluence.solvers.block_cg import independent_rows, orthonormal_rows
 
 from .conjugate_contract import ConjugateContract
-from .systems import MATRICES, P, dense_solution, randn, relative_error, spd
+from .systems import MATRICES, P, dense_solution, diagonal_with_zeros, randn, relative_error, spd
 
 
 class TestBlockCG(ConjugateContract):
@@ -32,19 +32,48 @@ class TestBlockCG(ConjugateContract):
     @pytest.mark.parametrize("k", [P, P + 9])
     def test_as_many_rows_as_parameters_end_in_two_steps(self, k: int) -> None:
         rhs = randn(k, P)
-        solution, operator = self.run(spd(), rhs)
+        solution, _ = self.run(spd(), rhs)
         assert solution.converged.all()
         assert int(solution.iterations.max()) <= 2
         assert relative_error(solution.x, dense_solution(spd(), 0.0, rhs)) <= self.accuracy
 
-    def test_duplicates_cost_no_products(self) -> None:
-        rhs = randn(3, P)
-        single, operator = self.run(spd(), rhs)
-        double, operator_of_double = self.run(spd(), torch.cat([rhs, -rhs, 2 * rhs, torch.zeros_like(rhs)]))
-        assert double.converged.all()
-        assert int(double.iterations.max()) <= int(single.iterations.max()) + 1
-        steps = int(double.iterations.max())
-        assert operator_of_double.work.rows == 3 * steps + 9  # the true residual takes all rows but zeros
+    def test_rows_that_have_converged_leave_the_search_space(self) -> None:
+        matrix = torch.diag(torch.logspace(0, -3, P, dtype=torch.float64))
+        rhs = randn(4, P)
+        rhs[:3, 3:] = 0  # three rows live on three eigenvectors
+        solution, operator = self.run(matrix, rhs)
+        assert solution.converged.all()
+        assert int(solution.iterations[:3].max()) <= 2
+        steps = int(solution.iterations[3])
+        assert steps > 20
+        assert operator.work.rows <= 2 * 4 + (steps - 2) + 4
+
+    @pytest.mark.parametrize("k", [1, 4])
+    def test_flat_directions_are_seen_at_once(self, k: int) -> None:
+        matrix = diagonal_with_zeros()  # five distinct eigenvalues, one of them zero
+        solution, operator = self.run(matrix, randn(k, P))
+        assert solution.outcome == (Outcome.SINGULAR,) * k
+        assert operator.work.passes <= 7
+
+    def test_rows_that_come_twice_cost_no_passes(self) -> None:
+        matrix, rhs = spd(200), randn(16, 200)
+        once, operator = self.run(matrix, rhs)
+        twice, operator_of_twice = self.run(matrix, torch.cat([rhs, -2 * rhs]))
+        assert once.converged.all()
+        assert twice.converged.all()
+        assert operator_of_twice.work.passes <= 1.2 * operator.work.passes
+        # a product for each independent row and step; the true residual takes all rows
+        assert operator_of_twice.work.rows <= 1.2 * operator.work.rows + 2 * 32
+
+    def test_dependent_rows_need_no_more_passes_than_a_basis_of_them(self) -> None:
+        matrix, basis = spd(200), randn(8, 200)
+        rhs = randn(20, 8, seed=5) @ basis
+        few, operator = self.run(matrix, basis)
+        many, operator_of_many = self.run(matrix, rhs)
+        assert few.converged.all()
+        assert many.converged.all()
+        assert relative_error(many.x, dense_solution(matrix, 0.0, rhs)) <= self.accuracy
+        assert operator_of_many.work.passes <= 1.2 * operator.work.passes + 2
 
     def test_negative_curvature_for_one_row_stops_all_that_are_not_done(self) -> None:
         matrix = torch.diag(torch.tensor([-1.0, 1.0, 2.0, 3.0], dtype=torch.float64))
@@ -94,6 +123,25 @@ def test_orthonormal_rows_are_a_basis_of_the_right_rank(name: str, dtype: torch.
     size = rows.double().norm(dim=1, keepdim=True)
     unit = rows.double() / torch.where(size > 0, size, 1.0)
     assert torch.allclose(unit @ basis.T @ basis, unit, atol=100 * eps)
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_independent_rows_mix_to_the_rows(name: str) -> None:
+    rows, rank = ROWS[name]
+    mix, basis = independent_rows(rows)
+    assert basis.shape == (rank, 20)
+    assert mix.shape == (rows.shape[0], rank)
+    size = rows.norm(dim=1, keepdim=True)
+    unit = torch.where(size > 0, size, 1.0)
+    assert torch.allclose(mix @ basis / unit, rows / unit, atol=1e-13)
+
+
+def test_independent_rows_are_left_as_they_are() -> None:
+    rows = randn(4, 20)
+    mix, basis = independent_rows(rows)
+    assert torch.equal(basis, rows)
+    assert basis.data_ptr() != rows.data_ptr()
+    assert torch.equal(mix, torch.eye(4, dtype=torch.float64))
 
 
 def test_the_matrices_of_these_tests_are_as_their_names_say() -> None:

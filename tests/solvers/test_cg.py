@@ -25,9 +25,9 @@ class TestCG(ConjugateContract):
         assert operator.work.rows < operator.work.passes * 8 / 2
 
     def test_a_row_is_solved_as_if_it_were_alone(self) -> None:
-        rhs = randn(5, P)
-        together, _ = self.run(spd(cond=100), rhs)
-        alone = [self.run(spd(cond=100), row[None])[0] for row in rhs]
+        rhs = randn(5, 200)
+        together, _ = self.run(spd(200, cond=10), rhs)
+        alone = [self.run(spd(200, cond=10), row[None])[0] for row in rhs]
         assert together.iterations.tolist() == [int(one.iterations) for one in alone]
         assert relative_error(together.x, torch.cat([one.x for one in alone])) <= 1e-8
 

@@ -7,7 +7,7 @@ from distinfluence.curvature import MatrixOperator
 from distinfluence.solvers import Direct, Factorisation, Outcome
 
 from .contract import SolverContract
-from .systems import P, SYSTEM, dense_solution, indefinite, low_rank, randn, relative_error, spd, with_spectrum
+from .systems import SYSTEM, P, dense_solution, indefinite, low_rank, randn, relative_error, spd, with_spectrum
 
 
 class TestDirect(SolverContract[Factorisation]):

@@ -1,0 +1,89 @@
+"""What a pass over the training set costs: curvature products with many rows, against the work that they must do.
+
+Run: python -m tests.benchmarks.passes
+
+The floor is counted in gradients of the mean loss (one forward and backward over the whole set): a product with one
+row needs at least about one of them. The second table shows what the memory settings of Dask's workers do to a pass.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import dask
+import torch
+from distributed import Client, LocalCluster
+from torch import nn
+
+from distinfluence import CgInfluence, DaskInfluenceCalculator, EmpiricalRisk, SecondOrderMode
+from distinfluence import gradients as gradients_module
+from distinfluence.curvature import operator_class
+from distinfluence.demo import build_model, train_data
+from distinfluence.scaling.clusters import WORKER_ENVIRONMENT
+
+
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Median wall time of a call, after one that warms up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def mean_gradient(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    """One forward and backward over the whole set."""
+    loss = nn.functional.cross_entropy(model(x), y)
+    torch.autograd.grad(loss, list(model.parameters()))
+
+
+def products(repeats: int) -> None:
+    """Time per row of a product, in gradients, by mode, number of rows and rows at once."""
+    x, y = train_data()
+    model = build_model()
+    unit = median_seconds(lambda: mean_gradient(model, x, y), 5 * repeats)
+    print(f"\none gradient of the mean loss over {len(y)} samples: {unit * 1e3:.2f} ms; gradients' time per row:")
+    batches = [(x[i : i + 250], y[i : i + 250]) for i in range(0, len(y), 250)]
+    risk = EmpiricalRisk(model, nn.CrossEntropyLoss(), batches)
+    print(f"{'mode':<18}{'rows':>6}" + "".join(f"{f'{n} at once':>14}" for n in (8, 32, 128)))
+    for mode in SecondOrderMode:
+        operator = operator_class(mode)(risk)
+        for k in (1, 64, 297):
+            rows = torch.randn(k, risk.n_parameters)
+            cells = []
+            for at_once in (8, 32, 128):
+                gradients_module.MOST_ROWS = at_once
+                seconds = median_seconds(lambda operator=operator, rows=rows: operator.matmat(rows), repeats)  # type: ignore[misc]
+                cells.append(f"{seconds / k / unit:>14.2f}")
+            print(f"{mode:<18}{k:>6}" + "".join(cells))
+
+
+def passes_on_workers(repeats: int) -> None:
+    """Wall time of a GGN pass with 297 rows on two workers, as Dask sets memory up and as we do."""
+    for name, environment in (("Dask's own", {}), ("ours", WORKER_ENVIRONMENT)):
+        settings = {f"distributed.nanny.pre-spawn-environ.{key}": value for key, value in environment.items()}
+        with (
+            dask.config.set(settings),
+            LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0") as cluster,
+            Client(cluster) as client,
+        ):
+            model = CgInfluence(build_model(), nn.CrossEntropyLoss(), 0.01, second_order_mode="ggn")
+            plane = DaskInfluenceCalculator(model, client).fit(*train_data(), chunk_size=250).model.plane
+            operator = operator_class(SecondOrderMode.GGN)(EmpiricalRisk.over(plane))
+            rows = torch.randn(297, operator.size)
+            seconds = median_seconds(lambda operator=operator, rows=rows: operator.matmat(rows), repeats)  # type: ignore[misc]
+            print(f"a pass with 297 rows on 2 workers, {name} memory settings: {seconds:.2f} s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, 1 thread per process")
+    products(arguments.repeats)
+    passes_on_workers(arguments.repeats)

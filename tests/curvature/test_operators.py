@@ -1,0 +1,210 @@
+"""Curvature operators against dense float64 references, one contract for all."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from curvlinops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from distinfluence import EmpiricalFisherOperator, EmpiricalRisk, GGNOperator, HessianOperator, dataplane
+from distinfluence.curvature import DataOperator, MatrixOperator
+from distinfluence.errors import DtypeError, NonFiniteError, ParameterBlockError, ShapeError
+from tests.reference import Reference
+from tests.zoo import BUILDERS, Case, build
+
+# sums of 23 samples in another order, entries up to about 1: a few hundred roundings of float64
+ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def in_batches(case: Case, size: int) -> list[tuple[Tensor, Tensor]]:
+    x, y = case.train
+    return [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
+
+
+class OperatorContract:
+    """What every operator over data must do."""
+
+    operator: ClassVar[type[DataOperator]]
+    mode: ClassVar[str]
+    what: ClassVar[str]
+
+    def of(self, case: Case, size: int = 5, block: str | None = None, **risk: Any) -> DataOperator:
+        return self.operator(EmpiricalRisk(case.model, case.loss, in_batches(case, size), **risk), block)
+
+    @pytest.mark.parametrize("name", BUILDERS)
+    def test_the_dense_matrix_is_the_reference(self, name: str) -> None:
+        case = build(name)
+        torch.testing.assert_close(self.of(case).dense(), Reference(case).matrix(self.mode), **ROUNDING)
+
+    @pytest.mark.parametrize("name", BUILDERS)
+    def test_products_with_more_rows_than_parameters_are_the_reference(self, name: str) -> None:
+        case = build(name)
+        operator = self.of(case)
+        rows = torch.randn(operator.size + 3, operator.size, dtype=torch.float64)
+        rows[1], rows[2] = rows[0], 0
+        expected = rows @ Reference(case).matrix(self.mode)
+        torch.testing.assert_close(operator.matmat(rows), expected, rtol=1e-9, atol=1e-11)
+
+    @pytest.mark.parametrize("size", [1, 7, 22, 23])
+    def test_ragged_batches_weigh_what_they_hold(self, size: int) -> None:
+        case = build("mlp classification")
+        torch.testing.assert_close(self.of(case, size).dense(), Reference(case).matrix(self.mode), **ROUNDING)
+
+    def test_one_sample_is_enough(self) -> None:
+        case = build("mlp regression", n_train=1)
+        torch.testing.assert_close(self.of(case).dense(), Reference(case).matrix(self.mode), **ROUNDING)
+
+    def test_a_row_gives_the_same_alone_and_in_company(self) -> None:
+        operator = self.of(build("cnn"))
+        rows = torch.randn(40, operator.size, dtype=torch.float64)
+        torch.testing.assert_close(operator.matmat(rows)[7:8], operator.matmat(rows[7:8]), **ROUNDING)
+
+    def test_a_product_is_one_pass_however_many_rows(self) -> None:
+        operator = self.of(build("mlp classification"))
+        passes = operator.risk.plane.passes
+        operator.matmat(torch.randn(100, operator.size, dtype=torch.float64))
+        assert (operator.work.passes, operator.work.rows) == (1, 100)
+        assert operator.risk.plane.passes == passes + 1
+
+    def test_no_rows_cost_no_pass(self) -> None:
+        operator = self.of(build("mlp classification"))
+        assert operator.matmat(torch.zeros(0, operator.size, dtype=torch.float64)).shape == (0, operator.size)
+        assert operator.work.passes == 0
+
+    @pytest.mark.parametrize("structure", ["layer_wise", "parameter_wise"])
+    def test_a_blocks_operator_is_a_diagonal_block_of_the_whole(self, structure: str) -> None:
+        case = build("mlp classification")
+        risk = EmpiricalRisk(case.model, case.loss, in_batches(case, 5), block_structure=structure)
+        whole = Reference(case).matrix(self.mode)
+        for block, columns in risk.blocks.columns.items():
+            torch.testing.assert_close(self.operator(risk, block).dense(), whole[columns, columns], **ROUNDING)
+
+    def test_float32_stays_float32_and_close(self) -> None:
+        case32, case = build("mlp classification", dtype=torch.float32), build("mlp classification")
+        operator = self.of(case32)
+        rows = torch.randn(4, operator.size)
+        product = operator.matmat(rows)
+        assert product.dtype is torch.float32
+        torch.testing.assert_close(
+            product.double(), rows.double() @ Reference(case).matrix(self.mode), rtol=1e-4, atol=1e-5
+        )
+
+    def test_frozen_parameters_are_left_out(self) -> None:
+        case = build("mlp classification")
+        case.model.get_parameter("0.bias").requires_grad_(False)
+        operator = self.of(case)
+        assert operator.size == 38
+        torch.testing.assert_close(operator.dense(), Reference(case).matrix(self.mode), **ROUNDING)
+
+    def test_a_loader_that_does_not_fit_in_memory_is_read_again_for_each_pass(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dataplane, "KEPT_BYTES", 100)
+        case = build("mlp classification")
+        loader = DataLoader(TensorDataset(*case.train), batch_size=5)
+        operator = self.operator(EmpiricalRisk(case.model, case.loss, loader))
+        torch.testing.assert_close(operator.dense(), Reference(case).matrix(self.mode), **ROUNDING)
+        torch.testing.assert_close(operator.dense(), Reference(case).matrix(self.mode), **ROUNDING)
+
+    def test_the_same_product_twice_is_the_same_to_the_bit(self) -> None:
+        operator = self.of(build("cnn"))
+        rows = torch.randn(3, operator.size, dtype=torch.float64)
+        assert torch.equal(operator.matmat(rows), operator.matmat(rows))
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        operator = self.of(build("mlp classification"))
+        with pytest.raises(ShapeError, match=r"\[k, p\] with p=43.*one vector per row"):
+            operator.matmat(torch.zeros(43, dtype=torch.float64))
+        with pytest.raises(DtypeError, match="float64 as the operator is, got torch.float32"):
+            operator.matmat(torch.zeros(1, 43))
+        with pytest.raises(ParameterBlockError, match="one of"):
+            self.operator(operator.risk, "nothing")
+
+
+class TestHessian(OperatorContract):
+    operator, mode, what = HessianOperator, "hessian", "Hessian products"
+
+    def test_an_infinite_second_derivative_is_found(self) -> None:
+        model = nn.Linear(1, 1, bias=False).double()
+        nn.init.zeros_(model.weight)
+        risk = EmpiricalRisk(model, lambda f, y: f.abs().pow(1.5).mean(), (torch.ones(2, 1).double(), torch.ones(2)))
+        with pytest.raises(NonFiniteError, match="second derivative"):
+            HessianOperator(risk).dense()
+
+
+class TestGGN(OperatorContract):
+    operator, mode, what = GGNOperator, "ggn", "GGN products"
+
+    @pytest.mark.parametrize("name", ["mlp classification", "cnn", "attention", "tied weights"])
+    def test_it_is_positive_semidefinite(self, name: str) -> None:
+        values = torch.linalg.eigvalsh(self.of(build(name)).dense())
+        assert float(values[0]) >= -1e-12 * float(values[-1])
+
+    def test_it_is_the_hessian_of_a_model_that_is_linear_in_its_parameters(self) -> None:
+        case = build("mlp classification")
+        linear = Case(nn.Linear(4, 3).double(), case.loss, case.train, case.test)
+        hessian = HessianOperator(EmpiricalRisk(linear.model, linear.loss, linear.train))
+        torch.testing.assert_close(self.of(linear).dense(), hessian.dense(), **ROUNDING)
+
+
+class TestEmpiricalFisher(OperatorContract):
+    operator, mode, what = EmpiricalFisherOperator, "empirical_fisher", "loss gradients"
+
+    def test_its_rank_is_at_most_the_number_of_samples(self) -> None:
+        case = build("mlp classification", n_train=9)
+        assert int(torch.linalg.matrix_rank(self.of(case).dense())) == 9
+
+
+@pytest.mark.parametrize("kind", [TestHessian, TestGGN, TestEmpiricalFisher])
+def test_models_that_vmap_cannot_take_go_through_plain_autograd(kind: type[OperatorContract]) -> None:
+    operator = kind().of(build("branching"))
+    operator.matmat(torch.randn(2, operator.size, dtype=torch.float64))
+    choices = operator.risk.sample._choices
+    assert choices[kind.what] == (1 if kind is TestEmpiricalFisher else 0)
+    operator = kind().of(build("mlp classification"))
+    operator.matmat(torch.randn(2, operator.size, dtype=torch.float64))
+    assert operator.risk.sample._choices[kind.what] == 0
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
+@pytest.mark.parametrize("name", ["mlp classification", "attention", "tied weights", "batch norm and dropout in eval mode"])
+def test_both_ways_of_making_a_product_agree(operator: type[DataOperator], name: str) -> None:
+    """The way by plain autograd is the one that models get which torch.func cannot take: it must be right for all."""
+    case = build(name)
+    risk = EmpiricalRisk(case.model, case.loss, case.train)
+    for what in ("Hessian products", "GGN products", "loss gradients"):
+        risk.sample._choices[what] = 1
+    mode = {HessianOperator: "hessian", GGNOperator: "ggn", EmpiricalFisherOperator: "empirical_fisher"}[operator]
+    torch.testing.assert_close(operator(risk).dense(), Reference(case).matrix(mode), **ROUNDING)
+
+
+SECOND_OPINIONS: dict[type[DataOperator], Callable[..., Any]] = {
+    HessianOperator: HessianLinearOperator,
+    GGNOperator: GGNLinearOperator,
+    EmpiricalFisherOperator: EFLinearOperator,
+}
+
+
+@pytest.mark.parametrize("operator", SECOND_OPINIONS)
+@pytest.mark.parametrize("name", ["mlp classification", "cnn"])
+def test_curvlinops_agrees(operator: type[DataOperator], name: str) -> None:
+    case = build(name)
+    assert isinstance(case.loss, nn.CrossEntropyLoss)
+    parameters = list(case.model.parameters())
+    theirs = SECOND_OPINIONS[operator](
+        case.model, case.loss, parameters, in_batches(case, 23), check_deterministic=False
+    )
+    identity = torch.eye(case.n_parameters, dtype=torch.float64)
+    ours = operator(EmpiricalRisk(case.model, case.loss, in_batches(case, 5))).dense()
+    torch.testing.assert_close(ours, torch.as_tensor(theirs @ identity).detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_a_matrix_is_an_operator_too() -> None:
+    matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    operator = MatrixOperator(matrix)
+    torch.testing.assert_close(operator.dense(), matrix.double())
+    with pytest.raises(ShapeError, match="square"):
+        MatrixOperator(torch.zeros(2, 3))

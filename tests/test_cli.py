@@ -1,0 +1,163 @@
+"""The command line as its user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+import distinfluence
+from distinfluence import open_influences
+from distinfluence.cli import main
+from distinfluence.scaling import ClusterSpec, connected
+from distinfluence.store import InfluenceWriter, Layout
+from tests.reference import Reference
+from tests.test_job import content
+from tests.zoo import build
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def job_file(folder: Path, **changes: object) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(content(cluster={"kind": "local", "workers": 1}, **changes)))
+    return path
+
+
+def a_result(path: Path) -> None:
+    writer = InfluenceWriter.create(
+        path,
+        Layout(n_test=2, n_train=6, strip=6),
+        {
+            "solver": {"method": "CgInfluence", "second_order_mode": "ggn", "hessian_regularization": {"full": 0.1}},
+            "parameters": {"covered": 3, "total": 4, "coverage": 0.75},
+            "fingerprints": {"parameters": "ab" * 32},
+        },
+    )
+    writer.write_test(
+        slice(0, 2),
+        loss=np.array([1.0, 2.0]),
+        relative_residual=np.array([1e-6, 2e-5]),
+        iterations=np.array([3, 4]),
+        converged=np.array([True, False]),
+    )
+    writer.write_strip(0, np.array([[5.0, -2, 3, 0, 1, -7], [0.0, 1, 2, 3, 4, 5]]))
+    writer.finish({"seconds": {"factors": 1.5}})
+
+
+def test_help_says_what_each_command_is_for() -> None:
+    text = command("--help").output
+    assert "Which training examples made the model do that?" in text
+    for name in ("demo", "run", "info", "top"):
+        assert name in text
+        assert len(command(name, "--help").output) > 200
+    assert distinfluence.__version__ in command("--version").output
+
+
+def test_run_writes_the_influences_that_the_job_describes(tmp_path: Path) -> None:
+    outcome = command("run", job_file(tmp_path), "--quiet")
+    assert outcome.exit_code == 0, outcome.output
+    assert "6 of 6 rows converged" in outcome.output
+    assert "next: distinfluence top" in outcome.output
+    result = open_influences(tmp_path / "influences.zarr")
+    expected = Reference(build("mlp classification")).influences("hessian", 0.01).numpy()
+    np.testing.assert_allclose(result[:], expected, rtol=1e-6, atol=1e-4)  # stored in float32
+    assert result.provenance["job"]["method"] == {"name": "direct", "hessian_regularization": 0.01}
+    assert not (tmp_path / ".influences.zarr.scratch").exists()
+
+
+def test_a_job_joins_a_cluster_that_is_running_and_leaves_it_running(tmp_path: Path) -> None:
+    with connected(ClusterSpec(workers=1)) as client:
+        address = client.scheduler.address
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump(content(cluster={"kind": "address", "address": address})))
+        assert command("run", path, "--quiet").exit_code == 0
+        again = command("run", path, "--quiet")
+        assert again.exit_code == 1
+        assert "overwrite=True" in again.output
+        assert command("run", path, "--quiet", "--resume").exit_code == 0
+        assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_errors_are_one_message_and_exit_status_1(tmp_path: Path) -> None:
+    outcome = command("run", job_file(tmp_path, chunsk={}))
+    assert outcome.exit_code == 1
+    assert "Did you mean `chunks`?" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert command("info", tmp_path / "nothing.zarr").exit_code == 1
+    assert command("run", tmp_path / "nothing.yaml").exit_code == 2
+
+
+def test_info_says_what_a_result_holds_and_how_far_it_converged(tmp_path: Path) -> None:
+    a_result(tmp_path / "i.zarr")
+    text = command("info", tmp_path / "i.zarr").output
+    assert "2 × 6 influences" in text
+    assert "CgInfluence on the ggn, damping 0.1, 3 of 4 parameters covered (75.0%)" in text
+    assert "1 of 2 rows converged, worst relative residual 2.0e-05, at most 4 iterations" in text
+    assert "factors 1.5 s" in text
+    assert "state: complete" in text
+    parsed = json.loads(command("info", tmp_path / "i.zarr", "--json").output)
+    assert parsed["solver"]["method"] == "CgInfluence"
+    assert parsed["progress"] == 1.0
+
+
+def test_top_lists_the_most_helpful_and_the_most_harmful(tmp_path: Path) -> None:
+    a_result(tmp_path / "i.zarr")
+    lines = command("top", tmp_path / "i.zarr", 0, "-k", 2).output.splitlines()
+    assert lines[0].startswith("test sample 0: loss 1")
+    assert lines[-2].split() == ["0", "5", "5", "-7"]
+    assert lines[-1].split() == ["2", "3", "1", "-2"]
+    ranked = json.loads(command("top", tmp_path / "i.zarr", 0, "-k", 1, "--json").output)
+    assert ranked == {"helpful": [{"train": 0, "influence": 5.0}], "harmful": [{"train": 5, "influence": -7.0}]}
+    outcome = command("top", tmp_path / "i.zarr", 9)
+    assert outcome.exit_code == 1
+    assert "`test_index`" in outcome.output
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_or_termination_stops_cleanly_and_the_run_can_be_resumed(sent: signal.Signals, tmp_path: Path) -> None:
+    path = job_file(
+        tmp_path,
+        model={"factory": "tests.scaling.sources:slow_model"},
+        chunks={"train": 1},
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distinfluence", "run", str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    status = tmp_path / "influences.zarr" / "strip_status" / "c"
+    deadline = time.monotonic() + 120
+    while not (status.is_dir() and any(status.iterdir())) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    if sent is signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal does: to every process of the run
+    else:
+        process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"Go on with: distinfluence run {path} --resume" in errors
+    assert "Traceback" not in errors
+    half = open_influences(tmp_path / "influences.zarr")
+    assert 0 < half.n_missing < 23
+    if sent is signal.SIGTERM:
+        return
+    outcome = command("run", path, "--quiet", "--resume")
+    assert outcome.exit_code == 0, outcome.output
+    expected = Reference(build("mlp classification")).influences("hessian", 0.01).numpy()
+    np.testing.assert_allclose(open_influences(tmp_path / "influences.zarr")[:], expected, rtol=1e-6, atol=1e-4)

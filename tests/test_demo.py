@@ -1,0 +1,83 @@
+"""The demo is real: it finds flipped labels, draws a picture, and leaves a result that everything opens."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from distinfluence import open_influences
+from distinfluence.config import Job
+from distinfluence.demo import (
+    FLIPPED_SHARE,
+    N_TRAIN,
+    build_model,
+    flipped_labels,
+    job_content,
+    prepare,
+    test_data as digits_for_testing,
+    train_data,
+)
+from distinfluence.errors import ForeignStoreError
+from distinfluence.evaluate import mislabel_recall, net_harm
+from distinfluence.scaling import Progress
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_one_in_twenty_training_labels_is_flipped_and_no_test_label() -> None:
+    from sklearn.datasets import load_digits
+
+    truth = {tuple(np.float32(image / 16).tolist()): label for image, label in zip(*load_digits(return_X_y=True), strict=True)}
+    (x, y), (x_test, y_test) = train_data(), digits_for_testing()
+    wrong = [i for i in range(N_TRAIN) if truth[tuple(x[i].tolist())] != int(y[i])]
+    np.testing.assert_array_equal(wrong, flipped_labels())
+    assert len(wrong) == FLIPPED_SHARE * N_TRAIN
+    assert all(truth[tuple(image.tolist())] == int(label) for image, label in zip(x_test, y_test, strict=True))
+
+
+def test_the_demo_finds_flipped_labels_and_says_what_to_do_next(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    outcome = subprocess.run(
+        [sys.executable, "-m", "distinfluence", "demo", "--output", str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    result = open_influences(folder / "influences.zarr")
+    assert result.shape == (297, 1500)
+    assert result.complete
+    assert result.converged.all()
+    assert result.relative_residual.max() <= 1e-4
+    recall = mislabel_recall(net_harm(result[:]), flipped_labels(), inspected=75)
+    assert recall.found >= 40, "a random order finds 4"
+    assert f"{recall.found} have a flipped label" in outcome.stdout
+    assert "297 of 297 rows converged" in outcome.stdout
+    assert f"distinfluence top {folder / 'influences.zarr'} 0" in outcome.stdout
+    assert (folder / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(entry.name for entry in folder.iterdir()) == ["digits.png", "influences.zarr", "job.yaml", "model.pt"]
+
+
+def test_the_demos_job_file_and_checkpoint_are_ordinary_ones(tmp_path: Path) -> None:
+    prepare(tmp_path, workers=1, progress=Progress(show=False))
+    job = Job.read(tmp_path / "job.yaml")
+    assert yaml.safe_load((tmp_path / "job.yaml").read_text()) == job_content(1)
+    model, _ = job.influence_model()
+    trained = build_model()
+    trained.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    x, y = digits_for_testing()
+    assert (trained(x).argmax(dim=1) == y).float().mean() > 0.95
+    assert torch.equal(model.risk.module(x), trained(x))
+
+
+def test_the_demo_touches_no_folder_that_holds_other_files(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ForeignStoreError, match="did not write"):
+        prepare(tmp_path, workers=1, progress=Progress(show=False))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,95 @@
+"""Job files: every mistake is named with its remedy, before anything runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distinfluence import CgInfluence, DirectInfluence
+from distinfluence.config import Job
+from distinfluence.errors import ConfigError, RecipeError
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    return {
+        "model": {"factory": "tests.scaling.sources:model"},
+        "loss": "torch.nn:CrossEntropyLoss",
+        "data": {"train": "tests.scaling.sources:train", "test": "tests.scaling.sources:test"},
+        "method": {"name": "direct", "hessian_regularization": 0.01},
+        "output": "influences.zarr",
+        **changes,
+    }
+
+
+def test_a_job_builds_the_influence_model_that_it_names(tmp_path: Path) -> None:
+    model, recipe = Job.parse(content(), tmp_path).influence_model()
+    assert isinstance(model, DirectInfluence)
+    assert model.damping == {"full": 0.01}
+    assert recipe.checkpoint is None
+    method = {"name": "cg", "second_order_mode": "ggn", "rtol": 1e-4, "block_structure": "layer_wise"}
+    model, _ = Job.parse(content(method=method), tmp_path).influence_model()
+    assert isinstance(model, CgInfluence)
+    assert model.rtol == 1e-4
+    assert len(model.damping) == 2
+
+
+def test_a_loss_can_be_a_class_with_arguments_or_a_function(tmp_path: Path) -> None:
+    for loss in (
+        {"target": "torch.nn:CrossEntropyLoss", "arguments": {"label_smoothing": 0.1}},
+        "torch.nn.functional:cross_entropy",
+    ):
+        model, _ = Job.parse(content(loss=loss), tmp_path).influence_model()
+        assert model.objective.settings()["loss"]
+
+
+def test_paths_and_modules_are_looked_up_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "beside_the_job.py").write_text("import torch\n\n\ndef build():\n    return torch.nn.Linear(4, 3)\n")
+    job = Job.parse(content(model={"factory": "beside_the_job:build"}), tmp_path)
+    assert job.path(Path("influences.zarr")) == (tmp_path / "influences.zarr").resolve()
+    model, _ = job.influence_model()
+    assert model.n_parameters == 15
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk": {"train": 5}}, "`chunk` is no key of a job file. Did you mean `chunks`?"),
+        ({"chunks": {"trian": 5}}, "`chunks.trian` is no key of a job file. Did you mean `train`?"),
+        ({"chunks": {"train": 0}}, "`chunks.train`: Input should be greater than 0, got 0."),
+        ({"model": {"checkpoint": "m.pt"}}, "`model.factory` is missing."),
+        ({"method": {"name": "cgg"}}, "`method.name` must be one of ['cg', 'direct'], got 'cgg'. Did you mean `cg`?"),
+        (
+            {"method": {"name": "cg", "hesian_regularization": 0.1}},
+            "`method.hesian_regularization` is no parameter of 'cg'. Did you mean `hessian_regularization`?",
+        ),
+        ({"cluster": {"kind": "kubernetes"}}, "`cluster.kind`: Input should be 'local', 'address' or 'scheduler_file'"),
+        ({"mode": "down"}, "`mode`: Input should be 'up' or 'perturbation', got 'down'."),
+        ({"cluster": {"worker": 3}}, "Did you mean `workers`?"),
+    ],
+)
+def test_a_mistake_in_a_job_is_named_with_what_was_meant(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Job.parse(content(**changes), tmp_path)
+    assert message in str(caught.value)
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 mistakes"):
+        Job.parse(content(outptu="x", chunks={"train": "many"}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n- b\n", "must hold a mapping, got list"), ("a: [1", "is no YAML"), ("!!python/object:os.system {}", "YAML")],
+)
+def test_a_file_that_is_no_job_says_so(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        Job.read(tmp_path / "job.yaml")
+
+
+def test_wrong_references_and_parameters_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no 'build_it'"):
+        Job.parse(content(model={"factory": "tests.scaling.sources:build_it"}), tmp_path).influence_model()
+    with pytest.raises(ConfigError, match="hessian_regularization"):
+        Job.parse(content(method={"name": "direct"}), tmp_path).influence_model()
