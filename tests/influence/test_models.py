@@ -1,0 +1,359 @@
+"""Influence models against dense float64 references: factors, influences, blocks, modes, reports."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distinfluence import (
+    BlockMode,
+    CgInfluence,
+    DirectInfluence,
+    InfluenceFunctionModel,
+    InfluenceMode,
+    SecondOrderMode,
+)
+from distinfluence.dataplane import LocalPlane
+from distinfluence.errors import DtypeError, NotFittedError, SettingError, ShapeError
+from distinfluence.solvers import Outcome
+from tests.reference import Reference
+from tests.zoo import Case, build
+
+MODES = ["hessian", "ggn", "empirical_fisher"]
+MODELS = ["mlp classification", "mlp regression", "cnn", "embedding and layer norm", "tied weights", "attention"]
+Make = Callable[..., InfluenceFunctionModel]
+
+
+def direct(case: Case, damping: Any, mode: str = "ggn", **settings: Any) -> DirectInfluence:
+    return DirectInfluence(case.model, case.loss, damping, second_order_mode=mode, **settings)
+
+
+def cg(case: Case, damping: Any, mode: str = "ggn", **settings: Any) -> CgInfluence:
+    settings = {"rtol": 1e-10, "atol": 0.0, **settings}
+    return CgInfluence(case.model, case.loss, damping, second_order_mode=mode, **settings)
+
+
+def row_cg(case: Case, damping: Any, mode: str = "ggn", **settings: Any) -> CgInfluence:
+    return cg(case, damping, mode, use_block_cg=False, **settings)
+
+
+METHODS: dict[str, Make] = {"direct": direct, "cg": cg, "row cg": row_cg}
+
+
+def damping_for(case: Case, mode: str) -> float:
+    """Small beside the matrix (a twentieth of its norm), but enough to make an indefinite Hessian definite."""
+    values = torch.linalg.eigvalsh(Reference(case).matrix(mode))
+    return 0.05 * float(values.abs().max()) + max(0.0, -1.1 * float(values[0]))
+
+
+def in_ragged_batches(case: Case) -> list[tuple[Tensor, Tensor]]:
+    x, y = case.train
+    return [(x[i : i + 7], y[i : i + 7]) for i in range(0, len(x), 7)]
+
+
+def allowed(method: str, expected: Tensor) -> dict[str, float]:
+    """Direct: 1e-8. CG at rtol 1e-10: the error is at most the residual over λ_min, and cond is at most about 60 here,
+    so 1e-6 of the largest entry has room."""
+    return {"rtol": 0, "atol": (1e-8 if method == "direct" else 1e-6) * float(expected.abs().max())}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_factors_and_influences_are_the_reference(method: str, mode: str, name: str) -> None:
+    case = build(name)
+    damping = damping_for(case, mode)
+    reference = Reference(case)
+    model = METHODS[method](case, damping, mode).fit(in_ragged_batches(case))
+    factors, report = model.influence_factors(*case.test, return_report=True)
+    expected = reference.factors(mode, damping)
+    torch.testing.assert_close(factors, expected, **allowed(method, expected))
+    assert report.converged.all()
+    expected = reference.influences(mode, damping)
+    torch.testing.assert_close(model.influences(*case.test, *case.train), expected, **allowed(method, expected))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_test_rows_than_parameters_with_duplicates_and_zero_gradients(method: str) -> None:
+    base = build("mlp regression", n_test=40)
+    x, y = (tensor.clone() for tensor in base.test)
+    x[3], y[3] = x[2], y[2]
+    case = Case(base.model, base.loss, base.train, (x, y))
+    model = METHODS[method](case, 0.05).fit(case.train)
+    assert len(x) > model.n_parameters
+    factors, report = model.influence_factors(x, y, return_report=True)
+    expected = Reference(case).factors("ggn", 0.05)
+    torch.testing.assert_close(factors, expected, **allowed(method, expected))
+    assert report.converged.all()
+    torch.testing.assert_close(factors[2], factors[3], **allowed(method, expected))
+    rows = Reference(case).gradients(case.test)
+    rows[5] = 0
+    factors, report = model.solve(rows)
+    assert torch.equal(factors[5], torch.zeros_like(factors[5]))
+    assert report.relative_residual[5] == 0
+    assert report.iterations[5] == 0
+    others = torch.arange(40) != 5
+    torch.testing.assert_close(factors[others], expected[others], **allowed(method, expected))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_test_points_factor_does_not_depend_on_which_others_share_the_call(method: str) -> None:
+    case = build("mlp classification", n_test=9)
+    model = METHODS[method](case, 0.02).fit(case.train)
+    x, y = case.test
+    together = model.influence_factors(x, y)
+    for i in range(9):
+        torch.testing.assert_close(model.influence_factors(x[i : i + 1], y[i : i + 1]), together[i : i + 1], atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_training_sample_is_enough(method: str) -> None:
+    case = build("mlp regression", n_train=1)
+    expected = Reference(case).influences("ggn", 0.1)
+    ours = METHODS[method](case, 0.1).fit(case.train).influences(*case.test, *case.train)
+    torch.testing.assert_close(ours, expected, **allowed(method, expected))
+
+
+@pytest.mark.parametrize("mode", ["up", "perturbation"])
+def test_influences_are_those_from_the_factors(mode: str) -> None:
+    case = build("mlp classification")
+    model = direct(case, 0.02).fit(case.train)
+    whole = model.influences(*case.test, *case.train, mode=mode)
+    split = model.influences_from_factors(model.influence_factors(*case.test), *case.train, mode=mode)
+    assert torch.equal(whole, split)
+
+
+def test_the_training_points_default_to_the_test_points_and_the_matrix_is_then_symmetric() -> None:
+    case = build("cnn")
+    model = direct(case, 0.02).fit(case.train)
+    square = model.influences(*case.test)
+    assert square.shape == (6, 6)
+    assert torch.equal(square, model.influences(*case.test, *case.test))
+    torch.testing.assert_close(square, square.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("structure", [*BlockMode, {"late": ["2.weight", "2.bias"], "early": ["0.weight", "0.bias"]}])
+def test_blocks_are_solved_apart_with_their_own_damping(method: str, structure: Any) -> None:
+    case = build("mlp classification")
+    names = METHODS[method](case, 0.1, block_structure=structure).risk.blocks
+    damping = {block: 0.02 * (i + 1) for i, block in enumerate(names.names)}
+    model = METHODS[method](case, damping, block_structure=structure).fit(case.train)
+    reference = Reference(case)
+    where = _positions(case, model)
+    matrix, tests, trains = (
+        reference.ggn()[where][:, where],
+        reference.gradients(case.test)[:, where],
+        reference.gradients(case.train)[:, where],
+    )
+    by_block = model.influences_by_block(*case.test, *case.train)
+    assert list(by_block) == list(names.names)
+    for block, columns in names.columns.items():
+        inside = matrix[columns, columns]
+        factors = torch.linalg.solve(inside + damping[block] * torch.eye(len(inside)).double(), tests[:, columns].T).T
+        expected = factors @ trains[:, columns].T
+        torch.testing.assert_close(by_block[block], expected, **allowed(method, expected))
+        torch.testing.assert_close(
+            model.influence_factors_by_block(*case.test)[block], factors, **allowed(method, factors)
+        )
+    total = model.influences(*case.test, *case.train)
+    torch.testing.assert_close(torch.stack(list(by_block.values())).sum(dim=0), total, rtol=1e-10, atol=1e-10)
+    parts = model.influence_factors_by_block(*case.test)
+    again = model.influences_from_factors_by_block(parts, *case.train)
+    assert all(torch.equal(again[block], by_block[block]) for block in by_block)
+
+
+def _positions(case: Case, model: InfluenceFunctionModel) -> Tensor:
+    """Columns of the reference in the model's order."""
+    ranges, start = {}, 0
+    for name, p in case.model.named_parameters():
+        ranges[name] = torch.arange(start, start + p.numel())
+        start += p.numel()
+    return torch.cat([ranges[name] for name in model.risk.blocks.shapes])
+
+
+@pytest.mark.parametrize("n_test", [3, 30])
+@pytest.mark.parametrize("name", ["mlp classification", "cnn", "tied weights", "lstm"])
+def test_perturbation_is_the_derivative_by_the_training_input(name: str, n_test: int) -> None:
+    case = build(name, n_test=n_test)
+    model = direct(case, 0.05).fit(case.train)
+    ours = model.influences(*case.test, *case.train, mode="perturbation")
+    expected = Reference(case).perturbation("ggn", 0.05)
+    assert ours.shape == (n_test, 23, *case.train[0].shape[1:])
+    torch.testing.assert_close(ours, expected, **allowed("direct", expected))
+
+
+def test_perturbation_by_block_sums_to_the_whole() -> None:
+    case = build("mlp classification")
+    model = direct(case, 0.05, block_structure="layer_wise").fit(case.train)
+    by_block = model.influences_by_block(*case.test, *case.train, mode="perturbation")
+    total = model.influences(*case.test, *case.train, mode=InfluenceMode.PERTURBATION)
+    torch.testing.assert_close(torch.stack(list(by_block.values())).sum(dim=0), total, rtol=1e-9, atol=1e-10)
+
+
+def test_perturbation_predicts_what_moving_an_input_does_to_its_influence() -> None:
+    case = build("mlp classification")
+    model = direct(case, 0.05).fit(case.train)
+    factors, (x, y), step = model.influence_factors(*case.test), case.train, 1e-6
+    moved = x.clone()
+    moved[4, 2] += step
+    change = model.influences_from_factors(factors, moved, y) - model.influences_from_factors(factors, x, y)
+    slope = model.influences_from_factors(factors, x, y, mode="perturbation")[:, 4, 2]
+    torch.testing.assert_close(change[:, 4] / step, slope, rtol=1e-4, atol=1e-6)
+
+
+def test_a_solve_that_is_stopped_early_says_so() -> None:
+    case = build("mlp classification")
+    _, report = cg(case, 1e-3, maxiter=1).fit(case.train).influence_factors(*case.test, return_report=True)
+    assert not report.converged.any()
+    assert set(report.outcome) == {Outcome.MAXITER}
+    assert "0 of 6 rows converged" in str(report)
+
+
+def test_the_reported_residual_is_that_of_the_factors() -> None:
+    case = build("mlp classification")
+    model = cg(case, 0.01, rtol=1e-3, block_structure="layer_wise").fit(case.train)
+    factors, report = model.influence_factors(*case.test, return_report=True)
+    gradients = Reference(case).gradients(case.test)
+    matrix = torch.block_diag(*[Reference(case).ggn()[c, c] for c in model.risk.blocks.columns.values()])
+    residual = gradients - factors @ (matrix + 0.01 * torch.eye(43))
+    expected = residual.norm(dim=1) / gradients.norm(dim=1)
+    torch.testing.assert_close(report.relative_residual, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_an_indefinite_hessian_is_said_not_hidden() -> None:
+    case = build("mlp classification")
+    smallest = float(torch.linalg.eigvalsh(Reference(case).hessian())[0])
+    assert smallest < -1e-3
+    model = direct(case, 1e-4, "hessian").fit(case.train)
+    assert model.fit_report.positive_definite == {"full": False}
+    assert "not positive definite: full" in str(model.fit_report)
+    expected = Reference(case).factors("hessian", 1e-4)
+    torch.testing.assert_close(model.influence_factors(*case.test), expected, **allowed("direct", expected))
+    for method in (cg, row_cg):
+        _, report = method(case, 1e-4, "hessian").fit(case.train).influence_factors(*case.test, return_report=True)
+        assert Outcome.NEGATIVE_CURVATURE in report.outcome
+        assert smallest + 1e-4 <= float(report.by_block["full"].curvature.min()) < 0
+
+
+def test_the_fit_report_says_what_is_covered() -> None:
+    case = build("mlp classification")
+    case.model.get_parameter("0.weight").requires_grad_(False)
+    report = direct(case, 0.1, block_structure="layer_wise").fit(in_ragged_batches(case)).fit_report
+    assert (report.n_samples, report.n_parameters, report.n_total) == (23, 23, 43)
+    assert report.uncovered == ("0.weight",)
+    assert report.blocks == {"0": 5, "2": 18}
+    assert report.damping == {"0": 0.1, "2": 0.1}
+    assert report.positive_definite == {"0": True, "2": True}
+    assert report.passes == 2
+    assert "covers 23 of 43 parameters (53.5%)" in str(report)
+
+
+def test_integer_inputs_give_floating_point_results() -> None:
+    case = build("embedding and layer norm")
+    assert direct(case, 0.1).fit(case.train).influences(*case.test, *case.train).dtype is torch.float64
+
+
+def test_float32_models_give_float32_results_close_to_the_truth() -> None:
+    case, exact = build("cnn", dtype=torch.float32), build("cnn")
+    expected = Reference(exact).influences("ggn", 0.1)
+    for method in (direct, cg):
+        ours = method(case, 0.1).fit(case.train).influences(*case.test, *case.train)
+        assert ours.dtype is torch.float32
+        # products are good to about 1e-6 of the matrix, and cond is below 100
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_batches_may_come_whole() -> None:
+    case = build("mlp classification")
+    model = direct(case, 0.1).fit([case.train])
+    assert torch.equal(model.influence_factors(case.test), model.influence_factors(*case.test))
+    assert torch.equal(model.influences(case.test, x=case.train), model.influences(*case.test, *case.train))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fitted_state_can_be_taken_elsewhere(method: str) -> None:
+    case = build("mlp classification")
+    model = METHODS[method](case, 0.05, block_structure="layer_wise").fit(case.train)
+    there = model.unbound().bound_to(case.model)
+    assert not there.is_fitted
+    plane = LocalPlane(there.risk, case.train)
+    there.restore(plane, model.state_arrays(), model.fit_report)
+    torch.testing.assert_close(there.influence_factors(*case.test), model.influence_factors(*case.test))
+    moved = model.to("cpu")
+    assert moved is model
+    torch.testing.assert_close(moved.influence_factors(*case.test), there.influence_factors(*case.test))
+    with pytest.raises(NotFittedError, match=r"bound_to\(model\)"):
+        model.unbound().n_parameters  # noqa: B018
+
+
+def test_settings_are_json_and_name_the_method() -> None:
+    case = build("mlp classification")
+    settings = json.loads(json.dumps(cg(case, 0.1, block_structure="layer_wise").settings()))
+    assert settings["method"] == "CgInfluence"
+    assert settings["hessian_regularization"] == {"0": 0.1, "2": 0.1}
+    assert settings["second_order_mode"] == "ggn"
+    assert settings["rtol"] == 1e-10
+
+
+def test_the_seed_interfaces_spelling_of_the_modes_works() -> None:
+    assert InfluenceMode.Up is InfluenceMode.UP
+    assert InfluenceMode.Perturbation is InfluenceMode.PERTURBATION
+    case = build("mlp classification")
+    model = DirectInfluence(case.model, case.loss, 0.1, second_order_mode=SecondOrderMode.GGN).fit(case.train)
+    assert torch.equal(
+        model.influences(*case.test, *case.train, mode=InfluenceMode.Up), model.influences(*case.test, *case.train)
+    )
+
+
+def test_wrong_use_says_what_to_do() -> None:
+    case = build("mlp classification")
+    with pytest.raises(NotFittedError, match=r"Call `fit\(data\)` first"):
+        direct(case, 0.1).influences(*case.test)
+    with pytest.raises(SettingError, match="`second_order_mode` must be one of"):
+        direct(case, 0.1, "gauss_newton")
+    with pytest.raises(SettingError, match="`rtol`"):
+        cg(case, 0.1, rtol=2.0)
+    with pytest.raises(SettingError, match="`hessian_regularization`"):
+        direct(case, -1.0)
+    model = direct(case, 0.1).fit(case.train)
+    with pytest.raises(SettingError, match="`mode` must be one of"):
+        model.influences(*case.test, mode="sideways")
+    with pytest.raises(ShapeError, match=r"`factors` must be \[n_test, 43\]"):
+        model.influences_from_factors(torch.zeros(2, 5), *case.train)
+    with pytest.raises(ShapeError, match="the blocks"):
+        model.influences_from_factors_by_block({"other": torch.zeros(2, 43)}, *case.train)
+    text = build("embedding and layer norm")
+    with pytest.raises(DtypeError, match="floating-point input"):
+        direct(text, 0.1).fit(text.train).influences(*text.test, mode="perturbation")
+
+
+class Diagonal:
+    """A preconditioner from the matrix's diagonal, made with p products."""
+
+    def fit(self, operator: Any, damping: float) -> "Diagonal":
+        self.inverse = (1 / (operator.dense().diagonal() + damping)).to(operator.dtype)
+        return self
+
+    def apply(self, rows: Tensor) -> Tensor:
+        return rows * self.inverse
+
+
+def test_a_preconditioner_is_fitted_and_used() -> None:
+    torch.manual_seed(0)
+    scales = torch.logspace(0, 3, 12, dtype=torch.float64)
+    x, y = torch.randn(60, 12).double() * scales, torch.randn(60, 1).double()
+    model = nn.Linear(12, 1, bias=False).double()
+    settings: dict[str, Any] = {"rtol": 1e-8, "atol": 0.0, "second_order_mode": "ggn"}
+    plain = CgInfluence(model, nn.MSELoss(), 1e-6, **settings).fit((x, y))
+    helped = CgInfluence(model, nn.MSELoss(), 1e-6, pre_conditioner=Diagonal(), **settings).fit((x, y))
+    (factors, slow), (same, fast) = (m.influence_factors(x[:1], y[:1], return_report=True) for m in (plain, helped))
+    assert fast.converged.all()
+    assert int(fast.iterations) < int(slow.iterations)
+    # two solutions to a residual of 1e-8 may differ by cond·1e-8, in the flat directions; their influences agree better
+    torch.testing.assert_close(
+        plain.influences_from_factors(factors, x, y), helped.influences_from_factors(same, x, y), rtol=1e-3, atol=1e-6
+    )
