@@ -150,7 +150,9 @@ def _block_names(
     )
 
 
-def _custom_names(trainable: Mapping[str, Tensor], structure: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+def _custom_names(
+    trainable: Mapping[str, Tensor], structure: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
     if not structure:
         raise ParameterBlockError("`block_structure` must name at least one block, got an empty mapping.")
     owner: dict[str, str] = {}

@@ -98,7 +98,9 @@ def info(path: Path, as_json: bool) -> None:
             return
         provenance = result.provenance
         click.echo(summary(result))
-        click.echo(f"state: {provenance['state']}, created {provenance['created']}, sign: {provenance['sign_convention']}")
+        click.echo(
+            f"state: {provenance['state']}, created {provenance['created']}, sign: {provenance['sign_convention']}"
+        )
         for name, value in provenance.get("fingerprints", {}).items():
             click.echo(f"sha256 of {name.replace('_', ' ')}: {value[:16]}…")
         click.echo("versions: " + ", ".join(f"{k} {v}" for k, v in provenance.get("versions", {}).items()))
@@ -146,7 +148,7 @@ def _ranking_table(result: InfluenceResult, test_index: int, helpful: Ranking, h
 
 @contextmanager
 def _clean_errors(resume: str = "") -> Iterator[None]:
-    """Our errors as one message, Ctrl-C and SIGTERM as a clean stop; anything else is a defect and keeps its traceback."""
+    """Our errors as one message, Ctrl-C and SIGTERM as a clean stop; anything else is a defect and keeps its trace."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield

@@ -103,7 +103,9 @@ class Job(Section):
         except yaml.YAMLError as error:
             raise ConfigError(f"`{path}` is no YAML: {error}") from error
         if not isinstance(content, dict):
-            raise ConfigError(f"`{path}` must hold a mapping, got {type(content).__name__}. See the docs for an example.")
+            raise ConfigError(
+                f"`{path}` must hold a mapping, got {type(content).__name__}. See the docs for an example."
+            )
         return cls.parse(content, path.resolve().parent, str(path))
 
     @classmethod
@@ -120,12 +122,14 @@ class Job(Section):
 
     def method_class(self) -> type[InfluenceFunctionModel]:
         """The influence model that `method` names. Raises ConfigError for an unknown name or parameter."""
-        name = self.method.get("name")
+        name = str(self.method.get("name"))
         if name not in METHODS:
             raise ConfigError(
-                f"`method.name` must be one of {sorted(METHODS)}, got {name!r}.{_suggestion(str(name), list(METHODS))}"
+                f"`method.name` must be one of {sorted(METHODS)}, got {name!r}.{_suggestion(name, list(METHODS))}"
             )
-        known = [p for p in inspect.signature(METHODS[name]).parameters if p not in ("model", "loss", "pre_conditioner")]
+        known = [
+            p for p in inspect.signature(METHODS[name]).parameters if p not in ("model", "loss", "pre_conditioner")
+        ]
         for key in self.method:
             if key not in known and key != "name":
                 raise ConfigError(f"`method.{key}` is no parameter of {name!r}.{_suggestion(key, known)}")
@@ -164,7 +168,9 @@ class Job(Section):
 def _explain(job: type[Section], problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"`{where}` is no key of a job file.{_suggestion(str(problem['loc'][-1]), _keys(job, problem['loc'][:-1]))}"
+        return (
+            f"`{where}` is no key of a job file.{_suggestion(str(problem['loc'][-1]), _keys(job, problem['loc'][:-1]))}"
+        )
     if problem["type"] == "missing":
         return f"`{where}` is missing."
     return f"`{where}`: {problem['msg']}, got {problem['input']!r}."

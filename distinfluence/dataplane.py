@@ -24,7 +24,8 @@ KEPT_BYTES = 2 * 2**30  # of batches that stay on the device between passes
 class Kernel(Protocol):
     """A function of one chunk: sums over its samples, never means, so that ragged chunks weigh what they hold."""
 
-    def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]: ...
+    def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """batch: one chunk, placed and checked; broadcast: tensors that every chunk gets."""
 
 
 class DataPlane(ABC):

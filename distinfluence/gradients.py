@@ -34,7 +34,8 @@ class SampleGradients:
     @property
     def norms(self) -> Tensor:
         """Euclidean norm of each row, [n]."""
-        return self.rows.norm(dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.rows, dim=1)
+        return norms
 
 
 def loss_gradients(risk: SampleRisk, batch: Batch) -> SampleGradients:
@@ -106,8 +107,9 @@ def mixed_gradients(risk: SampleRisk, batch: Batch, rows: Tensor) -> Tensor:
         return directional
 
     def vectorised(some: Tensor) -> Tensor:
-        by_input = grad(along, argnums=2)
-        return vmap(by_input, in_dims=(0, None, None), chunk_size=rows_at_once(risk))(some, dict(risk.parameters), x)
+        by_input = vmap(grad(along, argnums=2), in_dims=(0, None, None), chunk_size=rows_at_once(risk))
+        slopes: Tensor = by_input(some, dict(risk.parameters), x)
+        return slopes
 
     def looped(some: Tensor) -> Tensor:
         with differentiable(risk) as parameters:
@@ -150,7 +152,11 @@ def flat_grad(risk: SampleRisk, value: Tensor, parameters: Parameters, create_gr
     if not value.requires_grad:
         return torch.zeros(risk.size, dtype=risk.dtype, device=risk.device)
     gradient = torch.autograd.grad(
-        value, list(parameters.values()), create_graph=create_graph, retain_graph=create_graph, allow_unused=True,
+        value,
+        list(parameters.values()),
+        create_graph=create_graph,
+        retain_graph=create_graph,
+        allow_unused=True,
         materialize_grads=True,
     )
     return risk.blocks.flatten(dict(zip(parameters, gradient, strict=True)))

@@ -9,7 +9,9 @@ from distinfluence.scaling import DaskInfluenceCalculator, Progress, connected
 from distinfluence.store import InfluenceResult
 
 
-def run_job(job: Job, *, overwrite: bool = False, resume: bool = False, progress: Progress | None = None) -> InfluenceResult:
+def run_job(
+    job: Job, *, overwrite: bool = False, resume: bool = False, progress: Progress | None = None
+) -> InfluenceResult:
     """Start or join the cluster, fit, compute, write; returns the result.
 
     overwrite, resume: as `InfluenceCalculator.to_zarr`. Files of the run lie in `scratch` until it is complete.
@@ -43,7 +45,8 @@ def summary(result: InfluenceResult) -> str:
     solver, covered = provenance["solver"], provenance["parameters"]
     lines = [
         f"{' × '.join(map(str, result.shape))} influences (test × train) in {result.path}",
-        f"{solver['method']} on the {solver['second_order_mode']}, damping {_damping(solver['hessian_regularization'])}, "
+        f"{solver['method']} on the {solver['second_order_mode']}, "
+        f"damping {_damping(solver['hessian_regularization'])}, "
         f"{covered['covered']} of {covered['total']} parameters covered ({covered['coverage']:.1%})",
         f"{int(np.sum(result.converged))} of {result.shape[0]} rows converged, worst relative residual "
         f"{float(np.nanmax(result.relative_residual)):.1e}, at most {int(np.max(result.iterations))} iterations",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distinfluence.batch import Batch, batch_length, describe, take
 from distinfluence.errors import DtypeError, LossError, ShapeError
@@ -21,7 +21,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Forward(Protocol):
     """The model as an objective sees it: called as the module is, with the parameters at hand."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns."""
 
 
 class Objective(ABC):
@@ -83,12 +84,11 @@ class SupervisedObjective(Objective):
         self.loss = loss
         self._vmap = True
         self._unreduced = getattr(loss, "reduction", None) == "none"
-        if isinstance(loss, nn.Module) and getattr(loss, "weight", None) is not None and not self._unreduced:
-            if loss.reduction == "mean":
-                raise LossError(
-                    f"`loss` is {type(loss).__name__} with class weights and reduction 'mean', which divides by the "
-                    "weights of the batch: a sample's loss then depends on the others. Use reduction='none' or 'sum'."
-                )
+        if getattr(loss, "weight", None) is not None and getattr(loss, "reduction", None) == "mean":
+            raise LossError(
+                f"`loss` is {type(loss).__name__} with class weights and reduction 'mean', which divides by the "
+                "weights of the batch: a sample's loss then depends on the others. Use reduction='none' or 'sum'."
+            )
 
     def settings(self) -> dict[str, object]:
         """The loss's name and its plain attributes (reduction, label smoothing, …)."""

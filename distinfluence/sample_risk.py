@@ -198,12 +198,14 @@ def agree(value: Tensor, expected: Tensor) -> bool:
 def check_mode(module: nn.Module) -> None:
     """Raise ModelModeError if a submodule in train mode draws random numbers or uses batch statistics."""
     for name, child in module.named_modules():
-        random = isinstance(child, RANDOM_IN_TRAINING) and not (isinstance(child, nn.modules.dropout._DropoutNd) and child.p == 0)
+        random = isinstance(child, RANDOM_IN_TRAINING) and not (
+            isinstance(child, nn.modules.dropout._DropoutNd) and child.p == 0
+        )
         random = random or (isinstance(child, (nn.MultiheadAttention, nn.RNNBase)) and child.dropout > 0)
         if child.training and random:
             raise ModelModeError(
-                f"`model` is in train mode with {type(child).__name__} at {name or 'the top'!r}, whose output is random "
-                "or depends on the batch. Call `model.eval()` first."
+                f"`model` is in train mode with {type(child).__name__} at {name or 'the top'!r}, whose output is "
+                "random or depends on the batch. Call `model.eval()` first."
             )
 
 

@@ -26,7 +26,8 @@ class Reference:
         return out
 
     def loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return self.case.loss(self._outputs(theta, x), y)
+        loss: Tensor = self.case.loss(self._outputs(theta, x), y)
+        return loss
 
     def gradient(self, x: Tensor, y: Tensor) -> Tensor:
         theta = self.theta.clone().requires_grad_()
@@ -59,7 +60,8 @@ class Reference:
 
     def factors(self, mode: str, damping: float) -> Tensor:
         matrix = self.matrix(mode) + damping * torch.eye(self.theta.numel(), dtype=torch.float64)
-        return torch.linalg.solve(matrix, self.gradients(self.case.test).T).T
+        solved: Tensor = torch.linalg.solve(matrix, self.gradients(self.case.test).T)
+        return solved.T
 
     def influences(self, mode: str, damping: float) -> Tensor:
         return self.factors(mode, damping) @ self.gradients(self.case.train).T

@@ -14,6 +14,7 @@ import pytest
 import distinfluence
 from distinfluence import errors, solvers
 from distinfluence.solvers import Solver
+from tests.solvers.contract import SolverContract
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "distinfluence").rglob("*.py"))
@@ -264,21 +265,14 @@ def exported_solvers() -> list[str]:
 
 
 def solvers_under_contract() -> set[str]:
-    """The classes that a `SolverContract` of tests/solvers has as its `solver`."""
+    """The classes that a test class of tests/solvers which inherits `SolverContract` has as its `solver`."""
     found = set()
     for path in (ROOT / "tests" / "solvers").glob("test_*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and any("SolverContract" in ast.unparse(base) for base in node.bases):
-                found |= {name for statement in node.body for name in _made(statement)}
+        module = importlib.import_module(f"tests.solvers.{path.stem}")
+        for name, test in inspect.getmembers(module, inspect.isclass):
+            if name.startswith("Test") and issubclass(test, SolverContract):
+                found.add(type(test.solver).__name__)
     return found
-
-
-def _made(statement: ast.stmt) -> Iterator[str]:
-    """X of `solver = X(…)` or `solver: … = X(…)`."""
-    if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Call):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        if "solver" in map(ast.unparse, targets):
-            yield ast.unparse(statement.value.func)
 
 
 @pytest.mark.parametrize("name", exported_solvers())

@@ -79,6 +79,7 @@ def test_run_writes_the_influences_that_the_job_describes(tmp_path: Path) -> Non
 
 def test_a_job_joins_a_cluster_that_is_running_and_leaves_it_running(tmp_path: Path) -> None:
     with connected(ClusterSpec(workers=1)) as client:
+        assert client.scheduler is not None
         address = client.scheduler.address
         path = tmp_path / "job.yaml"
         path.write_text(yaml.safe_dump(content(cluster={"kind": "address", "address": address})))
@@ -126,7 +127,9 @@ def test_top_lists_the_most_helpful_and_the_most_harmful(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_or_termination_stops_cleanly_and_the_run_can_be_resumed(sent: signal.Signals, tmp_path: Path) -> None:
+def test_an_interrupt_or_termination_stops_cleanly_and_the_run_can_be_resumed(
+    sent: signal.Signals, tmp_path: Path
+) -> None:
     path = job_file(
         tmp_path,
         model={"factory": "tests.scaling.sources:slow_model"},

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from distinfluence.demo import (
     flipped_labels,
     job_content,
     prepare,
-    test_data as digits_for_testing,
     train_data,
+)
+from distinfluence.demo import (
+    test_data as digits_for_testing,
 )
 from distinfluence.errors import ForeignStoreError
 from distinfluence.evaluate import mislabel_recall, net_harm
@@ -32,7 +35,10 @@ ROOT = Path(__file__).parents[1]
 def test_one_in_twenty_training_labels_is_flipped_and_no_test_label() -> None:
     from sklearn.datasets import load_digits
 
-    truth = {tuple(np.float32(image / 16).tolist()): label for image, label in zip(*load_digits(return_X_y=True), strict=True)}
+    truth: dict[Any, int] = {
+        tuple(np.float32(image / 16).tolist()): label
+        for image, label in zip(*load_digits(return_X_y=True), strict=True)
+    }
     (x, y), (x_test, y_test) = train_data(), digits_for_testing()
     wrong = [i for i in range(N_TRAIN) if truth[tuple(x[i].tolist())] != int(y[i])]
     np.testing.assert_array_equal(wrong, flipped_labels())

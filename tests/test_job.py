@@ -80,7 +80,11 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n- b\n", "must hold a mapping, got list"), ("a: [1", "is no YAML"), ("!!python/object:os.system {}", "YAML")],
+    [
+        ("- a\n- b\n", "must hold a mapping, got list"),
+        ("a: [1", "is no YAML"),
+        ("!!python/object:os.system {}", "YAML"),
+    ],
 )
 def test_a_file_that_is_no_job_says_so(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(text)

@@ -51,12 +51,13 @@ def _forward_then_reverse(risk: SampleRisk, batch: Batch) -> Product:
         def outputs(parameters: Parameters) -> Tensor:
             return risk.outputs(parameters, batch)
 
-        predictions, pull_back = vjp(outputs, dict(risk.parameters))
+        primal = vjp(outputs, dict(risk.parameters))
+        predictions, pull_back = primal[0], primal[1]
         loss_gradient = grad(lambda f: risk.objective.losses(f, batch).sum())
 
         def product(row: Tensor) -> Tensor:
-            _, pushed = jvp(outputs, (dict(risk.parameters),), (risk.blocks.unflatten(row),))
-            _, curved = jvp(loss_gradient, (predictions,), (pushed,))
+            pushed = jvp(outputs, (dict(risk.parameters),), (risk.blocks.unflatten(row),))[1]
+            curved = jvp(loss_gradient, (predictions,), (pushed,))[1]
             return risk.blocks.flatten(pull_back(curved)[0])
 
         return vectorised(product, risk)(rows)

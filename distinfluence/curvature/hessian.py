@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from distinfluence.batch import Batch
-from distinfluence.curvature.over_data import DataOperator, product_of_rows, vectorised
+from distinfluence.curvature.over_data import DataOperator, Product, product_of_rows, vectorised
 from distinfluence.gradients import differentiable, flat_grad
 from distinfluence.sample_risk import Parameters, SampleRisk
 
@@ -45,7 +45,7 @@ class HessianOperator(DataOperator):
     kernel = HessianProduct
 
 
-def forward_over_reverse(risk: SampleRisk, batch: Batch):  # type: ignore[no-untyped-def]
+def forward_over_reverse(risk: SampleRisk, batch: Batch) -> Product:
     """The product of one row [p] with the chunk's summed Hessian."""
 
     def gradient(parameters: Parameters) -> Parameters:
@@ -53,13 +53,13 @@ def forward_over_reverse(risk: SampleRisk, batch: Batch):  # type: ignore[no-unt
         return result
 
     def product(row: Tensor) -> Tensor:
-        _, tangent = jvp(gradient, (dict(risk.parameters),), (risk.blocks.unflatten(row),))
+        tangent = jvp(gradient, (dict(risk.parameters),), (risk.blocks.unflatten(row),))[1]
         return risk.blocks.flatten(tangent)
 
     return product
 
 
-def reverse_twice(risk: SampleRisk, batch: Batch):  # type: ignore[no-untyped-def]
+def reverse_twice(risk: SampleRisk, batch: Batch) -> Product:
     """Products of rows [k, p] with the chunk's summed Hessian, one row after the other."""
 
     def product(rows: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def net_harm(influences: ArrayLike) -> NDArray[np.float64]:
 
     Large where removing the point would lower the test loss.
     """
-    return -np.asarray(influences, dtype=np.float64).sum(axis=0)
+    harm: NDArray[np.float64] = -np.asarray(influences, dtype=np.float64).sum(axis=0)
+    return harm
 
 
 def mislabel_recall(scores: ArrayLike, mislabelled: Sequence[int] | ArrayLike, inspected: int) -> MislabelRecall:

@@ -97,7 +97,9 @@ class InfluenceFunctionModel(ABC):
         return {
             "method": type(self).__name__,
             "second_order_mode": str(self.second_order_mode),
-            "block_structure": {k: list(v) for k, v in structure.items()} if isinstance(structure, Mapping) else structure,
+            "block_structure": {k: list(v) for k, v in structure.items()}
+            if isinstance(structure, Mapping)
+            else structure,
             "hessian_regularization": dict(self.damping),
         }
 
@@ -169,7 +171,9 @@ class InfluenceFunctionModel(ABC):
         return {block: operator(risk, block if len(names) > 1 else None) for block in names}
 
     @overload
-    def influence_factors(self, x: object, y: Tensor | None = ..., *, return_report: Literal[False] = ...) -> Tensor: ...
+    def influence_factors(
+        self, x: object, y: Tensor | None = ..., *, return_report: Literal[False] = ...
+    ) -> Tensor: ...
     @overload
     def influence_factors(
         self, x: object, y: Tensor | None = ..., *, return_report: Literal[True]
@@ -302,7 +306,8 @@ class InfluenceFunctionModel(ABC):
         size = columns.stop - columns.start
         if factors.ndim != 2 or factors.shape[1] != size:
             raise ShapeError(
-                f"`factors` must be [n_test, {size}], got {tuple(factors.shape)}. Pass what `influence_factors` returned."
+                f"`factors` must be [n_test, {size}], got {tuple(factors.shape)}. "
+                "Pass what `influence_factors` returned."
             )
         return factors.to(self.risk.device, self.risk.dtype)
 
@@ -386,7 +391,8 @@ def _second_order_mode(mode: SecondOrderMode | str) -> SecondOrderMode:
         return SecondOrderMode(mode)
     except ValueError:
         raise SettingError(
-            f"`second_order_mode` must be one of {[m.value for m in SecondOrderMode]}, got {mode!r}. Choose one of these."
+            f"`second_order_mode` must be one of {[m.value for m in SecondOrderMode]}, got {mode!r}. "
+            "Choose one of these."
         ) from None
 
 

@@ -39,9 +39,12 @@ class FitReport:
     def __str__(self) -> str:
         lines = [
             f"{self.second_order_mode} over {self.n_samples} samples, {self.passes} passes, {self.seconds:.2f} s",
-            f"covers {self.n_parameters} of {self.n_total} parameters ({self.coverage:.1%}) in {len(self.blocks)} blocks",
+            f"covers {self.n_parameters} of {self.n_total} parameters ({self.coverage:.1%}), "
+            f"{len(self.blocks)} block{'s' if len(self.blocks) > 1 else ''}",
         ]
-        lines += [f"not positive definite: {block}" for block, is_spd in self.positive_definite.items() if is_spd is False]
+        lines += [
+            f"not positive definite: {block}" for block, is_spd in self.positive_definite.items() if is_spd is False
+        ]
         return "\n".join([*lines, *self.remarks])
 
 

@@ -99,7 +99,8 @@ class InfluenceCalculator(ABC):
             da.from_delayed(_call(chunk_gradients, node, chunk, False), (size, p), dtype=self._dtype)
             for chunk, size in zip(data.chunks, data.sizes, strict=True)
         ]
-        return da.concatenate(blocks, axis=0)
+        gradients: da.Array = da.concatenate(blocks, axis=0)
+        return gradients
 
     def influence_factors(
         self, x: object, y: object | None = None, *, chunk_size: int | None = None, return_report: bool = False
@@ -110,7 +111,9 @@ class InfluenceCalculator(ABC):
         """
         data = self._chunked(x, y, chunk_size, TEST_CHUNK_SIZE)
         node, p = self._node(), self.model.n_parameters
-        solved = [(_call(chunk_factors, node, chunk), size) for chunk, size in zip(data.chunks, data.sizes, strict=True)]
+        solved = [
+            (_call(chunk_factors, node, chunk), size) for chunk, size in zip(data.chunks, data.sizes, strict=True)
+        ]
         factors = da.concatenate(
             [da.from_delayed(fields["factors"], (size, p), dtype=self._dtype) for fields, size in solved], axis=0
         )
@@ -167,7 +170,8 @@ class InfluenceCalculator(ABC):
             )
             for chunk, size in zip(data.chunks, data.sizes, strict=True)
         ]
-        return da.concatenate(blocks, axis=1)
+        influences: da.Array = da.concatenate(blocks, axis=1)
+        return influences
 
     def to_zarr(
         self,
@@ -226,7 +230,8 @@ class InfluenceCalculator(ABC):
 
     def _node(self) -> Delayed:
         context = self._stages().context
-        return dask.delayed(context, name=f"context-{context.key}", pure=False, traverse=False)
+        node: Delayed = dask.delayed(context, name=f"context-{context.key}", pure=False, traverse=False)
+        return node
 
     def _input_shape(self, data: ChunkedData) -> tuple[int, ...]:
         remarks_and_shape = _call(check_model, self._node(), data.chunks[0]).compute()
@@ -400,7 +405,8 @@ def _progress(progress: bool | Progress) -> Progress:
     return progress if isinstance(progress, Progress) else Progress(progress)
 
 
-def _call(task: Any, *arguments: object) -> Delayed:
+def _call(task: Any, *arguments: object) -> Any:
+    """A lazy call. Not typed as the Delayed that it is: those can be indexed, which their types don't say."""
     return dask.delayed(task, pure=False, traverse=False)(*arguments)
 
 
@@ -411,9 +417,7 @@ def _stored(data: ChunkedData, folder: Path, executor: Executor) -> ChunkedData:
     key = uuid.uuid4().hex
     items = [(chunk, str(folder), f"{key}-{i:06d}") for i, chunk in enumerate(data.chunks)]
     files = dict(executor.run(store_chunk, (), items))
-    sources = [
-        ArraySource(_npy_leaves(files[i]), 0, size, f"{key}/{i}") for i, size in enumerate(data.sizes)
-    ]
+    sources = [ArraySource(_npy_leaves(files[i]), 0, size, f"{key}/{i}") for i, size in enumerate(data.sizes)]
     return ChunkedData(data.sizes, tuple(sources))
 
 

@@ -176,7 +176,10 @@ def _built(recipe: Recipe | bytes, key: str) -> Any:
 
 
 def recipe_length(recipe: Recipe, key: str) -> int:
-    """Number of samples of what the recipe builds, which is kept under `key`. Raises DtypeError if that is neither a data set nor arrays."""
+    """Number of samples of what the recipe builds, which is kept under `key`.
+
+    Raises DtypeError if that is neither a data set nor arrays.
+    """
     built = _built(recipe, key)
     if isinstance(built, IterableDataset) or not isinstance(built, (Dataset, Tensor, np.ndarray, Mapping, Sequence)):
         raise DtypeError(
@@ -235,8 +238,8 @@ def chunked(
 
     x, y: tensors, NumPy, zarr or dask arrays with the samples along the first dimension; or as x alone a tuple or dict
     of these, a map-style torch `Dataset`, a DataLoader that does not shuffle, a `Recipe` of any of these, or a
-    `ChunkedData`. home: where data of the caller go. chunk_size: samples in a chunk; if None, dask arrays and loaders bring their own,
-    other data are cut into `default_size`.
+    `ChunkedData`. home: where data of the caller go. chunk_size: samples in a chunk; if None, dask arrays and loaders
+    bring their own, other data are cut into `default_size`.
     Raises ShapeError for lengths that differ, ChunkError for chunks that do not line up, EmptyDataError, DtypeError.
     """
     if isinstance(x, ChunkedData):
@@ -271,7 +274,7 @@ def _cut(n: int, chunk_size: int, source: Callable[[int, int], ChunkSource]) -> 
         raise EmptyDataError("`x` must hold at least one sample, got none. Pass a data set that isn't empty.")
     size = min(chunk_size, n)
     edges = [*range(0, n, size), n]
-    ranges = list(zip(edges[:-1], edges[1:], strict=True))
+    ranges = list(itertools.pairwise(edges))
     return ChunkedData(tuple(b - a for a, b in ranges), tuple(source(a, b) for a, b in ranges))
 
 
@@ -330,7 +333,8 @@ def _of_dask(data: object, chunk_size: int | None) -> ChunkedData:
         raise ShapeError(f"`x` and `y` must have as many samples, got {lengths}. Pass inputs and targets that match.")
     if len(set(chunks.values())) > 1:
         raise ChunkError(
-            f"`x` and `y` must have the same chunks along the samples, got {chunks}. Call `y.rechunk({{0: x.chunks[0]}})`."
+            f"`x` and `y` must have the same chunks along the samples, got {chunks}. "
+            "Call `y.rechunk({0: x.chunks[0]})`."
         )
     sizes = next(iter(chunks.values()))
     if 0 in sizes:

@@ -25,14 +25,18 @@ class Executor(ABC):
     """Calls task(*shared, *item) for each item; dask tasks among an item's parts are computed first."""
 
     @abstractmethod
-    def run(self, task: Task, shared: tuple[object, ...], items: Sequence[tuple[object, ...]]) -> Iterator[tuple[int, Any]]:
+    def run(
+        self, task: Task, shared: tuple[object, ...], items: Sequence[tuple[object, ...]]
+    ) -> Iterator[tuple[int, Any]]:
         """Yield (number of the item, result) as results come, in any order."""
 
 
 class InProcess(Executor):
     """One task after the other, here."""
 
-    def run(self, task: Task, shared: tuple[object, ...], items: Sequence[tuple[object, ...]]) -> Iterator[tuple[int, Any]]:
+    def run(
+        self, task: Task, shared: tuple[object, ...], items: Sequence[tuple[object, ...]]
+    ) -> Iterator[tuple[int, Any]]:
         """In the order of the items."""
         for index, item in enumerate(items):
             yield index, task(*shared, *(part.compute() if isinstance(part, Delayed) else part for part in item))
@@ -47,12 +51,14 @@ class OnCluster(Executor):
     def __init__(self, client: Client) -> None:
         self.client = client
 
-    def run(self, task: Task, shared: tuple[object, ...], items: Sequence[tuple[object, ...]]) -> Iterator[tuple[int, Any]]:
+    def run(
+        self, task: Task, shared: tuple[object, ...], items: Sequence[tuple[object, ...]]
+    ) -> Iterator[tuple[int, Any]]:
         """As they finish. Raises ClusterError if workers keep dying on a task; the task's own errors as they are."""
         name = f"{task.__name__}-{uuid.uuid4().hex[:8]}"
         sent = tuple(self.send(value, f"{name}-shared-{n}") for n, value in enumerate(shared))
         waiting = iter(enumerate(items))
-        numbers: dict[str, int] = {}
+        numbers: dict[Any, int] = {}
         finished = as_completed(with_results=False, raise_errors=False)
 
         def submit_next() -> None:
@@ -73,14 +79,14 @@ class OnCluster(Executor):
         finally:
             self.client.cancel([*finished.futures, *sent], force=True)
 
-    def send(self, value: object, key: str) -> Future:
+    def send(self, value: object, key: str) -> "Future[Any]":
         """A value on the cluster, made by a task: if its holder dies it is made again."""
         return self.client.submit(_itself, value, key=key, pure=False)
 
     def _window(self) -> int:
-        return max(2, TASKS_PER_THREAD * sum(self.client.nthreads().values()))
+        return max(2, TASKS_PER_THREAD * int(sum(self.client.nthreads().values())))
 
-    def _result(self, future: Future) -> Any:
+    def _result(self, future: "Future[Any]") -> Any:
         try:
             return future.result()
         except KilledWorker as error:
@@ -104,8 +110,7 @@ def check_workers(client: Client, folder: str, timeout: float = 60.0) -> int:
         client.wait_for_workers(1, timeout=timeout)
     except TimeoutError:
         raise ClusterError(
-            f"the cluster at {client.scheduler.address} has no workers after {timeout:.0f} s. Start workers, or look at "
-            "their logs."
+            f"the cluster has no workers after {timeout:.0f} s: {client}. Start workers, or look at their logs."
         ) from None
     seen = client.run(_look_around, folder)
     blind = [address for address, (_, _, sees) in seen.items() if not sees]
@@ -115,7 +120,8 @@ def check_workers(client: Client, folder: str, timeout: float = 60.0) -> int:
             "on a shared file system."
         )
     hosts = [host for host, _, _ in seen.values()]
-    return max(1, min(cores // hosts.count(host) for host, cores, _ in seen.values()))
+    shares = [int(cores // hosts.count(host)) for host, cores, _ in seen.values()]
+    return max(1, min(shares))
 
 
 def _look_around(folder: str) -> tuple[str, int, bool]:

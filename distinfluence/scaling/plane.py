@@ -8,6 +8,7 @@ time. Nothing but the final sum comes back.
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from distributed import Client, Future
 from torch import Tensor
@@ -29,7 +30,13 @@ class DaskPlane(DataPlane):
     """
 
     def __init__(
-        self, risk: SampleRisk, client: Client, context: WorkerContext, data: ChunkedData, remarks: tuple[str, ...], folder: Path
+        self,
+        risk: SampleRisk,
+        client: Client,
+        context: WorkerContext,
+        data: ChunkedData,
+        remarks: tuple[str, ...],
+        folder: Path,
     ) -> None:
         self.risk = risk
         self.n_samples = data.n_samples
@@ -38,7 +45,7 @@ class DaskPlane(DataPlane):
         self._context = context
         self._data = data
         self._folder = folder
-        self._sent: Future | None = None
+        self._sent: Future[Any] | None = None
 
     def sum(self, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
         """Σ over chunks; one task per chunk and a tree of additions."""
@@ -72,7 +79,7 @@ class DaskPlane(DataPlane):
         """The same chunks; the workers' device is fixed by their context."""
         return DaskPlane(risk, self._client, self._context, self._data, self.remarks, self._folder)
 
-    def _submit(self, kernel: Kernel, broadcast: tuple[Tensor, ...]) -> tuple[str, list[Path], list[Future]]:
+    def _submit(self, kernel: Kernel, broadcast: tuple[Tensor, ...]) -> tuple[str, list[Path], "list[Future[Any]]"]:
         self._begin_pass()
         name = f"{type(kernel).__name__}-{uuid.uuid4().hex[:8]}"
         files = [self._folder / f"{name}-{i}.npy" for i in range(len(broadcast))]

@@ -95,12 +95,14 @@ class ModelRecipe:
         """
         module = cloudpickle.loads(self.factory) if isinstance(self.factory, bytes) else self.factory.build()
         if not isinstance(module, nn.Module):
-            raise RecipeError(f"`model` must be built by a callable that returns a Module, got {type(module).__name__}.")
+            raise RecipeError(
+                f"`model` must be built by a callable that returns a Module, got {type(module).__name__}."
+            )
         if self.checkpoint is not None:
             assign(module, read_checkpoint(self.checkpoint), self.checkpoint)
         if self.sha256 and fingerprint_module(module) != self.sha256:
             raise RecipeError(
-                f"`model` built from {self.checkpoint or self.factory} has other tensors than the run began with. "
+                f"`model` built from {self.checkpoint or self.factory!r} has other tensors than the run began with. "
                 "Restore the checkpoint, or begin a new run."
             )
         return module

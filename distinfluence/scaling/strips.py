@@ -91,7 +91,9 @@ def look(executor: Executor, context: Context, data: ChunkedData, progress: Prog
     return combine(found)
 
 
-def write_influences(path: Path, fitted: Fitted, request: Request, scratch: Path, progress: Progress) -> InfluenceResult:
+def write_influences(
+    path: Path, fitted: Fitted, request: Request, scratch: Path, progress: Progress
+) -> InfluenceResult:
     """Carry out a request; see the module. Raises StoreError for a path that cannot be used, before any computation."""
     columns, test = request.columns, request.test
     layout = Layout(
@@ -109,7 +111,7 @@ def write_influences(path: Path, fitted: Fitted, request: Request, scratch: Path
         if columns is fitted.train
         else look(fitted.executor, fitted.context, columns, progress, "training data"),
     }
-    settings = {
+    settings: dict[str, object] = {
         "solver": fitted.model.settings(),
         "objective": fitted.model.objective.settings(),
         "mode": str(request.mode),
@@ -226,4 +228,3 @@ def _solve_here(
             done(waiting[position], fields)
     finally:
         plane.on_pass = None
-

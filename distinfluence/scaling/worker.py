@@ -52,7 +52,9 @@ _one_at_a_time = threading.RLock()
 class Context(Protocol):
     """Where a task gets its influence model from."""
 
-    key: str
+    @property
+    def key(self) -> str:
+        """The same for the same fitted model."""
 
     def influence(self) -> InfluenceFunctionModel:
         """The influence model, built once in this process."""
@@ -94,8 +96,9 @@ class Scratch:
 class WorkerContext:
     """A model as a recipe, with the settings, the fitted state's files and the training set's chunks.
 
-    scratch: where its files are, None once it has travelled. unbound: the pickled influence model without its module. state: array name → .npy file. n_threads: of torch, in a
-    task. device: "cpu" or "cuda"; which GPU is decided where the task runs.
+    scratch: where its files are, None once it has travelled. unbound: the pickled influence model without its module.
+    state: array name → .npy file. n_threads: of torch, in a task. device: "cpu" or "cuda"; which GPU is decided where
+    the task runs.
     """
 
     key: str
@@ -351,7 +354,9 @@ def resident_factors(files: tuple[str, ...]) -> torch.Tensor:
 def run_kernel(context: Context, kernel: Kernel, broadcast: tuple[str, ...], chunk: Chunk) -> tuple[Array, ...]:
     """A kernel on one chunk; broadcast: .npy files of the tensors that every chunk gets."""
     with torch_task(context) as model:
-        tensors = [to_tensor(np.load(path, mmap_mode="c", allow_pickle=False)).to(model.risk.device) for path in broadcast]
+        tensors = [
+            to_tensor(np.load(path, mmap_mode="c", allow_pickle=False)).to(model.risk.device) for path in broadcast
+        ]
         batch = model.place(to_tensor_batch(load(chunk)))
         return tuple(to_numpy(part) for part in kernel(model.risk, batch, *tensors))
 
@@ -361,5 +366,5 @@ def add_parts(*parts: tuple[Array, ...]) -> tuple[Array, ...]:
     total = tuple(np.array(array) for array in parts[0])
     for part in parts[1:]:
         for accumulated, array in zip(total, part, strict=True):
-            np.add(accumulated, array, out=accumulated)  # type: ignore[arg-type]
+            np.add(accumulated, array, out=accumulated)
     return total

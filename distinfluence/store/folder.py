@@ -29,9 +29,25 @@ FORMAT = "distinfluence"
 FORMAT_VERSION = 1
 
 _OWN_ENTRIES = frozenset(
-    "zarr.json influences test_loss test_gradient_norm relative_residual iterations converged train_loss "
-    "train_gradient_norm self_influence strip_status top_index top_value bottom_index bottom_value strips "
-    "overview".split()
+    {
+        "zarr.json",
+        "influences",
+        "test_loss",
+        "test_gradient_norm",
+        "relative_residual",
+        "iterations",
+        "converged",
+        "train_loss",
+        "train_gradient_norm",
+        "self_influence",
+        "strip_status",
+        "top_index",
+        "top_value",
+        "bottom_index",
+        "bottom_value",
+        "strips",
+        "overview",
+    }
 )
 _STALE_SECONDS = 900.0
 

@@ -16,7 +16,7 @@ from tests.reference import Reference
 from tests.zoo import BUILDERS, Case, build
 
 # sums of 23 samples in another order, entries up to about 1: a few hundred roundings of float64
-ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
+ROUNDING: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def in_batches(case: Case, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -170,7 +170,9 @@ def test_models_that_vmap_cannot_take_go_through_plain_autograd(kind: type[Opera
 
 
 @pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
-@pytest.mark.parametrize("name", ["mlp classification", "attention", "tied weights", "batch norm and dropout in eval mode"])
+@pytest.mark.parametrize(
+    "name", ["mlp classification", "attention", "tied weights", "batch norm and dropout in eval mode"]
+)
 def test_both_ways_of_making_a_product_agree(operator: type[DataOperator], name: str) -> None:
     """The way by plain autograd is the one that models get which torch.func cannot take: it must be right for all."""
     case = build(name)

@@ -54,7 +54,7 @@ def in_ragged_batches(case: Case) -> list[tuple[Tensor, Tensor]]:
     return [(x[i : i + 7], y[i : i + 7]) for i in range(0, len(x), 7)]
 
 
-def allowed(method: str, expected: Tensor) -> dict[str, float]:
+def allowed(method: str, expected: Tensor) -> dict[str, Any]:
     """Direct: 1e-8. CG at rtol 1e-10: the error is at most the residual over λ_min, and cond is at most about 60 here,
     so 1e-6 of the largest entry has room."""
     return {"rtol": 0, "atol": (1e-8 if method == "direct" else 1e-6) * float(expected.abs().max())}
@@ -106,7 +106,9 @@ def test_a_test_points_factor_does_not_depend_on_which_others_share_the_call(met
     x, y = case.test
     together = model.influence_factors(x, y)
     for i in range(9):
-        torch.testing.assert_close(model.influence_factors(x[i : i + 1], y[i : i + 1]), together[i : i + 1], atol=1e-7, rtol=0)
+        torch.testing.assert_close(
+            model.influence_factors(x[i : i + 1], y[i : i + 1]), together[i : i + 1], atol=1e-7, rtol=0
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -335,7 +337,7 @@ class Diagonal:
     """A preconditioner from the matrix's diagonal, made with p products."""
 
     def fit(self, operator: Any, damping: float) -> "Diagonal":
-        self.inverse = (1 / (operator.dense().diagonal() + damping)).to(operator.dtype)
+        self.inverse: Tensor = (1 / (operator.dense().diagonal() + damping)).to(operator.dtype)
         return self
 
     def apply(self, rows: Tensor) -> Tensor:

@@ -21,7 +21,10 @@ def model() -> nn.Module:
         ("full", {"full": ("0.weight", "0.bias", "2.weight", "2.bias")}),
         ("layer_wise", {"0": ("0.weight", "0.bias"), "2": ("2.weight", "2.bias")}),
         ("parameter_wise", {n: (n,) for n in ("0.weight", "0.bias", "2.weight", "2.bias")}),
-        ({"biases": ["2.bias", "0.bias"], "first": ["0.weight"]}, {"biases": ("2.bias", "0.bias"), "first": ("0.weight",)}),
+        (
+            {"biases": ["2.bias", "0.bias"], "first": ["0.weight"]},
+            {"biases": ("2.bias", "0.bias"), "first": ("0.weight",)},
+        ),
     ],
 )
 def test_each_structure_groups_the_parameters(structure: Any, names: dict[str, tuple[str, ...]]) -> None:
@@ -50,7 +53,7 @@ def test_flattening_and_unflattening_are_inverse_also_for_many_rows() -> None:
 
 def test_frozen_parameters_are_not_covered_and_the_share_is_said() -> None:
     net = model()
-    net[0].requires_grad_(False)  # type: ignore[index]
+    net[0].requires_grad_(False)
     blocks = ParameterBlocks.of(net)
     assert blocks.names == {"full": ("2.weight", "2.bias")}
     assert blocks.uncovered == ("0.weight", "0.bias")
@@ -94,7 +97,7 @@ def test_models_that_cannot_be_used_say_why() -> None:
     with pytest.raises(DtypeError, match=r"float16.*model\.float\(\)"):
         ParameterBlocks.of(model().half())
     mixed = model()
-    mixed[2].double()  # type: ignore[index]
+    mixed[2].double()
     with pytest.raises(DtypeError, match="float32 or all in float64"):
         ParameterBlocks.of(mixed)
     broken = build("cnn").model

@@ -28,7 +28,7 @@ from distinfluence.sample_risk import SampleRisk
 from tests.reference import Reference
 from tests.zoo import BUILDERS, Case, build
 
-EXACT = {"rtol": 1e-10, "atol": 1e-12}  # the same sums in another order, in float64
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}  # the same sums in another order, in float64
 
 
 def sample_risk(case: Case, structure: Any = "full") -> SampleRisk:
@@ -175,8 +175,8 @@ def test_a_loss_without_reduction_gives_one_value_per_sample() -> None:
     torch.testing.assert_close(
         next(risk.sample_gradients()).rows, scale * Reference(case).gradients(case.train), **EXACT
     )
+    regression = build("mlp regression")
     with pytest.raises(LossError, match="reduction='none'.*one value per sample"):
-        regression = build("mlp regression")
         EmpiricalRisk(regression.model, nn.MSELoss(reduction="none"), regression.train)
 
 
@@ -186,6 +186,7 @@ class Remembering(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 3)
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -285,7 +286,11 @@ def _with_nan(case: Case) -> Tensor:
         (lambda c: (c.model, c.loss, iter([c.train])), ShapeError, "generator in a list"),
         (lambda c: (c.model, c.loss, [(c.train[0], ["a"] * 23)]), DtypeError, r"`batch\[1\]\[0\]`.*got str"),
         (lambda c: (c.model, c.loss, [c.train[0]]), ShapeError, r"pair \(x, y\)"),
-        (lambda c: (nn.Sequential(c.model, nn.Dropout()).train(), c.loss, c.train), ModelModeError, r"Dropout.*eval\(\)"),
+        (
+            lambda c: (nn.Sequential(c.model, nn.Dropout()).train(), c.loss, c.train),
+            ModelModeError,
+            r"Dropout.*eval\(\)",
+        ),
         (
             lambda c: (nn.Sequential(c.model, nn.BatchNorm1d(3).double()).train(), c.loss, c.train),
             ModelModeError,

@@ -46,8 +46,8 @@ from tests.zoo import Case, build
 
 DAMPING = 0.01
 # the matrix is stored in float32: rounding of the largest entry; solves are at rtol 1e-10
-STORED = {"rtol": 1e-6, "atol": 1e-5}
-EXACT = {"rtol": 0, "atol": 1e-7}
+STORED: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-5}
+EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-7}
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,9 @@ def test_a_sum_on_the_cluster_is_the_local_one_and_repeats_to_the_bit(case: Case
     assert sum(parts) == pytest.approx(float(first[0]), rel=1e-12)
 
 
-def test_the_driver_never_loads_data_given_as_a_recipe(case: Case, expected: Any, client: Client, tmp_path: Path) -> None:
+def test_the_driver_never_loads_data_given_as_a_recipe(
+    case: Case, expected: Any, client: Client, tmp_path: Path
+) -> None:
     guarded = Recipe("tests.scaling.sources:arrays_of_this_process", {"forbidden_pid": os.getpid()})
     calculator = DaskInfluenceCalculator(direct(case), client).fit(guarded, chunk_size=10)
     result = calculator.to_zarr(tmp_path / "i.zarr", Recipe("tests.scaling.sources:test"), progress=False)
@@ -230,7 +232,7 @@ def test_zarr_and_xarray_open_the_result(case: Case, tmp_path: Path) -> None:
     calculator = SequentialInfluenceCalculator(direct(case)).fit(*case.train, chunk_size=8)
     result = calculator.to_zarr(tmp_path / "i.zarr", *case.test, progress=False)
     group = zarr.open_group(str(tmp_path / "i.zarr"), mode="r")
-    np.testing.assert_array_equal(np.asarray(group["influences"][:]), result[:])  # type: ignore[index]
+    np.testing.assert_array_equal(np.asarray(group["influences"][:]), result[:])
     dataset = xarray.open_zarr(str(tmp_path / "i.zarr"))
     assert dataset["influences"].dims == ("test", "train")
     np.testing.assert_array_equal(dataset["influences"].values, result[:])
@@ -323,7 +325,7 @@ def test_an_output_that_is_not_ours_stays_and_an_older_result_needs_a_word(case:
     (foreign / "chapter.tex").write_text("years of work")
     for words in ({}, {"overwrite": True}, {"resume": True}):
         with pytest.raises(ForeignStoreError, match="nothing was touched|not a result"):
-            calculator.to_zarr(foreign, *case.test, progress=False, **words)  # type: ignore[arg-type]
+            calculator.to_zarr(foreign, *case.test, progress=False, **words)
     assert (foreign / "chapter.tex").read_text() == "years of work"
     path = tmp_path / "i.zarr"
     calculator.to_zarr(path, *case.test, progress=False)
@@ -362,7 +364,7 @@ def test_a_client_is_needed_and_its_workers_must_see_the_scratch_folder(
     case: Case, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ClusterError, match=r"distributed\.Client, got str"):
-        DaskInfluenceCalculator(direct(case), "tcp://nowhere")  # type: ignore[arg-type]
+        DaskInfluenceCalculator(direct(case), "tcp://nowhere")
     from distinfluence.scaling import executor
 
     with pytest.raises(ClusterError, match="shared file system"):

@@ -29,7 +29,10 @@ def loaded(data: ChunkedData) -> list[Any]:
 
 
 def zarr_pair(folder: Path) -> tuple[Any, Any]:
-    x, y = (zarr.create_array(str(folder / n), shape=a.shape, dtype=a.dtype, chunks=a.shape) for n, a in (("x", X), ("y", Y)))
+    x, y = (
+        zarr.create_array(str(folder / n), shape=a.shape, dtype=a.dtype, chunks=a.shape)
+        for n, a in (("x", X), ("y", Y))
+    )
     x[:], y[:] = X, Y
     return x, y
 

@@ -106,7 +106,7 @@ def test_a_changed_checkpoint_is_found(tmp_path: Path) -> None:
 
 def test_a_model_that_carries_data_is_refused(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
-    model.training_set = torch.zeros(5 * 2**20)  # type: ignore[assignment]
+    model.training_set = torch.zeros(5 * 2**20)
     with pytest.raises(RecipeError, match="20 MiB besides its parameters"):
         ModelRecipe.spill(model, tmp_path)
 

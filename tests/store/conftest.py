@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def layout() -> Layout:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., tuple[InfluenceWriter, NDArray[np.float32]]]:
-    def make(layout: Layout, finish: bool = True, skip: tuple[int, ...] = ()):
+    def make(layout: Layout, finish: bool = True, skip: tuple[int, ...] = ()) -> Any:
         writer = InfluenceWriter.create(tmp_path / "result.zarr", layout, ATTRIBUTES)
         values = matrix(layout)
         write_all(writer, values, skip)

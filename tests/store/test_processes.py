@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ for i in writer.pending()[first::step]:
 """
 
 
-def start(path, first=0, step=1):
+def start(path: Any, first: Any = 0, step: Any = 1) -> Any:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(distinfluence.__file__).parents[1])}
     process = subprocess.Popen(
         [sys.executable, "-c", WORKER, str(path), str(first), str(step)],
@@ -42,12 +43,12 @@ def start(path, first=0, step=1):
     return process
 
 
-def go(process):
+def go(process: Any) -> None:
     process.stdin.write("go\n")
     process.stdin.flush()
 
 
-def test_two_processes_that_write_different_strips_lose_nothing(tmp_path):
+def test_two_processes_that_write_different_strips_lose_nothing(tmp_path: Path) -> None:
     layout = Layout(n_test=40, n_train=2000, strip=50, top_k=10)
     InfluenceWriter.create(tmp_path / "r", layout, {})
     workers = [start(tmp_path / "r", first, 2) for first in (0, 1)]
@@ -63,7 +64,7 @@ def test_two_processes_that_write_different_strips_lose_nothing(tmp_path):
     np.testing.assert_array_equal(result.top(7).indices, np.argsort(-matrix(layout)[7], kind="stable")[:10])
 
 
-def test_every_marked_strip_is_whole_after_a_kill_at_any_moment(tmp_path):
+def test_every_marked_strip_is_whole_after_a_kill_at_any_moment(tmp_path: Path) -> None:
     layout = Layout(n_test=256, n_train=40_000, strip=1000, top_k=20)
     values = matrix(layout)
     InfluenceWriter.create(tmp_path / "r", layout, {})

@@ -1,4 +1,6 @@
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from distinfluence.store import InfluenceWriter, Layout, open_influences
 from .conftest import matrix, write_all
 
 
-def reference(row, end, k, points=None):
+def reference(row: Any, end: Any, k: Any, points: Any = None) -> Any:
     """[(index, value)] by a plain Python sort; ties by index."""
     points = range(len(row)) if points is None else points
     sign = -1 if end == "top" else 1
@@ -25,7 +27,7 @@ def reference(row, end, k, points=None):
     return order, [float(row[j]) for j in order]
 
 
-def assert_ranked(ranking, expected):
+def assert_ranked(ranking: Any, expected: Any) -> None:
     assert ranking.indices.tolist() == expected[0]
     assert ranking.values.tolist() == expected[1]
     assert (ranking.indices.dtype, ranking.values.dtype) == (np.int32, np.float32)
@@ -33,7 +35,7 @@ def assert_ranked(ranking, expected):
 
 @pytest.mark.parametrize("end", ["top", "bottom"])
 @pytest.mark.parametrize("k", [None, 1, 3, 4, 5, 8, 9, 23, 100])
-def test_rankings_equal_a_sort(make, layout, end, k):
+def test_rankings_equal_a_sort(make: Any, layout: Any, end: Any, k: Any) -> None:
     writer, values = make(layout)
     result = open_influences(writer.path)
     for i in range(5):
@@ -42,7 +44,7 @@ def test_rankings_equal_a_sort(make, layout, end, k):
 
 @pytest.mark.parametrize("top_k", [1, 3, 8, 9, 23, 1000])
 @pytest.mark.parametrize("strip", [1, 5, 8, 23])
-def test_rankings_do_not_depend_on_the_cut_even_among_ties(tmp_path, top_k, strip):
+def test_rankings_do_not_depend_on_the_cut_even_among_ties(tmp_path: Path, top_k: Any, strip: Any) -> None:
     layout = Layout(n_test=4, n_train=23, strip=strip, top_k=top_k)
     values = np.random.default_rng(1).integers(-2, 3, layout.shape).astype(np.float32)
     values[0] = 0
@@ -57,7 +59,7 @@ def test_rankings_do_not_depend_on_the_cut_even_among_ties(tmp_path, top_k, stri
         assert_ranked(result.top(i, 23), reference(values[i], "top", 23))
 
 
-def test_extreme_floats_rank_in_order(tmp_path):
+def test_extreme_floats_rank_in_order(tmp_path: Path) -> None:
     tiny, huge = np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max
     row = np.float32([0, tiny, -tiny, huge, -huge, 1, -1, -0.0])
     writer = InfluenceWriter.create(tmp_path / "r", Layout(1, 8, 4), {})
@@ -67,7 +69,7 @@ def test_extreme_floats_rank_in_order(tmp_path):
     assert_ranked(open_influences(tmp_path / "r").bottom(0), reference(row, "bottom", 8))
 
 
-def test_large_strips_are_ranked_in_blocks(tmp_path):
+def test_large_strips_are_ranked_in_blocks(tmp_path: Path) -> None:
     layout = Layout(n_test=1500, n_train=2000, strip=2000, top_k=5)
     values = matrix(layout)
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
@@ -76,7 +78,7 @@ def test_large_strips_are_ranked_in_blocks(tmp_path):
     np.testing.assert_array_equal(writer._array("top_index")[:], np.argsort(-values, axis=1, kind="stable")[:, :5])
 
 
-def test_an_incomplete_result_ranks_only_if_told_to(make, layout):
+def test_an_incomplete_result_ranks_only_if_told_to(make: Any, layout: Any) -> None:
     writer, values = make(layout, finish=False, skip=(1,))
     result = open_influences(writer.path)
     with pytest.raises(IncompleteResultError, match="got 2 of 3 strips.*partial=True"):
@@ -88,19 +90,19 @@ def test_an_incomplete_result_ranks_only_if_told_to(make, layout):
     assert (result.complete, result.n_missing, result.progress) == (False, 1, pytest.approx(2 / 3))
 
 
-def test_a_shard_without_its_mark_does_not_count(make, layout):
+def test_a_shard_without_its_mark_does_not_count(make: Any, layout: Any) -> None:
     writer, values = make(layout, finish=False)
     zarr.open_group(str(writer.path), mode="r+")["strip_status"][0] = 0
     ranking = open_influences(writer.path).top(0, 23, partial=True)
     assert_ranked(ranking, reference(values[0], "top", 23, range(8, 23)))
 
 
-def test_a_result_without_strips_has_an_empty_ranking(make, layout):
+def test_a_result_without_strips_has_an_empty_ranking(make: Any, layout: Any) -> None:
     writer, _ = make(layout, finish=False, skip=(0, 1, 2))
     assert open_influences(writer.path).top(0, partial=True).indices.shape == (0,)
 
 
-def test_progress_is_read_anew(make, layout):
+def test_progress_is_read_anew(make: Any, layout: Any) -> None:
     writer, values = make(layout, finish=False, skip=(1,))
     result = open_influences(writer.path)
     assert result.n_missing == 1
@@ -108,7 +110,7 @@ def test_progress_is_read_anew(make, layout):
     assert (result.n_missing, result.progress) == (0, 1.0)
 
 
-def test_a_lost_shard_is_not_ranked_over(make, layout):
+def test_a_lost_shard_is_not_ranked_over(make: Any, layout: Any) -> None:
     writer, _ = make(layout)
     (writer.path / "influences/c/0/1").unlink()
     result = open_influences(writer.path)
@@ -117,7 +119,7 @@ def test_a_lost_shard_is_not_ranked_over(make, layout):
     assert result.damaged_strips() == [1]
 
 
-def test_indices_count_as_in_numpy(make, layout):
+def test_indices_count_as_in_numpy(make: Any, layout: Any) -> None:
     writer, values = make(layout)
     result = open_influences(writer.path)
     assert_ranked(result.top(-1), reference(values[4], "top", 4))
@@ -126,15 +128,15 @@ def test_indices_count_as_in_numpy(make, layout):
         with pytest.raises(IndexRangeError, match=f"`test_index` must be from -5 to 4, got {index}") as raised:
             result.top(index)
         assert isinstance(raised.value, IndexError)
-    for index in (1.0, "1", True):
+    for wrong in (1.0, "1", True):
         with pytest.raises(SettingError, match="`test_index` must be an integer"):
-            result.top(index)
+            result.top(wrong)
     for k in (0, -1):
         with pytest.raises(SettingError, match="`k` must be at least 1"):
             result.bottom(0, k)
 
 
-def test_tiles_are_read_like_an_array(make, layout):
+def test_tiles_are_read_like_an_array(make: Any, layout: Any) -> None:
     writer, values = make(layout)
     result = open_influences(writer.path)
     assert result.shape == result.influences.shape == (5, 23)
@@ -145,7 +147,7 @@ def test_tiles_are_read_like_an_array(make, layout):
         result[5]
 
 
-def test_a_result_cannot_be_changed(make, layout):
+def test_a_result_cannot_be_changed(make: Any, layout: Any) -> None:
     writer, _ = make(layout)
     result = open_influences(writer.path)
     with pytest.raises(ValueError, match="read-only"):
@@ -155,7 +157,7 @@ def test_a_result_cannot_be_changed(make, layout):
     assert result.provenance["solver"]["name"] == "cg"
 
 
-def test_perturbation_influences_have_no_ranking(make):
+def test_perturbation_influences_have_no_ranking(make: Any) -> None:
     writer, _ = make(Layout(n_test=2, n_train=4, strip=2, input_shape=(3,)))
     result = open_influences(writer.path)
     with pytest.raises(ShapeError, match=r"`top` ranks one number.*inputs \(3,\).*norm"):
@@ -163,7 +165,7 @@ def test_perturbation_influences_have_no_ranking(make):
     assert "2 test x 4 train x input (3,)" in repr(result)
 
 
-def test_the_repr_tells_what_matters(make, layout):
+def test_the_repr_tells_what_matters(make: Any, layout: Any) -> None:
     writer, _ = make(layout, finish=False, skip=(1,))
     assert "running, 2 of 3 strips" in repr(open_influences(writer.path))
     assert "worst relative residual not recorded" in repr(open_influences(writer.path))
@@ -175,7 +177,7 @@ def test_the_repr_tells_what_matters(make, layout):
         assert part in text
 
 
-def test_xarray_gets_it_lazily(make, layout):
+def test_xarray_gets_it_lazily(make: Any, layout: Any) -> None:
     writer, values = make(layout)
     dataset = open_influences(writer.path).to_xarray()
     assert dict(dataset.sizes) == {"test": 5, "train": 23, "rank": 4, "strip": 3}
@@ -183,7 +185,7 @@ def test_xarray_gets_it_lazily(make, layout):
     np.testing.assert_array_equal(dataset["influences"][2].values, values[2])
 
 
-def test_without_xarray_one_is_told_what_to_install(make, layout, monkeypatch):
+def test_without_xarray_one_is_told_what_to_install(make: Any, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     writer, _ = make(layout)
     monkeypatch.setitem(sys.modules, "xarray", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'distinfluence\[browse\]'"):

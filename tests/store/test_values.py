@@ -1,5 +1,8 @@
 """Which values a writer takes, and which it refuses."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,7 @@ from .conftest import matrix
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
-def test_a_strip_that_is_not_finite_is_refused_and_stays_unmarked(tmp_path, layout, bad):
+def test_a_strip_that_is_not_finite_is_refused_and_stays_unmarked(tmp_path: Path, layout: Any, bad: Any) -> None:
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     values = matrix(layout).astype(np.float64)[:, 8:16]
     values[3, 2] = bad
@@ -20,7 +23,7 @@ def test_a_strip_that_is_not_finite_is_refused_and_stays_unmarked(tmp_path, layo
     assert not (writer.path / "influences" / "c").exists()
 
 
-def test_arguments_of_write_strip_are_checked(tmp_path, layout):
+def test_arguments_of_write_strip_are_checked(tmp_path: Path, layout: Any) -> None:
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     good = np.zeros((5, 8), np.float32)
     with pytest.raises(ShapeError, match=r"strip 2` must be \(5, 7\), got \(5, 8\)|strip 2 must be \(5, 7\)"):
@@ -37,21 +40,21 @@ def test_arguments_of_write_strip_are_checked(tmp_path, layout):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4"])
-def test_other_floats_are_stored_as_float32(tmp_path, layout, dtype):
+def test_other_floats_are_stored_as_float32(tmp_path: Path, layout: Any, dtype: Any) -> None:
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     values = matrix(layout)[:, :8].astype(dtype)
     writer.write_strip(0, values)
     np.testing.assert_array_equal(open_influences(writer.path)[:, :8], values.astype(np.float32))
 
 
-def test_strided_values_are_stored_in_order(tmp_path, layout):
+def test_strided_values_are_stored_in_order(tmp_path: Path, layout: Any) -> None:
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     values = matrix(layout)
     writer.write_strip(0, np.asfortranarray(values)[:, :8])
     np.testing.assert_array_equal(open_influences(writer.path)[:, :8], values[:, :8])
 
 
-def test_what_is_known_of_test_points_is_kept(tmp_path, layout):
+def test_what_is_known_of_test_points_is_kept(tmp_path: Path, layout: Any) -> None:
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     writer.write_test(
         slice(1, 3),
@@ -84,7 +87,9 @@ def test_what_is_known_of_test_points_is_kept(tmp_path, layout):
         (slice(0, 2), {"loss": np.array([0, np.nan])}, NonFiniteError, "test_loss"),
     ],
 )
-def test_arguments_of_write_test_are_checked(tmp_path, layout, rows, given, error, message):
+def test_arguments_of_write_test_are_checked(
+    tmp_path: Path, layout: Any, rows: Any, given: Any, error: Any, message: Any
+) -> None:
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     with pytest.raises(error, match=message):
         writer.write_test(rows, **given)

@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import pickle
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +18,11 @@ from distinfluence.errors import (
     StoreError,
 )
 from distinfluence.store import InfluenceWriter, Layout, open_influences
-from distinfluence.store import folder as folder_module
 
 from .conftest import ATTRIBUTES, matrix, write_all
 
 
-def shards_on_disk(path):
+def shards_on_disk(path: Any) -> Any:
     return sorted(
         p.relative_to(path / "influences" / "c") for p in (path / "influences" / "c").rglob("*") if p.is_file()
     )
@@ -29,7 +30,7 @@ def shards_on_disk(path):
 
 @pytest.mark.parametrize("n_test", [1, 31, 32, 33, 65])
 @pytest.mark.parametrize(("n_train", "strip"), [(1, 1), (24, 8), (23, 8), (23, 23), (4500, 4099)])
-def test_what_is_written_is_read(tmp_path, n_test, n_train, strip):
+def test_what_is_written_is_read(tmp_path: Path, n_test: Any, n_train: Any, strip: Any) -> None:
     layout = Layout(n_test, n_train, strip)
     values = matrix(layout)
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
@@ -41,7 +42,7 @@ def test_what_is_written_is_read(tmp_path, n_test, n_train, strip):
     np.testing.assert_array_equal(result.train_gradient_norm, np.arange(n_train) + 0.5)
 
 
-def test_any_zarr_reader_opens_the_result(make, layout):
+def test_any_zarr_reader_opens_the_result(make: Any, layout: Any) -> None:
     writer, values = make(layout)
     group = zarr.open_group(str(writer.path), mode="r")
     assert group.metadata.zarr_format == 3
@@ -72,7 +73,7 @@ def test_any_zarr_reader_opens_the_result(make, layout):
 
 
 @pytest.mark.parametrize("consolidated", [True, False])
-def test_xarray_opens_the_result_with_named_dimensions(make, layout, consolidated):
+def test_xarray_opens_the_result_with_named_dimensions(make: Any, layout: Any, consolidated: Any) -> None:
     writer, values = make(layout)
     dataset = xr.open_zarr(str(writer.path), consolidated=consolidated)
     assert dataset["influences"].dims == ("test", "train")
@@ -82,14 +83,14 @@ def test_xarray_opens_the_result_with_named_dimensions(make, layout, consolidate
     assert dataset["top_index"].dtype == np.int32
 
 
-def test_a_running_result_opens_too(make, layout):
+def test_a_running_result_opens_too(make: Any, layout: Any) -> None:
     writer, values = make(layout, finish=False, skip=(1,))
     seen = xr.open_zarr(str(writer.path), consolidated=False)["influences"].values
     np.testing.assert_array_equal(seen[:, :8], values[:, :8])
     assert np.isnan(seen[:, 8:16]).all()
 
 
-def test_the_attributes_say_what_it_is(make, layout):
+def test_the_attributes_say_what_it_is(make: Any, layout: Any) -> None:
     writer, _ = make(layout, finish=False)
     attributes = dict(zarr.open_group(str(writer.path), mode="r").attrs)
     assert attributes["format"] == "distinfluence"
@@ -104,20 +105,22 @@ def test_the_attributes_say_what_it_is(make, layout):
 
 
 @pytest.mark.parametrize("attributes", [{"state": "done"}, {"solver": object()}, {"solver": {"atol": float("inf")}}])
-def test_attributes_that_cannot_be_stored_are_refused_before_anything_is_made(tmp_path, layout, attributes):
+def test_attributes_that_cannot_be_stored_are_refused_before_anything_is_made(
+    tmp_path: Path, layout: Any, attributes: Any
+) -> None:
     with pytest.raises(SettingError, match="attributes"):
         InfluenceWriter.create(tmp_path / "r", layout, attributes)
     assert not list(tmp_path.iterdir())
 
 
-def test_one_strip_is_one_file(tmp_path):
+def test_one_strip_is_one_file(tmp_path: Path) -> None:
     layout = Layout(n_test=70, n_train=5000, strip=1024)
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     write_all(writer, matrix(layout))
     assert [str(p) for p in shards_on_disk(writer.path)] == [f"0/{i}" for i in range(5)]
 
 
-def test_a_strip_of_zeros_is_on_disk_as_well(tmp_path, layout):
+def test_a_strip_of_zeros_is_on_disk_as_well(tmp_path: Path, layout: Any) -> None:
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     write_all(writer, np.zeros(layout.shape, np.float32))
     assert len(shards_on_disk(writer.path)) == layout.n_strips
@@ -125,7 +128,7 @@ def test_a_strip_of_zeros_is_on_disk_as_well(tmp_path, layout):
     assert not open_influences(writer.path)[:].any()
 
 
-def test_perturbation_influences_keep_the_shape_of_the_inputs(tmp_path):
+def test_perturbation_influences_keep_the_shape_of_the_inputs(tmp_path: Path) -> None:
     layout = Layout(n_test=3, n_train=7, strip=3, input_shape=(2, 4))
     values = matrix(layout)
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
@@ -141,7 +144,7 @@ def test_perturbation_influences_keep_the_shape_of_the_inputs(tmp_path):
 
 
 @pytest.mark.parametrize("strip", [1, 2], ids=["inner strip", "ragged last strip"])
-def test_a_flipped_byte_is_found_and_its_strip_can_be_computed_again(make, layout, strip):
+def test_a_flipped_byte_is_found_and_its_strip_can_be_computed_again(make: Any, layout: Any, strip: Any) -> None:
     writer, values = make(layout)
     columns = layout.strip_slice(strip)
     shard = writer.path / "influences" / "c" / "0" / str(strip)
@@ -165,7 +168,7 @@ def test_a_flipped_byte_is_found_and_its_strip_can_be_computed_again(make, layou
 
 
 @pytest.mark.parametrize("n_bytes", [0, 3, 40])
-def test_a_truncated_shard_is_found_and_can_be_computed_again(make, layout, n_bytes):
+def test_a_truncated_shard_is_found_and_can_be_computed_again(make: Any, layout: Any, n_bytes: Any) -> None:
     writer, values = make(layout)
     shard = writer.path / "influences" / "c" / "0" / "1"
     shard.write_bytes(shard.read_bytes()[:n_bytes])
@@ -177,7 +180,7 @@ def test_a_truncated_shard_is_found_and_can_be_computed_again(make, layout, n_by
 
 @pytest.mark.parametrize("n_bytes", [0, 3, 40, 200])
 @pytest.mark.parametrize("torn", ["influences/c/0/2", "train_loss/c/2", "strips/index/c/2/0/0/0"])
-def test_torn_files_of_an_unmarked_strip_are_replaced(make, layout, torn, n_bytes):
+def test_torn_files_of_an_unmarked_strip_are_replaced(make: Any, layout: Any, torn: Any, n_bytes: Any) -> None:
     writer, values = make(layout, finish=False)
     file = writer.path / torn
     file.write_bytes(file.read_bytes()[:n_bytes])
@@ -190,7 +193,7 @@ def test_torn_files_of_an_unmarked_strip_are_replaced(make, layout, torn, n_byte
     np.testing.assert_array_equal(result.top(0).values, np.sort(values[0])[::-1][:4])
 
 
-def test_reopened_strips_are_gone_and_pending(make, layout):
+def test_reopened_strips_are_gone_and_pending(make: Any, layout: Any) -> None:
     writer, values = make(layout)
     with pytest.raises(IndexRangeError, match="from 0 to 2, got 3"):
         writer.reopen([1, 3])
@@ -203,7 +206,7 @@ def test_reopened_strips_are_gone_and_pending(make, layout):
     np.testing.assert_array_equal(result[:, 16:], values[:, 16:])
 
 
-def test_the_mark_comes_last(tmp_path, layout, monkeypatch):
+def test_the_mark_comes_last(tmp_path: Path, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     values = matrix(layout)
     with monkeypatch.context() as patch:
@@ -217,11 +220,13 @@ def test_the_mark_comes_last(tmp_path, layout, monkeypatch):
     assert writer.pending() == [0, 2]
 
 
-def test_a_shard_is_one_assignment_and_nothing_follows_the_mark(tmp_path, layout, monkeypatch):
+def test_a_shard_is_one_assignment_and_nothing_follows_the_mark(
+    tmp_path: Path, layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = []
     original = zarr.Array.__setitem__
 
-    def spy(array, key, value):
+    def spy(array: Any, key: Any, value: Any) -> None:
         written.append(array.name)
         original(array, key, value)
 
@@ -232,7 +237,7 @@ def test_a_shard_is_one_assignment_and_nothing_follows_the_mark(tmp_path, layout
     assert written[-1] == "/strip_status"
 
 
-def test_a_marked_strip_whose_shard_is_gone_is_pending(make, layout):
+def test_a_marked_strip_whose_shard_is_gone_is_pending(make: Any, layout: Any) -> None:
     writer, values = make(layout, finish=False)
     (writer.path / "influences" / "c" / "0" / "2").unlink()
     assert writer.pending() == [2]
@@ -240,14 +245,14 @@ def test_a_marked_strip_whose_shard_is_gone_is_pending(make, layout):
     assert writer.pending() == []
 
 
-def test_writing_a_strip_again_changes_nothing(make, layout):
+def test_writing_a_strip_again_changes_nothing(make: Any, layout: Any) -> None:
     writer, values = make(layout)
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in writer.path.rglob("*") if p.is_file()}
     assert writer.write_strip(0, values[:, :8]) is False
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in writer.path.rglob("*") if p.is_file()} == before
 
 
-def test_finish_refuses_while_strips_are_pending(make, layout):
+def test_finish_refuses_while_strips_are_pending(make: Any, layout: Any) -> None:
     writer, values = make(layout, finish=False, skip=(0, 2))
     with pytest.raises(IncompleteResultError, match=r"2 of 3 strips are not written yet \(0, 2\)"):
         writer.finish()
@@ -257,7 +262,7 @@ def test_finish_refuses_while_strips_are_pending(make, layout):
     assert open_influences(writer.path).complete
 
 
-def test_finish_can_be_killed_and_called_again(make, layout, monkeypatch):
+def test_finish_can_be_killed_and_called_again(make: Any, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     writer, values = make(layout, finish=False)
     with monkeypatch.context() as patch:
         patch.setattr(zarr, "consolidate_metadata", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -268,14 +273,14 @@ def test_finish_can_be_killed_and_called_again(make, layout, monkeypatch):
     np.testing.assert_array_equal(open_influences(writer.path).top(0).values, np.sort(values[0])[::-1][:4])
 
 
-def test_finish_refuses_a_marked_strip_without_its_ranking(make, layout):
+def test_finish_refuses_a_marked_strip_without_its_ranking(make: Any, layout: Any) -> None:
     writer, _ = make(layout, finish=False)
     (writer.path / "strips/index/c/1/0/0/0").unlink()
     with pytest.raises(CorruptStoreError, match=r"ranking of strip 1.*reopen\(\[1\]\)"):
         writer.finish()
 
 
-def test_what_killed_writers_left_is_swept_when_it_is_old(make, layout):
+def test_what_killed_writers_left_is_swept_when_it_is_old(make: Any, layout: Any) -> None:
     writer, _ = make(layout, finish=False)
     old, fresh = (writer.path / "influences/c/0" / f"{i}.x.partial" for i in (0, 1))
     for file in (old, fresh):
@@ -285,10 +290,12 @@ def test_what_killed_writers_left_is_swept_when_it_is_old(make, layout):
     assert not old.exists() and fresh.exists()
 
 
-def test_a_full_disk_is_said_and_the_strip_stays_unmarked(tmp_path, layout, monkeypatch):
+def test_a_full_disk_is_said_and_the_strip_stays_unmarked(
+    tmp_path: Path, layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
 
-    def full(*_):
+    def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -299,7 +306,7 @@ def test_a_full_disk_is_said_and_the_strip_stays_unmarked(tmp_path, layout, monk
     assert writer.pending() == [0, 1, 2]
 
 
-def test_a_disk_that_fills_up_for_real_is_said(tmp_path, layout):
+def test_a_disk_that_fills_up_for_real_is_said(tmp_path: Path, layout: Any) -> None:
     import resource
     import signal
 
@@ -318,9 +325,9 @@ def test_a_disk_that_fills_up_for_real_is_said(tmp_path, layout):
     assert writer.write_strip(0, np.ones((64, 4096), np.float32))
 
 
-def test_shards_are_synced_before_the_mark(tmp_path, layout, monkeypatch):
+def test_shards_are_synced_before_the_mark(tmp_path: Path, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
-    monkeypatch.setattr(folder_module.os, "fsync", lambda d: synced.append(os.readlink(f"/proc/self/fd/{d}")))
+    monkeypatch.setattr(os, "fsync", lambda d: synced.append(os.readlink(f"/proc/self/fd/{d}")))
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     writer.write_strip(0, matrix(layout)[:, :8])
     names = [os.path.relpath(p, writer.path) for p in synced]
@@ -334,7 +341,7 @@ def test_shards_are_synced_before_the_mark(tmp_path, layout, monkeypatch):
     assert files == {f"{e}_{w}/c/0/0" for e in ("top", "bottom") for w in ("index", "value")} | {"test_loss/c/0"}
 
 
-def test_a_writer_travels_as_its_path(make, layout):
+def test_a_writer_travels_as_its_path(make: Any, layout: Any) -> None:
     writer, _ = make(layout, finish=False, skip=(1,))
     again = pickle.loads(pickle.dumps(writer))
     assert (again.path, again.layout, again.pending()) == (writer.path, layout, [1])
