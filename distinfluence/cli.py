@@ -52,7 +52,7 @@ def demo(output: Path, workers: int) -> None:
     """
     from distinfluence.demo import run_demo
 
-    with _clean_errors(resume=f"distinfluence run {output / 'job.yaml'} --resume"):
+    with _clean_errors(resume=f"run {output / 'job.yaml'} --resume"):
         click.echo(run_demo(output, workers))
 
 
@@ -75,13 +75,13 @@ def run(job: Path, resume: bool, overwrite: bool, quiet: bool) -> None:
       output: influences.zarr
     """
     from distinfluence.config import Job
-    from distinfluence.job import run_job, summary
+    from distinfluence.job import program, run_job, summary
     from distinfluence.scaling import Progress
 
-    with _clean_errors(resume=f"distinfluence run {job} --resume"):
+    with _clean_errors(resume=f"run {job} --resume"):
         result = run_job(Job.read(job), overwrite=overwrite, resume=resume, progress=Progress(not quiet))
         click.echo(summary(result))
-        click.echo(f"next: distinfluence top {result.path} 0")
+        click.echo(f"next: {program()} top {result.path} 0")
 
 
 @main.command()
@@ -156,7 +156,10 @@ def _clean_errors(resume: str = "") -> Iterator[None]:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        click.echo("stopped; what was written stays." + (f" Go on with: {resume}" if resume else ""), err=True)
+        from distinfluence.job import program
+
+        hint = f" Go on with: {program()} {resume}" if resume else ""
+        click.echo(f"stopped; what was written stays.{hint}", err=True)
         sys.exit(INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distinfluence.config import Job
 from distinfluence.errors import ForeignStoreError, MissingDependencyError
 from distinfluence.evaluate import mislabel_recall, net_harm
-from distinfluence.job import run_job, summary
+from distinfluence.job import program, run_job, summary
 from distinfluence.scaling import Progress
 from distinfluence.store import InfluenceResult
 
@@ -166,8 +166,8 @@ def _what_next(folder: Path, result: InfluenceResult, picture: Path) -> list[str
         f"result   {result.path}",
         f"picture  {picture}   a few test digits with the training digits that help and harm them most",
         f"job      {folder / 'job.yaml'}   copy and edit it for your own model",
-        "next     distinfluence info " + str(folder / "influences.zarr"),
-        "         distinfluence top " + str(folder / "influences.zarr") + " 0",
+        f"next     {program()} info {folder / 'influences.zarr'}",
+        f"         {program()} top {folder / 'influences.zarr'} 0",
     ]
 
 

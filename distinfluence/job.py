@@ -1,5 +1,7 @@
 """Running a job: from its description to the result on disk, with a summary for people."""
 
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,16 @@ def run_job(
         )
     _remove(scratch)
     return result
+
+
+def program() -> str:
+    """How to call this command from the shell: by name where that is found, else by its path."""
+    if shutil.which("distinfluence") is not None:
+        return "distinfluence"
+    beside = Path(sys.executable).with_name("distinfluence")
+    if not beside.is_file():
+        return f"{sys.executable} -m distinfluence"
+    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def summary(result: InfluenceResult) -> str:

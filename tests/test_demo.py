@@ -65,7 +65,7 @@ def test_the_demo_finds_flipped_labels_and_says_what_to_do_next(tmp_path: Path) 
     assert recall.found >= 40, "a random order finds 4"
     assert f"{recall.found} have a flipped label" in outcome.stdout
     assert "297 of 297 rows converged" in outcome.stdout
-    assert f"distinfluence top {folder / 'influences.zarr'} 0" in outcome.stdout
+    assert f" top {folder / 'influences.zarr'} 0" in outcome.stdout
     assert (folder / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(entry.name for entry in folder.iterdir()) == ["digits.png", "influences.zarr", "job.yaml", "model.pt"]
 
