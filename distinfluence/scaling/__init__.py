@@ -1,14 +1,12 @@
 """Influence matrices over chunked data, on this machine or on a Dask cluster."""
 
-from distinfluence.scaling.calculator import (
-    DaskInfluenceCalculator,
-    InfluenceCalculator,
-    SequentialInfluenceCalculator,
-)
+from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.clusters import ClusterSpec, connected
+from distinfluence.scaling.on_dask import DaskInfluenceCalculator
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import ModelRecipe, Recipe
+from distinfluence.scaling.sequential import SequentialInfluenceCalculator
 
 __all__ = [
     "ChunkedData",

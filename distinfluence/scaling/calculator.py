@@ -5,54 +5,28 @@ matrix strip by strip, which is what to use at scale. Both make one solve per te
 training chunk.
 """
 
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import cloudpickle
 import dask
 import dask.array as da
 import numpy as np
 from dask.delayed import Delayed
-from distributed import Client
 
-from distinfluence.errors import ClusterError, NotFittedError, RecipeError, ShapeError
-from distinfluence.influence.arrays import Array, ArrayBatch, to_numpy
+from distinfluence.errors import NotFittedError, ShapeError
+from distinfluence.influence.arrays import to_numpy
 from distinfluence.influence.base import InfluenceFunctionModel, InfluenceMode, influence_mode
 from distinfluence.influence.report import FitReport
-from distinfluence.scaling.chunks import (
-    CHUNK_SIZE,
-    ArraySource,
-    ChunkedData,
-    Home,
-    InThisProcess,
-    LeafTree,
-    NpyLeaf,
-    chunked,
-    recipe_length,
-    spill,
-)
-from distinfluence.scaling.executor import Executor, InProcess, OnCluster, check_workers
+from distinfluence.scaling.chunks import CHUNK_SIZE, ChunkedData, chunked
+from distinfluence.scaling.executor import Executor
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.progress import Progress
-from distinfluence.scaling.recipe import ModelRecipe, Recipe, fingerprint_module
+from distinfluence.scaling.sources import Home
 from distinfluence.scaling.strips import Fitted, Request, look, write_influences
-from distinfluence.scaling.worker import (
-    Context,
-    LocalContext,
-    Scratch,
-    SourcePlane,
-    WorkerContext,
-    check_model,
-    chunk_factors,
-    chunk_gradients,
-    influences_of_chunk,
-    save_whole,
-    store_chunk,
-)
+from distinfluence.scaling.tasks import check_model, chunk_factors, chunk_gradients, influences_of_chunk
+from distinfluence.scaling.worker import Context, Scratch, SourcePlane
 from distinfluence.store import InfluenceResult
 
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
@@ -277,130 +251,6 @@ class InfluenceCalculator(ABC):
         """How many tasks run at a time."""
 
 
-class SequentialInfluenceCalculator(InfluenceCalculator):
-    """The stages of a run one after the other in this process: the same numbers without a cluster.
-
-    model: an influence model. scratch: a folder for factors while `to_zarr` runs; a temporary one unless given, and
-    then a run that died cannot use its factors again. Its lazy arrays are for dask's local schedulers.
-    """
-
-    def __init__(self, model: InfluenceFunctionModel, *, scratch: str | Path | None = None) -> None:
-        super().__init__(model, scratch)
-
-    def _home(self) -> InThisProcess:
-        return InThisProcess()
-
-    def _everywhere(self, data: ChunkedData) -> ChunkedData:
-        return _stored(data, self._scratch.folder, InProcess())
-
-    def _executor(self) -> Executor:
-        return InProcess()
-
-    def _unfitted_context(self) -> LocalContext:
-        return LocalContext(uuid.uuid4().hex, self.model)
-
-    def _fitted_context(self, context: LocalContext, train: ChunkedData) -> LocalContext:
-        return context
-
-    def _plane(self, context: LocalContext, data: ChunkedData, remarks: tuple[str, ...]) -> SourcePlane:
-        return SourcePlane(self.model.risk, data, remarks)
-
-    def _n_workers(self) -> int:
-        return 1
-
-
-class DaskInfluenceCalculator(InfluenceCalculator):
-    """The stages of a run on the workers of a Dask cluster.
-
-    model: an influence model. client: of a distributed cluster; one thread per worker is best, since one torch task
-    runs at a time in a process. recipe: how workers build the model; without it the model's tensors are written to
-    `scratch` and its structure goes with the tasks. scratch: a folder that every worker sees, for the spilled model,
-    arrays of this process, broadcasts and factors; a temporary one of this host unless given. Raises ClusterError
-    without workers or where they do not see `scratch`, RecipeError if `recipe` builds another model.
-    """
-
-    def __init__(
-        self,
-        model: InfluenceFunctionModel,
-        client: Client,
-        *,
-        recipe: ModelRecipe | None = None,
-        scratch: str | Path | None = None,
-    ) -> None:
-        if not isinstance(client, Client):
-            raise ClusterError(
-                f"`client` must be a distributed.Client, got {type(client).__name__}. Make one with `Client(cluster)`."
-            )
-        super().__init__(model, scratch)
-        self.client = client
-        self._n_threads = check_workers(client, str(self._scratch.folder))
-        self._recipe = self._travelling(recipe)
-
-    def _travelling(self, recipe: ModelRecipe | None) -> ModelRecipe:
-        module = self.model.risk.module
-        if recipe is None:
-            return ModelRecipe.spill(module, self._scratch.folder)
-        sha256 = fingerprint_module(module)
-        if recipe.sha256 not in ("", sha256):
-            raise RecipeError(
-                "`recipe` promises other tensors than the model has. Build the model with `recipe.build()`."
-            )
-        return replace(recipe, sha256=sha256)
-
-    def _home(self) -> "OnWorkers":
-        return OnWorkers(self.client, self._scratch.folder)
-
-    def _everywhere(self, data: ChunkedData) -> ChunkedData:
-        return _stored(data, self._scratch.folder, OnCluster(self.client))
-
-    def _executor(self) -> Executor:
-        return OnCluster(self.client)
-
-    def _unfitted_context(self) -> WorkerContext:
-        return WorkerContext(
-            key=uuid.uuid4().hex,
-            scratch=self._scratch,
-            unbound=bytes(cloudpickle.dumps(self.model.unbound())),
-            recipe=self._recipe,
-            device=self.model.risk.device.type,
-            n_threads=self._n_threads,
-            state={},
-            report=None,
-            train=None,
-        )
-
-    def _fitted_context(self, context: WorkerContext, train: ChunkedData) -> WorkerContext:
-        key = uuid.uuid4().hex
-        files = {}
-        for number, (name, tensor) in enumerate(self.model.state_arrays().items()):
-            path = self._scratch.folder / f"state-{key[:8]}-{number}.npy"
-            save_whole(path, to_numpy(tensor))
-            files[name] = str(path)
-        return replace(context, key=key, state=files, report=self.model.fit_report, train=train)
-
-    def _plane(self, context: WorkerContext, data: ChunkedData, remarks: tuple[str, ...]) -> DaskPlane:
-        return DaskPlane(self.model.risk, self.client, context, data, remarks, self._scratch.folder)
-
-    def _n_workers(self) -> int:
-        return len(self.client.nthreads())
-
-
-class OnWorkers:
-    """Arrays of the caller are spilled; what a recipe builds is looked at by a worker."""
-
-    def __init__(self, client: Client, folder: Path) -> None:
-        self._client = client
-        self._folder = folder
-
-    def keep(self, array: Array) -> NpyLeaf:
-        """A file in the scratch folder."""
-        return spill(array, self._folder)
-
-    def length(self, recipe: Recipe, key: str) -> int:
-        """Asked of a worker, which builds it."""
-        return int(self._client.submit(recipe_length, recipe, key, pure=False).result())
-
-
 def _progress(progress: bool | Progress) -> Progress:
     return progress if isinstance(progress, Progress) else Progress(progress)
 
@@ -408,23 +258,3 @@ def _progress(progress: bool | Progress) -> Progress:
 def _call(task: Any, *arguments: object) -> Any:
     """A lazy call. Not typed as the Delayed that it is: those can be indexed, which their types don't say."""
     return dask.delayed(task, pure=False, traverse=False)(*arguments)
-
-
-def _stored(data: ChunkedData, folder: Path, executor: Executor) -> ChunkedData:
-    """dask arrays computed and written by the workers, chunk by chunk; other data as they are."""
-    if not any(isinstance(chunk, Delayed) for chunk in data.chunks):
-        return data
-    key = uuid.uuid4().hex
-    items = [(chunk, str(folder), f"{key}-{i:06d}") for i, chunk in enumerate(data.chunks)]
-    files = dict(executor.run(store_chunk, (), items))
-    sources = [ArraySource(_npy_leaves(files[i]), 0, size, f"{key}/{i}") for i, size in enumerate(data.sizes)]
-    return ChunkedData(data.sizes, tuple(sources))
-
-
-def _npy_leaves(files: ArrayBatch) -> LeafTree:
-    if isinstance(files, dict):
-        return {name: _npy_leaves(value) for name, value in files.items()}
-    if isinstance(files, tuple):
-        return tuple(_npy_leaves(value) for value in files)
-    path, *shape = (str(part) for part in files)
-    return NpyLeaf(path, tuple(int(length) for length in shape))

@@ -7,188 +7,25 @@ arrays and data sets given as a `Recipe` are never read by the caller at all.
 
 import itertools
 import uuid
-from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import cloudpickle
 import dask
 import dask.array as da
 import numpy as np
-import zarr
 from dask.delayed import Delayed
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset, default_collate
 
-from distinfluence.batch import as_batch
 from distinfluence.errors import ChunkError, DtypeError, EmptyDataError, RecipeError, ShapeError
-from distinfluence.influence.arrays import Array, ArrayBatch, to_numpy, to_numpy_batch
 from distinfluence.scaling.recipe import Recipe
+from distinfluence.scaling.sources import ArraySource, ChunkSource, DatasetSource, Home, common_length, leaf_tree
 
 CHUNK_SIZE = 256  # samples, where nobody says better
-KEPT_DATA_SETS = 4  # that a process keeps built: training and test data of two runs
+
+
 DATASET_BYTES = 8 * 2**20  # a pickled data set that is larger carries its samples with it
-
-
-class Leaf(Protocol):
-    """One array of a data set, samples along its first dimension, read range by range."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole array."""
-
-    def read(self, start: int, stop: int) -> Array:
-        """Samples start to stop, in memory."""
-
-
-@dataclass(frozen=True)
-class MemoryLeaf:
-    """An array of this process."""
-
-    array: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole array."""
-        return self.array.shape
-
-    def read(self, start: int, stop: int) -> Array:
-        """A view of the samples."""
-        view: Array = self.array[start:stop]
-        return view
-
-
-@dataclass(frozen=True)
-class NpyLeaf:
-    """An array in a .npy file that every worker sees."""
-
-    path: str
-    shape: tuple[int, ...]
-
-    def read(self, start: int, stop: int) -> Array:
-        """The samples, copied out of the memory-mapped file."""
-        return np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[start:stop])
-
-
-@dataclass(frozen=True)
-class ZarrLeaf:
-    """A zarr array; it travels as the address of its store."""
-
-    array: zarr.Array[Any]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole array."""
-        return self.array.shape
-
-    def read(self, start: int, stop: int) -> Array:
-        """The samples, decoded."""
-        return np.asarray(self.array[start:stop])
-
-
-LeafTree: TypeAlias = "Leaf | tuple[LeafTree, ...] | dict[str, LeafTree]"
-
-
-class Home(Protocol):
-    """Where data of the caller go, and who looks at data that the caller must not load."""
-
-    def keep(self, array: Array) -> Leaf:
-        """A place for an array of the caller's process from which every task can read it."""
-
-    def length(self, recipe: Recipe, key: str) -> int:
-        """Number of samples of what the recipe builds, found where tasks run; `key`: under which it is kept there."""
-
-
-class InThisProcess:
-    """Data stay where they are."""
-
-    def keep(self, array: Array) -> Leaf:
-        """The array itself."""
-        return MemoryLeaf(array)
-
-    def length(self, recipe: Recipe, key: str) -> int:
-        """Build it here."""
-        return recipe_length(recipe, key)
-
-
-class ChunkSource(ABC):
-    """Where the samples of one chunk are. key: the same for the same samples, within a run."""
-
-    key: str
-
-    @abstractmethod
-    def load(self) -> ArrayBatch:
-        """The samples, as NumPy arrays."""
-
-
-@dataclass(frozen=True)
-class ArraySource(ChunkSource):
-    """A range of samples of arrays."""
-
-    leaves: LeafTree
-    start: int
-    stop: int
-    key: str
-
-    def load(self) -> ArrayBatch:
-        """Read the range of each array."""
-        return self._read(self.leaves)
-
-    def _read(self, tree: LeafTree) -> ArrayBatch:
-        if isinstance(tree, dict):
-            return {name: self._read(leaf) for name, leaf in tree.items()}
-        if isinstance(tree, tuple):
-            return tuple(self._read(leaf) for leaf in tree)
-        return tree.read(self.start, self.stop)
-
-
-@dataclass(frozen=True)
-class DatasetSource(ChunkSource):
-    """A range of samples of a map-style data set, or of arrays, that each process builds once for itself."""
-
-    recipe: Recipe | bytes
-    collate: bytes | None
-    start: int
-    stop: int
-    key: str
-
-    def load(self) -> ArrayBatch:
-        """Collate the samples, or slice the arrays."""
-        data = _built(self.recipe, self.key.partition("/")[0])
-        if not isinstance(data, Dataset):
-            return ArraySource(_leaves(data, InThisProcess(), "data"), self.start, self.stop, self.key).load()
-        collate = default_collate if self.collate is None else cloudpickle.loads(self.collate)
-        return to_numpy_batch(as_batch(collate([data[index] for index in range(self.start, self.stop)])))
-
-
-_data_sets: OrderedDict[str, Any] = OrderedDict()
-
-
-def _built(recipe: Recipe | bytes, key: str) -> Any:
-    if key not in _data_sets:
-        _data_sets[key] = cloudpickle.loads(recipe) if isinstance(recipe, bytes) else recipe.build()
-        while len(_data_sets) > KEPT_DATA_SETS:
-            _data_sets.popitem(last=False)
-    return _data_sets[key]
-
-
-def recipe_length(recipe: Recipe, key: str) -> int:
-    """Number of samples of what the recipe builds, which is kept under `key`.
-
-    Raises DtypeError if that is neither a data set nor arrays.
-    """
-    built = _built(recipe, key)
-    if isinstance(built, IterableDataset) or not isinstance(built, (Dataset, Tensor, np.ndarray, Mapping, Sequence)):
-        raise DtypeError(
-            f"`{recipe.target}` must return a map-style data set, or arrays, got {type(built).__name__}. "
-            "Give the data set `__len__` and `__getitem__`."
-        )
-    if isinstance(built, Dataset):
-        return len(built)  # type: ignore[arg-type]
-    return _length(_leaves(built, InThisProcess(), "data"))
 
 
 @dataclass(frozen=True)
@@ -257,16 +94,9 @@ def chunked(
         return _of_dataset(data, None, chunk_size or default_size)
     if _any_dask(data):
         return _of_dask(data, chunk_size)
-    leaves = _leaves(data, home, "data")
+    leaves = leaf_tree(data, home, "data")
     key = uuid.uuid4().hex
-    return _cut(_length(leaves), chunk_size or default_size, lambda a, b: ArraySource(leaves, a, b, f"{key}/{a}"))
-
-
-def spill(array: Array, folder: Path) -> NpyLeaf:
-    """Keep an array as a .npy file in a folder that every worker sees."""
-    path = folder / f"array-{uuid.uuid4().hex}.npy"
-    np.save(path, array, allow_pickle=False)
-    return NpyLeaf(str(path), array.shape)
+    return _cut(common_length(leaves), chunk_size or default_size, lambda a, b: ArraySource(leaves, a, b, f"{key}/{a}"))
 
 
 def _cut(n: int, chunk_size: int, source: Callable[[int, int], ChunkSource]) -> ChunkedData:
@@ -369,40 +199,3 @@ def _regroup(data: object, blocks: Mapping[str, Any], index: int, name: str) -> 
     if isinstance(data, (tuple, list)):
         return tuple(_regroup(value, blocks, index, f"{name}[{i}]") for i, value in enumerate(data))
     return blocks[name][index]
-
-
-def _leaves(data: object, home: Home, name: str) -> LeafTree:
-    if isinstance(data, Mapping):
-        return {str(key): _leaves(value, home, f"{name}[{key!r}]") for key, value in data.items()}
-    if isinstance(data, (tuple, list)):
-        return tuple(_leaves(value, home, f"{name}[{index}]") for index, value in enumerate(data))
-    if isinstance(data, Tensor):
-        return home.keep(to_numpy(data))
-    if isinstance(data, np.ndarray):
-        return home.keep(data)
-    if isinstance(data, zarr.Array):
-        shared = not isinstance(data.store, zarr.storage.MemoryStore)
-        return ZarrLeaf(data) if shared else home.keep(np.asarray(data[:]))
-    raise DtypeError(
-        f"`{name}` must be a tensor, a NumPy, zarr or dask array, a data set, a DataLoader or a `Recipe`, got "
-        f"{type(data).__name__}. Convert it to an array first."
-    )
-
-
-def _length(tree: LeafTree) -> int:
-    lengths = dict(_lengths(tree, "data"))
-    if len(set(lengths.values())) > 1:
-        raise ShapeError(f"`x` and `y` must have as many samples, got {lengths}. Pass inputs and targets that match.")
-    if not lengths:
-        raise EmptyDataError("`x` must hold at least one array, got none. Pass the samples.")
-    return next(iter(lengths.values()))
-
-
-def _lengths(tree: LeafTree, name: str) -> list[tuple[str, int]]:
-    if isinstance(tree, dict):
-        return [pair for key, value in tree.items() for pair in _lengths(value, f"{name}[{key!r}]")]
-    if isinstance(tree, tuple):
-        return [pair for index, value in enumerate(tree) for pair in _lengths(value, f"{name}[{index}]")]
-    if not tree.shape:
-        raise ShapeError(f"`{name}` must have the samples along its first dimension, got a scalar.")
-    return [(name, tree.shape[0])]

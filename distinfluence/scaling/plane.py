@@ -18,7 +18,8 @@ from distinfluence.influence.arrays import to_numpy, to_tensor
 from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import OnCluster
-from distinfluence.scaling.worker import WorkerContext, add_parts, run_kernel, save_whole
+from distinfluence.scaling.tasks import add_parts, run_kernel
+from distinfluence.scaling.worker import WorkerContext, save_whole
 
 FAN_IN = 8  # partial sums that one task adds
 

@@ -25,8 +25,7 @@ from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import Executor
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import fingerprint_module
-from distinfluence.scaling.worker import (
-    Context,
+from distinfluence.scaling.tasks import (
     Inspection,
     check_model,
     chunk_right_hand_sides,
@@ -37,6 +36,7 @@ from distinfluence.scaling.worker import (
     solve_chunk,
     write_strip,
 )
+from distinfluence.scaling.worker import Context
 from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, open_influences
 from distinfluence.store.fingerprint import combine, fingerprint_settings
 

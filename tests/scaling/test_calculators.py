@@ -13,7 +13,7 @@ import pytest
 import torch
 import xarray
 import zarr
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from distinfluence import (
     CgInfluence,
@@ -226,6 +226,52 @@ def test_a_model_can_travel_as_a_factory_and_a_checkpoint(case: Case, client: Cl
     assert calculator.influences(*case.test).compute().shape == (6, 23)
     with pytest.raises(RecipeError, match="other tensors"):
         DaskInfluenceCalculator(direct(build("cnn")), client, recipe=ModelRecipe(recipe.factory, sha256="0" * 64))
+
+
+def test_a_model_is_built_once_per_process(case: Case, client: Client, tmp_path: Path) -> None:
+    log = tmp_path / "built"
+    recipe = ModelRecipe(Recipe("tests.scaling.sources:logged_model", {"log": str(log)}))
+    recipe.build()
+    calculator = DaskInfluenceCalculator(cg(case), client, recipe=recipe).fit(*case.train, chunk_size=3)
+    for solve in ("rows", "data"):
+        calculator.to_zarr(tmp_path / f"{solve}.zarr", *case.test, test_chunk_size=2, solve=solve, progress=False)
+    calculator.influences(*case.test).compute()
+    here, *workers = log.read_text().split()
+    assert here == str(os.getpid())
+    assert 1 <= len(workers) <= 2
+    assert len(set(workers)) == len(workers)
+
+
+def test_dask_arrays_are_computed_by_workers_once_and_give_the_same(
+    make: Make, case: Case, expected: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "computed"
+
+    def logged(block: Any) -> Any:
+        with log.open("a") as file:
+            file.write("x")
+        return block
+
+    x = da.from_array(case.train[0].numpy(), chunks=(6, 2)).map_blocks(logged, dtype="float64")
+    y = da.from_array(case.train[1].numpy(), chunks=6)
+    tests = [da.from_array(tensor.numpy(), chunks=3) for tensor in case.test]
+    computed = len(log.read_text()) if log.exists() else 0  # dask tries the function on an empty block
+    calculator = make(cg(case)).fit(x, y)
+    result = calculator.to_zarr(tmp_path / "i.zarr", *tests, progress=False)
+    assert len(log.read_text()) - computed == 2 * 4
+    np.testing.assert_allclose(result[:], expected, **STORED)
+    assert result.layout.strip == 6
+
+
+def test_threads_that_share_a_process_give_the_right_numbers(case: Case, expected: Any) -> None:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        calculator = DaskInfluenceCalculator(direct(case), client).fit(*case.train, chunk_size=1)
+        lazy = [calculator.influences(*case.test, test_chunk_size=1) for _ in range(3)]
+        for matrix in client.gather(client.compute(lazy)):
+            np.testing.assert_allclose(matrix, expected, **EXACT)
 
 
 def test_zarr_and_xarray_open_the_result(case: Case, tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""The stages of a run on a Dask cluster."""
+
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import cloudpickle
+from distributed import Client
+
+from distinfluence.errors import ClusterError, RecipeError
+from distinfluence.influence.arrays import Array, to_numpy
+from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.scaling.calculator import InfluenceCalculator
+from distinfluence.scaling.chunks import ChunkedData
+from distinfluence.scaling.executor import Executor, OnCluster, check_workers
+from distinfluence.scaling.plane import DaskPlane
+from distinfluence.scaling.recipe import ModelRecipe, Recipe, fingerprint_module
+from distinfluence.scaling.sources import NpyLeaf, recipe_length, spill
+from distinfluence.scaling.stored import stored
+from distinfluence.scaling.worker import WorkerContext, save_whole
+
+
+class DaskInfluenceCalculator(InfluenceCalculator):
+    """The stages of a run on the workers of a Dask cluster.
+
+    model: an influence model. client: of a distributed cluster; one thread per worker is best, since one torch task
+    runs at a time in a process. recipe: how workers build the model; without it the model's tensors are written to
+    `scratch` and its structure goes with the tasks. scratch: a folder that every worker sees, for the spilled model,
+    arrays of this process, broadcasts and factors; a temporary one of this host unless given. Raises ClusterError
+    without workers or where they do not see `scratch`, RecipeError if `recipe` builds another model.
+    """
+
+    def __init__(
+        self,
+        model: InfluenceFunctionModel,
+        client: Client,
+        *,
+        recipe: ModelRecipe | None = None,
+        scratch: str | Path | None = None,
+    ) -> None:
+        if not isinstance(client, Client):
+            raise ClusterError(
+                f"`client` must be a distributed.Client, got {type(client).__name__}. Make one with `Client(cluster)`."
+            )
+        super().__init__(model, scratch)
+        self.client = client
+        self._n_threads = check_workers(client, str(self._scratch.folder))
+        self._recipe = self._travelling(recipe)
+
+    def _travelling(self, recipe: ModelRecipe | None) -> ModelRecipe:
+        module = self.model.risk.module
+        if recipe is None:
+            return ModelRecipe.spill(module, self._scratch.folder)
+        sha256 = fingerprint_module(module)
+        if recipe.sha256 not in ("", sha256):
+            raise RecipeError(
+                "`recipe` promises other tensors than the model has. Build the model with `recipe.build()`."
+            )
+        return replace(recipe, sha256=sha256)
+
+    def _home(self) -> "OnWorkers":
+        return OnWorkers(self.client, self._scratch.folder)
+
+    def _everywhere(self, data: ChunkedData) -> ChunkedData:
+        return stored(data, self._scratch.folder, OnCluster(self.client))
+
+    def _executor(self) -> Executor:
+        return OnCluster(self.client)
+
+    def _unfitted_context(self) -> WorkerContext:
+        return WorkerContext(
+            key=uuid.uuid4().hex,
+            scratch=self._scratch,
+            unbound=bytes(cloudpickle.dumps(self.model.unbound())),
+            recipe=self._recipe,
+            device=self.model.risk.device.type,
+            n_threads=self._n_threads,
+            state={},
+            report=None,
+            train=None,
+        )
+
+    def _fitted_context(self, context: WorkerContext, train: ChunkedData) -> WorkerContext:
+        key = uuid.uuid4().hex
+        files = {}
+        for number, (name, tensor) in enumerate(self.model.state_arrays().items()):
+            path = self._scratch.folder / f"state-{key[:8]}-{number}.npy"
+            save_whole(path, to_numpy(tensor))
+            files[name] = str(path)
+        return replace(context, key=key, state=files, report=self.model.fit_report, train=train)
+
+    def _plane(self, context: WorkerContext, data: ChunkedData, remarks: tuple[str, ...]) -> DaskPlane:
+        return DaskPlane(self.model.risk, self.client, context, data, remarks, self._scratch.folder)
+
+    def _n_workers(self) -> int:
+        return len(self.client.nthreads())
+
+
+class OnWorkers:
+    """Arrays of the caller are spilled; what a recipe builds is looked at by a worker."""
+
+    def __init__(self, client: Client, folder: Path) -> None:
+        self._client = client
+        self._folder = folder
+
+    def keep(self, array: Array) -> NpyLeaf:
+        """A file in the scratch folder."""
+        return spill(array, self._folder)
+
+    def length(self, recipe: Recipe, key: str) -> int:
+        """Asked of a worker, which builds it."""
+        return int(self._client.submit(recipe_length, recipe, key, pure=False).result())

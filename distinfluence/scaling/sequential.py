@@ -1,0 +1,44 @@
+"""The stages of a run in this process."""
+
+import uuid
+from pathlib import Path
+
+from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.scaling.calculator import InfluenceCalculator
+from distinfluence.scaling.chunks import ChunkedData
+from distinfluence.scaling.executor import Executor, InProcess
+from distinfluence.scaling.sources import InThisProcess
+from distinfluence.scaling.stored import stored
+from distinfluence.scaling.worker import LocalContext, SourcePlane
+
+
+class SequentialInfluenceCalculator(InfluenceCalculator):
+    """The stages of a run one after the other in this process: the same numbers without a cluster.
+
+    model: an influence model. scratch: a folder for factors while `to_zarr` runs; a temporary one unless given, and
+    then a run that died cannot use its factors again. Its lazy arrays are for dask's local schedulers.
+    """
+
+    def __init__(self, model: InfluenceFunctionModel, *, scratch: str | Path | None = None) -> None:
+        super().__init__(model, scratch)
+
+    def _home(self) -> InThisProcess:
+        return InThisProcess()
+
+    def _everywhere(self, data: ChunkedData) -> ChunkedData:
+        return stored(data, self._scratch.folder, InProcess())
+
+    def _executor(self) -> Executor:
+        return InProcess()
+
+    def _unfitted_context(self) -> LocalContext:
+        return LocalContext(uuid.uuid4().hex, self.model)
+
+    def _fitted_context(self, context: LocalContext, train: ChunkedData) -> LocalContext:
+        return context
+
+    def _plane(self, context: LocalContext, data: ChunkedData, remarks: tuple[str, ...]) -> SourcePlane:
+        return SourcePlane(self.model.risk, data, remarks)
+
+    def _n_workers(self) -> int:
+        return 1
