@@ -8,7 +8,7 @@ import numpy as np
 
 from distinfluence.config import Job
 from distinfluence.scaling import DaskInfluenceCalculator, Progress, connected
-from distinfluence.store import InfluenceResult
+from distinfluence.store import InfluenceResult, check_output
 
 
 def run_job(
@@ -21,6 +21,7 @@ def run_job(
     progress = progress or Progress()
     model, recipe = job.influence_model()
     output = job.path(job.output)
+    check_output(output, overwrite=overwrite, resume=resume)
     scratch = job.path(job.scratch) if job.scratch is not None else output.with_name(f".{output.name}.scratch")
     with connected(job.cluster_spec()) as client:
         calculator = DaskInfluenceCalculator(model, client, recipe=recipe, scratch=scratch)

@@ -91,6 +91,16 @@ def test_a_job_joins_a_cluster_that_is_running_and_leaves_it_running(tmp_path: P
         assert client.submit(sum, [1, 2]).result() == 3
 
 
+def test_an_output_that_cannot_be_used_is_said_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "influences.zarr").mkdir()
+    (tmp_path / "influences.zarr" / "mine.txt").write_text("mine")
+    data = {"train": "tests.scaling.sources:never_built", "test": "tests.scaling.sources:never_built"}
+    outcome = command("run", job_file(tmp_path, data=data), "--quiet", "--overwrite")
+    assert outcome.exit_code == 1
+    assert "nothing was touched" in outcome.output
+    assert (tmp_path / "influences.zarr" / "mine.txt").read_text() == "mine"
+
+
 def test_errors_are_one_message_and_exit_status_1(tmp_path: Path) -> None:
     outcome = command("run", job_file(tmp_path, chunsk={}))
     assert outcome.exit_code == 1

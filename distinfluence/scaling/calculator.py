@@ -27,7 +27,7 @@ from distinfluence.scaling.sources import Home
 from distinfluence.scaling.strips import Fitted, Request, look, write_influences
 from distinfluence.scaling.tasks import check_model, chunk_factors, chunk_gradients, influences_of_chunk
 from distinfluence.scaling.worker import Context, Scratch, SourcePlane
-from distinfluence.store import InfluenceResult
+from distinfluence.store import InfluenceResult, check_output
 
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
 
@@ -174,6 +174,7 @@ class InfluenceCalculator(ABC):
         the same model, data and settings, begin if there is none. attributes: JSON values to keep in the result.
         Raises StoreError if `path` cannot be used, NotFittedError before `fit`, and what the checks of data raise.
         """
+        check_output(path, overwrite=overwrite, resume=resume)
         fitted = self._stages()
         columns = fitted.train if x is None else self._everywhere(self._chunked(x, y, chunk_size))
         request = Request(

@@ -94,7 +94,7 @@ def look(executor: Executor, context: Context, data: ChunkedData, progress: Prog
 def write_influences(
     path: Path, fitted: Fitted, request: Request, scratch: Path, progress: Progress
 ) -> InfluenceResult:
-    """Carry out a request; see the module. Raises StoreError for a path that cannot be used, before any computation."""
+    """Carry out a request; see the module. Raises FingerprintError if the result there is of another run."""
     columns, test = request.columns, request.test
     layout = Layout(
         n_test=test.n_samples,
@@ -120,13 +120,14 @@ def write_influences(
     writer = _writer(path, layout, fingerprints, settings, fitted, request)
     folder = scratch / f"factors-{combine({**fingerprints, 'settings': fingerprint_settings(settings)})[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    files = _write_factors(writer, fitted, request, folder, progress)
     pending = writer.pending()
-    with progress.stage("strips", len(pending), "strips") as bar:
-        items = [(columns.chunks[i], i, columns.starts[i], columns.sizes[i]) for i in pending]
-        shared = (fitted.context, writer, files, str(request.mode))
-        for _ in fitted.executor.run(write_strip, shared, items):
-            bar.advance()
+    if pending:
+        files = _write_factors(writer, fitted, request, folder, progress)
+        with progress.stage("strips", len(pending), "strips") as bar:
+            items = [(columns.chunks[i], i, columns.starts[i], columns.sizes[i]) for i in pending]
+            shared = (fitted.context, writer, files, str(request.mode))
+            for _ in fitted.executor.run(write_strip, shared, items):
+                bar.advance()
     writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
     shutil.rmtree(folder, ignore_errors=True)
     return open_influences(path)

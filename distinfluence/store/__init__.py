@@ -4,7 +4,7 @@ from distinfluence.store.fingerprint import combine, fingerprint_array, fingerpr
 from distinfluence.store.layout import Layout
 from distinfluence.store.ranking import Ranking
 from distinfluence.store.result import InfluenceResult, open_influences
-from distinfluence.store.resuming import check_resumable
+from distinfluence.store.resuming import check_output, check_resumable
 from distinfluence.store.writer import InfluenceWriter
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "InfluenceWriter",
     "Layout",
     "Ranking",
+    "check_output",
     "check_resumable",
     "combine",
     "fingerprint_array",

@@ -7,10 +7,23 @@ from collections.abc import Mapping
 
 from distinfluence.errors import FingerprintError
 from distinfluence.store.fingerprint import to_json
-from distinfluence.store.folder import local_path, read_attributes
+from distinfluence.store.folder import local_path, read_attributes, require_free
 from distinfluence.store.layout import Layout
 
 _MISSING = object()
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
+    """Pass if a result may be begun at `path`, or gone on with: to be asked before anything is computed.
+
+    Raises ForeignStoreError for what distinfluence did not write, StoreExistsError for a result that is neither to be
+    overwritten nor resumed. Touches nothing.
+    """
+    folder = local_path(path)
+    if resume and folder.exists() and any(folder.iterdir()):
+        read_attributes(folder)
+    else:
+        require_free(folder, overwrite)
 
 
 def check_resumable(

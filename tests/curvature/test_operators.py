@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distinfluence import EmpiricalFisherOperator, EmpiricalRisk, GGNOperator, HessianOperator, dataplane
-from distinfluence.curvature import DataOperator, MatrixOperator
+from distinfluence.curvature import DataOperator, MatrixOperator, SecondOrderMode, operator_class
 from distinfluence.errors import DtypeError, NonFiniteError, ParameterBlockError, ShapeError
 from tests.reference import Reference
 from tests.zoo import BUILDERS, Case, build
@@ -156,6 +156,11 @@ class TestEmpiricalFisher(OperatorContract):
     def test_its_rank_is_at_most_the_number_of_samples(self) -> None:
         case = build("mlp classification", n_train=9)
         assert int(torch.linalg.matrix_rank(self.of(case).dense())) == 9
+
+
+def test_every_second_order_mode_inherits_the_contract() -> None:
+    tested = {kind.operator for kind in OperatorContract.__subclasses__()}
+    assert tested == {operator_class(mode) for mode in SecondOrderMode}
 
 
 @pytest.mark.parametrize("kind", [TestHessian, TestGGN, TestEmpiricalFisher])

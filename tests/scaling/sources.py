@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from distinfluence import Objective
+from distinfluence.batch import Batch
+from distinfluence.objective import Forward
 from tests.zoo import build
 
 
@@ -46,6 +49,20 @@ def train() -> tuple[Tensor, Tensor]:
 
 def test() -> tuple[Tensor, Tensor]:
     return build("mlp classification").test
+
+
+class Labelled(Objective):
+    """Cross-entropy on dict batches."""
+
+    def outputs(self, model: Forward, batch: Batch) -> Tensor:
+        assert isinstance(batch, dict)
+        outputs: Tensor = model(batch["features"])
+        return outputs
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        assert isinstance(batch, dict)
+        assert isinstance(batch["labels"], Tensor)
+        return nn.functional.cross_entropy(outputs, batch["labels"], reduction="none")
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):
