@@ -5,6 +5,7 @@ An MLP 64-64-32-10 is trained on them, and the job that the demo writes computes
 gradients on the damped Gauss–Newton matrix. Everything is seeded.
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -75,7 +76,7 @@ def _with_flips(labels: Tensor) -> Tensor:
     return flipped
 
 
-def train_model() -> nn.Module:
+def train_model(on_epoch: Callable[[], None] | None = None) -> nn.Module:
     """The MLP, trained for a few seconds with Adam; the caller's random state is left alone."""
     x, y = train_data()
     with torch.random.fork_rng(devices=[]):
@@ -87,6 +88,8 @@ def train_model() -> nn.Module:
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
                 optimizer.step()
+            if on_epoch is not None:
+                on_epoch()
     return model.eval().requires_grad_(True)
 
 
@@ -112,8 +115,7 @@ def prepare(folder: Path, workers: int, progress: Progress) -> None:
         raise ForeignStoreError(f"`output` {folder} holds files that the demo did not write. Pass another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     with progress.stage("training", EPOCHS, "epochs") as bar:
-        model = train_model()
-        bar.advance(EPOCHS)
+        model = train_model(on_epoch=bar.advance)
     torch.save(model.state_dict(), folder / "model.pt")
     (folder / "job.yaml").write_text(yaml.safe_dump(job_content(workers), sort_keys=False))
 

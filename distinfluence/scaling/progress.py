@@ -17,6 +17,7 @@ class Bar:
         self.name, self.total, self.unit = name, total, unit
         self.count = 0
         self._note = ""
+        self._printed: tuple[int, str] | None = None
         self._start = self._last = time.monotonic()
         self._lines = show and not sys.stderr.isatty()
         self._bar = tqdm(desc=name, total=total, unit=f" {unit}", disable=not (show and sys.stderr.isatty()))
@@ -36,7 +37,7 @@ class Bar:
     def close(self) -> None:
         """End of the stage."""
         self._bar.close()
-        if self._lines:
+        if self._lines and self._printed != (self.count, self._note):
             self._print()
 
     def _line(self) -> None:
@@ -45,6 +46,7 @@ class Bar:
             self._print()
 
     def _print(self) -> None:
+        self._printed = (self.count, self._note)
         of = "" if self.total is None else f" of {self.total}"
         note = f", {self._note}" if self._note else ""
         elapsed = time.monotonic() - self._start
