@@ -11,8 +11,9 @@ from distributed import Client, LocalCluster, Worker, WorkerPlugin
 
 from distinfluence.errors import ClusterError, SettingError
 
-# Dask has its workers give memory back to the system at once, so that every large tensor costs page faults: passes over
-# the training set took 2.5 times as long. These are glibc's thresholds as it would grow them by itself.
+# Dask has its workers give memory back to the system at once, so that every large tensor costs page faults anew: ten
+# times as many in a pass over the training set (tests/benchmarks/passes.py). These are glibc's thresholds as it would
+# grow them by itself.
 WORKER_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 LOOPBACK = "127.0.0.1"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distinfluence.solvers.conjugate import ConjugateSolver, Damped, Patience, Steps, norms
+from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch, Steps, norms
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,18 @@ class BlockCG(ConjugateSolver):
     tensor([2, 2])
     """
 
-    def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, maxiter: int) -> Steps:
+    def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
         result = Steps.none(rhs)
         rows = torch.arange(rhs.shape[0], device=rhs.device)
         mix, r = independent_rows(rhs)
         p = orthonormal_rows(state.precondition(r))
-        patience = Patience()
-        for _ in range(maxiter):
+        watch = DriftWatch(state, rhs)
+        for _ in range(int(budget.max())):
             q = state.matmat(p)
-            projected = _Projected(p @ q.T, result.largest, result.rounding)
+            gram = p @ q.T
+            if not gram.isfinite().all():  # LAPACK would raise; a row that does not end well is no error
+                break
+            projected = _Projected(gram, result.largest, result.rounding)
             result.largest = projected.largest
             result.curvature[rows] = result.curvature[rows].clamp_max(projected.smallest)
             result.steps[rows] += 1
@@ -47,9 +50,11 @@ class BlockCG(ConjugateSolver):
             step = (inverse @ (p @ r.T).double()).to(rhs.dtype)
             result.d[rows] += (mix @ step.T) @ p
             r -= step.T @ q
-            ratio = norms(mix @ r) / threshold[rows]
-            keep = ratio > 1
-            if not keep.any() or patience.lost(ratio[keep]):
+            residual = mix @ r
+            ratio = norms(residual) / threshold[rows]
+            active = (ratio > 1) & (result.steps[rows] < budget[rows])
+            keep = watch.sound(active, rows, result, residual, ratio)
+            if not keep.any():
                 break
             rows, mix = rows[keep], mix[keep]
             used = (mix != 0).any(dim=0)

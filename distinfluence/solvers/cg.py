@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distinfluence.solvers.conjugate import ConjugateSolver, Damped, Patience, Steps, norms
+from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch, Steps, norms
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class CG(ConjugateSolver):
     tensor([[1., 1.]])
     """
 
-    def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, maxiter: int) -> Steps:
+    def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
         result = Steps.none(rhs)
         rows = torch.arange(rhs.shape[0], device=rhs.device)
         r, z = rhs.clone(), state.precondition(rhs)
         p, rz = z.clone(), _dots(r, z)
-        patience = Patience()
-        for _ in range(maxiter):
+        watch = DriftWatch(state, rhs)
+        for _ in range(int(budget.max())):
             q = state.matmat(p)
             curved = _dots(p, q)
             quotient = curved / norms(p) ** 2
@@ -43,8 +43,9 @@ class CG(ConjugateSolver):
             result.flat[rows] = flat
             result.steps[rows] += 1
             ratio = norms(r) / threshold[rows]
-            keep = (ratio > 1) & ~flat
-            if not keep.any() or patience.lost(ratio[keep]):
+            active = (ratio > 1) & ~flat & (result.steps[rows] < budget[rows])
+            keep = watch.sound(active, rows, result, r, ratio)
+            if not keep.any():
                 break
             rows, r, p, rz = rows[keep], r[keep], p[keep], rz[keep]
             z = state.precondition(r)

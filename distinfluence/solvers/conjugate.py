@@ -18,7 +18,7 @@ from distinfluence.solvers.base import Outcome, Solution, Solver, check_damping,
 from distinfluence.solvers.preconditioner import FittedPreconditioner, Preconditioner
 
 MOST_ITERATIONS = 5_000  # where `maxiter` is None: 10·p, but no more than this
-PATIENCE = 100  # steps in which the residuals must fall by a tenth, or the true ones are looked at
+PATIENCE = 100  # steps in which the residuals must fall by a tenth, or the true ones are looked at, once
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Damped:
 
     def matmat(self, rows: Tensor) -> Tensor:
         """rows [k, p] · (A + λI); one pass."""
-        return self.operator.matmat(rows).add_(rows, alpha=self.damping)
+        # not add_: the product may be a tensor that the operator keeps, or the rows themselves
+        return torch.add(self.operator.matmat(rows), rows, alpha=self.damping)
 
     def precondition(self, rows: Tensor) -> Tensor:
         """rows · M⁻¹; the rows themselves without a preconditioner."""
@@ -107,11 +108,15 @@ class ConjugateSolver(Solver[Damped]):
         return self.fit(operator)
 
     @abstractmethod
-    def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, maxiter: int) -> Steps:
-        """Solve for rhs [k, p] from zero until each row's recurrence is at its threshold [k], at most maxiter steps."""
+    def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
+        """Solve for rhs [k, p] from zero until a row's recurrence is at its threshold [k] or its budget [k] spent."""
 
     def solve(self, state: Damped, rhs: Tensor, x0: Tensor | None = None) -> Solution:
-        """Solve for rhs [k, p]. x0: [k, p], where to start; zero if None. Costs a pass more than there are steps."""
+        """Solve for rhs [k, p]. x0: [k, p], where to start; zero if None.
+
+        Costs a pass more than there are steps, one for an x0, and one each time that residuals have not fallen for
+        PATIENCE steps.
+        """
         check_rhs(rhs, state.operator)
         if x0 is not None:
             check_rhs(x0, state.operator, "x0")
@@ -147,9 +152,9 @@ class _Run:
         """Numbers of the rows that have no outcome yet."""
         return torch.tensor([i for i, o in enumerate(self._outcome) if o is None], device=self._x.device).long()
 
-    def steps_left(self, rows: Tensor) -> int:
-        """How many steps an inner iteration over these rows may take."""
-        return self._maxiter - int(self._steps[rows].max())
+    def steps_left(self, rows: Tensor) -> Tensor:
+        """How many steps each of these rows may still take: the budget of one does not depend on the others."""
+        return self._maxiter - self._steps[rows]
 
     def advance(self, rows: Tensor, inner: Steps) -> None:
         """Add the correction, look at the true residual, and settle what has come to an end."""
@@ -157,11 +162,13 @@ class _Run:
         x = self._x[rows] + inner.d
         residual = self._rhs[rows] - self._state.matmat(x)
         after = norms(residual)
-        # a correction that made the true residual worse (steps along nearly flat directions) is not taken
-        better = after < before
-        taken = rows[better]
-        self._x[taken], self.residual[taken], self._norm[taken] = x[better], residual[better], after[better]
         self._steps[rows] += inner.steps
+        # Residuals may rise while the energy of the error falls: a row that only ran out of steps keeps its iterate.
+        # Where steps went along flat directions or drifted, a correction that made the residual worse is not taken.
+        ran_out = ~inner.flat & (self._steps[rows] >= self._maxiter) & torch.isfinite(after)
+        taken = (after < before) | ran_out
+        into = rows[taken]
+        self._x[into], self.residual[into], self._norm[into] = x[taken], residual[taken], after[taken]
         self._curvature[rows] = torch.minimum(self._curvature[rows], inner.curvature)
         for number, row in enumerate(rows.tolist()):
             self._outcome[row] = self._settle(row, float(before[number]), bool(inner.flat[number]), inner.noise)
@@ -197,20 +204,36 @@ def norms(rows: Tensor) -> Tensor:
     return result
 
 
-class Patience:
-    """Says when the residuals have stopped falling: the recurrence is wandering in rounding errors.
+class DriftWatch:
+    """Finds rows whose recurrence has left the truth: they wander in rounding errors and must start again.
 
-    A healthy solve lowers them by e^(−2/√cond) a step, 0.2 in the logarithm over PATIENCE steps at a condition of 10⁶.
+    Residuals that do not fall are no sign of that: conjugate gradients lower the energy in each step, while the
+    residual may stay on a plateau for hundreds. So they only say when to look, at the price of one pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: Damped, rhs: Tensor) -> None:
+        self._state = state
+        self._rhs = rhs
         self._best = torch.inf
         self._since = 0
 
-    def lost(self, relative: Tensor) -> bool:
-        """relative: residual over threshold of the rows that are not done, [k]."""
-        level = float(relative.log().mean())
+    def sound(self, active: Tensor, rows: Tensor, result: Steps, recurrence: Tensor, ratio: Tensor) -> Tensor:
+        """Which of the active rows [n] may go on, [n] bool.
+
+        rows: [n], their numbers in `result`. recurrence: [n, p], their residuals. ratio: [n], those over the threshold.
+        """
+        if not active.any() or not self._stuck(float(ratio[active].log().mean())):
+            return active
+        true = self._rhs[rows] - self._state.matmat(result.d[rows])
+        drifted = norms(true - recurrence) > norms(true) / 2
+        # beside flat directions a plateau is the part of the rhs in them: it stays
+        return active & ~drifted & (result.curvature[rows] > result.noise)
+
+    def _stuck(self, level: float) -> bool:
         self._since += 1
         if level < self._best - 0.1:
             self._best, self._since = level, 0
-        return self._since >= PATIENCE
+        if self._since < PATIENCE:
+            return False
+        self._best, self._since = level, 0
+        return True

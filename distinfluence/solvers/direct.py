@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator
+from distinfluence.errors import NonFiniteError
 from distinfluence.solvers.base import Outcome, Solution, Solver, check_damping, check_rhs, check_tolerance
 
 
@@ -57,8 +58,14 @@ class Direct(Solver[Factorisation]):
         check_tolerance("rtol", self.rtol)
 
     def fit(self, operator: CurvatureOperator) -> Factorisation:
-        """Make the matrix and factorise it."""
+        """Make the matrix and factorise it. Raises NonFiniteError if it has NaN or infinity."""
         matrix = operator.dense()
+        bad = int((~matrix.isfinite()).sum())
+        if bad:
+            raise NonFiniteError(
+                f"`operator` must be finite, got NaN or infinity in {bad} of {matrix.numel()} entries. "
+                "Look at the loss and at its second derivatives."
+            )
         matrix.diagonal().add_(self.damping)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         eigenvalues = matrix.new_empty(0)
@@ -77,9 +84,7 @@ class Direct(Solver[Factorisation]):
         norms = b.norm(dim=1)
         residual = (b - x.double() @ state.matrix).norm(dim=1)
         relative = torch.where(norms > 0, residual / norms, residual).cpu()
-        # x is rounded to the dtype of rhs, which alone leaves a residual of eps·‖A‖·‖x‖: excused to a percent of ‖rhs‖
-        rounding = torch.finfo(rhs.dtype).eps * state.matrix.abs().sum(dim=1).max() * x.double().norm(dim=1)
-        solved = (residual <= self.rtol * norms + torch.minimum(rounding, 1e-2 * norms)).cpu()
+        solved = (residual <= self.rtol * norms + _excused(state, x, norms)).cpu()
         smallest = float(state.eigenvalues[0]) if state.eigenvalues.numel() else float("nan")
         k = rhs.shape[0]
         return Solution(
@@ -108,6 +113,14 @@ def _eigen_solve(state: Factorisation, b: Tensor) -> Tensor:
     zero = state.eigenvalues.abs() <= state.noise
     inverse = torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, state.eigenvalues))
     return (b @ state.factor * inverse) @ state.factor.T
+
+
+def _excused(state: Factorisation, x: Tensor, norms: Tensor) -> Tensor:
+    """The residual [k] that rounding x to a dtype below float64 leaves: eps·‖A‖·‖x‖, up to a percent of ‖rhs‖ [k]."""
+    if x.dtype == torch.float64:  # as the factorisation: nothing was rounded away
+        return torch.zeros_like(norms)
+    rounding = torch.finfo(x.dtype).eps * state.matrix.abs().sum(dim=1).max() * x.double().norm(dim=1)
+    return torch.minimum(rounding, 1e-2 * norms)
 
 
 def _rounding(matrix: Tensor) -> float:

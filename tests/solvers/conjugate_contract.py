@@ -43,6 +43,13 @@ class Scaling:
         return rows / self.diagonal.to(rows.dtype)
 
 
+class Identity(CurvatureOperator):
+    """Its product is the very tensor that came in."""
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return rows
+
+
 def badly_scaled(p: int = P) -> Tensor:
     """S C S with S from 1 to 1e3 and C of condition below 3: the diagonal is all that is wrong with it."""
     scale = torch.logspace(0, 3, p, dtype=torch.float64)
@@ -142,6 +149,48 @@ class ConjugateContract(SolverContract[Damped]):
         solution, _ = self.run(matrix, rhs)
         assert Outcome.CONVERGED not in solution.outcome
         assert (relative_residual(matrix, 0.0, rhs, solution.x) <= 1).all()
+
+    def test_residuals_that_do_not_fall_for_hundreds_of_steps_are_no_reason_to_give_up(self) -> None:
+        matrix, rhs = spd(200, cond=1e6), randn(2, 200)  # CG lowers the energy in each step, not the residual
+        solution, operator = self.run(matrix, rhs, rtol=1e-7, maxiter=10_000)
+        assert solution.converged.all()
+        # error ≤ residual / λ_min ≤ rtol · cond · ‖x‖
+        assert relative_error(solution.x, dense_solution(matrix, 0.0, rhs)) <= 1e-7 * 1e6
+        # looking at the true residual now and then is all that a plateau costs
+        assert operator.work.passes <= 1.02 * int(solution.iterations.max()) + 2
+
+    def test_a_row_that_runs_out_of_steps_keeps_its_iterate_though_its_residual_rose(self) -> None:
+        matrix, rhs = spd(200, cond=1e6), randn(1, 200)
+        for steps in range(3, 40):
+            solution, _ = self.run(matrix, rhs, rtol=1e-7, maxiter=steps)
+            error = dense_solution(matrix, 0.0, rhs) - solution.x
+            nothing = dense_solution(matrix, 0.0, rhs)
+            assert float(error @ matrix @ error.T) < float(nothing @ matrix @ nothing.T)  # each step lowers the energy
+            if float(solution.relative_residual) > 1:
+                return
+        raise AssertionError("no residual rose: take a worse matrix")
+
+    def test_easy_rows_do_not_end_a_hard_one(self) -> None:
+        matrix = spd(400, cond=1e5)
+        easy = torch.linalg.eigh(matrix).eigenvectors[:, -9:].T  # each converges in a step or few
+        solution, _ = self.run(matrix, torch.cat([easy, randn(1, 400)]), rtol=1e-8)
+        assert solution.converged.all()
+
+    def test_a_matrix_that_is_not_finite_is_no_crash(self) -> None:
+        matrix, rhs = spd(), randn(3, P)
+        matrix[2, 3] = matrix[3, 2] = torch.nan
+        solution, _ = self.run(matrix, rhs)
+        assert not solution.converged.any()
+        assert solution.x.isfinite().all()
+
+    @pytest.mark.parametrize("start", [None, randn(3, P, seed=8)], ids=["from zero", "warm"])
+    def test_an_operator_may_return_the_rows_it_was_given(self, start: Tensor | None) -> None:
+        rhs = randn(3, P)
+        operator = Identity(P, torch.float64, torch.device("cpu"))
+        solver = replace(self.solver, damping=1.0)
+        solution = solver.solve(solver.fit(operator), rhs, start)
+        assert solution.converged.all()
+        assert relative_error(solution.x, rhs / 2) <= self.accuracy
 
     # ---- what converged means
 

@@ -1,12 +1,21 @@
 """CG: rows on their own."""
 
+import pytest
 import torch
+from torch import Tensor
 
-from distinfluence.curvature import MatrixOperator
+from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.solvers import CG, Outcome
 
 from .conjugate_contract import ConjugateContract
 from .systems import P, randn, relative_error, spd
+
+
+class Rounded(CurvatureOperator):
+    """A diagonal matrix whose products are rounded to float32, row by row alike: recurrences drift."""
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return (rows * torch.logspace(0, -2, self.size, dtype=torch.float64)).float().double()
 
 
 class TestCG(ConjugateContract):
@@ -30,6 +39,17 @@ class TestCG(ConjugateContract):
         alone = [self.run(spd(200, cond=10), row[None])[0] for row in rhs]
         assert together.iterations.tolist() == [int(one.iterations) for one in alone]
         assert relative_error(together.x, torch.cat([one.x for one in alone])) <= 1e-8
+
+    @pytest.mark.parametrize("maxiter", [62, 65, 71, 77])
+    def test_how_many_steps_a_row_may_take_does_not_depend_on_the_others(self, maxiter: int) -> None:
+        rhs = randn(6, P)
+        rhs[:3, 5:] = 0  # these restart earlier, and must not get what is left to the others
+        operator = Rounded(P, torch.float64, torch.device("cpu"))
+        solver = CG(damping=0.0, rtol=1e-8, maxiter=maxiter)
+        together = solver.solve(solver.fit(operator), rhs)
+        alone = [solver.solve(solver.fit(operator), row[None]) for row in rhs]
+        assert together.outcome == tuple(one.outcome[0] for one in alone)
+        assert together.iterations.tolist() == [int(one.iterations) for one in alone]
 
     def test_negative_curvature_of_one_row_leaves_the_others(self) -> None:
         matrix = torch.diag(torch.tensor([-1.0, 1.0, 2.0, 3.0], dtype=torch.float64))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distinfluence.curvature import MatrixOperator
+from distinfluence.errors import NonFiniteError
 from distinfluence.solvers import Direct, Factorisation, Outcome
 
 from .contract import SolverContract
@@ -80,3 +81,17 @@ class TestDirect(SolverContract[Factorisation]):
     def test_ill_conditioned_float32_is_solved_to_its_rounding(self) -> None:
         matrix, rhs = spd(cond=1e4).float(), randn(4, P).float()
         assert self.solve(matrix, 0.0, rhs).converged.all()
+
+    @pytest.mark.parametrize(("cond", "solved"), [(1e8, True), (1e13, False)])
+    def test_a_float64_row_that_misses_its_tolerance_is_not_called_converged(self, cond: float, solved: bool) -> None:
+        solution = self.solve(spd(cond=cond), 0.0, randn(4, P))
+        assert ((solution.relative_residual <= 1e-6) == solved).all()
+        assert (solution.converged == solved).all()
+
+    def test_a_matrix_that_is_not_finite_is_refused(self) -> None:
+        matrix = spd()
+        matrix[2, 3] = matrix[3, 2] = torch.nan
+        with pytest.raises(
+            NonFiniteError, match=r"`operator` must be finite, got NaN or infinity in \d+ of 1600 entries"
+        ):
+            Direct(0.1).fit(MatrixOperator(matrix))
