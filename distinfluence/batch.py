@@ -25,7 +25,7 @@ def as_batch(data: object, name: str = "batch") -> Batch:
         return tuple(as_batch(value, f"{name}[{index}]") for index, value in enumerate(data))
     raise DtypeError(
         f"`{name}` must be a tensor, or a tuple or dict of tensors, got {type(data).__name__}. "
-        "Leave everything else out of the batch, for instance in the loader's `collate_fn`."
+        "Convert arrays with `torch.as_tensor`, and leave everything else out, for instance in a `collate_fn`."
     )
 
 

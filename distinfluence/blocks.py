@@ -45,8 +45,11 @@ class ParameterBlocks:
 
         structure: "full" (one block), "layer_wise" (a block for each module that owns parameters), "parameter_wise",
         or a mapping block name → parameter names. Raises SettingError for another name, EmptyDataError for a model
-        without trainable parameters, ParameterBlockError for names that are unknown, frozen or in two blocks.
+        without trainable parameters, ParameterBlockError for names that are unknown, frozen or in two blocks,
+        DtypeError and NonFiniteError for parameters that cannot be differentiated.
         """
+        if not isinstance(model, nn.Module):
+            raise DtypeError(f"`model` must be a `torch.nn.Module`, got {type(model).__name__}. Pass the module.")
         parameters = dict(model.named_parameters())
         trainable = {name: p for name, p in parameters.items() if p.requires_grad and p.numel() > 0}
         if not trainable:
@@ -102,7 +105,7 @@ class ParameterBlocks:
 
     def flatten(self, tensors: Mapping[str, Tensor], n_leading: int = 0) -> Tensor:
         """parameter name → [*leading, *shape], with `n_leading` leading dimensions, → rows [*leading, p]."""
-        return torch.cat([tensors[name].flatten(start_dim=n_leading) for name in self.shapes], dim=-1)
+        return torch.cat([_strided(tensors[name]).flatten(start_dim=n_leading) for name in self.shapes], dim=-1)
 
     def spread(self, values: float | Mapping[str, float], setting: str) -> dict[str, float]:
         """One value for each block, from a number for all or a mapping by block name.
@@ -128,6 +131,11 @@ class ParameterBlocks:
                     "Pass the damping λ that is added to the curvature's diagonal."
                 )
         return {name: float(value) for name, value in by_block.items()}
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """The tensor itself, unless it is the gradient of an `nn.Embedding(sparse=True)`."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def _block_names(

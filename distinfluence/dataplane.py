@@ -7,7 +7,7 @@ scaling layer has one that runs the same kernels on Dask workers.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -100,7 +100,7 @@ class LocalPlane(LoopPlane):
     def _first_pass(self) -> tuple[int, tuple[str, ...]]:
         n_samples, kept_bytes = 0, 0
         remarks: tuple[str, ...] = ()
-        for data in self._loader:
+        for data in read(self._loader):
             batch = self.risk.place(data)
             if n_samples == 0:
                 remarks = self.risk.check(batch)
@@ -126,8 +126,16 @@ class LocalPlane(LoopPlane):
         if self._kept is not None:
             yield from self._kept
         else:
-            for data in self._loader:
-                yield self.risk.place(data)
+            n_samples = 0
+            for data in read(self._loader):
+                batch = self.risk.place(data)
+                n_samples += batch_length(batch)
+                yield batch
+            if n_samples != self.n_samples:
+                raise ShapeError(
+                    f"`data` must give the same samples each time it is read, got {self.n_samples} at first and now "
+                    f"{n_samples}. Pass a DataLoader over a map-style data set."
+                )
 
 
 def add(total: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -135,15 +143,33 @@ def add(total: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ..
     return tuple(a.add_(b) for a, b in zip(total, part, strict=True)) if total else tuple(t.clone() for t in part)
 
 
+def read(loader: Iterable[object]) -> Iterator[object]:
+    """The loader's batches; what it draws from torch's CPU generator (seeds, shuffling) is drawn from a copy."""
+    its_own = torch.get_rng_state()
+    iterator: Iterator[object] | None = None
+    while True:
+        callers = torch.get_rng_state()
+        torch.set_rng_state(its_own)
+        try:
+            iterator = iter(loader) if iterator is None else iterator
+            data = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            its_own = torch.get_rng_state()
+            torch.set_rng_state(callers)
+        yield data
+
+
 def as_loader(data: object) -> Iterable[object]:
     """Something that can be iterated again and again for batches.
 
-    An (x, y) pair of tensors or a dict of tensors is one batch. A shuffled DataLoader is read once in the order of
-    its first pass where the batches are kept. Raises ShapeError for a one-shot iterator.
+    A tensor, an (x, y) pair of tensors or a dict of tensors is one batch. A shuffled DataLoader is read once in the
+    order of its first pass where the batches are kept. Raises ShapeError for a one-shot iterator.
     """
     if isinstance(data, DataLoader):
         return data
-    if isinstance(data, dict) or (
+    if isinstance(data, (Mapping, torch.Tensor)) or (
         isinstance(data, (tuple, list)) and len(data) > 0 and all(isinstance(part, torch.Tensor) for part in data)
     ):
         return [data]

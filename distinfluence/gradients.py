@@ -15,11 +15,11 @@ from torch.func import grad, grad_and_value, jvp, vmap
 
 from distinfluence.batch import Batch, batch_length, map_batch, take
 from distinfluence.errors import DtypeError, NonFiniteError
-from distinfluence.sample_risk import Parameters, SampleRisk, double_differentiable
+from distinfluence.sample_risk import Parameters, SampleRisk, double_differentiable, recordable
 
 GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients that are held at once
 ROW_BYTES = 512 * 2**20  # of tangents that one vectorised derivative may hold, by a rough estimate
-MOST_ROWS = 32  # at once on a CPU: more leave its cache (a Hessian product with 297 rows: 0.6 s by 32, 1.5 s by 128)
+MOST_ROWS = 32  # at once on a CPU: fewer cost overhead, more leave its cache (tests/benchmarks/passes.py)
 
 Value = Callable[[Parameters, Batch], Tensor]
 
@@ -68,7 +68,8 @@ def _gradients(risk: SampleRisk, value: Value, batch: Batch, what: str) -> Sampl
             return value(parameters, map_batch(lambda tensor: tensor.unsqueeze(0), sample))[0]
 
         gradient, values = vmap(grad_and_value(one), in_dims=(None, 0))(risk.parameters, samples)
-        return torch.cat([risk.blocks.flatten(gradient, n_leading=1), values.unsqueeze(1)], dim=1)
+        # a loss against float64 targets is float64: rows stay in the parameters' dtype
+        return torch.cat([risk.blocks.flatten(gradient, n_leading=1), values.unsqueeze(1).to(risk.dtype)], dim=1)
 
     def looped(samples: Batch) -> Tensor:
         rows = []
@@ -76,11 +77,11 @@ def _gradients(risk: SampleRisk, value: Value, batch: Batch, what: str) -> Sampl
             with differentiable(risk) as parameters:
                 values = value(parameters, take(samples, index, index + 1))[0]
                 gradient = flat_grad(risk, values, parameters)
-            rows.append(torch.cat([gradient, values.detach().reshape(1)]))
+            rows.append(torch.cat([gradient, values.detach().reshape(1).to(risk.dtype)]))
         return torch.stack(rows)
 
     n = batch_length(batch)
-    with torch.no_grad(), double_differentiable():
+    with double_differentiable():
         way = risk.choose(what, (vectorised, looped), take(batch, 0, min(n, 2)))
         both = way(batch)
     result = SampleGradients(both[:, :-1], both[:, -1])
@@ -121,7 +122,8 @@ def mixed_gradients(risk: SampleRisk, batch: Batch, rows: Tensor) -> Tensor:
             slopes = [_or_zeros(gradient @ row, inputs) for row in some]
         return torch.stack(slopes)
 
-    with torch.no_grad(), double_differentiable():
+    with double_differentiable():
+        rows = recordable(rows)
         way = risk.choose("mixed gradients", (vectorised, looped), rows[:1])
         result = way(rows)
     if not torch.isfinite(result).all():

@@ -4,18 +4,22 @@
 of another form (dicts as Hugging Face models take them) or to ask another question of the query than its loss.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distinfluence.batch import Batch, batch_length, describe, take
 from distinfluence.errors import DtypeError, LossError, ShapeError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+# their `weight` scales the terms of a plain mean; that of cross-entropy also divides it by the weights of the batch
+PLAIN_WEIGHTS = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiMarginLoss, nn.MultiLabelSoftMarginLoss)
 
 
 class Forward(Protocol):
@@ -84,17 +88,24 @@ class SupervisedObjective(Objective):
         self.loss = loss
         self._vmap = True
         self._unreduced = getattr(loss, "reduction", None) == "none"
-        if getattr(loss, "weight", None) is not None and getattr(loss, "reduction", None) == "mean":
+        weighted = getattr(loss, "weight", None) is not None and not isinstance(loss, PLAIN_WEIGHTS)
+        if weighted and getattr(loss, "reduction", None) == "mean":
             raise LossError(
                 f"`loss` is {type(loss).__name__} with class weights and reduction 'mean', which divides by the "
                 "weights of the batch: a sample's loss then depends on the others. Use reduction='none' or 'sum'."
             )
 
     def settings(self) -> dict[str, object]:
-        """The loss's name and its plain attributes (reduction, label smoothing, …)."""
+        """The loss's name, its plain attributes and buffers (reduction, label smoothing, class weights, …)."""
+        if isinstance(self.loss, functools.partial):
+            inner = SupervisedObjective(self.loss.func).settings()
+            return {**inner, "args": [_plain(a) for a in self.loss.args]} | {
+                key: _plain(value) for key, value in self.loss.keywords.items()
+            }
         named = self.loss if hasattr(self.loss, "__qualname__") else type(self.loss)
         plain = {k: v for k, v in getattr(self.loss, "__dict__", {}).items() if _is_plain(k, v)}
-        return {"loss": f"{named.__module__}.{named.__qualname__}", **plain}
+        buffers = self.loss.named_buffers() if isinstance(self.loss, nn.Module) else ()
+        return {"loss": f"{named.__module__}.{named.__qualname__}", **plain} | {k: _plain(b) for k, b in buffers}
 
     def outputs(self, model: Forward, batch: Batch) -> Tensor:
         """model(x), which must be one tensor [n, ...]."""
@@ -114,10 +125,15 @@ class SupervisedObjective(Objective):
             return self._whole(outputs, y)
         if y.shape[0] == 1:
             return self._one(outputs, y).unsqueeze(0)
-        if not self._vmap:
-            return torch.stack([self._one(outputs[i : i + 1], y[i : i + 1]) for i in range(y.shape[0])])
-        result: Tensor = torch.vmap(lambda f, t: self._one(f.unsqueeze(0), t.unsqueeze(0)))(outputs, y)
-        return result
+        if self._vmap:
+            try:
+                result: Tensor = torch.vmap(lambda f, t: self._one(f.unsqueeze(0), t.unsqueeze(0)))(outputs, y)
+                return result
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                pass  # a loss that vmap cannot take, in a process where `check` has not found it out
+        return self._one_by_one(outputs, y)
 
     def check(self, outputs: Tensor, batch: Batch) -> tuple[str, ...]:
         """Find out whether the loss is a mean or a sum over the batch, and whether vmap can take it."""
@@ -130,11 +146,8 @@ class SupervisedObjective(Objective):
         whole = self._call(outputs, y)
         if self._unreduced:
             return ()
-        one_by_one = torch.stack([self._one(outputs[i : i + 1], y[i : i + 1]) for i in range(y.shape[0])])
-        try:
-            self._vmap = torch.allclose(self.losses(outputs, batch), one_by_one)
-        except RuntimeError:
-            self._vmap = False
+        one_by_one = self._one_by_one(outputs, y)
+        self._vmap = torch.allclose(self.losses(outputs, batch), one_by_one)
         return self._reduction(float(whole), one_by_one.double())
 
     def _reduction(self, whole: float, one_by_one: Tensor) -> tuple[str, ...]:
@@ -161,6 +174,9 @@ class SupervisedObjective(Objective):
                 f"`loss` cannot take outputs {outputs.dtype} {list(outputs.shape)} with targets `y` {y.dtype} "
                 f"{list(y.shape)}: {error}. Convert the targets to the dtype and shape that the loss expects."
             ) from error
+
+    def _one_by_one(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([self._one(outputs[i : i + 1], y[i : i + 1]) for i in range(y.shape[0])])
 
     def _one(self, outputs: Tensor, y: Tensor) -> Tensor:
         value = self.loss(outputs, y)
@@ -190,6 +206,12 @@ def _is_plain(name: str, value: object) -> bool:
     return not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
 
 
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return value if isinstance(value, (bool, int, float, str)) else repr(value)
+
+
 def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
     if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
@@ -212,7 +234,7 @@ def check_independence(objective: Objective, model: Forward, batch: Batch, losse
         tolerance = 10 * float(torch.finfo(losses.dtype).eps) ** 0.5
         if not math.isclose(alone, together, rel_tol=tolerance, abs_tol=tolerance / 10):
             raise LossError(
-                f"`model` gives sample {index} the loss {alone:.6g} alone and {together:.6g} within its batch. "
+                f"`model` gives a sample the loss {alone:.6g} alone and {together:.6g} within its batch. "
                 "Influence needs losses that do not depend on the other samples: call `model.eval()`, and reduce the "
                 "loss sample by sample."
             )

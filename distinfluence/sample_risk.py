@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distinfluence.batch import Batch, as_batch, batch_length, check_batch, describe, map_batch, take
+from distinfluence.batch import Batch, as_batch, batch_length, check_batch, describe, map_batch
 from distinfluence.blocks import ParameterBlocks
 from distinfluence.errors import (
     DistinfluenceError,
@@ -56,13 +56,17 @@ class SampleRisk:
         first = module.get_parameter(next(iter(blocks.shapes)))
         self.dtype = first.dtype
         self.device = device or first.device
+        with torch.inference_mode(False):
+            self._take_tensors(module)
+        self._choices: dict[str, int] = {}
+        self._restricted: dict[str, SampleRisk] = {}
+
+    def _take_tensors(self, module: nn.Module) -> None:
         tensors = {name: p.detach().to(self.device) for name, p in module.named_parameters()}
-        self.parameters: Parameters = {name: tensors[name] for name in blocks.shapes}
+        self.parameters: Parameters = {name: tensors[name] for name in self.blocks.shapes}
         self._constants = {name: tensor for name, tensor in tensors.items() if name not in self.parameters}
         # clones: a module that updates a buffer in `forward` then updates ours
         self._constants |= {name: b.detach().to(self.device, copy=True) for name, b in module.named_buffers()}
-        self._choices: dict[str, int] = {}
-        self._restricted: dict[str, SampleRisk] = {}
 
     @property
     def size(self) -> int:
@@ -85,7 +89,8 @@ class SampleRisk:
         """The module as a callable, with these parameters."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.module, {**self._constants, **parameters}, args, kwargs)
+            with untouched_attributes(self.module):
+                return functional_call(self.module, {**self._constants, **parameters}, args, kwargs)
 
         return call
 
@@ -105,20 +110,22 @@ class SampleRisk:
         """The batch in one form, on the risk's device, checked: shapes, length, NaN and infinity."""
         formed = as_batch(batch)
         check_batch(formed)
-        return map_batch(lambda tensor: tensor.to(self.device), formed)
+        with torch.inference_mode(False):
+            return map_batch(lambda tensor: recordable(tensor.to(self.device)), formed)
 
     def check(self, batch: Batch) -> tuple[str, ...]:
         """Evaluate the model on a few samples and raise where influence would be meaningless.
 
         Raises LossError, NonFiniteError, NonDeterministicModelError or ShapeError. Returns remarks for the report.
         """
-        few = take(batch, 0, min(CHECKED_SAMPLES, batch_length(batch)))
-        with untouched_randomness(), torch.no_grad(), double_differentiable():
+        stride = -(-batch_length(batch) // CHECKED_SAMPLES)  # from all over the batch: data may be sorted by class
+        few = map_batch(lambda tensor: tensor[::stride], batch)
+        with untouched_randomness(), double_differentiable():
             forward = self.forward(self.parameters)
             outputs = self._first_outputs(forward, few)
             remarks = self.objective.check(outputs, few)
             losses = self.objective.losses(outputs, few)
-            self._check_losses(losses, few)
+            self._check_losses(losses, few, stride)
             again = self.losses(self.parameters, few)
             if not torch.allclose(losses, again, rtol=float(torch.finfo(losses.dtype).eps) ** 0.5):
                 raise NonDeterministicModelError(
@@ -145,12 +152,12 @@ class SampleRisk:
                 "Pass batches of the shape and dtype that the model was trained with."
             ) from error
 
-    def _check_losses(self, losses: Tensor, batch: Batch) -> None:
+    def _check_losses(self, losses: Tensor, batch: Batch, stride: int) -> None:
         n = batch_length(batch)
         if losses.shape != (n,):
             raise LossError(f"`objective.losses` must return one loss per sample, [{n}], got {tuple(losses.shape)}.")
         if not torch.isfinite(losses).all():
-            bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+            bad = ((~torch.isfinite(losses)).nonzero().flatten() * stride).tolist()
             raise NonFiniteError(
                 f"`loss` must be finite, got NaN or infinity for samples {bad} of this batch. "
                 "Look at these samples and at the model's outputs for them."
@@ -161,11 +168,18 @@ class SampleRisk:
 
         The last way is plain autograd in a loop: what torch.func's transforms cannot take (some recurrent modules,
         data-dependent control flow, operators without a forward derivative) still gets the right answer. The choice
-        is made once for each `what`.
+        is made once for each `what`; a batch that fails that way all the same takes the last.
         """
         if what not in self._choices:
             self._choices[what] = self._first_valid(ways, small)
-        return ways[self._choices[what]]
+        chosen = ways[self._choices[what]]
+
+        def careful(argument: Any) -> Tensor:
+            # a single sample in the last batch: the squared error then has no forward derivative (torch 2.13)
+            value, _ = attempt(chosen, argument)
+            return ways[-1](argument) if value is None else value
+
+        return ways[-1] if chosen is ways[-1] else careful
 
     def _first_valid(self, ways: Sequence[Way], small: Any) -> int:
         expected, failure = attempt(ways[-1], small)
@@ -184,7 +198,7 @@ def attempt(way: Way, argument: Any) -> tuple[Tensor | None, Exception | None]:
         return way(argument), None
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a model raises under a transform; the last way's error is raised again
         return None, error
 
 
@@ -196,8 +210,13 @@ def agree(value: Tensor, expected: Tensor) -> bool:
 
 
 def check_mode(module: nn.Module) -> None:
-    """Raise ModelModeError if a submodule in train mode draws random numbers or uses batch statistics."""
+    """Raise ModelModeError if a submodule draws random numbers or uses batch statistics as its mode is now."""
     for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.running_mean is None:
+            raise ModelModeError(
+                f"`model` has {type(child).__name__} at {name or 'the top'!r} without running statistics, which "
+                "depends on the batch also in eval mode. Give it `track_running_stats=True`."
+            )
         random = isinstance(child, RANDOM_IN_TRAINING) and not (
             isinstance(child, nn.modules.dropout._DropoutNd) and child.p == 0
         )
@@ -223,12 +242,32 @@ def untouched_randomness() -> Iterator[None]:
 
 
 @contextmanager
+def untouched_attributes(module: nn.Module) -> Iterator[None]:
+    """Put back the attributes that a forward rebinds: caches and activations would else be torch.func's wrappers."""
+    before = [(child, child.__dict__.copy()) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, attributes in before:
+            child.__dict__.clear()
+            child.__dict__.update(attributes)
+
+
+@contextmanager
 def double_differentiable() -> Iterator[None]:
-    """Attention by the plain kernels: the fused ones have no double backward and no forward derivative."""
+    """Attention by the plain kernels: the fused ones have no double backward and no forward derivative.
+
+    Also out of the caller's `torch.inference_mode`, in which autograd gives zeros without a word.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy of one that was made in `torch.inference_mode`, which autograd refuses."""
+    return tensor.clone() if tensor.is_inference() else tensor

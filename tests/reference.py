@@ -1,11 +1,22 @@
 """Dense float64 references, made with plain autograd, one sample at a time, sharing no code with the package."""
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
 
 from tests.zoo import Case
+
+_MADE: dict[tuple[str, Hashable], Tensor] = {}
+
+
+def _key(case: Case, names: list[str]) -> Hashable:
+    """Everything that a matrix depends on, by value."""
+    state = {name: tensor.numpy().tobytes() for name, tensor in case.model.state_dict().items()}
+    loss = pickle.dumps(case.loss) if isinstance(case.loss, nn.Module) else case.loss
+    data = tuple((tensor.shape, tensor.numpy().tobytes()) for tensor in case.train)
+    return repr(case.model), tuple(names), tuple(state.items()), loss, data
 
 
 class Reference:
@@ -17,6 +28,7 @@ class Reference:
         parameters = dict(case.model.named_parameters())
         self.theta = torch.cat([parameters[name].detach().double().flatten() for name in self.names])
         self._shapes = [parameters[name].shape for name in self.names]
+        self._key = _key(case, self.names)
 
     def _outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         parts = theta.split([shape.numel() for shape in self._shapes])
@@ -55,8 +67,10 @@ class Reference:
         return rows.T @ rows / rows.shape[0]
 
     def matrix(self, mode: str) -> Tensor:
-        result: Tensor = getattr(self, mode)()
-        return result
+        """ "hessian", "ggn" or "empirical_fisher"; each made once for a case however often it is asked for."""
+        if (mode, self._key) not in _MADE:
+            _MADE[mode, self._key] = getattr(self, mode)()
+        return _MADE[mode, self._key].clone()
 
     def factors(self, mode: str, damping: float) -> Tensor:
         matrix = self.matrix(mode) + damping * torch.eye(self.theta.numel(), dtype=torch.float64)
@@ -88,8 +102,3 @@ class Reference:
 def _hessian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     result: Tensor = torch.autograd.functional.hessian(function, at)
     return result
-
-
-def trained_logistic(x: Tensor, y: Tensor) -> nn.Linear:
-    """An untrained linear classifier of the right size."""
-    return nn.Linear(x.shape[1], int(y.max()) + 1).double()

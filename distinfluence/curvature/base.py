@@ -48,7 +48,7 @@ class CurvatureOperator(ABC):
             return torch.zeros_like(rows)
         self.work.passes += 1
         self.work.rows += rows.shape[0]
-        return self._product(rows)
+        return self._product(rows.detach())
 
     @abstractmethod
     def _product(self, rows: Tensor) -> Tensor:

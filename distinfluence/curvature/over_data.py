@@ -12,7 +12,7 @@ from distinfluence.dataplane import Kernel
 from distinfluence.errors import NonFiniteError, ParameterBlockError
 from distinfluence.gradients import rows_at_once
 from distinfluence.risk import EmpiricalRisk
-from distinfluence.sample_risk import SampleRisk, double_differentiable
+from distinfluence.sample_risk import SampleRisk, double_differentiable, recordable
 
 Product = Callable[[Tensor], Tensor]
 
@@ -56,5 +56,6 @@ def vectorised(product: Product, risk: SampleRisk) -> Product:
 
 def product_of_rows(risk: SampleRisk, what: str, ways: tuple[Product, Product], rows: Tensor) -> Tensor:
     """rows [k, p] through the first way that the model can take; the last is the loop of plain autograd."""
-    with torch.no_grad(), double_differentiable():
+    with double_differentiable():
+        rows = recordable(rows)
         return risk.choose(what, ways, rows[:1])(rows)

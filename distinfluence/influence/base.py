@@ -33,7 +33,7 @@ from distinfluence.gradients import (
 from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.objective import Loss, Objective, as_objective
 from distinfluence.risk import EmpiricalRisk
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.sample_risk import SampleRisk, check_mode
 from distinfluence.solvers.base import Solution, Solver
 
 
@@ -142,7 +142,11 @@ class InfluenceFunctionModel(ABC):
         Raises EmptyDataError, NonFiniteError, LossError, DtypeError for data or losses that cannot be used.
         """
         start = time.perf_counter()
-        plane = data if isinstance(data, DataPlane) else LocalPlane(self.risk, data)
+        if isinstance(data, DataPlane):
+            plane = data
+        else:
+            self._bind(self.risk.module, self.risk.device)  # buffers and mode as they are now
+            plane = LocalPlane(self.risk, data)
         passes = plane.passes
         operators = self._operators(plane)
         states = {block: self.solver(self.damping[block]).fit(operator) for block, operator in operators.items()}
@@ -217,9 +221,9 @@ class InfluenceFunctionModel(ABC):
         x_test, y_test: test samples; x, y: training samples, the test samples themselves if left out. mode "up":
         [n_test, n_train]; "perturbation": [n_test, n_train, *input], the derivative by the training input.
         """
+        train, mode = _or_tests(x_test, y_test, x, y), influence_mode(mode)  # before anything is solved
         factors = self.influence_factors(x_test, y_test)
-        x, y = (x_test, y_test) if x is None else (x, y)
-        return self.influences_from_factors(factors, x, y, mode)
+        return self.influences_from_factors(factors, *train, mode)
 
     def influences_by_block(
         self,
@@ -230,9 +234,9 @@ class InfluenceFunctionModel(ABC):
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> "OrderedDict[str, Tensor]":
         """As `influences`, block by block; they sum to it."""
+        train, mode = _or_tests(x_test, y_test, x, y), influence_mode(mode)  # before anything is solved
         factors = self.influence_factors_by_block(x_test, y_test)
-        x, y = (x_test, y_test) if x is None else (x, y)
-        return self.influences_from_factors_by_block(factors, x, y, mode)
+        return self.influences_from_factors_by_block(factors, *train, mode)
 
     def influences_from_factors(
         self, factors: Tensor, x: object, y: Tensor | None = None, mode: InfluenceMode | str = InfluenceMode.UP
@@ -299,7 +303,11 @@ class InfluenceFunctionModel(ABC):
         return measurement_gradients(self.risk, batch)
 
     def place(self, x: object, y: Tensor | None = None) -> Batch:
-        """(x, y), or x alone where it is the whole batch, checked and on the model's device."""
+        """(x, y), or x alone where it is the whole batch, checked and on the model's device.
+
+        Raises ModelModeError if the model has been put in train mode since `fit`.
+        """
+        check_mode(self.risk.module)
         return self.risk.place(as_batch(x if y is None else (x, y)))
 
     def _check_factors(self, factors: Tensor, columns: slice) -> Tensor:
@@ -394,6 +402,17 @@ def _second_order_mode(mode: SecondOrderMode | str) -> SecondOrderMode:
             f"`second_order_mode` must be one of {[m.value for m in SecondOrderMode]}, got {mode!r}. "
             "Choose one of these."
         ) from None
+
+
+def _or_tests(
+    x_test: object, y_test: Tensor | None, x: object | None, y: Tensor | None
+) -> tuple[object, Tensor | None]:
+    """The training samples, the test samples if left out. Raises SettingError for targets without inputs."""
+    if x is not None:
+        return x, y
+    if y is not None:
+        raise SettingError("`x` must come with `y`, got `y` alone. Pass both, or neither for the test samples.")
+    return x_test, y_test
 
 
 def _only(factors: Tensor, columns: slice) -> Tensor:

@@ -24,6 +24,19 @@ def in_batches(case: Case, size: int) -> list[tuple[Tensor, Tensor]]:
     return [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
 
 
+class HalfUsed(nn.Module):
+    """Has a layer that no output depends on."""
+
+    def __init__(self, used: nn.Module) -> None:
+        super().__init__()
+        self.used = used
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.used(x)
+        return out
+
+
 class OperatorContract:
     """What every operator over data must do."""
 
@@ -62,6 +75,31 @@ class OperatorContract:
         rows = torch.randn(40, operator.size, dtype=torch.float64)
         torch.testing.assert_close(operator.matmat(rows)[7:8], operator.matmat(rows[7:8]), **ROUNDING)
 
+    def test_products_are_linear_and_symmetric(self) -> None:
+        operator = self.of(build("attention"))
+        u, v = torch.randn(2, 3, operator.size, dtype=torch.float64)
+        along_u, along_v = operator.matmat(u), operator.matmat(v)
+        torch.testing.assert_close(operator.matmat(2.0 * u - 3.0 * v), 2.0 * along_u - 3.0 * along_v, **ROUNDING)
+        torch.testing.assert_close(along_u @ v.T, u @ along_v.T, **ROUNDING)
+
+    def test_rows_that_record_a_graph_are_taken_as_values(self) -> None:
+        operator = self.of(build("mlp classification"))
+        rows = torch.randn(2, operator.size, dtype=torch.float64)
+        recorded = operator.matmat(rows.clone().requires_grad_())
+        assert not recorded.requires_grad
+        assert torch.equal(recorded, operator.matmat(rows))
+
+    @pytest.mark.parametrize("looped", [False, True])
+    def test_parameters_without_any_effect_have_a_zero_row_and_column(self, looped: bool) -> None:
+        base = build("mlp classification")
+        case = Case(HalfUsed(base.model).double(), base.loss, base.train, base.test)
+        operator = self.of(case)
+        if looped:
+            operator.risk.sample._choices = dict.fromkeys(("Hessian products", "GGN products", "loss gradients"), 1)
+        dense = operator.dense()
+        torch.testing.assert_close(dense[:43, :43], Reference(base).matrix(self.mode), **ROUNDING)
+        assert not dense[43:].any() and not dense[:, 43:].any()
+
     def test_a_product_is_one_pass_however_many_rows(self) -> None:
         operator = self.of(build("mlp classification"))
         passes = operator.risk.plane.passes
@@ -74,9 +112,10 @@ class OperatorContract:
         assert operator.matmat(torch.zeros(0, operator.size, dtype=torch.float64)).shape == (0, operator.size)
         assert operator.work.passes == 0
 
+    @pytest.mark.parametrize("name", ["mlp classification", "tied weights"])
     @pytest.mark.parametrize("structure", ["layer_wise", "parameter_wise"])
-    def test_a_blocks_operator_is_a_diagonal_block_of_the_whole(self, structure: str) -> None:
-        case = build("mlp classification")
+    def test_a_blocks_operator_is_a_diagonal_block_of_the_whole(self, structure: str, name: str) -> None:
+        case = build(name)
         risk = EmpiricalRisk(case.model, case.loss, in_batches(case, 5), block_structure=structure)
         whole = Reference(case).matrix(self.mode)
         for block, columns in risk.blocks.columns.items():
@@ -152,6 +191,10 @@ class TestGGN(OperatorContract):
 
 class TestEmpiricalFisher(OperatorContract):
     operator, mode, what = EmpiricalFisherOperator, "empirical_fisher", "loss gradients"
+
+    def test_it_is_positive_semidefinite(self) -> None:
+        values = torch.linalg.eigvalsh(self.of(build("cnn")).dense())
+        assert float(values[0]) >= -1e-12 * float(values[-1])
 
     def test_its_rank_is_at_most_the_number_of_samples(self) -> None:
         case = build("mlp classification", n_train=9)
