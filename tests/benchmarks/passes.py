@@ -89,8 +89,7 @@ def passes_on_workers(repeats: int) -> None:
             seconds = median_seconds(lambda operator=operator, rows=rows: operator.matmat(rows), repeats)  # type: ignore[misc]
             faults = (sum(client.run(page_faults).values()) - before) / (repeats + 1)
             print(
-                f"a pass with 297 rows on 2 workers, {name} memory settings: {seconds:.2f} s, "
-                f"{faults:,.0f} page faults"
+                f"a pass with 297 rows on 2 workers, {name} memory settings: {seconds:.2f} s, {faults:,.0f} page faults"
             )
 
 
