@@ -137,7 +137,7 @@ def test_an_objective_asks_its_own_question_of_dict_batches_in_both_modes() -> N
     factors = torch.linalg.solve(matrix, Reference(measured).gradients(case.test).T).T
     train, test = ({"x": x, "y": y} for x, y in (case.train, case.test))
     for method in METHODS.values():
-        model = method(Case(case.model, Confidence(), case.train, case.test), 0.05).fit([train])  # type: ignore[arg-type]
+        model = method(Case(case.model, Confidence(), case.train, case.test), 0.05).fit([train])
         expected = factors @ Reference(case).gradients(case.train).T
         torch.testing.assert_close(model.influences(test, x=train), expected, rtol=1e-6, atol=1e-7)
     moved = model.influences(test, x=train, mode="perturbation")
