@@ -23,6 +23,7 @@ from distinfluence.errors import (
     ModelModeError,
     NonDeterministicModelError,
     NonFiniteError,
+    NotFittedError,
     ShapeError,
 )
 from distinfluence.objective import Forward, Objective, check_independence
@@ -62,6 +63,7 @@ class SampleRisk:
         self._restricted: dict[str, SampleRisk] = {}
 
     def _take_tensors(self, module: nn.Module) -> None:
+        self._versions = [(name, p, _version(p)) for name, p in module.named_parameters()]
         tensors = {name: p.detach().to(self.device) for name, p in module.named_parameters()}
         self.parameters: Parameters = {name: tensors[name] for name in self.blocks.shapes}
         self._constants = {name: tensor for name, tensor in tensors.items() if name not in self.parameters}
@@ -84,6 +86,18 @@ class SampleRisk:
     def to(self, device: torch.device) -> "SampleRisk":
         """The same risk evaluated on another device; the user's module stays where it is."""
         return self if device == self.device else SampleRisk(self.module, self.objective, self.blocks, device)
+
+    def check_unchanged(self) -> None:
+        """Raise NotFittedError if the module's parameters were written to since this risk was made.
+
+        They are shared, not copied: a state that was fitted before an optimizer step does not belong to them any more.
+        """
+        changed = [name for name, p, version in self._versions if _version(p) != version]
+        if changed:
+            raise NotFittedError(
+                f"`model` must keep its parameters after `fit`, got changes to {changed[:5]} ({len(changed)} in all). "
+                "Call `fit` again."
+            )
 
     def forward(self, parameters: Parameters) -> Forward:
         """The module as a callable, with these parameters."""
@@ -226,6 +240,11 @@ def check_mode(module: nn.Module) -> None:
                 f"`model` is in train mode with {type(child).__name__} at {name or 'the top'!r}, whose output is "
                 "random or depends on the batch. Call `model.eval()` first."
             )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor has been written to in place; torch does not count for inference tensors."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -305,9 +305,11 @@ class InfluenceFunctionModel(ABC):
     def place(self, x: object, y: Tensor | None = None) -> Batch:
         """(x, y), or x alone where it is the whole batch, checked and on the model's device.
 
-        Raises ModelModeError if the model has been put in train mode since `fit`.
+        Raises ModelModeError if the model has been put in train mode since `fit`, NotFittedError if its parameters have
+        been written to.
         """
         check_mode(self.risk.module)
+        self.risk.check_unchanged()
         return self.risk.place(as_batch(x if y is None else (x, y)))
 
     def _check_factors(self, factors: Tensor, columns: slice) -> Tensor:

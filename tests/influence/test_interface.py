@@ -178,3 +178,17 @@ def test_a_fit_that_fails_leaves_the_one_before() -> None:
     with pytest.raises(ShapeError):
         model.fit((case.train[0], case.train[1][:-1]))
     assert torch.equal(model.influences(*case.test), before)
+
+
+def test_a_model_that_is_trained_on_after_the_fit_must_be_fitted_again() -> None:
+    case = build("mlp classification")
+    model = METHODS["direct"](case, 0.05).fit(case.train)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    case.loss(case.model(case.train[0]), case.train[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(NotFittedError, match=r"got changes to \['0.weight'.*Call `fit` again"):
+        model.influences(*case.test, *case.train)
+    expected = Reference(case).influences("ggn", 0.05)
+    again = model.fit(case.train).influences(*case.test, *case.train)
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-8 * float(expected.abs().max()))
