@@ -187,9 +187,10 @@ def _custom_names(
 
 def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
     dtypes = {p.dtype for p in parameters.values()}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+    narrow = {torch.bfloat16, torch.float16, torch.float32}
+    if dtypes != {torch.float64} and not dtypes <= narrow:
         raise DtypeError(
-            f"`model` must have its trainable parameters in float32 or all in float64, got "
+            f"`model` must have its trainable parameters in float32, bfloat16 or float16, or all in float64, got "
             f"{sorted(str(dtype) for dtype in dtypes)}. Call `model.float()` or `model.double()` first."
         )
     bad = [name for name, p in parameters.items() if not torch.isfinite(p).all()]

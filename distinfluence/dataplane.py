@@ -6,6 +6,7 @@ scaling layer has one that runs the same kernels on Dask workers.
 """
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
@@ -31,12 +32,16 @@ class Kernel(Protocol):
 class DataPlane(ABC):
     """A data set in chunks, with the risk that is evaluated on it.
 
-    risk: on this process's device. n_samples: of all chunks. remarks: how the loss was understood, for reports.
-    passes: sweeps over the data so far; on_pass: called at the start of each, for progress bars.
+    risk: on this process's device. n_samples: of all chunks. chunk_sizes: samples of each chunk, in order.
+    random_access: whether `one` costs the same for any index; else 0, 1, 2, … again and again is cheap.
+    remarks: how the loss was understood, for reports. passes: sweeps over the data so far; on_pass: called at the start
+    of each, for progress bars.
     """
 
     risk: SampleRisk
     n_samples: int
+    chunk_sizes: tuple[int, ...]
+    random_access: bool = True
     remarks: tuple[str, ...]
     passes: int = 0
     on_pass: Callable[[], None] | None = None
@@ -57,6 +62,10 @@ class DataPlane(ABC):
     @abstractmethod
     def map(self, kernel: Kernel, *broadcast: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """kernel(risk, chunk, *broadcast) of each chunk, in the order of the chunks, on the risk's device."""
+
+    @abstractmethod
+    def one(self, index: int, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """kernel(risk, chunk, *broadcast) of one chunk, for stochastic methods; no pass."""
 
 
 class LoopPlane(DataPlane):
@@ -82,6 +91,14 @@ class LoopPlane(DataPlane):
         for batch in self.batches():
             yield kernel(self.risk, batch, *broadcast)
 
+    @abstractmethod
+    def batch(self, index: int) -> Batch:
+        """One chunk, on the risk's device, checked."""
+
+    def one(self, index: int, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """One chunk in this process."""
+        return kernel(self.risk, self.batch(index), *broadcast)
+
 
 class LocalPlane(LoopPlane):
     """Chunks from a loader: a DataLoader, an iterable of batches, or one (x, y) batch.
@@ -95,31 +112,46 @@ class LocalPlane(LoopPlane):
         super().__init__(risk)
         self._loader = as_loader(data)
         self._kept: list[Batch] | None = []
-        self.n_samples, self.remarks = self._first_pass()
+        self._running: Iterator[Batch] | None = None
+        self._next = 0
+        self.chunk_sizes, self.remarks = self._first_pass()
+        self.n_samples = sum(self.chunk_sizes)
+        self.random_access = self._kept is not None
 
-    def _first_pass(self) -> tuple[int, tuple[str, ...]]:
-        n_samples, kept_bytes = 0, 0
+    def _first_pass(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        sizes: list[int] = []
+        kept_bytes = 0
         remarks: tuple[str, ...] = ()
         for data in read(self._loader):
             batch = self.risk.place(data)
-            if n_samples == 0:
+            if not sizes:
                 remarks = self.risk.check(batch)
-            n_samples += batch_length(batch)
+            sizes.append(batch_length(batch))
             kept_bytes += nbytes(batch)
             if self._kept is not None:
                 self._kept.append(batch)
             if kept_bytes > KEPT_BYTES:
                 self._kept = None
-        if n_samples == 0:
+        if not sizes:
             raise EmptyDataError("`data` must hold at least one sample, got none. Pass a data set that isn't empty.")
-        return n_samples, remarks
+        return tuple(sizes), remarks
 
     def to(self, risk: SampleRisk) -> "LocalPlane":
         """The same loader; batches that were kept move along."""
         other = copy.copy(self)
         other.risk = risk
         other._kept = None if self._kept is None else [risk.place(batch) for batch in self._kept]
+        other._running = None
         return other
+
+    def batch(self, index: int) -> Batch:
+        """One batch; where they are not kept, the next one of a sweep is cheap and any other reads up to it."""
+        if self._kept is not None:
+            return self._kept[index]
+        if self._running is None or index != self._next:
+            self._running = itertools.islice(self.batches(), index, None)
+        self._next = index + 1
+        return next(self._running)
 
     def batches(self) -> Iterator[Batch]:
         """All batches, on the risk's device, checked."""

@@ -22,6 +22,29 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 PLAIN_WEIGHTS = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiMarginLoss, nn.MultiLabelSoftMarginLoss)
 
 
+# convex in the outputs for every target and every setting
+CONVEX_MODULES = (
+    nn.BCEWithLogitsLoss,
+    nn.CrossEntropyLoss,
+    nn.HuberLoss,
+    nn.L1Loss,
+    nn.MSELoss,
+    nn.NLLLoss,
+    nn.SmoothL1Loss,
+    nn.SoftMarginLoss,
+)
+CONVEX_FUNCTIONS = (
+    nn.functional.binary_cross_entropy_with_logits,
+    nn.functional.cross_entropy,
+    nn.functional.huber_loss,
+    nn.functional.l1_loss,
+    nn.functional.mse_loss,
+    nn.functional.nll_loss,
+    nn.functional.smooth_l1_loss,
+    nn.functional.soft_margin_loss,
+)
+
+
 class Forward(Protocol):
     """The model as an objective sees it: called as the module is, with the parameters at hand."""
 
@@ -33,7 +56,11 @@ class Objective(ABC):
     """Per-sample training loss, and the measurement of a query; both [n] for a batch of n samples.
 
     A sample's value must not depend on the other samples of the batch; this is checked on the first batch.
+    convex: whether a sample's loss is convex in its outputs, for certain. The Gauss–Newton matrix is then positive
+    semi-definite, and error bounds on its solutions rigorous.
     """
+
+    convex: bool = False
 
     @abstractmethod
     def outputs(self, model: Forward, batch: Batch) -> Tensor:
@@ -86,6 +113,7 @@ class SupervisedObjective(Objective):
         if isinstance(loss, type):
             raise LossError(f"`loss` must be an instance, got the class {loss.__name__}. Pass `{loss.__name__}()`.")
         self.loss = loss
+        self.convex = _is_convex(loss)
         self._vmap = True
         self._unreduced = getattr(loss, "reduction", None) == "none"
         weighted = getattr(loss, "weight", None) is not None and not isinstance(loss, PLAIN_WEIGHTS)
@@ -195,6 +223,12 @@ class SupervisedObjective(Objective):
                 f"{tuple(values.shape)}. Use reduction='mean', or reduce all dimensions but the first."
             )
         return values
+
+
+def _is_convex(loss: Loss) -> bool:
+    if isinstance(loss, functools.partial):
+        return _is_convex(loss.func)
+    return type(loss) in CONVEX_MODULES or any(loss is function for function in CONVEX_FUNCTIONS)
 
 
 def as_objective(loss: Loss | Objective) -> Objective:

@@ -36,6 +36,7 @@ RANDOM_IN_TRAINING = (
     nn.RReLU,
 )
 
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
 Parameters = Mapping[str, Tensor]
 Way = Callable[[Any], Tensor]
 
@@ -44,31 +45,65 @@ class SampleRisk:
     """Losses and measurements of samples as functions of (parameters, batch).
 
     module: read only. objective: what is evaluated. blocks: the covered parameters. device: where to evaluate; the
-    module's own unless given. Raises ModelModeError for a module in train mode with dropout or batch statistics.
+    module's own unless given. dtype: float32 or float64 to evaluate in that whatever the module is in; by default in
+    its own, and in float32 for bfloat16 and float16: derivatives and sums of theirs have two or three digits.
+    Raises ModelModeError for a module in train mode with dropout or batch statistics.
     """
 
     def __init__(
-        self, module: nn.Module, objective: Objective, blocks: ParameterBlocks, device: torch.device | None = None
+        self,
+        module: nn.Module,
+        objective: Objective,
+        blocks: ParameterBlocks,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_mode(module)
         self.module = module
         self.objective = objective
         self.blocks = blocks
         first = module.get_parameter(next(iter(blocks.shapes)))
-        self.dtype = first.dtype
+        self.dtype = dtype or (torch.float64 if first.dtype == torch.float64 else torch.float32)
         self.device = device or first.device
+        self._asked_dtype = dtype
         with torch.inference_mode(False):
             self._take_tensors(module)
         self._choices: dict[str, int] = {}
         self._restricted: dict[str, SampleRisk] = {}
+        self._in_double: SampleRisk | None = None
 
     def _take_tensors(self, module: nn.Module) -> None:
         self._versions = [(name, p, _version(p)) for name, p in module.named_parameters()]
-        tensors = {name: p.detach().to(self.device) for name, p in module.named_parameters()}
+        tensors = {name: self.widened(p.detach().to(self.device)) for name, p in module.named_parameters()}
         self.parameters: Parameters = {name: tensors[name] for name in self.blocks.shapes}
         self._constants = {name: tensor for name, tensor in tensors.items() if name not in self.parameters}
         # clones: a module that updates a buffer in `forward` then updates ours
-        self._constants |= {name: b.detach().to(self.device, copy=True) for name, b in module.named_buffers()}
+        self._constants |= {
+            name: self.widened(b.detach().to(self.device, copy=True)) for name, b in module.named_buffers()
+        }
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """The tensor in the dtype that the risk is evaluated in, where that has more digits.
+
+        float32 beside a float64 module stays as it is unless float64 was asked for: mixing them is the caller's error.
+        """
+        narrow = (torch.bfloat16, torch.float16) if self._asked_dtype is None else NARROW
+        return tensor.to(self.dtype) if tensor.dtype in narrow else tensor
+
+    def in_double(self) -> "SampleRisk":
+        """The same risk evaluated in float64; itself if it is."""
+        if self.dtype == torch.float64:
+            return self
+        if self._in_double is None:
+            self._in_double = SampleRisk(self.module, self.objective, self.blocks, self.device, torch.float64)
+        return self._in_double
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a report should say of how the module is evaluated."""
+        kinds = sorted({str(p.dtype).removeprefix("torch.") for n, p, _ in self._versions if n in self.blocks.shapes})
+        own = str(self.dtype).removeprefix("torch.")
+        return () if kinds == [own] else (f"parameters in {' and '.join(kinds)} are evaluated in {own}",)
 
     @property
     def size(self) -> int:
@@ -80,12 +115,15 @@ class SampleRisk:
         if block is None:
             return self
         if block not in self._restricted:
-            self._restricted[block] = SampleRisk(self.module, self.objective, self.blocks.only(block), self.device)
+            only = self.blocks.only(block)
+            self._restricted[block] = SampleRisk(self.module, self.objective, only, self.device, self._asked_dtype)
         return self._restricted[block]
 
     def to(self, device: torch.device) -> "SampleRisk":
         """The same risk evaluated on another device; the user's module stays where it is."""
-        return self if device == self.device else SampleRisk(self.module, self.objective, self.blocks, device)
+        if device == self.device:
+            return self
+        return SampleRisk(self.module, self.objective, self.blocks, device, self._asked_dtype)
 
     def check_unchanged(self) -> None:
         """Raise NotFittedError if the module's parameters were written to since this risk was made.
@@ -125,7 +163,7 @@ class SampleRisk:
         formed = as_batch(batch)
         check_batch(formed)
         with torch.inference_mode(False):
-            return map_batch(lambda tensor: recordable(tensor.to(self.device)), formed)
+            return map_batch(lambda tensor: recordable(self.widened(tensor.to(self.device))), formed)
 
     def check(self, batch: Batch) -> tuple[str, ...]:
         """Evaluate the model on a few samples and raise where influence would be meaningless.
@@ -153,7 +191,7 @@ class SampleRisk:
                     f"`objective.measurements` must return one value per sample, [{losses.shape[0]}], got "
                     f"{tuple(measured.shape)}."
                 )
-        return remarks
+        return self.remarks + remarks
 
     def _first_outputs(self, forward: Forward, batch: Batch) -> Tensor:
         try:

@@ -34,6 +34,40 @@ class EmpiricalFisherProduct:
 
 
 @dataclass(frozen=True)
+class HarmonicMeanProduct:
+    """Kernel: rows [k, p] → rows · Σ_j (g_j g_jᵀ + λI)⁻¹ over the chunk's samples, by Sherman–Morrison."""
+
+    damping: float
+    block: str | None = None
+
+    def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """Two GEMMs on the gradients of each micro-batch: (b − g ⟨g, b⟩ / (λ + ‖g‖²)) / λ, summed."""
+        (rows,) = broadcast
+        restricted = risk.restrict(self.block)
+        total = torch.zeros_like(rows)
+        for part in micro_batches(restricted, batch):
+            gradients = loss_gradients(restricted, part).rows
+            weights = 1.0 / (self.damping + torch.linalg.vecdot(gradients, gradients))
+            total += rows * gradients.shape[0] - (rows @ gradients.T * weights) @ gradients
+        return (total.div_(self.damping),)
+
+
+@dataclass(frozen=True)
+class SquaredGradientNorm:
+    """Kernel: Σ_j ‖g_j‖² in float64 over the chunk's samples."""
+
+    block: str | None = None
+
+    def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """Micro-batch by micro-batch."""
+        restricted = risk.restrict(self.block)
+        total = torch.zeros((), dtype=torch.float64, device=restricted.device)
+        for part in micro_batches(restricted, batch):
+            total += loss_gradients(restricted, part).rows.double().square().sum()
+        return (total,)
+
+
+@dataclass(frozen=True)
 class GradientMoment:
     """Kernel: Σ_j g_j g_jᵀ [p, p] in float64 over the chunk's samples."""
 
@@ -62,9 +96,25 @@ class EmpiricalFisherOperator(DataOperator):
     """
 
     kernel = EmpiricalFisherProduct
+    positive_semidefinite = True
+
+    def inverse_harmonic_mean(self, rows: Tensor, damping: float) -> Tensor:
+        """rows [k, p] · (1/N) Σ_j (g_j g_jᵀ + λI)⁻¹; one pass."""
+        self._check(rows)
+        self.work.passes += 1
+        self.work.rows += rows.shape[0]
+        kernel = self._precise(HarmonicMeanProduct(damping, self.block))
+        (total,) = self.risk.plane.sum(kernel, rows.detach())
+        return total.div_(self.risk.n_samples)
+
+    def mean_square_gradient(self) -> float:
+        """(1/N) Σ_j ‖g_j‖², the trace of the matrix; one pass."""
+        self.work.passes += 1
+        (total,) = self.risk.plane.sum(self._precise(SquaredGradientNorm(self.block)))
+        return float(total) / self.risk.n_samples
 
     def dense(self) -> Tensor:
         """The whole matrix [p, p] in float64, in one pass over the gradients instead of p products."""
         self.work.passes += 1
-        (total,) = self.risk.plane.sum(GradientMoment(self.block))
+        (total,) = self.risk.plane.sum(self._precise(GradientMoment(self.block)))
         return total.div_(self.risk.n_samples)

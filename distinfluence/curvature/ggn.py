@@ -45,6 +45,11 @@ class GGNOperator(DataOperator):
 
     kernel = GGNProduct
 
+    @property
+    def positive_semidefinite(self) -> bool:  # type: ignore[override]
+        """Whether the loss is known to be convex in the outputs."""
+        return self.risk.sample.objective.convex
+
 
 def _forward_then_reverse(risk: SampleRisk, batch: Batch) -> Product:
     def rows_product(rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from distinfluence.batch import Batch
+from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.over_data import DataOperator, Product, product_of_rows, vectorised
 from distinfluence.gradients import differentiable, flat_grad
 from distinfluence.sample_risk import Parameters, SampleRisk
@@ -43,6 +44,10 @@ class HessianOperator(DataOperator):
     """
 
     kernel = HessianProduct
+
+    def gauss_newton(self) -> GGNOperator:
+        """The Gauss–Newton matrix of the same loss and data."""
+        return GGNOperator(self.risk, self.block, double=self._double)
 
 
 def forward_over_reverse(risk: SampleRisk, batch: Batch) -> Product:

@@ -1,12 +1,14 @@
 """Curvature operators over a data set: the mean over samples of a kernel's products, one pass for all rows."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from distinfluence.batch import Batch, map_batch
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.dataplane import Kernel
 from distinfluence.errors import NonFiniteError, ParameterBlockError
@@ -21,27 +23,74 @@ class DataOperator(CurvatureOperator):
     """(1/N) Σ_j of a kernel over the risk's data, for all covered parameters or for one block of them.
 
     block: a block's name; its diagonal block of the matrix. Without it, the matrix over all covered parameters, also
-    across blocks.
+    across blocks. double: rows and products in float64 whatever the model is in. It is a mean over the data's chunks too,
+    the mini-batches of stochastic solvers.
     """
 
     kernel: ClassVar[Callable[[str | None], Kernel]]
 
-    def __init__(self, risk: EmpiricalRisk, block: str | None = None) -> None:
+    def __init__(self, risk: EmpiricalRisk, block: str | None = None, *, double: bool = False) -> None:
         if block is not None and block not in risk.blocks.names:
             raise ParameterBlockError(f"`block` must be one of {list(risk.blocks.names)}, got {block!r}.")
         self.risk = risk
         self.block = block
         sample = risk.sample.restrict(block)
-        super().__init__(sample.size, sample.dtype, sample.device)
+        self._double = double
+        super().__init__(sample.size, torch.float64 if double else sample.dtype, sample.device)
+
+    @property
+    def n_batches(self) -> int:
+        """Number of chunks of the data."""
+        return len(self.batch_sizes)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Samples of each chunk."""
+        return self.risk.plane.chunk_sizes
+
+    @property
+    def in_any_order(self) -> bool:
+        """Whether chunks can be had in any order at no extra cost."""
+        return self.risk.plane.random_access
+
+    def batch_matmat(self, index: int, rows: Tensor) -> Tensor:
+        """rows [k, p] times the mean matrix of one chunk: [k, p]."""
+        self._check(rows)
+        self.work.batches += 1
+        (total,) = self.risk.plane.one(index, self._precise(type(self).kernel(self.block)), rows.detach())
+        return self._finite(total).div_(self.batch_sizes[index])
+
+    def in_double(self) -> "DataOperator":
+        """The same matrix with rows and products in float64."""
+        return type(self)(self.risk, self.block, double=True)
+
+    def _precise(self, kernel: Kernel) -> Kernel:
+        """The kernel in the operator's dtype."""
+        return InDouble(kernel) if self._double else kernel
 
     def _product(self, rows: Tensor) -> Tensor:
-        (total,) = self.risk.plane.sum(type(self).kernel(self.block), rows)
+        (total,) = self.risk.plane.sum(self._precise(type(self).kernel(self.block)), rows)
+        return self._finite(total).div_(self.risk.n_samples)
+
+    def _finite(self, total: Tensor) -> Tensor:
         if not torch.isfinite(total).all():
             raise NonFiniteError(
                 f"`{type(self).__name__}` met NaN or infinity in the second derivative of the loss. Look for square "
                 "roots and logarithms at zero, or use another second-order mode."
             )
-        return total.div_(self.risk.n_samples)
+        return total
+
+
+@dataclass(frozen=True)
+class InDouble:
+    """Kernel: another one with the model, the chunk and the broadcast rows in float64."""
+
+    kernel: Kernel
+
+    def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """The other kernel on what has been widened."""
+        wide = risk.in_double()
+        return self.kernel(wide, map_batch(wide.widened, batch), *broadcast)
 
 
 def vectorised(product: Product, risk: SampleRisk) -> Product:

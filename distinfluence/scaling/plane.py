@@ -6,7 +6,7 @@ time. Nothing but the final sum comes back.
 """
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class DaskPlane(DataPlane):
     ) -> None:
         self.risk = risk
         self.n_samples = data.n_samples
+        self.chunk_sizes = tuple(data.sizes)
         self.remarks = remarks
         self._client = client
         self._context = context
@@ -50,6 +51,7 @@ class DaskPlane(DataPlane):
 
     def sum(self, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
         """Σ over chunks; one task per chunk and a tree of additions."""
+        self._begin_pass()
         name, files, parts = self._submit(kernel, broadcast)
         level = 0
         try:
@@ -69,6 +71,7 @@ class DaskPlane(DataPlane):
 
     def map(self, kernel: Kernel, *broadcast: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The chunks' results one by one, in the order of the chunks."""
+        self._begin_pass()
         _, files, parts = self._submit(kernel, broadcast)
         try:
             while parts:
@@ -76,12 +79,21 @@ class DaskPlane(DataPlane):
         finally:
             _delete(files)
 
+    def one(self, index: int, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """One task, on the worker that has the chunk if it is free."""
+        _, files, (part,) = self._submit(kernel, broadcast, only=[index])
+        try:
+            return tuple(to_tensor(array).to(self.risk.device) for array in part.result())
+        finally:
+            _delete(files)
+
     def to(self, risk: SampleRisk) -> "DaskPlane":
         """The same chunks; the workers' device is fixed by their context."""
         return DaskPlane(risk, self._client, self._context, self._data, self.remarks, self._folder)
 
-    def _submit(self, kernel: Kernel, broadcast: tuple[Tensor, ...]) -> tuple[str, list[Path], "list[Future[Any]]"]:
-        self._begin_pass()
+    def _submit(
+        self, kernel: Kernel, broadcast: tuple[Tensor, ...], only: Sequence[int] | None = None
+    ) -> tuple[str, list[Path], "list[Future[Any]]"]:
         name = f"{type(kernel).__name__}-{uuid.uuid4().hex[:8]}"
         files = [self._folder / f"{name}-{i}.npy" for i in range(len(broadcast))]
         for file, tensor in zip(files, broadcast, strict=True):
@@ -95,13 +107,13 @@ class DaskPlane(DataPlane):
                 self._sent,
                 kernel,
                 tuple(map(str, files)),
-                source,
+                self._data.sources[i],
                 key=f"{name}-{i}",
                 pure=False,
                 workers=[workers[i % len(workers)]],
                 allow_other_workers=True,
             )
-            for i, source in enumerate(self._data.sources)
+            for i in (range(len(self._data.sources)) if only is None else only)
         ]
         return name, files, parts
 

@@ -161,18 +161,23 @@ class SourcePlane(LoopPlane):
         super().__init__(risk)
         self._data = data
         self.n_samples = data.n_samples
+        self.chunk_sizes = tuple(data.sizes)
         self.remarks = remarks
         self._checked = False
 
     def batches(self) -> Iterator[Batch]:
         """All chunks, placed on the risk's device; the model is checked on the first."""
-        for index, (start, source) in enumerate(zip(self._data.starts, self._data.sources, strict=True)):
-            with named_samples(index, start, self._data.sizes[index]):
-                batch = self.risk.place(to_tensor_batch(load(source)))
-                if not self._checked:
-                    self.remarks = self.risk.check(batch)
-                    self._checked = True
-            yield batch
+        for index in range(len(self._data.sizes)):
+            yield self.batch(index)
+
+    def batch(self, index: int) -> Batch:
+        """One chunk, placed on the risk's device."""
+        with named_samples(index, self._data.starts[index], self._data.sizes[index]):
+            batch = self.risk.place(to_tensor_batch(load(self._data.sources[index])))
+            if not self._checked:
+                self.remarks = self.risk.check(batch)
+                self._checked = True
+        return batch
 
     def to(self, risk: SampleRisk) -> "SourcePlane":
         """The same chunks for a risk on another device."""

@@ -1,10 +1,15 @@
 """Solvers for (A + λI) x = b, one file a method."""
 
-from distinfluence.solvers.base import Outcome, Solution, Solver
+from distinfluence.solvers.base import Outcome, Solution, Solver, SolverState
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.direct import Direct, Factorisation
-from distinfluence.solvers.preconditioner import FittedPreconditioner, Preconditioner
+from distinfluence.solvers.preconditioner import (
+    FittedPreconditioner,
+    Preconditioner,
+    SupportsDamping,
+    SupportsStorage,
+)
 
 __all__ = [
     "CG",
@@ -16,4 +21,7 @@ __all__ = [
     "Preconditioner",
     "Solution",
     "Solver",
+    "SolverState",
+    "SupportsDamping",
+    "SupportsStorage",
 ]

@@ -7,10 +7,10 @@ Solvers touch the curvature only through `curvature.base` and know neither model
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import DtypeError, NonFiniteError, SettingError, ShapeError
 
-StateT = TypeVar("StateT")
+StateT = TypeVar("StateT", bound="SolverState")
 
 
 class Outcome(StrEnum):
@@ -29,6 +29,8 @@ class Outcome(StrEnum):
     NEGATIVE_CURVATURE = "negative curvature"
     STAGNATED = "stagnated"
     SINGULAR = "singular"
+    DIVERGED = "diverged"
+    APPROXIMATE = "approximate"
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,10 @@ class Solution:
 
     x: [k, p], in the dtype of rhs. relative_residual: [k] float64, ‖rhs − (A + λI) x‖ / ‖rhs‖ from a fresh product,
     0 for a zero row. iterations: [k] int64, steps of the method until the row stopped (0: nothing to do).
-    outcome: one `Outcome` per row. curvature: [k] float64, the smallest Rayleigh quotient of A + λI met on the way,
-    NaN where the method does not see one.
+    outcome: one `Outcome` per row; "approximate" where a method that only approximates the inverse has done all that it
+    does and the residual is above the tolerance. curvature: [k] float64, the smallest Rayleigh quotient of A + λI met
+    on the way, NaN where the method does not see one. largest: the largest one met, in absolute value, a lower bound of
+    ‖A + λI‖; NaN likewise. remarks: what else a reader of the report should know, in sentences.
     """
 
     x: Tensor
@@ -46,6 +50,8 @@ class Solution:
     iterations: Tensor
     outcome: tuple[Outcome, ...]
     curvature: Tensor
+    largest: float = math.nan
+    remarks: tuple[str, ...] = ()
 
     @property
     def converged(self) -> Tensor:
@@ -53,10 +59,53 @@ class Solution:
         return torch.tensor([outcome is Outcome.CONVERGED for outcome in self.outcome], dtype=torch.bool)
 
 
+@dataclass(frozen=True)
+class SolverState:
+    """What a fit leaves, independent of any right-hand side. operator: A."""
+
+    operator: CurvatureOperator
+
+    @property
+    def positive_definite(self) -> bool | None:
+        """Whether A + λI has only positive eigenvalues; None where the method does not find out."""
+        return None
+
+    @property
+    def smallest_eigenvalue(self) -> float | None:
+        """Of A, where the fit found it out."""
+        return None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the fit report should say, in sentences."""
+        return ()
+
+    @property
+    def details(self) -> Mapping[str, Tensor]:
+        """Small tensors for the fit report, for instance eigenvalues and their residuals."""
+        return {}
+
+
 class Solver(ABC, Generic[StateT]):
-    """Solve (A + damping·I) x = rhs for each row; `StateT` is what `fit` returns."""
+    """Solve (A + damping·I) x = rhs for each row; `StateT` is what `fit` returns. Subclasses are frozen dataclasses."""
 
     damping: float
+
+    def at(self, damping: float) -> Self:
+        """The same solver with another damping."""
+        return replace(self, damping=damping)  # type: ignore[type-var]
+
+    def adapt(self, state: StateT) -> StateT:
+        """The state for this solver's damping from one that was fitted with another; itself if it holds no damping.
+
+        Makes no products where the mathematics allow it.
+        """
+        return state
+
+    def solve_at(self, state: StateT, rhs: Tensor, dampings: Sequence[float]) -> list[Solution]:
+        """One solution for each damping, from one fit."""
+        solvers = [self.at(damping) for damping in dampings]
+        return [solver.solve(solver.adapt(state), rhs) for solver in solvers]
 
     @abstractmethod
     def fit(self, operator: CurvatureOperator) -> StateT:
@@ -73,6 +122,56 @@ class Solver(ABC, Generic[StateT]):
     @abstractmethod
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> StateT:
         """The state again from `state_arrays`, beside an equal operator, without the work of `fit`."""
+
+
+def damped(operator: CurvatureOperator, rows: Tensor, damping: float) -> Tensor:
+    """rows [k, p] · (A + damping·I); one pass."""
+    # not add_: the product may be a tensor that the operator keeps, or the rows themselves
+    return torch.add(operator.matmat(rows), rows, alpha=damping)
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """‖row‖ of each row, [k] float64."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms
+
+
+def relative_residuals(rhs: Tensor, product: Tensor) -> Tensor:
+    """‖rhs − product‖ / ‖rhs‖ of each row, [k] float64 on the CPU; the norm itself for a zero rhs.
+
+    product: (A + λI) x for each row, fresh. The difference is taken in float64.
+    """
+    size = row_norms(rhs)
+    residual = row_norms(rhs.double() - product.double())
+    return torch.where(size > 0, residual / torch.where(size > 0, size, 1.0), residual).cpu()
+
+
+def approximation(
+    operator: CurvatureOperator,
+    damping: float,
+    rhs: Tensor,
+    x: Tensor,
+    rtol: float,
+    *,
+    curvature: float = math.nan,
+    largest: float = math.nan,
+    remarks: tuple[str, ...] = (),
+) -> Solution:
+    """The solution of a method without iterations: one pass says how far each row of x is from solving the system.
+
+    A row has converged if its relative residual is at most rtol, and is "approximate" otherwise.
+    """
+    relative = relative_residuals(rhs, damped(operator, x, damping))
+    k = rhs.shape[0]
+    return Solution(
+        x=x,
+        relative_residual=relative,
+        iterations=torch.zeros(k, dtype=torch.int64),
+        outcome=tuple(Outcome.CONVERGED if r <= rtol else Outcome.APPROXIMATE for r in relative.tolist()),
+        curvature=torch.full((k,), curvature, dtype=torch.float64),
+        largest=largest,
+        remarks=remarks,
+    )
 
 
 def check_rhs(rhs: Tensor, operator: CurvatureOperator, name: str = "rhs") -> None:
@@ -96,6 +195,12 @@ def check_damping(damping: float) -> None:
     """Raise SettingError unless `damping` is a finite number ≥ 0."""
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < math.inf:
         raise SettingError(f"`damping` must be a finite number ≥ 0, got {damping!r}. Pass the λ of A + λI.")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise SettingError unless the value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SettingError(f"`{name}` must be a whole number ≥ {least}, got {value!r}.")
 
 
 def check_tolerance(name: str, value: float) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch, Steps, norms
+from distinfluence.solvers.base import row_norms
+from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch, Steps
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class BlockCG(ConjugateSolver):
             result.d[rows] += (mix @ step.T) @ p
             r -= step.T @ q
             residual = mix @ r
-            ratio = norms(residual) / threshold[rows]
+            ratio = row_norms(residual) / threshold[rows]
             active = (ratio > 1) & (result.steps[rows] < budget[rows])
             keep = watch.sound(active, rows, result, residual, ratio)
             if not keep.any():
@@ -86,7 +87,7 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     Rows are scaled to norm 1 first, so that a row that has nearly converged counts as much as one that has not;
     directions with a singular value below 10·√p·eps of the largest are rounding and are dropped.
     """
-    length = norms(rows)
+    length = row_norms(rows)
     scaled = rows[length > 0] / length[length > 0].to(rows.dtype)[:, None]
     if scaled.shape[0] == 0:
         return scaled

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch, Steps, norms
+from distinfluence.solvers.base import row_norms
+from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch, Steps
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class CG(ConjugateSolver):
         for _ in range(int(budget.max())):
             q = state.matmat(p)
             curved = _dots(p, q)
-            quotient = curved / norms(p) ** 2
+            quotient = curved / row_norms(p) ** 2
             result.curvature[rows] = torch.minimum(result.curvature[rows], quotient)
             result.largest = max(result.largest, float(quotient.abs().max()))
             flat = quotient <= result.noise
@@ -42,7 +43,7 @@ class CG(ConjugateSolver):
             r -= step[:, None] * q
             result.flat[rows] = flat
             result.steps[rows] += 1
-            ratio = norms(r) / threshold[rows]
+            ratio = row_norms(r) / threshold[rows]
             active = (ratio > 1) & ~flat & (result.steps[rows] < budget[rows])
             keep = watch.sound(active, rows, result, r, ratio)
             if not keep.any():

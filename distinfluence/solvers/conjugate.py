@@ -14,29 +14,47 @@ from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import SettingError, ShapeError
-from distinfluence.solvers.base import Outcome, Solution, Solver, check_damping, check_rhs, check_tolerance
-from distinfluence.solvers.preconditioner import FittedPreconditioner, Preconditioner
+from distinfluence.solvers.base import (
+    Outcome,
+    Solution,
+    Solver,
+    SolverState,
+    check_damping,
+    check_rhs,
+    check_tolerance,
+    damped,
+    row_norms,
+)
+from distinfluence.solvers.preconditioner import (
+    FittedPreconditioner,
+    Preconditioner,
+    SupportsDamping,
+    SupportsStorage,
+)
 
 MOST_ITERATIONS = 5_000  # where `maxiter` is None: 10·p, but no more than this
 PATIENCE = 100  # steps in which the residuals must fall by a tenth, or the true ones are looked at, once
 
 
 @dataclass(frozen=True)
-class Damped:
+class Damped(SolverState):
     """A + λI with its preconditioner, as conjugate gradients see it: the state of a fit."""
 
-    operator: CurvatureOperator
     damping: float
     preconditioner: FittedPreconditioner | None
 
     def matmat(self, rows: Tensor) -> Tensor:
         """rows [k, p] · (A + λI); one pass."""
-        # not add_: the product may be a tensor that the operator keeps, or the rows themselves
-        return torch.add(self.operator.matmat(rows), rows, alpha=self.damping)
+        return damped(self.operator, rows, self.damping)
 
     def precondition(self, rows: Tensor) -> Tensor:
         """rows · M⁻¹; the rows themselves without a preconditioner."""
         return rows if self.preconditioner is None else self.preconditioner.apply(rows)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Those of the preconditioner."""
+        return tuple(getattr(self.preconditioner, "remarks", ()))
 
 
 @dataclass
@@ -103,8 +121,25 @@ class ConjugateSolver(Solver[Damped]):
         fitted = None if self.preconditioner is None else self.preconditioner.fit(operator, self.damping)
         return Damped(operator, self.damping, fitted)
 
+    def adapt(self, state: Damped) -> Damped:
+        """The preconditioner at the new damping, if it can; else it is fitted again."""
+        if state.damping == self.damping:
+            return state
+        if state.preconditioner is None:
+            return Damped(state.operator, self.damping, None)
+        if isinstance(state.preconditioner, SupportsDamping):
+            return Damped(state.operator, self.damping, state.preconditioner.at(self.damping))
+        return self.fit(state.operator)
+
+    def state_arrays(self, state: Damped) -> dict[str, Tensor]:
+        """Those of the preconditioner, if it can be stored."""
+        stored = isinstance(self.preconditioner, SupportsStorage) and state.preconditioner is not None
+        return self.preconditioner.arrays(state.preconditioner) if stored else {}  # type: ignore[union-attr]
+
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Damped:
-        """As `fit`: a preconditioner is fitted again."""
+        """Without products, but for a preconditioner that cannot be stored: that is fitted again."""
+        if isinstance(self.preconditioner, SupportsStorage):
+            return Damped(operator, self.damping, self.preconditioner.restore(operator, self.damping, arrays))
         return self.fit(operator)
 
     @abstractmethod
@@ -136,14 +171,15 @@ class _Run:
         self._rhs = rhs
         k, p = rhs.shape
         self._maxiter = solver.maxiter or min(10 * p, MOST_ITERATIONS)
-        self._rhs_norm = norms(rhs)
+        self._rhs_norm = row_norms(rhs)
         # not rhs.clone(): a zero row then returns at once, and step counts mean products
         self._x = torch.zeros_like(rhs) if x0 is None else torch.where(self._rhs_norm[:, None] > 0, x0, 0.0)
         self.residual = rhs.clone() if x0 is None else rhs - state.matmat(self._x)
         self.threshold = (solver.rtol * self._rhs_norm).clamp_min(solver.atol)
-        self._norm = norms(self.residual)
+        self._norm = row_norms(self.residual)
         self._steps = torch.zeros(k, dtype=torch.int64, device=rhs.device)
         self._curvature = torch.full((k,), torch.inf, dtype=torch.float64, device=rhs.device)
+        self._largest = 0.0
         self._outcome: list[Outcome | None] = [
             Outcome.CONVERGED if done else None for done in (self._norm <= self.threshold).tolist()
         ]
@@ -158,10 +194,11 @@ class _Run:
 
     def advance(self, rows: Tensor, inner: Steps) -> None:
         """Add the correction, look at the true residual, and settle what has come to an end."""
+        self._largest = max(self._largest, inner.largest)
         before = self._norm[rows]
         x = self._x[rows] + inner.d
         residual = self._rhs[rows] - self._state.matmat(x)
-        after = norms(residual)
+        after = row_norms(residual)
         self._steps[rows] += inner.steps
         # Residuals may rise while the energy of the error falls: a row that only ran out of steps keeps its iterate.
         # Where steps went along flat directions or drifted, a correction that made the residual worse is not taken.
@@ -195,13 +232,8 @@ class _Run:
             iterations=self._steps.cpu(),
             outcome=tuple(outcome for outcome in self._outcome if outcome is not None),
             curvature=torch.where(self._curvature.isinf(), torch.nan, self._curvature).cpu(),
+            largest=self._largest or torch.nan,
         )
-
-
-def norms(rows: Tensor) -> Tensor:
-    """‖row‖ of each row, [k] float64."""
-    result: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return result
 
 
 class DriftWatch:
@@ -225,7 +257,7 @@ class DriftWatch:
         if not active.any() or not self._stuck(float(ratio[active].log().mean())):
             return active
         true = self._rhs[rows] - self._state.matmat(result.d[rows])
-        drifted = norms(true - recurrence) > norms(true) / 2
+        drifted = row_norms(true - recurrence) > row_norms(true) / 2
         # beside flat directions a plateau is the part of the rhs in them: it stays
         return active & ~drifted & (result.curvature[rows] > result.noise)
 

@@ -2,42 +2,75 @@
 
 Cost: p products for the matrix (`operator.dense`), p³/3 flops for its Cholesky factor, 2·p² for each right-hand side.
 Memory: the matrix and its factor, 16·p² bytes. All in float64. A matrix that is indefinite, or singular to rounding, is
-factorised by eigenvalues instead (9·p³ flops or so), and said so.
+factorised by eigenvalues instead (9·p³ flops or so), and said so. Another λ costs another Cholesky factor of the matrix
+that is there; with eigenvalues, nothing.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import NonFiniteError
-from distinfluence.solvers.base import Outcome, Solution, Solver, check_damping, check_rhs, check_tolerance
+from distinfluence.solvers.base import (
+    Outcome,
+    Solution,
+    Solver,
+    SolverState,
+    check_damping,
+    check_rhs,
+    check_tolerance,
+    row_norms,
+)
+
+EIGEN_PAYS = 16  # dampings from which one eigendecomposition is cheaper than a Cholesky factor for each
 
 
 @dataclass(frozen=True)
-class Factorisation:
-    """A + λI and its factorisation, float64.
+class Factorisation(SolverState):
+    """A [p, p] and the factorisation of A + damping·I, float64.
 
-    matrix: [p, p]. factor: the lower Cholesky factor [p, p], or the eigenvectors as columns. eigenvalues: [p] with
-    the eigenvectors, ascending; empty with a Cholesky factor.
+    factor: the lower Cholesky factor of A + damping·I [p, p], or the eigenvectors of A as columns. eigenvalues: those of
+    A, [p], ascending, with the eigenvectors; empty with a Cholesky factor.
     """
 
-    operator: CurvatureOperator
     matrix: Tensor
+    damping: float
     factor: Tensor
     eigenvalues: Tensor
 
     @property
     def positive_definite(self) -> bool:
         """Whether A + λI has only positive eigenvalues."""
-        return not self.eigenvalues.numel() or float(self.eigenvalues[0]) > self.noise
+        return not self.eigenvalues.numel() or float(self.eigenvalues[0]) + self.damping > self.noise
 
     @property
     def noise(self) -> float:
         """Eigenvalues within ± this are zero to rounding: p·eps·‖A + λI‖; 0 with a Cholesky factor."""
-        return _rounding(self.matrix) * float(self.eigenvalues.abs().amax()) if self.eigenvalues.numel() else 0.0
+        if not self.eigenvalues.numel():
+            return 0.0
+        return _rounding(self.matrix) * float((self.eigenvalues[[0, -1]] + self.damping).abs().amax())
+
+    @property
+    def norm(self) -> float:
+        """‖A + λI‖, or a bound of it where the eigenvalues are not known: the largest row sum of |A|, plus λ."""
+        if self.eigenvalues.numel():
+            return float((self.eigenvalues[[0, -1]] + self.damping).abs().amax())
+        return float(torch.linalg.matrix_norm(self.matrix, torch.inf)) + self.damping
+
+    @property
+    def smallest_eigenvalue(self) -> float:
+        """Of A: exact with eigenvalues, else by inverse iteration on the Cholesky factor, from below."""
+        if self.eigenvalues.numel():
+            return float(self.eigenvalues[0])
+        return _smallest_by_inverse_iteration(self.factor) - self.damping
+
+    @property
+    def details(self) -> Mapping[str, Tensor]:
+        """The eigenvalues, where they are known."""
+        return {"eigenvalues": self.eigenvalues.cpu()} if self.eigenvalues.numel() else {}
 
 
 @dataclass(frozen=True)
@@ -46,12 +79,14 @@ class Direct(Solver[Factorisation]):
 
     damping: λ ≥ 0. rtol: residual norm relative to ‖rhs‖ above which a row counts as not solved: a backward stable
     solve leaves about eps·cond(A + λI), so that 1e-6 is missed only beyond cond ≈ 1e10, where few digits of x are
-    right. Rows in float32 may miss it by the rounding of x itself, up to 1e-2.
+    right. Rows in float32 may miss it by the rounding of x itself, up to 1e-2. eigen: factorise by eigenvalues in any
+    case, for many dampings or to look at the spectrum.
     Reference: Golub & Van Loan (2013), Matrix Computations, sections 4.2 and 8.3.
     """
 
     damping: float
     rtol: float = 1e-6
+    eigen: bool = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -66,14 +101,35 @@ class Direct(Solver[Factorisation]):
                 f"`operator` must be finite, got NaN or infinity in {bad} of {matrix.numel()} entries. "
                 "Look at the loss and at its second derivatives."
             )
-        matrix.diagonal().add_(self.damping)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        eigenvalues = matrix.new_empty(0)
-        # whether Cholesky fails on a singular matrix is up to rounding: a pivot within it counts as failed
-        pivots = factor.diagonal() ** 2
-        if int(failed) or bool(pivots.min() <= 10 * _rounding(matrix) * matrix.diagonal().max()):
-            eigenvalues, factor = torch.linalg.eigh(matrix)
-        return Factorisation(operator, matrix, factor, eigenvalues)
+        return self._factorised(operator, matrix)
+
+    def _factorised(self, operator: CurvatureOperator, matrix: Tensor) -> Factorisation:
+        if not self.eigen:
+            diagonal = matrix.diagonal().clone()
+            matrix.diagonal().add_(self.damping)
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            largest = matrix.diagonal().max()
+            matrix.diagonal().copy_(diagonal)  # subtracting would leave rounding behind
+            # whether Cholesky fails on a singular matrix is up to rounding: a pivot within it counts as failed
+            pivots = factor.diagonal() ** 2
+            if not int(failed) and bool(pivots.min() > 10 * _rounding(matrix) * largest):
+                return Factorisation(operator, matrix, self.damping, factor, matrix.new_empty(0))
+        eigenvalues, vectors = torch.linalg.eigh(matrix)
+        return Factorisation(operator, matrix, self.damping, vectors, eigenvalues)
+
+    def adapt(self, state: Factorisation) -> Factorisation:
+        """Nothing to do with eigenvalues; else a new Cholesky factor. No products."""
+        if state.damping == self.damping:
+            return state
+        if state.eigenvalues.numel():
+            return replace(state, damping=self.damping)
+        return self._factorised(state.operator, state.matrix)
+
+    def solve_at(self, state: Factorisation, rhs: Tensor, dampings: Sequence[float]) -> list[Solution]:
+        """By one eigendecomposition for many dampings, else by a Cholesky factor each."""
+        if len(dampings) >= EIGEN_PAYS and not state.eigenvalues.numel():
+            state = replace(self, eigen=True)._factorised(state.operator, state.matrix)
+        return super().solve_at(state, rhs, dampings)
 
     def solve(self, state: Factorisation, rhs: Tensor) -> Solution:
         """Two triangular solves, or the eigenvectors; the residual from the dense matrix."""
@@ -81,11 +137,13 @@ class Direct(Solver[Factorisation]):
         b = rhs.double()
         x = _eigen_solve(state, b) if state.eigenvalues.numel() else _cholesky_solve(state, b)
         x = x.to(rhs.dtype)
-        norms = b.norm(dim=1)
-        residual = (b - x.double() @ state.matrix).norm(dim=1)
+        norms = row_norms(b)
+        wide = x.double()
+        residual = row_norms(b - torch.add(wide @ state.matrix, wide, alpha=state.damping))
         relative = torch.where(norms > 0, residual / norms, residual).cpu()
         solved = (residual <= self.rtol * norms + _excused(state, x, norms)).cpu()
-        smallest = float(state.eigenvalues[0]) if state.eigenvalues.numel() else float("nan")
+        known = state.eigenvalues.numel() > 0
+        smallest = float(state.eigenvalues[0]) + state.damping if known else float("nan")
         k = rhs.shape[0]
         return Solution(
             x=x,
@@ -93,6 +151,7 @@ class Direct(Solver[Factorisation]):
             iterations=torch.zeros(k, dtype=torch.int64),
             outcome=tuple(Outcome.CONVERGED if ok else Outcome.SINGULAR for ok in solved.tolist()),
             curvature=torch.full((k,), smallest, dtype=torch.float64),
+            largest=state.norm,
         )
 
     def state_arrays(self, state: Factorisation) -> dict[str, Tensor]:
@@ -101,7 +160,7 @@ class Direct(Solver[Factorisation]):
 
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Factorisation:
         """No product and no factorisation."""
-        return Factorisation(operator, arrays["matrix"], arrays["factor"], arrays["eigenvalues"])
+        return Factorisation(operator, arrays["matrix"], self.damping, arrays["factor"], arrays["eigenvalues"])
 
 
 def _cholesky_solve(state: Factorisation, b: Tensor) -> Tensor:
@@ -110,8 +169,9 @@ def _cholesky_solve(state: Factorisation, b: Tensor) -> Tensor:
 
 def _eigen_solve(state: Factorisation, b: Tensor) -> Tensor:
     """The minimum-norm solution: eigenvalues that are zero to rounding have no inverse."""
-    zero = state.eigenvalues.abs() <= state.noise
-    inverse = torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, state.eigenvalues))
+    values = state.eigenvalues + state.damping
+    zero = values.abs() <= state.noise
+    inverse = torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, values))
     return (b @ state.factor * inverse) @ state.factor.T
 
 
@@ -119,10 +179,32 @@ def _excused(state: Factorisation, x: Tensor, norms: Tensor) -> Tensor:
     """The residual [k] that rounding x to a dtype below float64 leaves: eps·‖A‖·‖x‖, up to a percent of ‖rhs‖ [k]."""
     if x.dtype == torch.float64:  # as the factorisation: nothing was rounded away
         return torch.zeros_like(norms)
-    rounding = torch.finfo(x.dtype).eps * state.matrix.abs().sum(dim=1).max() * x.double().norm(dim=1)
+    norm = float(torch.linalg.matrix_norm(state.matrix, torch.inf)) + state.damping
+    rounding = torch.finfo(x.dtype).eps * norm * row_norms(x)
     return torch.minimum(rounding, 1e-2 * norms)
 
 
 def _rounding(matrix: Tensor) -> float:
     """p·eps: what rounding does to the eigenvalues of a matrix [p, p], relative to its norm."""
     return matrix.shape[0] * torch.finfo(matrix.dtype).eps
+
+
+def _smallest_by_inverse_iteration(factor: Tensor, steps: int = 30) -> float:
+    """A lower estimate of the smallest eigenvalue of L Lᵀ, by subspace iteration with 8 seeded vectors.
+
+    The Rayleigh quotient of the inverse is at most its largest eigenvalue; adding the residual makes it an upper bound
+    of that eigenvalue up to the directions that the seeds do not see, hence a lower one here.
+    """
+    p = factor.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(p, min(8, p), generator=generator, dtype=torch.float64).to(factor.device)
+    largest = residual = 0.0
+    for _ in range(steps):
+        q, _ = torch.linalg.qr(block)
+        block = torch.cholesky_solve(q, factor)
+        values, vectors = torch.linalg.eigh(q.T @ block)
+        largest = float(values[-1])
+        residual = float((block @ vectors[:, -1] - largest * (q @ vectors[:, -1])).norm())
+        if residual <= 1e-10 * largest:
+            break
+    return 1.0 / (largest + residual)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import DistinfluenceError, DtypeError, NonFiniteError, SettingError, ShapeError
-from distinfluence.solvers import Outcome, Solution, Solver
+from distinfluence.solvers import Outcome, Solution, Solver, SolverState
 
 from .systems import (
     SYSTEM,
@@ -25,7 +25,7 @@ from .systems import (
     relative_residual,
 )
 
-StateT = TypeVar("StateT")
+StateT = TypeVar("StateT", bound=SolverState)
 
 
 class SolverContract(Generic[StateT]):
