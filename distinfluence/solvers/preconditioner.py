@@ -40,5 +40,7 @@ class SupportsStorage(Protocol):
     def arrays(self, fitted: Any) -> dict[str, Tensor]:
         """What must be kept of what `fit` returned."""
 
-    def restore(self, operator: CurvatureOperator, damping: float, arrays: Mapping[str, Tensor]) -> FittedPreconditioner:
+    def restore(
+        self, operator: CurvatureOperator, damping: float, arrays: Mapping[str, Tensor]
+    ) -> FittedPreconditioner:
         """What `fit` returned, again from its arrays."""
