@@ -23,8 +23,8 @@ class DataOperator(CurvatureOperator):
     """(1/N) Σ_j of a kernel over the risk's data, for all covered parameters or for one block of them.
 
     block: a block's name; its diagonal block of the matrix. Without it, the matrix over all covered parameters, also
-    across blocks. double: rows and products in float64 whatever the model is in. It is a mean over the data's chunks too,
-    the mini-batches of stochastic solvers.
+    across blocks. double: rows and products in float64 whatever the model is in. It is a mean over the data's chunks
+    too, the mini-batches of stochastic solvers.
     """
 
     kernel: ClassVar[Callable[[str | None], Kernel]]

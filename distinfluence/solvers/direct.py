@@ -32,8 +32,8 @@ EIGEN_PAYS = 16  # dampings from which one eigendecomposition is cheaper than a 
 class Factorisation(SolverState):
     """A [p, p] and the factorisation of A + damping·I, float64.
 
-    factor: the lower Cholesky factor of A + damping·I [p, p], or the eigenvectors of A as columns. eigenvalues: those of
-    A, [p], ascending, with the eigenvectors; empty with a Cholesky factor.
+    factor: the lower Cholesky factor of A + damping·I [p, p], or the eigenvectors of A as columns. eigenvalues: those
+    of A, [p], ascending, with the eigenvectors; empty with a Cholesky factor.
     """
 
     matrix: Tensor

@@ -1,9 +1,9 @@
 """Block Lanczos with full reorthogonalisation: one orthonormal basis of a Krylov space, grown a block for each pass.
 
-A symmetric: V A Vᵀ = T is block tridiagonal in exact arithmetic; here T is kept full in float64, and every new block is
-made orthogonal to all earlier ones twice, so that what is read off T holds in float32 too. Every block's product lies in
-the span of the basis and the block that waits for its own product, so residuals cost no pass. Memory: the basis, m·p
-numbers. Reference: Golub & Van Loan (2013), Matrix Computations, section 10.3.6.
+A symmetric: V A Vᵀ = T is block tridiagonal in exact arithmetic; here T is kept full in float64, and every new block
+is made orthogonal to all earlier ones twice, so that what is read off T holds in float32 too. Every block's product
+lies in the span of the basis and the block that waits for its own product, so residuals cost no pass. Memory: the
+basis, m·p numbers. Reference: Golub & Van Loan (2013), Matrix Computations, section 10.3.6.
 """
 
 import torch
