@@ -4,6 +4,7 @@ from distinfluence.solvers.base import Outcome, Solution, Solver, SolverState
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.direct import Direct, Factorisation
+from distinfluence.solvers.krylov import BlockKrylov
 from distinfluence.solvers.preconditioner import (
     FittedPreconditioner,
     Preconditioner,
@@ -14,6 +15,7 @@ from distinfluence.solvers.preconditioner import (
 __all__ = [
     "CG",
     "BlockCG",
+    "BlockKrylov",
     "Direct",
     "Factorisation",
     "FittedPreconditioner",
