@@ -8,11 +8,14 @@ covered; `ParameterBlocks.coverage` says what share of all parameters is. A tied
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from distinfluence.errors import DtypeError, EmptyDataError, NonFiniteError, ParameterBlockError, SettingError
+
+T = TypeVar("T")
 
 
 class BlockMode(StrEnum):
@@ -107,30 +110,21 @@ class ParameterBlocks:
         """parameter name → [*leading, *shape], with `n_leading` leading dimensions, → rows [*leading, p]."""
         return torch.cat([_strided(tensors[name]).flatten(start_dim=n_leading) for name in self.shapes], dim=-1)
 
-    def spread(self, values: float | Mapping[str, float], setting: str) -> dict[str, float]:
-        """One value for each block, from a number for all or a mapping by block name.
+    def spread(self, values: T | Mapping[str, T], setting: str) -> dict[str, T]:
+        """One value for each block, from one for all or a mapping by block name.
 
-        Raises SettingError, naming `setting`, for a missing or an unknown block, or a value that is no finite number
-        of at least 0.
+        Raises SettingError, naming `setting`, for a missing or an unknown block.
         """
-        if isinstance(values, Mapping):
-            unknown = [name for name in values if name not in self.names]
-            missing = [name for name in self.names if name not in values]
-            if unknown or missing:
-                raise SettingError(
-                    f"`{setting}` must have one value for each block {list(self.names)}, got unknown {unknown}, "
-                    f"missing {missing}. Give every block a value, or one number for all."
-                )
-            by_block = {name: values[name] for name in self.names}
-        else:
-            by_block = dict.fromkeys(self.names, values)
-        for name, value in by_block.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise SettingError(
-                    f"`{setting}` must be a finite number ≥ 0, got {value!r} for block {name!r}. "
-                    "Pass the damping λ that is added to the curvature's diagonal."
-                )
-        return {name: float(value) for name, value in by_block.items()}
+        if not isinstance(values, Mapping):
+            return dict.fromkeys(self.names, values)
+        unknown = [name for name in values if name not in self.names]
+        missing = [name for name in self.names if name not in values]
+        if unknown or missing:
+            raise SettingError(
+                f"`{setting}` must have one value for each block {list(self.names)}, got unknown {unknown}, "
+                f"missing {missing}. Give every block a value, or one for all."
+            )
+        return {name: values[name] for name in self.names}
 
 
 def _strided(tensor: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ import copy
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -23,37 +22,27 @@ from distinfluence.blocks import BlockMode, BlockStructure, ParameterBlocks
 from distinfluence.curvature import DataOperator, SecondOrderMode, operator_class
 from distinfluence.dataplane import DataPlane, LocalPlane
 from distinfluence.errors import NotFittedError, SettingError, ShapeError
-from distinfluence.gradients import (
-    SampleGradients,
-    loss_gradients,
-    measurement_gradients,
-    micro_batches,
-    mixed_gradients,
-)
+from distinfluence.gradients import SampleGradients, loss_gradients, measurement_gradients
+from distinfluence.influence.damping import Regularization, RelativeDamping, damping_by_block, resolved
+from distinfluence.influence.fitted import Fitted
 from distinfluence.influence.report import FitReport, SolveReport
+from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode, scores_by_block, tile_of
+from distinfluence.influence.self_influence import SelfInfluences, self_influences_of
 from distinfluence.objective import Loss, Objective, as_objective
 from distinfluence.risk import EmpiricalRisk
 from distinfluence.sample_risk import SampleRisk, check_mode
-from distinfluence.solvers.base import Solution, Solver
-
-
-class InfluenceMode(StrEnum):
-    """What is done to the training point: weighted up, or its input moved."""
-
-    UP = "up"
-    PERTURBATION = "perturbation"
-
-    Up = "up"  # the seed interface's spelling
-    Perturbation = "perturbation"
+from distinfluence.solvers.base import Solver
+from distinfluence.solvers.refined import Refined
+from distinfluence.solvers.spectrum import Extremes
 
 
 class InfluenceFunctionModel(ABC):
     """Influence of training points on test points, for one model, loss and curvature.
 
     model: any `nn.Module`; read only. loss: a torch loss of (outputs, targets), or an `Objective`.
-    hessian_regularization: damping λ added to the curvature of the mean loss, one number or a mapping block → λ.
-    block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names; the curvature is
-    taken block-diagonal. second_order_mode: "hessian", "ggn" or "empirical_fisher".
+    hessian_regularization: damping λ added to the curvature of the mean loss: a number, a `RelativeDamping` rule, or a
+    mapping block → number or rule. block_structure: "full", "layer_wise", "parameter_wise" or a mapping block →
+    parameter names; the curvature is taken block-diagonal. second_order_mode: "hessian", "ggn" or "empirical_fisher".
 
     Subclasses say which solver they use. Raises SettingError for an unknown name or a negative damping, and what
     `ParameterBlocks.of` and `SampleRisk` raise for a model that cannot be used.
@@ -61,12 +50,13 @@ class InfluenceFunctionModel(ABC):
 
     is_thread_safe = False
     solves_over_data = True  # whether a solve sweeps over the training data
+    refine = False  # whether residuals are brought to float64 quality
 
     def __init__(
         self,
         model: nn.Module,
         loss: Loss | Objective,
-        hessian_regularization: float | Mapping[str, float] = 0.0,
+        hessian_regularization: Regularization = 0.0,
         *,
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
@@ -75,18 +65,23 @@ class InfluenceFunctionModel(ABC):
         self.second_order_mode = _second_order_mode(second_order_mode)
         self.block_structure = block_structure
         self.hessian_regularization = hessian_regularization
-        self._fit: _Fit | None = None
+        self._fit: Fitted | None = None
         self._risk: SampleRisk | None = None
         self._bind(model)
 
     def _bind(self, model: nn.Module, device: torch.device | None = None) -> None:
         blocks = ParameterBlocks.of(model, self.block_structure)
-        self.damping = blocks.spread(self.hessian_regularization, "hessian_regularization")
+        self._asked = damping_by_block(blocks, self.hessian_regularization)
         self._risk = SampleRisk(model, self.objective, blocks, device)
 
     @abstractmethod
     def solver(self, damping: float) -> Solver[Any]:
         """The solver for a block with this damping."""
+
+    def block_solver(self, block: str, damping: float) -> Solver[Any]:
+        """The solver that a block is solved by: that of `solver`, refined if asked."""
+        solver = self.solver(damping)
+        return Refined(solver) if self.refine and self.risk.dtype != torch.float64 else solver
 
     @abstractmethod
     def settings(self) -> dict[str, object]:
@@ -94,14 +89,26 @@ class InfluenceFunctionModel(ABC):
 
     def _common_settings(self) -> dict[str, object]:
         structure = self.block_structure
-        return {
+        rules = {block: str(rule) for block, rule in self._asked.items() if isinstance(rule, RelativeDamping)}
+        common: dict[str, object] = {
             "method": type(self).__name__,
             "second_order_mode": str(self.second_order_mode),
             "block_structure": {k: list(v) for k, v in structure.items()}
             if isinstance(structure, Mapping)
             else structure,
-            "hessian_regularization": dict(self.damping),
+            "hessian_regularization": self.damping if self.is_fitted or not rules else rules,
         }
+        return common | ({"damping_rule": rules} if rules else {})
+
+    @property
+    def damping(self) -> dict[str, float]:
+        """Block → λ. Raises NotFittedError for a rule that is not worked out before `fit`."""
+        if self._fit is not None:
+            return dict(self._fit.damping)
+        rules = [block for block, value in self._asked.items() if isinstance(value, RelativeDamping)]
+        if rules:
+            raise NotFittedError(f"`damping` of {rules} is relative to the curvature. Call `fit(data)` first.")
+        return resolved(self._asked, {})
 
     @property
     def risk(self) -> SampleRisk:
@@ -130,7 +137,7 @@ class InfluenceFunctionModel(ABC):
         """The training data that the model was fitted to. Raises NotFittedError before `fit`."""
         return self._fitted().plane
 
-    def _fitted(self) -> "_Fit":
+    def _fitted(self) -> Fitted:
         if self._fit is None:
             raise NotFittedError(f"`{type(self).__name__}` has not been fitted. Call `fit(data)` first.")
         return self._fit
@@ -147,25 +154,34 @@ class InfluenceFunctionModel(ABC):
         else:
             self._bind(self.risk.module, self.risk.device)  # buffers and mode as they are now
             plane = LocalPlane(self.risk, data)
-        passes = plane.passes
-        operators = self._operators(plane)
-        states = {block: self.solver(self.damping[block]).fit(operator) for block, operator in operators.items()}
-        blocks = self.risk.blocks
-        report = FitReport(
-            second_order_mode=str(self.second_order_mode),
-            n_samples=plane.n_samples,
-            n_parameters=blocks.size,
-            n_total=blocks.n_total,
-            uncovered=blocks.uncovered,
-            blocks={block: columns.stop - columns.start for block, columns in blocks.columns.items()},
-            damping=dict(self.damping),
-            positive_definite={block: getattr(state, "positive_definite", None) for block, state in states.items()},
-            passes=plane.passes - passes,
-            remarks=plane.remarks,
-            seconds=time.perf_counter() - start,
-        )
-        self._fit = _Fit(plane, operators, states, report)
+        begun, operators = (start, plane.passes), self._operators(plane)
+        solvers = self._solvers(resolved(self._asked, operators))
+        self._fit = Fitted.of(self.risk, plane, str(self.second_order_mode), operators, solvers, begun)
         return self
+
+    def _solvers(self, damping: Mapping[str, float]) -> dict[str, Solver[Any]]:
+        return {block: self.block_solver(block, value) for block, value in damping.items()}
+
+    def with_damping(self, hessian_regularization: Regularization) -> Self:
+        """A copy with another damping and the same fit: no products where the method's mathematics allow it.
+
+        Direct, Arnoldi, Nyström and Krylov models re-use everything, preconditioners that can do so too.
+        """
+        fitted = self._fitted()
+        other = copy.copy(self)
+        other.hessian_regularization = hessian_regularization
+        other._asked = damping_by_block(self.risk.blocks, hessian_regularization)
+        other._fit = fitted.adapted(other._solvers(resolved(other._asked, fitted.operators)))
+        return other
+
+    def spectrum(self) -> dict[str, Extremes]:
+        """Both ends of the spectrum of A, block by block, by Lanczos: 5 to 40 passes of 4 rows, once.
+
+        From then on, solve reports of an A that is not positive semi-definite by what it is carry error bounds as well
+        (heuristic ones), and `fit_report` says whether A + λI is positive definite.
+        """
+        self._fit = self._fitted().with_spectrum()
+        return dict(self._fit.extremes)
 
     def _operators(self, plane: DataPlane) -> dict[str, DataOperator]:
         risk = EmpiricalRisk.over(plane)
@@ -200,13 +216,32 @@ class InfluenceFunctionModel(ABC):
 
     def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
         """(A + λI)⁻¹ applied to each row: gradients [k, p] → factors [k, p] and how far each row got."""
+        return self._fitted().solve(self._by_block(gradients))
+
+    def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
+        """As `solve`, for each of several dampings from the one fit; methods that can share their work between them."""
+        fitted, blocks = self._fitted(), self.risk.blocks
+        asked = [resolved(damping_by_block(blocks, damping), fitted.operators) for damping in dampings]
+        return fitted.solve_at(self._by_block(gradients), asked)
+
+    def _by_block(self, gradients: Tensor) -> dict[str, Tensor]:
+        return {block: gradients[:, columns].contiguous() for block, columns in self.risk.blocks.columns.items()}
+
+    def self_influences(
+        self, x: object, y: Tensor | None = None, *, rtol: float = 1e-3, maxiter: int = 500
+    ) -> SelfInfluences:
+        """Influence of each sample's training loss on itself, ⟨(A + λI)⁻¹ g, g⟩, with certified bounds: [n] each.
+
+        By Gauss and Gauss–Radau quadrature, until the brackets are rtol wide, relative to the value; one pass over the
+        training data for each step, whatever the method of this model. A memory of four rows [p] for each sample.
+        Raises SettingError unless A + λI is known to be positive definite: for a Hessian, call `spectrum()` first.
+        """
+        gradients = self.loss_gradients(self.place(x, y)).rows
         fitted = self._fitted()
-        rhs = {block: gradients[:, columns].contiguous() for block, columns in self.risk.blocks.columns.items()}
-        solutions: dict[str, Solution] = {
-            block: self.solver(self.damping[block]).solve(fitted.states[block], rows) for block, rows in rhs.items()
-        }
-        factors = torch.cat([solution.x for solution in solutions.values()], dim=1)
-        return factors, SolveReport.of(solutions, rhs)
+        bounds = fitted.lower_bounds(fitted.damping)
+        return self_influences_of(
+            self._by_block(gradients), fitted.operators, fitted.damping, bounds, rtol=rtol, maxiter=maxiter
+        )
 
     def influences(
         self,
@@ -238,12 +273,33 @@ class InfluenceFunctionModel(ABC):
         factors = self.influence_factors_by_block(x_test, y_test)
         return self.influences_from_factors_by_block(factors, *train, mode)
 
+    def influences_at(
+        self,
+        dampings: Sequence[Regularization],
+        x_test: object,
+        y_test: Tensor | None = None,
+        x: object | None = None,
+        y: Tensor | None = None,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> Tensor:
+        """As `influences`, for several dampings at once: [n_damping, n_test, n_train, ...].
+
+        One fit and one set of gradients serve them all.
+        """
+        train, mode = _or_tests(x_test, y_test, x, y), influence_mode(mode)
+        gradients = self.measurement_gradients(self.place(x_test, y_test)).rows
+        factors = [factors for factors, _ in self.solve_at(gradients, dampings)]
+        together = self.influences_from_factors(torch.cat(factors), *train, mode)
+        stacked: Tensor = together.unflatten(0, (len(factors), gradients.shape[0]))
+        return stacked
+
     def influences_from_factors(
         self, factors: Tensor, x: object, y: Tensor | None = None, mode: InfluenceMode | str = InfluenceMode.UP
     ) -> Tensor:
         """Influence of training samples on the test points of these factors [n_test, p]; shapes as `influences`."""
         columns = slice(0, self.n_parameters)
-        return self._from_factors(self._check_factors(factors, columns), {"": columns}, self.place(x, y), mode)[""]
+        rows = self._check_factors(factors, columns)
+        return scores_by_block(self.risk, rows, {"": columns}, self.place(x, y), mode)[""]
 
     def influences_from_factors_by_block(
         self,
@@ -260,39 +316,14 @@ class InfluenceFunctionModel(ABC):
                 "Pass what `influence_factors_by_block` returned."
             )
         rows = torch.cat([self._check_factors(factors[b], columns) for b, columns in blocks.columns.items()], dim=1)
-        return self._from_factors(rows, blocks.columns, self.place(x, y), mode)
+        return scores_by_block(self.risk, rows, blocks.columns, self.place(x, y), mode)
 
-    def _from_factors(
-        self, factors: Tensor, columns: Mapping[str, slice], batch: Batch, mode: InfluenceMode | str
-    ) -> "OrderedDict[str, Tensor]":
-        if influence_mode(mode) is InfluenceMode.UP:
-            tiles = [self._up(factors, columns, part) for part in micro_batches(self.risk, batch)]
-            return OrderedDict((block, torch.cat([tile[block] for tile in tiles], dim=1)) for block in columns)
-        whole = len(columns) == 1
-        return OrderedDict(
-            (block, mixed_gradients(self.risk, batch, factors if whole else _only(factors, c)))
-            for block, c in columns.items()
-        )
-
-    def _up(self, factors: Tensor, columns: Mapping[str, slice], batch: Batch) -> dict[str, Tensor]:
-        rows = self.loss_gradients(batch).rows
-        return {block: factors[:, c] @ rows[:, c].T for block, c in columns.items()}
-
-    def tile(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str = InfluenceMode.UP) -> "Tile":
+    def tile(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str = InfluenceMode.UP) -> Tile:
         """Influences of a batch of training samples, with their losses and gradient norms; one gradient pass.
 
         factors: [n_test, p]; batch: as `place` returns it.
         """
-        values, losses, norms = [], [], []
-        for part in micro_batches(self.risk, batch):
-            gradients = self.loss_gradients(part)
-            losses.append(gradients.values)
-            norms.append(gradients.norms)
-            if influence_mode(mode) is InfluenceMode.UP:
-                values.append(factors @ gradients.rows.T)
-            else:
-                values.append(mixed_gradients(self.risk, part, factors))
-        return Tile(torch.cat(values, dim=1), torch.cat(losses), torch.cat(norms))
+        return tile_of(self.risk, factors, batch, mode)
 
     def loss_gradients(self, batch: Batch) -> SampleGradients:
         """Gradient of each sample's training loss, [n, p], and the losses; batch as `place` returns it."""
@@ -327,28 +358,19 @@ class InfluenceFunctionModel(ABC):
         arrays = {name: tensor.to(device) for name, tensor in self.state_arrays().items()} if self.is_fitted else {}
         self._risk = self.risk.to(device)
         if self._fit is not None:
-            self.restore(self._fit.plane.to(self._risk), arrays, self._fit.report)
+            before = self._fit
+            self.restore(before.plane.to(self._risk), arrays, before.report)
+            self._fit = replace(self._fit, extremes=before.extremes)
         return self
 
     def state_arrays(self) -> dict[str, Tensor]:
         """What of the fitted state must be kept to `restore` it elsewhere: "block/array" → tensor."""
-        fitted = self._fitted()
-        return {
-            f"{block}/{name}": tensor
-            for block, state in fitted.states.items()
-            for name, tensor in self.solver(self.damping[block]).state_arrays(state).items()
-        }
+        return self._fitted().arrays()
 
     def restore(self, plane: DataPlane, arrays: Mapping[str, Tensor], report: FitReport) -> Self:
         """The fitted state again from `state_arrays`, beside a plane over the same data, without the work of `fit`."""
-        operators = self._operators(plane)
-        states = {
-            block: self.solver(self.damping[block]).restore(
-                operator, {n.removeprefix(f"{block}/"): a for n, a in arrays.items() if n.startswith(f"{block}/")}
-            )
-            for block, operator in operators.items()
-        }
-        self._fit = _Fit(plane, operators, states, report)
+        solvers = self._solvers(report.damping)
+        self._fit = Fitted.restored(plane, self._operators(plane), solvers, arrays, report)
         return self
 
     def unbound(self) -> Self:
@@ -363,37 +385,6 @@ class InfluenceFunctionModel(ABC):
         other = self.unbound()
         other._bind(model, device)
         return other
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Influences [n_test, n, ...] of n training samples, with their losses [n] and gradient norms [n]."""
-
-    values: Tensor
-    losses: Tensor
-    gradient_norms: Tensor
-
-
-class _Fit:
-    """The fitted part of an influence model."""
-
-    def __init__(
-        self, plane: DataPlane, operators: dict[str, DataOperator], states: dict[str, Any], report: FitReport
-    ) -> None:
-        self.plane = plane
-        self.operators = operators
-        self.states = states
-        self.report = report
-
-
-def influence_mode(mode: InfluenceMode | str) -> InfluenceMode:
-    """The mode of that name. Raises SettingError for another."""
-    try:
-        return InfluenceMode(mode)
-    except ValueError:
-        raise SettingError(
-            f"`mode` must be one of {[m.value for m in InfluenceMode]}, got {mode!r}. Choose one of these."
-        ) from None
 
 
 def _second_order_mode(mode: SecondOrderMode | str) -> SecondOrderMode:
@@ -415,9 +406,3 @@ def _or_tests(
     if y is not None:
         raise SettingError("`x` must come with `y`, got `y` alone. Pass both, or neither for the test samples.")
     return x_test, y_test
-
-
-def _only(factors: Tensor, columns: slice) -> Tensor:
-    alone = torch.zeros_like(factors)
-    alone[:, columns] = factors[:, columns]
-    return alone

@@ -1,11 +1,12 @@
 """What a fit covered and how far a solve got."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from distinfluence.influence.bounds import LowerBound, error_bounds
 from distinfluence.solvers.base import Outcome, Solution
 
 
@@ -16,7 +17,8 @@ class FitReport:
     n_samples: training samples. n_parameters: covered parameters p; n_total: all parameters of the model; coverage:
     their ratio. uncovered: names left out (frozen, or not in a custom block structure). blocks: block → size.
     damping: block → λ. positive_definite: block → whether A + λI is, None where the method does not find out.
-    passes: over the training data. remarks: how the loss was understood. seconds: wall time.
+    passes: over the training data. remarks: how the loss was understood, and what the method has to say. seconds: wall
+    time. details: block → small tensors of the method, for instance eigenvalues and their residuals.
     """
 
     second_order_mode: str
@@ -30,6 +32,7 @@ class FitReport:
     passes: int
     remarks: tuple[str, ...]
     seconds: float
+    details: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def coverage(self) -> float:
@@ -55,6 +58,9 @@ class SolveReport:
     relative_residual: [k] float64, ‖g − (A + λI) x‖ / ‖g‖ over all blocks, from a fresh product. iterations: [k] int64,
     of the block that needed most. converged: [k] bool, in every block. outcome: for each row why it stopped, of the
     first block that did not converge. by_block: the `Solution`s without their x, block by block.
+    error_bound: [k] float64, c_i with |Î_ij − I_ij| ≤ c_i·‖g_j‖ for every training point j (units: influence per
+    gradient norm), or None where nothing is known of the spectrum. rigorous: whether that bound is, or rests on an
+    estimate of the smallest eigenvalue. remarks: of the method, in sentences.
     """
 
     relative_residual: Tensor
@@ -62,10 +68,18 @@ class SolveReport:
     converged: Tensor
     outcome: tuple[Outcome, ...]
     by_block: Mapping[str, "BlockReport"]
+    error_bound: Tensor | None = None
+    rigorous: bool = False
+    remarks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, solutions: Mapping[str, Solution], rhs: Mapping[str, Tensor]) -> "SolveReport":
-        """Put the blocks' solutions together; rhs: block → [k, p_block]."""
+    def of(
+        cls,
+        solutions: Mapping[str, Solution],
+        rhs: Mapping[str, Tensor],
+        bounds: Mapping[str, LowerBound | None],
+    ) -> "SolveReport":
+        """Put the blocks' solutions together; rhs: block → [k, p_block]; bounds: block → of its spectrum."""
         norms = {block: rows.double().norm(dim=1).cpu() for block, rows in rhs.items()}
         blocks = {block: BlockReport.of(solution) for block, solution in solutions.items()}
         squared = torch.stack([(norms[b] * blocks[b].relative_residual) ** 2 for b in blocks]).sum(dim=0)
@@ -79,14 +93,20 @@ class SolveReport:
                 next((one for one in row if one is not Outcome.CONVERGED), Outcome.CONVERGED) for row in outcomes
             ),
             by_block=blocks,
+            error_bound=error_bounds(solutions, rhs, bounds),
+            rigorous=all(bound is not None and bound.rigorous for bound in bounds.values()),
+            remarks=named_by_block({block: solution.remarks for block, solution in solutions.items()}),
         )
 
     def __str__(self) -> str:
         k = self.converged.numel()
-        return (
-            f"{int(self.converged.sum())} of {k} rows converged, worst relative residual "
-            f"{float(self.relative_residual.max()):.1e}, at most {int(self.iterations.max())} iterations"
+        worst = float(self.relative_residual.max()) if k else 0.0
+        most = int(self.iterations.max()) if k else 0
+        line = (
+            f"{int(self.converged.sum())} of {k} rows converged, worst relative residual {worst:.1e}, at most {most} "
+            "iterations"
         )
+        return "\n".join([line, *self.remarks])
 
 
 @dataclass(frozen=True)
@@ -109,3 +129,10 @@ class BlockReport:
             outcome=solution.outcome,
             curvature=solution.curvature.double().cpu(),
         )
+
+
+def named_by_block(remarks: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The blocks' remarks, each once; with the name of the block where there are several."""
+    if len(remarks) == 1:
+        return tuple(dict.fromkeys(next(iter(remarks.values()))))
+    return tuple(dict.fromkeys(f"{block}: {remark}" for block, own in remarks.items() for remark in own))

@@ -17,8 +17,9 @@ from dask.delayed import Delayed
 
 from distinfluence.errors import NotFittedError, ShapeError
 from distinfluence.influence.arrays import to_numpy
-from distinfluence.influence.base import InfluenceFunctionModel, InfluenceMode, influence_mode
+from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
+from distinfluence.influence.scores import InfluenceMode, influence_mode
 from distinfluence.scaling.chunks import CHUNK_SIZE, ChunkedData, chunked
 from distinfluence.scaling.executor import Executor
 from distinfluence.scaling.plane import DaskPlane

@@ -20,7 +20,8 @@ import torch
 
 from distinfluence.errors import SettingError, StoreNotFoundError
 from distinfluence.influence.arrays import Array, to_numpy, to_tensor
-from distinfluence.influence.base import InfluenceFunctionModel, InfluenceMode
+from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.influence.scores import InfluenceMode
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import Executor
 from distinfluence.scaling.progress import Progress

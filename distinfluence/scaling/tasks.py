@@ -19,8 +19,8 @@ from distinfluence.influence.arrays import (
     to_tensor,
     to_tensor_batch,
 )
-from distinfluence.influence.base import InfluenceMode
 from distinfluence.influence.report import SolveReport
+from distinfluence.influence.scores import InfluenceMode
 from distinfluence.scaling.worker import Chunk, Context, load, named_samples, save_whole, torch_task
 from distinfluence.store import InfluenceWriter
 from distinfluence.store.fingerprint import fingerprint_arrays

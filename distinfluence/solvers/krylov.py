@@ -1,9 +1,10 @@
 """Multi-shift block Krylov: one basis for all rows and for every damping.
 
-K(A, B) does not depend on the damping, so one orthonormal basis V of it, T = V A Vᵀ, serves all of them:
-x = (B Vᵀ)(T + λI)⁻¹ V, with residuals that need no pass. A basis vector is never thrown away, so no method without a
-preconditioner needs fewer passes; the price is memory, m·p numbers for m = rows × passes. When that is spent, block conjugate gradients go on from there, one damping after the other. Where A + λI is not positive definite,
-the residual is minimised instead (as in MINRES).
+K(A, B) does not depend on the damping, so one orthonormal basis V of it, T = V A Vᵀ, serves all of them: x = (B Vᵀ)(T +
+λI)⁻¹ V, with residuals that need no pass. A basis vector is never thrown away, so no method without a preconditioner
+needs fewer passes; the price is memory, m·p numbers for m = rows × passes. When that is spent, block conjugate
+gradients go on from there, one damping after the other. Where A + λI is not positive definite, the residual is
+minimised instead (as in MINRES).
 
 References: Saad (2003), Iterative Methods for Sparse Linear Systems, sections 6.4 and 6.7; Frommer & Glässner (1998),
 "Restarted GMRES for shifted linear systems", SIAM J. Sci. Comput. 19.
@@ -210,7 +211,7 @@ class _Run:
 
     @property
     def _noise(self) -> float:
-        return 10 * float(torch.finfo(self._x.dtype).eps) * self._rhs.shape[1] ** 0.5 * self._largest
+        return 10 * float(torch.finfo(self._x.dtype).eps) * math.sqrt(self._rhs.shape[1]) * self._largest
 
     def solutions(self) -> list[Solution]:
         relative = torch.where(self._size > 0, self._norm / torch.where(self._size > 0, self._size, 1.0), self._norm)
@@ -308,7 +309,7 @@ class _Projected:
     def _noise(self, lanczos: BlockLanczos) -> float:
         """Eigenvalues of T + λI within ± this are zero to the rounding of the products."""
         eps = float(torch.finfo(lanczos.basis.dtype).eps)
-        return 10 * eps * lanczos.basis.shape[1] ** 0.5 * lanczos.largest
+        return 10 * eps * math.sqrt(lanczos.basis.shape[1]) * lanczos.largest
 
     def solution(self, lanczos: BlockLanczos) -> Tensor:
         """y [s, m], float64; zeros if there was no step, or none that was finite."""
@@ -316,4 +317,5 @@ class _Projected:
             return self._right.new_zeros(self._right.shape[0], lanczos.size)
         if self._factor is None:
             return self._by_least_residual(lanczos)[0]
-        return torch.linalg.solve_triangular(self._factor.T, self._half, upper=True).T
+        y: Tensor = torch.linalg.solve_triangular(self._factor.T, self._half, upper=True)
+        return y.T

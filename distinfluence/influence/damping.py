@@ -1,0 +1,81 @@
+"""The damping λ: a number, one for each block, or a rule relative to the spectrum of the block's curvature."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeGuard
+
+from distinfluence.blocks import ParameterBlocks
+from distinfluence.curvature import CurvatureOperator
+from distinfluence.curvature.base import SupportsSampleGradients
+from distinfluence.errors import SettingError
+from distinfluence.solvers.spectrum import extreme_eigenvalues, mean_eigenvalue
+
+NAME = "hessian_regularization"
+
+
+@dataclass(frozen=True)
+class RelativeDamping:
+    """λ = fraction × an eigenvalue of the block's curvature, found when the model is fitted.
+
+    of: "mean", the trace over the number of parameters by Hutchinson's estimate (one pass; exact for the empirical
+    Fisher), or "largest", by Lanczos (5 to 20 passes). A tenth of the mean is the field's heuristic, and travels
+    between models; an indefinite matrix may have a mean that is not positive, and is then refused. Raises SettingError
+    for a fraction that is not a finite number above 0.
+
+    >>> RelativeDamping()
+    RelativeDamping(fraction=0.1, of='mean')
+    """
+
+    fraction: float = 0.1
+    of: Literal["mean", "largest"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.fraction) or self.fraction <= 0:
+            raise SettingError(f"`fraction` must be a finite number > 0, got {self.fraction!r}. Pass for instance 0.1.")
+        if self.of not in ("mean", "largest"):
+            raise SettingError(f"`of` must be 'mean' or 'largest', got {self.of!r}. Choose one of these.")
+
+    def resolve(self, operator: CurvatureOperator, block: str) -> float:
+        """λ for the curvature of a block. Raises SettingError where the eigenvalue is not positive."""
+        if self.of == "largest":
+            value = extreme_eigenvalues(operator).largest
+        elif isinstance(operator, SupportsSampleGradients):
+            value = operator.mean_square_gradient() / operator.size
+        else:
+            value = mean_eigenvalue(operator)
+        if not 0 < value < math.inf:
+            raise SettingError(
+                f"`{NAME}` {self} needs a positive {self.of} eigenvalue, got {value:.3g} for block {block!r}. Pass a "
+                "number, or take second_order_mode='ggn'."
+            )
+        return self.fraction * value
+
+
+Regularization = float | RelativeDamping | Mapping[str, float | RelativeDamping]
+
+
+def damping_by_block(blocks: ParameterBlocks, values: Regularization) -> dict[str, float | RelativeDamping]:
+    """One number or rule for each block. Raises SettingError for a missing or unknown block, or anything else."""
+    by_block: dict[str, float | RelativeDamping] = blocks.spread(values, NAME)
+    for name, value in by_block.items():
+        if not isinstance(value, RelativeDamping) and not (_is_number(value) and value >= 0):
+            raise SettingError(
+                f"`{NAME}` must be a finite number ≥ 0 or a `RelativeDamping`, got {value!r} for block {name!r}. "
+                "Pass the damping λ that is added to the curvature's diagonal."
+            )
+    return {name: value if isinstance(value, RelativeDamping) else float(value) for name, value in by_block.items()}
+
+
+def resolved(
+    by_block: Mapping[str, float | RelativeDamping], operators: Mapping[str, CurvatureOperator]
+) -> dict[str, float]:
+    """Block → λ, with every rule worked out on the block's operator."""
+    return {
+        block: value.resolve(operators[block], block) if isinstance(value, RelativeDamping) else value
+        for block, value in by_block.items()
+    }
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

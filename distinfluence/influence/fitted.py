@@ -1,0 +1,142 @@
+"""A fit: block by block a curvature operator, the solver with its damping, and what the solver keeps."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from distinfluence.curvature import DataOperator
+from distinfluence.dataplane import DataPlane
+from distinfluence.influence.bounds import LowerBound, lower_bound
+from distinfluence.influence.report import FitReport, SolveReport, named_by_block
+from distinfluence.sample_risk import SampleRisk
+from distinfluence.solvers.base import Solution, Solver
+from distinfluence.solvers.spectrum import Extremes, extreme_eigenvalues
+
+Rows = Mapping[str, Tensor]  # block → [k, p_block]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The fitted part of an influence model; extremes: block → ends of its spectrum, once they were asked for."""
+
+    plane: DataPlane
+    operators: Mapping[str, DataOperator]
+    solvers: Mapping[str, Solver[Any]]
+    states: Mapping[str, Any]
+    report: FitReport
+    extremes: Mapping[str, Extremes] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        risk: SampleRisk,
+        plane: DataPlane,
+        mode: str,
+        operators: Mapping[str, DataOperator],
+        solvers: Mapping[str, Solver[Any]],
+        begun: tuple[float, int],
+    ) -> Self:
+        """Fit every block. begun: `time.perf_counter()` and the plane's passes before anything was done."""
+        states = {block: solvers[block].fit(operator) for block, operator in operators.items()}
+        blocks = risk.blocks
+        report = FitReport(
+            second_order_mode=mode,
+            n_samples=plane.n_samples,
+            n_parameters=blocks.size,
+            n_total=blocks.n_total,
+            uncovered=blocks.uncovered,
+            blocks={block: columns.stop - columns.start for block, columns in blocks.columns.items()},
+            damping={block: solver.damping for block, solver in solvers.items()},
+            positive_definite={block: state.positive_definite for block, state in states.items()},
+            passes=plane.passes - begun[1],
+            remarks=(*plane.remarks, *named_by_block({block: state.remarks for block, state in states.items()})),
+            seconds=time.perf_counter() - begun[0],
+            details={block: state.details for block, state in states.items() if state.details},
+        )
+        return cls(plane, operators, solvers, states, report)
+
+    @property
+    def damping(self) -> dict[str, float]:
+        """Block → λ."""
+        return dict(self.report.damping)
+
+    def adapted(self, solvers: Mapping[str, Solver[Any]]) -> Self:
+        """The same fit for solvers with other dampings."""
+        states = {block: solver.adapt(self.states[block]) for block, solver in solvers.items()}
+        report = replace(
+            self.report,
+            damping={block: solver.damping for block, solver in solvers.items()},
+            positive_definite={block: state.positive_definite for block, state in states.items()},
+        )
+        return replace(self, solvers=solvers, states=states, report=report)
+
+    def with_spectrum(self) -> Self:
+        """The same with both ends of every block's spectrum, by Lanczos where they are not known yet."""
+        extremes = {
+            block: self.extremes.get(block) or extreme_eigenvalues(operator)
+            for block, operator in self.operators.items()
+        }
+        definite = {
+            block: extremes[block].smallest + self.report.damping[block] > 0 if known is None else known
+            for block, known in self.report.positive_definite.items()
+        }
+        return replace(self, extremes=extremes, report=replace(self.report, positive_definite=definite))
+
+    def solve(self, rhs: Rows) -> tuple[Tensor, SolveReport]:
+        """Factors [k, p] of every row, and how far each got."""
+        found = {block: self.solvers[block].solve(self.states[block], rows) for block, rows in rhs.items()}
+        return self._together(found, rhs, self.damping)
+
+    def solve_at(self, rhs: Rows, dampings: Sequence[Mapping[str, float]]) -> list[tuple[Tensor, SolveReport]]:
+        """As `solve`, for each of several dampings by block."""
+        by_block = {
+            block: self.solvers[block].solve_at(self.states[block], rows, [damping[block] for damping in dampings])
+            for block, rows in rhs.items()
+        }
+        return [
+            self._together({block: found[i] for block, found in by_block.items()}, rhs, damping)
+            for i, damping in enumerate(dampings)
+        ]
+
+    def lower_bounds(self, damping: Mapping[str, float]) -> dict[str, LowerBound | None]:
+        """Block → μ with A + λI ⪰ μI, as far as it is known."""
+        return {
+            block: lower_bound(operator, self.states[block], damping[block], self.extremes.get(block))
+            for block, operator in self.operators.items()
+        }
+
+    def arrays(self) -> dict[str, Tensor]:
+        """What must be kept to restore the states: "block/array" → tensor."""
+        return {
+            f"{block}/{name}": tensor
+            for block, solver in self.solvers.items()
+            for name, tensor in solver.state_arrays(self.states[block]).items()
+        }
+
+    @classmethod
+    def restored(
+        cls,
+        plane: DataPlane,
+        operators: Mapping[str, DataOperator],
+        solvers: Mapping[str, Solver[Any]],
+        arrays: Mapping[str, Tensor],
+        report: FitReport,
+    ) -> Self:
+        """A fit again from its `arrays`, beside operators over the same data, without the work of fitting."""
+        states = {
+            block: solvers[block].restore(
+                operator, {n.removeprefix(f"{block}/"): a for n, a in arrays.items() if n.startswith(f"{block}/")}
+            )
+            for block, operator in operators.items()
+        }
+        return cls(plane, operators, solvers, states, report)
+
+    def _together(
+        self, found: Mapping[str, Solution], rhs: Rows, damping: Mapping[str, float]
+    ) -> tuple[Tensor, SolveReport]:
+        factors = torch.cat([solution.x for solution in found.values()], dim=1)
+        return factors, SolveReport.of(found, rhs, self.lower_bounds(damping))

@@ -1,0 +1,85 @@
+"""From factors to influences: the gradients of training samples, made in micro-batches, against every factor."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from distinfluence.batch import Batch
+from distinfluence.errors import SettingError
+from distinfluence.gradients import loss_gradients, micro_batches, mixed_gradients
+from distinfluence.sample_risk import SampleRisk
+
+
+class InfluenceMode(StrEnum):
+    """What is done to the training point: weighted up, or its input moved."""
+
+    UP = "up"
+    PERTURBATION = "perturbation"
+
+    Up = "up"  # the seed interface's spelling
+    Perturbation = "perturbation"
+
+
+def influence_mode(mode: InfluenceMode | str) -> InfluenceMode:
+    """The mode of that name. Raises SettingError for another."""
+    try:
+        return InfluenceMode(mode)
+    except ValueError:
+        raise SettingError(
+            f"`mode` must be one of {[m.value for m in InfluenceMode]}, got {mode!r}. Choose one of these."
+        ) from None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Influences [n_test, n, ...] of n training samples, with their losses [n] and gradient norms [n]."""
+
+    values: Tensor
+    losses: Tensor
+    gradient_norms: Tensor
+
+
+def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode | str = InfluenceMode.UP) -> Tile:
+    """Influences of a batch of training samples, with their losses and gradient norms; one gradient pass.
+
+    factors: [n_test, p]; batch: placed.
+    """
+    factors = factors.to(risk.dtype)
+    values, losses, norms = [], [], []
+    for part in micro_batches(risk, batch):
+        gradients = loss_gradients(risk, part)
+        losses.append(gradients.values)
+        norms.append(gradients.norms)
+        if influence_mode(mode) is InfluenceMode.UP:
+            values.append(factors @ gradients.rows.T)
+        else:
+            values.append(mixed_gradients(risk, part, factors))
+    return Tile(torch.cat(values, dim=1), torch.cat(losses), torch.cat(norms))
+
+
+def scores_by_block(
+    risk: SampleRisk, factors: Tensor, columns: Mapping[str, slice], batch: Batch, mode: InfluenceMode | str
+) -> "OrderedDict[str, Tensor]":
+    """Influences of a batch of training samples, from the columns of each block alone: block → [n_test, n, ...]."""
+    if influence_mode(mode) is InfluenceMode.UP:
+        parts = [_up(risk, factors, columns, part) for part in micro_batches(risk, batch)]
+        return OrderedDict((block, torch.cat([part[block] for part in parts], dim=1)) for block in columns)
+    whole = len(columns) == 1
+    return OrderedDict(
+        (block, mixed_gradients(risk, batch, factors if whole else _only(factors, c))) for block, c in columns.items()
+    )
+
+
+def _up(risk: SampleRisk, factors: Tensor, columns: Mapping[str, slice], batch: Batch) -> dict[str, Tensor]:
+    rows = loss_gradients(risk, batch).rows
+    return {block: factors[:, c] @ rows[:, c].T for block, c in columns.items()}
+
+
+def _only(factors: Tensor, columns: slice) -> Tensor:
+    alone = torch.zeros_like(factors)
+    alone[:, columns] = factors[:, columns]
+    return alone
