@@ -2,9 +2,12 @@
 
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.cg import CgInfluence
+from distinfluence.influence.damping import RelativeDamping
 from distinfluence.influence.direct import DirectInfluence
+from distinfluence.influence.krylov import KrylovInfluence
 from distinfluence.influence.report import BlockReport, FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile
+from distinfluence.influence.self_influence import SelfInfluences
 
 __all__ = [
     "BlockReport",
@@ -13,6 +16,9 @@ __all__ = [
     "FitReport",
     "InfluenceFunctionModel",
     "InfluenceMode",
+    "KrylovInfluence",
+    "RelativeDamping",
+    "SelfInfluences",
     "SolveReport",
     "Tile",
 ]

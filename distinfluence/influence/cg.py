@@ -4,13 +4,12 @@ Memory: about six blocks of rows [k, p]. Work: one pass over the training data f
 points together, so give it many at once.
 """
 
-from collections.abc import Mapping
-
 from torch import nn
 
 from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.influence.damping import Regularization
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
@@ -40,7 +39,7 @@ class CgInfluence(InfluenceFunctionModel):
         self,
         model: nn.Module,
         loss: Loss | Objective,
-        hessian_regularization: float | Mapping[str, float] = 0.0,
+        hessian_regularization: Regularization = 0.0,
         rtol: float = 1e-7,
         atol: float = 1e-7,
         maxiter: int | None = None,

@@ -4,13 +4,12 @@ Memory: two p × p matrices in float64 (p = 10⁴: 1.6 GB). Work: p products for
 factor, once; 2·p² flops for each test point.
 """
 
-from collections.abc import Mapping
-
 from torch import nn
 
 from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.influence.damping import Regularization
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.direct import Direct
 
@@ -36,7 +35,7 @@ class DirectInfluence(InfluenceFunctionModel):
         self,
         model: nn.Module,
         loss: Loss | Objective,
-        hessian_regularization: float | Mapping[str, float],
+        hessian_regularization: Regularization,
         *,
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,

@@ -1,0 +1,167 @@
+"""Randomised Nyström sketch: A ≈ U Λ Uᵀ of low rank, from one pass over the data.
+
+Y = ΩA for r random orthonormal rows Ω, then Â = Yᵀ (Ω Yᵀ)⁻¹ Y. Of a positive semi-definite A this is the best that Y
+allows: Â ⪯ A, and what it misses is about what the eigenvalues beyond the r-th hold. An indefinite A has no Nyström
+approximation: the core Ω Yᵀ is then inverted near zero, and what comes out is larger than A without bound. So what is
+not known to be semi-definite costs a second pass, which replaces the values by Rayleigh quotients; the positive ones
+stay, the others are clipped and reported.
+
+Cost: 1 or 2 passes with r rows. Memory: about 4·r·p numbers in the fit, r·p after it. Reference: Frangella, Tropp and
+Udell (2023), "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl. 44, Algorithms 2.1 and E.2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distinfluence.curvature.base import CurvatureOperator
+from distinfluence.errors import NonFiniteError
+from distinfluence.solvers.base import (
+    Outcome,
+    Solution,
+    Solver,
+    SolverState,
+    approximation,
+    check_count,
+    check_damping,
+    check_rhs,
+    check_tolerance,
+)
+from distinfluence.solvers.block_cg import orthonormal_rows
+from distinfluence.solvers.spectrum import random_rows
+
+COLUMNS = 2**18  # of Ω and Y that are widened to float64 at once
+PROBES = 4  # rows of the power iteration for ‖A − Â‖: more than one, as one may miss the direction
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Ω and its products: what a larger rank can use again. omega: [r, p] orthonormal rows; product: ΩA [r, p]."""
+
+    omega: Tensor
+    product: Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Â = Uᵀ Λ U, positive semi-definite. basis: U [r, p], orthonormal rows. values: Λ [r] float64, descending, ≥ 0.
+
+    shift: ν that was added to A for the factorisation and taken off the values again. clipped: the most negative
+    Rayleigh quotient, which Â cannot represent; 0 if there is none.
+    """
+
+    basis: Tensor
+    values: Tensor
+    shift: float
+    clipped: float
+
+    def matmat(self, rows: Tensor) -> Tensor:
+        """rows [k, p] · Â; no pass."""
+        return (rows @ self.basis.T * self.values.to(rows.dtype)) @ self.basis
+
+
+def nystroem(operator: CurvatureOperator, rank: int, *, seed: int = 0) -> LowRank:
+    """The Nyström approximation of A of this rank, or of p where that is less; A itself, up to rounding, at rank p.
+
+    Costs one pass of `rank` rows where the operator is known to be positive semi-definite, else two. Seeded: the same
+    for the same operator, on every device. Raises SettingError for a rank below 1, NonFiniteError for bad products.
+    """
+    return low_rank(operator, sketched(operator, rank, seed=seed))
+
+
+def sketched(operator: CurvatureOperator, rank: int, *, seed: int = 0) -> Sketch:
+    """Ω and ΩA; one pass of min(rank, p) rows."""
+    check_count("rank", rank)
+    nothing = torch.zeros(0, operator.size, dtype=operator.dtype, device=operator.device)
+    return extend(operator, Sketch(nothing, nothing, seed), rank)
+
+
+def extend(operator: CurvatureOperator, sketch: Sketch, rank: int) -> Sketch:
+    """The sketch with more rows, `rank` in all or p; one pass of the new rows alone. The old rows stay as they are."""
+    old = sketch.omega.shape[0]
+    n_new = min(rank, operator.size) - old
+    if n_new <= 0:
+        return sketch
+    rows = random_rows(operator, n_new, sketch.seed + old)
+    for _ in range(2):  # twice is enough (Kahan and Parlett)
+        rows = rows - (rows @ sketch.omega.T) @ sketch.omega
+        rows = torch.linalg.qr(rows.T).Q.T.contiguous()
+    product = operator.matmat(rows)
+    if not product.isfinite().all():
+        raise NonFiniteError(
+            "`operator` must be finite, got NaN or infinity in its products. Look at the loss and its derivatives."
+        )
+    return Sketch(torch.cat([sketch.omega, rows]), torch.cat([sketch.product, product]), sketch.seed)
+
+
+def low_rank(operator: CurvatureOperator, sketch: Sketch) -> LowRank:
+    """Â from its sketch: no pass where A is known to be positive semi-definite, else one."""
+    found = _whitened(sketch)
+    if operator.positive_semidefinite:
+        return found
+    product = operator.matmat(found.basis)
+    quotients = _gram(product, found.basis)
+    values, vectors = torch.linalg.eigh((quotients + quotients.T) / 2)
+    values, vectors = values.flip(0), vectors.flip(1)
+    basis = vectors.T.to(found.basis.dtype) @ found.basis
+    clipped = float(values[-1]) if float(values[-1]) < -_noise(found.shift, values) else 0.0
+    return LowRank(basis, _cut(values, found.shift), found.shift, clipped)
+
+
+def _whitened(sketch: Sketch) -> LowRank:
+    """Algorithm 2.1 with the tall factorisation by QR in the operator's dtype, and all that is r × r in float64."""
+    omega, product = sketch.omega, sketch.product
+    norm = float(torch.linalg.eigvalsh(_gram(product, product))[-1].clamp_min(0.0)) ** 0.5
+    shift = omega.shape[1] ** 0.5 * float(torch.finfo(omega.dtype).eps) * norm
+    shifted = torch.add(product, omega, alpha=shift)
+    q, r = torch.linalg.qr(shifted.T)
+    core = _gram(omega, shifted)
+    b = _half_inverse((core + core.T) / 2, shift) @ r.double().T
+    _, sigma, vectors = torch.linalg.svd(b, full_matrices=False)
+    basis = (q @ vectors.T.to(q.dtype)).T.contiguous()
+    return LowRank(basis, _cut(sigma**2 - shift, shift), shift, 0.0)
+
+
+def _half_inverse(core: Tensor, shift: float) -> Tensor:
+    """H [r, r] with Hᵀ H the inverse of the core; of its positive part where it has another one."""
+    factor, failed = torch.linalg.cholesky_ex(core)
+    eye = torch.eye(core.shape[0], dtype=core.dtype, device=core.device)
+    if not int(failed) and float(factor.diagonal().min()) > 0:
+        return torch.linalg.solve_triangular(factor, eye, upper=False)
+    # the shift is in the core already: adding it again, or another one, would be subtracted too little afterwards
+    values, vectors = torch.linalg.eigh(core)
+    sound = values > max(shift / 2, core.shape[0] * torch.finfo(core.dtype).eps * float(values.abs().max()))
+    return torch.where(sound, 1 / torch.where(sound, values, 1.0).sqrt(), 0.0)[:, None] * vectors.T
+
+
+def _cut(values: Tensor, shift: float) -> Tensor:
+    """Values [r] without what is negative, or rounding: the shift is as large as the error of the products."""
+    return torch.where(values > _noise(shift, values), values, 0.0)
+
+
+def _noise(shift: float, values: Tensor) -> float:
+    return max(shift, values.shape[0] * torch.finfo(values.dtype).eps * float(values.abs().amax()))
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ [r, s] in float64, for rows a [r, p], b [s, p]."""
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
+    for left, right in zip(a.split(COLUMNS, dim=1), b.split(COLUMNS, dim=1), strict=True):
+        total += left.double() @ right.double().T
+    return total
+
+
+def approximation_error(operator: CurvatureOperator, found: LowRank, *, passes: int = 5, seed: int = 1) -> float:
+    """‖A − Â‖ by power iterations with a block of PROBES rows, from below; one pass for each (Algorithm E.2)."""
+    rows = orthonormal_rows(random_rows(operator, min(PROBES, operator.size), seed))
+    error = 0.0
+    for _ in range(passes):
+        rest = operator.matmat(rows) - found.matmat(rows)
+        error = max(error, float(torch.linalg.eigvalsh(_gram(rest, rest))[-1].clamp_min(0.0)) ** 0.5)
+        rows = orthonormal_rows(rest)
+        if not rows.shape[0]:
+            break
+    return error
