@@ -76,7 +76,8 @@ class Job(Section):
     """A whole run.
 
     method: `name` (cg, direct) and the parameters of that influence model. loss: a torch loss of (outputs, targets) or
-    an `Objective`. mode: up or perturbation. output: the folder of the result. scratch: a folder that every worker
+    an `Objective`. mode: up or perturbation. output: the folder of the result. certify: find
+    the ends of the spectrum for error bounds (several passes). scratch: a folder that every worker
     sees, beside the output if left out.
     """
 
@@ -90,6 +91,7 @@ class Job(Section):
     cluster: ClusterSection = ClusterSection()
     solve: Literal["auto", "rows", "data"] = "auto"
     top_k: PositiveInt = 50
+    certify: bool = False
     scratch: Path | None = None
     _folder: Path = Path()
 

@@ -11,7 +11,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -181,7 +180,7 @@ class InfluenceFunctionModel(ABC):
         (heuristic ones), and `fit_report` says whether A + λI is positive definite.
         """
         self._fit = self._fitted().with_spectrum()
-        return dict(self._fit.extremes)
+        return dict(self._fit.report.spectrum)
 
     def _operators(self, plane: DataPlane) -> dict[str, DataOperator]:
         risk = EmpiricalRisk.over(plane)
@@ -226,6 +225,15 @@ class InfluenceFunctionModel(ABC):
 
     def _by_block(self, gradients: Tensor) -> dict[str, Tensor]:
         return {block: gradients[:, columns].contiguous() for block, columns in self.risk.blocks.columns.items()}
+
+    @property
+    def kind_of_bound(self) -> str:
+        """ "rigorous", "heuristic" or "none": what error bounds the solves of this fit carry."""
+        fitted = self._fitted()
+        bounds = fitted.lower_bounds(fitted.damping).values()
+        if any(bound is None for bound in bounds):
+            return "none"
+        return "rigorous" if all(bound is not None and bound.rigorous for bound in bounds) else "heuristic"
 
     def self_influences(
         self, x: object, y: Tensor | None = None, *, rtol: float = 1e-3, maxiter: int = 500
@@ -358,9 +366,7 @@ class InfluenceFunctionModel(ABC):
         arrays = {name: tensor.to(device) for name, tensor in self.state_arrays().items()} if self.is_fitted else {}
         self._risk = self.risk.to(device)
         if self._fit is not None:
-            before = self._fit
-            self.restore(before.plane.to(self._risk), arrays, before.report)
-            self._fit = replace(self._fit, extremes=before.extremes)
+            self.restore(self._fit.plane.to(self._risk), arrays, self._fit.report)
         return self
 
     def state_arrays(self) -> dict[str, Tensor]:

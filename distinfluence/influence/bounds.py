@@ -16,7 +16,7 @@ from distinfluence.curvature import CurvatureOperator
 from distinfluence.solvers.base import Solution, SolverState, row_norms
 from distinfluence.solvers.spectrum import Extremes
 
-ROUNDING = 16  # times eps·‖A + λI‖·‖x‖ is what the fresh product may be off by
+ROUNDING = 16  # times eps·‖A + λI‖·‖x‖ is what a fresh product may be off by, times eps·‖x‖·‖g‖ an influence
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,18 @@ def error_bounds(
 ) -> Tensor | None:
     """[k] float64, c_i with |Î_ij − I_ij| ≤ c_i·‖g_j‖; None unless every block has a lower bound.
 
-    Over blocks, Σ_b ε_ib·‖g_jb‖/μ_b ≤ √(Σ_b (ε_ib/μ_b)²)·‖g_j‖ (Cauchy and Schwarz).
+    Over blocks, Σ_b ε_ib·‖g_jb‖/μ_b ≤ √(Σ_b (ε_ib/μ_b)²)·‖g_j‖ (Cauchy and Schwarz). Includes the rounding of the
+    products with g_j in the dtype of rhs.
     """
-    squared = None
+    squared, sizes = [], []
     for block, solution in solutions.items():
         bound = bounds[block]
         if bound is None:
             return None
-        part = (_residual_norms(solution, rhs[block]) / bound.value) ** 2
-        squared = part if squared is None else squared + part
-    return None if squared is None else squared.sqrt()
+        squared.append((_residual_norms(solution, rhs[block]) / bound.value) ** 2)
+        sizes.append(row_norms(solution.x).cpu() ** 2)
+    eps = float(torch.finfo(next(iter(rhs.values())).dtype).eps)
+    return torch.stack(squared).sum(dim=0).sqrt() + ROUNDING * eps * torch.stack(sizes).sum(dim=0).sqrt()
 
 
 def _residual_norms(solution: Solution, rhs: Tensor) -> Tensor:
@@ -61,5 +63,5 @@ def _residual_norms(solution: Solution, rhs: Tensor) -> Tensor:
     size = row_norms(rhs).cpu()
     residual = torch.where(size > 0, solution.relative_residual * size, solution.relative_residual)
     largest = 0.0 if math.isnan(solution.largest) else solution.largest
-    eps = float(torch.finfo(rhs.dtype).eps)
+    eps = float(torch.finfo(solution.x.dtype).eps)
     return residual + ROUNDING * eps * (largest * row_norms(solution.x).cpu() + size)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -21,14 +21,13 @@ Rows = Mapping[str, Tensor]  # block → [k, p_block]
 
 @dataclass(frozen=True)
 class Fitted:
-    """The fitted part of an influence model; extremes: block → ends of its spectrum, once they were asked for."""
+    """The fitted part of an influence model."""
 
     plane: DataPlane
     operators: Mapping[str, DataOperator]
     solvers: Mapping[str, Solver[Any]]
     states: Mapping[str, Any]
     report: FitReport
-    extremes: Mapping[str, Extremes] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -76,15 +75,15 @@ class Fitted:
 
     def with_spectrum(self) -> Self:
         """The same with both ends of every block's spectrum, by Lanczos where they are not known yet."""
-        extremes = {
-            block: self.extremes.get(block) or extreme_eigenvalues(operator)
+        extremes: dict[str, Extremes] = {
+            block: self.report.spectrum.get(block) or extreme_eigenvalues(operator)
             for block, operator in self.operators.items()
         }
         definite = {
             block: extremes[block].smallest + self.report.damping[block] > 0 if known is None else known
             for block, known in self.report.positive_definite.items()
         }
-        return replace(self, extremes=extremes, report=replace(self.report, positive_definite=definite))
+        return replace(self, report=replace(self.report, positive_definite=definite, spectrum=extremes))
 
     def solve(self, rhs: Rows) -> tuple[Tensor, SolveReport]:
         """Factors [k, p] of every row, and how far each got."""
@@ -105,7 +104,7 @@ class Fitted:
     def lower_bounds(self, damping: Mapping[str, float]) -> dict[str, LowerBound | None]:
         """Block → μ with A + λI ⪰ μI, as far as it is known."""
         return {
-            block: lower_bound(operator, self.states[block], damping[block], self.extremes.get(block))
+            block: lower_bound(operator, self.states[block], damping[block], self.report.spectrum.get(block))
             for block, operator in self.operators.items()
         }
 

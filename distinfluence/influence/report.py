@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distinfluence.influence.bounds import LowerBound, error_bounds
 from distinfluence.solvers.base import Outcome, Solution
+from distinfluence.solvers.spectrum import Extremes
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class FitReport:
     their ratio. uncovered: names left out (frozen, or not in a custom block structure). blocks: block → size.
     damping: block → λ. positive_definite: block → whether A + λI is, None where the method does not find out.
     passes: over the training data. remarks: how the loss was understood, and what the method has to say. seconds: wall
-    time. details: block → small tensors of the method, for instance eigenvalues and their residuals.
+    time. details: block → small tensors of the method, for instance eigenvalues and their residuals. spectrum: block →
+    ends of the spectrum of A, once they were asked for.
     """
 
     second_order_mode: str
@@ -33,6 +35,7 @@ class FitReport:
     remarks: tuple[str, ...]
     seconds: float
     details: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    spectrum: Mapping[str, Extremes] = field(default_factory=dict)
 
     @property
     def coverage(self) -> float:

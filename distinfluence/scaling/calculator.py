@@ -45,11 +45,19 @@ class InfluenceCalculator(ABC):
         self._fitted: Fitted | None = None
 
     def fit(
-        self, x: object, y: object | None = None, *, chunk_size: int | None = None, progress: bool | Progress = False
+        self,
+        x: object,
+        y: object | None = None,
+        *,
+        chunk_size: int | None = None,
+        certify: bool = False,
+        progress: bool | Progress = False,
     ) -> Self:
         """Fit to the training data: check and fingerprint every chunk, then do the work that needs no test point.
 
-        x, y: see `distinfluence.scaling.chunked`. Raises what the checks of data and model raise, before any solve.
+        x, y: see `distinfluence.scaling.chunked`. certify: find the ends of the spectrum too, for error bounds where
+        the curvature is not positive semi-definite by what it is (see `InfluenceFunctionModel.spectrum`). Raises what
+        the checks of data and model raise, before any solve.
         """
         bars = _progress(progress)
         data = self._everywhere(self._chunked(x, y, chunk_size))
@@ -60,6 +68,8 @@ class InfluenceCalculator(ABC):
         with bars.stage("fit", None, "passes") as bar:
             plane.on_pass = bar.advance
             self.model.fit(plane)
+            if certify:
+                self.model.spectrum()
             plane.on_pass = None
         self._fitted = Fitted(
             self.model, self._fitted_context(context, data), executor, self._n_workers(), data, sha256
@@ -82,7 +92,8 @@ class InfluenceCalculator(ABC):
     ) -> Any:
         """(A + λI)⁻¹ ∇θ m of each test point, [n_test, p], one solve and one block per chunk; lazy.
 
-        With `return_report`, also a dict of lazy [n_test] arrays: relative_residual, iterations, converged.
+        With `return_report`, also a dict of lazy [n_test] arrays: relative_residual, iterations, converged and
+        error_bound (NaN where there is none).
         """
         data = self._chunked(x, y, chunk_size, TEST_CHUNK_SIZE)
         node, p = self._node(), self.model.n_parameters
@@ -94,7 +105,8 @@ class InfluenceCalculator(ABC):
         )
         if not return_report:
             return factors
-        kinds = {"relative_residual": np.float64, "iterations": np.int64, "converged": np.bool_}
+        kinds: dict[str, type[np.generic]] = {"relative_residual": np.float64, "iterations": np.int64}
+        kinds |= {"converged": np.bool_, "error_bound": np.float64}
         report = {
             name: da.concatenate([da.from_delayed(fields[name], (size,), dtype=kind) for fields, size in solved])
             for name, kind in kinds.items()

@@ -172,6 +172,7 @@ def _writer(
         },
         "n_fit": fitted.train.n_samples,
         "remarks": list(fitted.model.fit_report.remarks),
+        "error_bound": fitted.model.kind_of_bound,
         "versions": {name: version(name) for name in ("torch", "dask", "distributed", "zarr", "numpy")}
         | {"python": platform.python_version()},
     }
@@ -225,7 +226,7 @@ def _solve_here(
         for position, sides in fitted.executor.run(chunk_right_hand_sides, (fitted.context,), items):
             with torch.no_grad():
                 factors, report = fitted.model.solve(to_tensor(sides["rows"]).to(fitted.model.risk.device))
-            fields = factor_fields(report, sides["loss"], sides["gradient_norm"])
+            fields = factor_fields(factors, report, sides["loss"], sides["gradient_norm"])
             save_factors(files[waiting[position]], np.asarray(to_numpy(factors)), fields)
             done(waiting[position], fields)
     finally:

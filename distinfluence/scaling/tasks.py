@@ -82,7 +82,7 @@ def chunk_factors(context: Context, chunk: Chunk) -> dict[str, Array]:
     with torch_task(context) as model:
         gradients = model.measurement_gradients(model.place(to_tensor_batch(load(chunk))))
         factors, report = model.solve(gradients.rows)
-        fields = factor_fields(report, to_numpy(gradients.values), to_numpy(gradients.norms))
+        fields = factor_fields(factors, report, to_numpy(gradients.values), to_numpy(gradients.norms))
         return {"factors": to_numpy(factors), **fields}
 
 
@@ -91,7 +91,7 @@ def solve_chunk(context: Context, chunk: Chunk, file: str, index: int, start: in
     with torch_task(context) as model, named_samples(index, start, size):
         gradients = model.measurement_gradients(model.place(to_tensor_batch(load(chunk))))
         factors, report = model.solve(gradients.rows)
-        fields = factor_fields(report, to_numpy(gradients.values), to_numpy(gradients.norms))
+        fields = factor_fields(factors, report, to_numpy(gradients.values), to_numpy(gradients.norms))
         save_factors(file, to_numpy(factors), fields)
         return fields
 
@@ -107,14 +107,19 @@ def chunk_right_hand_sides(context: Context, chunk: Chunk, index: int, start: in
         }
 
 
-def factor_fields(report: SolveReport, losses: Array, norms: Array) -> dict[str, Array]:
-    """What the result keeps of each test point, by its field names."""
+def factor_fields(factors: torch.Tensor, report: SolveReport, losses: Array, norms: Array) -> dict[str, Array]:
+    """What the result keeps of each test point, by its field names; error bounds leave room for float32 storage."""
+    bound = np.full(len(losses), np.nan)
+    if report.error_bound is not None:
+        sizes = torch.linalg.vector_norm(factors, dim=1, dtype=torch.float64).cpu()
+        bound = (report.error_bound + torch.finfo(torch.float32).eps * sizes).numpy()
     return {
         "loss": losses,
         "gradient_norm": norms,
         "relative_residual": report.relative_residual.numpy(),
         "iterations": report.iterations.numpy(),
         "converged": report.converged.numpy(),
+        "error_bound": bound,
     }
 
 
@@ -127,7 +132,7 @@ def save_factors(file: str, factors: Array, fields: Mapping[str, Array]) -> None
 
 def saved_fields(file: str) -> dict[str, Array]:
     """The fields that `save_factors` wrote beside these factors."""
-    names = ("loss", "gradient_norm", "relative_residual", "iterations", "converged")
+    names = ("loss", "gradient_norm", "relative_residual", "iterations", "converged", "error_bound")
     return {name: np.load(_field_file(file, name), allow_pickle=False) for name in names}
 
 

@@ -37,6 +37,7 @@ _OWN_ENTRIES = frozenset(
         "relative_residual",
         "iterations",
         "converged",
+        "error_bound",
         "train_loss",
         "train_gradient_norm",
         "self_influence",

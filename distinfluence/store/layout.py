@@ -159,6 +159,7 @@ def array_specs(layout: Layout) -> list[ArraySpec]:
         ArraySpec("relative_residual", tests, tests, None, "float32", nan, ("test",)),
         ArraySpec("iterations", tests, tests, None, "int32", -1, ("test",)),
         ArraySpec("converged", tests, tests, None, "bool", False, ("test",)),
+        ArraySpec("error_bound", tests, tests, None, "float32", nan, ("test",)),
         ArraySpec("train_loss", trains, (layout.strip,), None, "float32", nan, ("train",)),
         ArraySpec("train_gradient_norm", trains, (layout.strip,), None, "float32", nan, ("train",)),
         ArraySpec("strip_status", strips, (1,), None, "uint8", 0, ("strip",)),

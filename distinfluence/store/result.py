@@ -119,6 +119,15 @@ class InfluenceResult:
         return self._read("converged")
 
     @property
+    def error_bound(self) -> NDArray[np.float32]:
+        """[n_test], c_i with |stored − exact influence| ≤ c_i · `train_gradient_norm`_j; NaN where there is none.
+
+        `provenance["error_bound"]` says whether it is "rigorous" or "heuristic" (it then rests on an estimate of the
+        smallest eigenvalue).
+        """
+        return self._read("error_bound")
+
+    @property
     def train_loss(self) -> NDArray[np.float32]:
         """[n_train], NaN where not recorded."""
         return self._read("train_loss")

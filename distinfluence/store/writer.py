@@ -59,7 +59,10 @@ RUNNING, COMPLETE = "running", "complete"
 
 _DRIVER_CHUNKS = [
     *((f"{end}_{what}", "0/0") for end in ("top", "bottom") for what in ("index", "value")),
-    *((name, "0") for name in ("test_loss", "test_gradient_norm", "relative_residual", "iterations", "converged")),
+    *(
+        (name, "0")
+        for name in ("test_loss", "test_gradient_norm", "relative_residual", "iterations", "converged", "error_bound")
+    ),
 ]
 _RESERVED = frozenset({"format", "format_version", "state", "layout", "sign_convention", "created", "summary"})
 
@@ -132,10 +135,12 @@ class InfluenceWriter:
         relative_residual: NDArray[Any] | None = None,
         iterations: NDArray[Any] | None = None,
         converged: NDArray[Any] | None = None,
+        error_bound: NDArray[Any] | None = None,
     ) -> None:
         """Write what is known of the test points `rows`; each array is [rows]. One process at a time.
 
         `loss` and `gradient_norm` must be finite; `relative_residual` (to the norm of the right-hand side) need not be.
+        `error_bound`: c_i with |stored − exact| ≤ c_i·‖g_j‖ for every training point j; rounded up to float32.
         Raises IndexRangeError, ShapeError, DtypeError, NonFiniteError, StoreError.
         """
         n_rows = _check_rows(rows, self.layout.n_test)
@@ -145,6 +150,7 @@ class InfluenceWriter:
             "relative_residual": _per_point("relative_residual", relative_residual, n_rows, "fiu", np.float32),
             "iterations": _per_point("iterations", iterations, n_rows, "iu", np.int32),
             "converged": _per_point("converged", converged, n_rows, "b", np.bool_),
+            "error_bound": _rounded_up(_per_point("error_bound", error_bound, n_rows, "f", np.float64)),
         }
         for name in ("test_loss", "test_gradient_norm"):
             _require_finite(f"{name} of test points {rows.start or 0}…", given[name])
@@ -369,6 +375,14 @@ def _per_point(
         raise DtypeError(f"`{name}` must convert to {dtype.__name__}, got {values.dtype}. Convert it first.")
     with np.errstate(over="ignore"):
         return values.astype(dtype, copy=False)
+
+
+def _rounded_up(values: NDArray[Any] | None) -> NDArray[np.float32] | None:
+    """The smallest float32 numbers that are not below these."""
+    if values is None:
+        return None
+    nearest = values.astype(np.float32)
+    return np.where(nearest < values, np.nextafter(nearest, np.float32(np.inf)), nearest)
 
 
 def _require_finite(name: str, values: NDArray[Any] | None) -> None:

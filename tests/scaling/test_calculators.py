@@ -94,6 +94,9 @@ def test_the_matrix_on_disk_does_not_depend_on_the_chunks(
     assert result.complete
     assert result.converged.all()
     np.testing.assert_allclose(result[:], expected, **STORED)
+    assert result.provenance["error_bound"] == "rigorous"
+    bounds = result.error_bound[:, None].astype(float) * result.train_gradient_norm
+    assert (np.abs(result[:] - expected) <= bounds * (1 + 1e-6)).all()  # the norms are rounded to float32 as well
 
 
 @pytest.mark.parametrize("solve", ["rows", "data"])
@@ -123,6 +126,19 @@ def test_lazy_arrays_compute_on_the_cluster_from_dask_arrays(case: Case, expecte
     np.testing.assert_allclose(calculator.influences_from_factors(factors).compute(), expected, **EXACT)
     assert report["converged"].compute().all()
     assert (report["relative_residual"].compute() <= 1e-10).all()
+    bounds = report["error_bound"].compute()[:, None] * np.linalg.norm(
+        calculator.gradients(*case.train).compute(), axis=1
+    )
+    assert (np.abs(calculator.influences_from_factors(factors).compute() - expected) <= bounds).all()
+
+
+def test_a_hessian_is_certified_where_asked(make: Make, case: Case, tmp_path: Path) -> None:
+    for certify, kind in ((False, "none"), (True, "heuristic")):
+        model = CgInfluence(case.model, case.loss, 5.0, rtol=1e-6)  # far above the Hessian's most negative eigenvalue
+        calculator = make(model).fit(*case.train, chunk_size=7, certify=certify)
+        result = calculator.to_zarr(tmp_path / f"{kind}.zarr", *case.test, test_chunk_size=4, progress=False)
+        assert result.provenance["error_bound"] == kind
+        assert np.isfinite(result.error_bound).all() == certify
 
 
 def test_gradients_are_a_lazy_array_of_the_chunks(make: Make, case: Case) -> None:
@@ -172,9 +188,9 @@ class Counting(CgInfluence):
         self.solves.append(gradients.shape[0])
         return super().solve(gradients)
 
-    def loss_gradients(self, batch: Any) -> Any:
+    def tile(self, factors: torch.Tensor, batch: Any, mode: Any = "up") -> Any:
         self.training_gradients.append(len(batch[1]))
-        return super().loss_gradients(batch)
+        return super().tile(factors, batch, mode)
 
 
 @pytest.mark.parametrize("lazy", [True, False])

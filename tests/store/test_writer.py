@@ -62,6 +62,7 @@ def test_any_zarr_reader_opens_the_result(make: Any, layout: Any) -> None:
         "relative_residual": "float32",
         "iterations": "int32",
         "converged": "bool",
+        "error_bound": "float32",
         "train_loss": "float32",
         "train_gradient_norm": "float32",
         "strip_status": "uint8",

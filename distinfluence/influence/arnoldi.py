@@ -1,0 +1,153 @@
+"""Influence from the leading eigenvectors of the curvature, in the space that they span.
+
+Memory: the basis of the fit (see `Arnoldi`), then rank·p numbers; `influences` holds n × rank numbers of the gradients
+of n samples. Another damping costs nothing.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from distinfluence.batch import Batch
+from distinfluence.blocks import BlockMode, BlockStructure
+from distinfluence.curvature import SecondOrderMode
+from distinfluence.gradients import SampleGradients, micro_batches
+from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.influence.damping import Regularization
+from distinfluence.influence.scores import InfluenceMode, influence_mode
+from distinfluence.objective import Loss, Objective
+from distinfluence.solvers.arnoldi import Arnoldi
+
+ByBlock = OrderedDict[str, Tensor]
+
+
+class ArnoldiInfluence(InfluenceFunctionModel):
+    """Influence by (A + λI)⁻¹ on the span of A's leading eigenvectors (Schioppa et al. 2022).
+
+    rank_estimate: how many eigenvectors, in each block; at most the block's size. tol: residual of an eigenvector
+    relative to ‖A‖ up to which it counts as converged. complement: whether what is orthogonal to the eigenvectors is
+    kept, divided by λ (> 0); without it, it is lost: with few eigenvectors that is most of a gradient, as the report
+    says. indefinite: "keep" or "drop" directions of negative curvature. block_size: rows of a pass, see `Arnoldi`.
+    seed: of the start vectors. Other parameters as `InfluenceFunctionModel`.
+
+    Without the complement, `influences` and `influences_by_block` project each gradient as soon as it is made, and
+    take no pass over the training data; `influence_factors` makes factors [n_test, p] and their residuals.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> data = torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)
+    >>> influence = ArnoldiInfluence(model, torch.nn.MSELoss(), hessian_regularization=1.0).fit(data)
+    >>> gradients = 2 * data[0] ** 2 * model.weight.detach()  # A = 10
+    >>> torch.allclose(influence.influences(*data), gradients @ gradients.T / 11)
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | Objective,
+        hessian_regularization: Regularization = 0.0,
+        rank_estimate: int = 10,
+        tol: float = 1e-6,
+        *,
+        complement: bool = False,
+        indefinite: Literal["keep", "drop"] = "keep",
+        block_size: int | None = None,
+        seed: int = 0,
+        block_structure: BlockStructure = BlockMode.FULL,
+        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
+    ) -> None:
+        self.rank_estimate = rank_estimate
+        self.tol = tol
+        self.complement = complement
+        self.indefinite = indefinite
+        self.block_size = block_size
+        self.seed = seed
+        self.solver(1.0)  # its checks of the settings, before anything is computed
+        super().__init__(
+            model,
+            loss,
+            hessian_regularization,
+            block_structure=block_structure,
+            second_order_mode=second_order_mode,
+        )
+
+    def solver(self, damping: float) -> Arnoldi:
+        """The inverse on leading eigenvectors."""
+        return Arnoldi(
+            damping=damping,
+            rank_estimate=self.rank_estimate,
+            tol=self.tol,
+            complement=self.complement,
+            indefinite=self.indefinite,
+            block_size=self.block_size,
+            seed=self.seed,
+        )
+
+    def settings(self) -> dict[str, object]:
+        """The common settings and those of the eigenvectors."""
+        return self._common_settings() | {
+            "rank_estimate": self.rank_estimate,
+            "tol": self.tol,
+            "complement": self.complement,
+            "indefinite": self.indefinite,
+            "block_size": self.block_size,
+            "seed": self.seed,
+        }
+
+    def influences(
+        self,
+        x_test: object,
+        y_test: Tensor | None = None,
+        x: object | None = None,
+        y: Tensor | None = None,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> Tensor:
+        """As `InfluenceFunctionModel.influences`; in the projected space for mode "up" without the complement."""
+        if not self._projects(x, y, mode):
+            return super().influences(x_test, y_test, x, y, mode)
+        by_block = self._projected(x_test, y_test, x, y)
+        total = torch.stack(list(by_block.values())).sum(dim=0) if len(by_block) > 1 else next(iter(by_block.values()))
+        return total
+
+    def influences_by_block(
+        self,
+        x_test: object,
+        y_test: Tensor | None = None,
+        x: object | None = None,
+        y: Tensor | None = None,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> ByBlock:
+        """As `influences`, block by block; they sum to it."""
+        if not self._projects(x, y, mode):
+            return super().influences_by_block(x_test, y_test, x, y, mode)
+        return self._projected(x_test, y_test, x, y)
+
+    def _projects(self, x: object | None, y: Tensor | None, mode: InfluenceMode | str) -> bool:
+        refused = x is None and y is not None  # by the general way, with its error
+        return influence_mode(mode) is InfluenceMode.UP and not self.complement and not self.refine and not refused
+
+    def _projected(self, x_test: object, y_test: Tensor | None, x: object | None, y: Tensor | None) -> ByBlock:
+        """(g_test Vᵀ)(D + λ)⁻¹(g_train Vᵀ)ᵀ, block by block: [n_test, n_train] each."""
+        fitted = self._fitted()
+        tests = self.place(x_test, y_test)
+        trains = tests if x is None else self.place(x, y)
+        left = self._coordinates(tests, self.measurement_gradients)
+        right = self._coordinates(trains, self.loss_gradients)
+        return OrderedDict(
+            (block, left[block] * solver.inverse_values(fitted.states[block]).to(self.risk.dtype) @ right[block].T)
+            for block, solver in fitted.solvers.items()
+            if isinstance(solver, Arnoldi)
+        )
+
+    def _coordinates(self, batch: Batch, gradients_of: Callable[[Batch], SampleGradients]) -> dict[str, Tensor]:
+        """Gradients of samples in the space of each block's eigenvectors: block → [n, rank]."""
+        columns, states = self.risk.blocks.columns, self._fitted().states
+        parts: list[dict[str, Tensor]] = []
+        for part in micro_batches(self.risk, batch):
+            rows = gradients_of(part).rows
+            parts.append({block: rows[:, own] @ states[block].vectors.T for block, own in columns.items()})
+        return {block: torch.cat([part[block] for part in parts]) for block in columns}
