@@ -9,12 +9,14 @@ from distinfluence.curvature import (
 )
 from distinfluence.errors import DistinfluenceError
 from distinfluence.influence import (
+    ArnoldiInfluence,
     CgInfluence,
     DirectInfluence,
     FitReport,
     InfluenceFunctionModel,
     InfluenceMode,
     KrylovInfluence,
+    NystroemSketchInfluence,
     RelativeDamping,
     SelfInfluences,
     SolveReport,
@@ -32,6 +34,7 @@ from distinfluence.store import InfluenceResult, open_influences
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArnoldiInfluence",
     "BlockMode",
     "CgInfluence",
     "DaskInfluenceCalculator",
@@ -47,6 +50,7 @@ __all__ = [
     "InfluenceResult",
     "KrylovInfluence",
     "ModelRecipe",
+    "NystroemSketchInfluence",
     "Objective",
     "ParameterBlocks",
     "Recipe",

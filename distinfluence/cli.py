@@ -85,6 +85,26 @@ def run(job: Path, resume: bool, overwrite: bool, quiet: bool) -> None:
 
 
 @main.command()
+@click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--tests", default=4, show_default=True, type=click.IntRange(min=1), help="Test samples to look at.")
+@click.option("--trains", default=64, show_default=True, type=click.IntRange(min=1), help="Training samples.")
+@click.option("--seed", default=0, show_default=True, help="Of the random sample.")
+def verify(job: Path, tests: int, trains: int, seed: int) -> None:
+    """Compute a random sample of the result of JOB again, by another method and in float64.
+
+    Ends with status 1 if an error is larger than its bound.
+    """
+    from distinfluence.config import Job
+    from distinfluence.job import verify_job
+
+    with _clean_errors():
+        found = verify_job(Job.read(job), n_test=tests, n_train=trains, seed=seed)
+        click.echo(str(found))
+        if found.within_bounds is False:
+            sys.exit(1)
+
+
+@main.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Everything that is recorded, as JSON.")
 def info(path: Path, as_json: bool) -> None:

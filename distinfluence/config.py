@@ -14,11 +14,22 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
 
 from distinfluence.errors import ConfigError
-from distinfluence.influence import CgInfluence, DirectInfluence, InfluenceFunctionModel
+from distinfluence.influence import (
+    ArnoldiInfluence,
+    CgInfluence,
+    DirectInfluence,
+    InfluenceFunctionModel,
+    NystroemSketchInfluence,
+)
 from distinfluence.objective import Loss, Objective
 from distinfluence.scaling import ClusterSpec, ModelRecipe, Recipe
 
-METHODS: Mapping[str, type[InfluenceFunctionModel]] = {"cg": CgInfluence, "direct": DirectInfluence}
+METHODS: Mapping[str, type[InfluenceFunctionModel]] = {
+    "arnoldi": ArnoldiInfluence,
+    "cg": CgInfluence,
+    "direct": DirectInfluence,
+    "nystroem": NystroemSketchInfluence,
+}
 
 
 class Section(BaseModel):

@@ -2,13 +2,25 @@
 
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from distinfluence.config import Job
-from distinfluence.scaling import DaskInfluenceCalculator, Progress, connected
-from distinfluence.store import InfluenceResult, check_output
+from distinfluence.errors import FingerprintError, SettingError
+from distinfluence.evaluate import Verification, verify_entries
+from distinfluence.evaluate.verify import sampled
+from distinfluence.influence import InfluenceFunctionModel, KrylovInfluence
+from distinfluence.influence.arrays import to_tensor_batch
+from distinfluence.scaling import ChunkedData, DaskInfluenceCalculator, Progress, connected
+from distinfluence.scaling.chunks import chunked, take_samples
+from distinfluence.scaling.executor import InProcess
+from distinfluence.scaling.recipe import fingerprint_module
+from distinfluence.scaling.sources import InThisProcess
+from distinfluence.scaling.strips import look
+from distinfluence.scaling.worker import LocalContext, SourcePlane
+from distinfluence.store import InfluenceResult, check_output, open_influences
 
 
 def run_job(
@@ -40,6 +52,49 @@ def run_job(
         )
     _remove(scratch)
     return result
+
+
+def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verification:
+    """Compare a random sample of the job's result with exact influences, computed here by another method.
+
+    The training data are loaded and swept in this process. Raises FingerprintError if the result was made with another
+    model or other data, and SettingError for a result of mode "perturbation".
+    """
+    asked, _ = job.influence_model()
+    result = open_influences(job.path(job.output))
+    if len(result.shape) != 2:
+        raise SettingError("`output` holds influences of mode 'perturbation', expected 'up'. Only those are verified.")
+    solver = result.provenance["solver"]
+    model = KrylovInfluence(
+        asked.risk.module,
+        asked.objective,
+        solver["hessian_regularization"],
+        block_structure=solver["block_structure"],
+        second_order_mode=solver["second_order_mode"],
+    )
+    home = InThisProcess()
+    train = chunked(job.recipe(job.data.train), None, home, job.chunks.train)
+    test = chunked(job.recipe(job.data.test), None, home, job.chunks.test)
+    _same(result, model, {"train_data": train, "test_data": test})
+    model.fit(SourcePlane(model.risk, train))
+    rows, columns = sampled(result.shape, n_test, n_train, seed)
+    given = np.asarray(result.influences.oindex[rows, columns], dtype=np.float64)
+    tests, trains = (to_tensor_batch(take_samples(d, i)) for d, i in ((test, rows), (train, columns)))
+    bounds = result.error_bound[rows].astype(np.float64)
+    return verify_entries(given, model, rows, columns, tests, trains, bounds, solver["method"])
+
+
+def _same(result: InfluenceResult, model: InfluenceFunctionModel, data: Mapping[str, ChunkedData]) -> None:
+    context, quiet = LocalContext("verify", model), Progress(False)
+    here = {name: look(InProcess(), context, chunks, quiet, name) for name, chunks in data.items()}
+    here["parameters"] = fingerprint_module(model.risk.module)
+    recorded = result.provenance["fingerprints"]
+    other = [name.replace("_", " ") for name, sha256 in here.items() if recorded[name] != sha256]
+    if other:
+        raise FingerprintError(
+            f"`{result.path}` was made with other {' and '.join(other)} than this job names. Verify it with the job "
+            "that made it."
+        )
 
 
 def program() -> str:

@@ -57,7 +57,7 @@ def test_paths_and_modules_are_looked_up_beside_the_file(tmp_path: Path) -> None
         ({"chunks": {"trian": 5}}, "`chunks.trian` is no key of a job file. Did you mean `train`?"),
         ({"chunks": {"train": 0}}, "`chunks.train`: Input should be greater than 0, got 0."),
         ({"model": {"checkpoint": "m.pt"}}, "`model.factory` is missing."),
-        ({"method": {"name": "cgg"}}, "`method.name` must be one of ['cg', 'direct'], got 'cgg'. Did you mean `cg`?"),
+        ({"method": {"name": "cgg"}}, "got 'cgg'. Did you mean `cg`?"),
         (
             {"method": {"name": "cg", "hesian_regularization": 0.1}},
             "`method.hesian_regularization` is no parameter of 'cg'. Did you mean `hessian_regularization`?",

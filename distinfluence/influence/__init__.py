@@ -1,15 +1,18 @@
 """Influence models: risk + blocks + curvature + solver behind the seed interface."""
 
+from distinfluence.influence.arnoldi import ArnoldiInfluence
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.cg import CgInfluence
 from distinfluence.influence.damping import RelativeDamping
 from distinfluence.influence.direct import DirectInfluence
 from distinfluence.influence.krylov import KrylovInfluence
+from distinfluence.influence.nystroem import NystroemSketchInfluence
 from distinfluence.influence.report import BlockReport, FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile
 from distinfluence.influence.self_influence import SelfInfluences
 
 __all__ = [
+    "ArnoldiInfluence",
     "BlockReport",
     "CgInfluence",
     "DirectInfluence",
@@ -17,6 +20,7 @@ __all__ = [
     "InfluenceFunctionModel",
     "InfluenceMode",
     "KrylovInfluence",
+    "NystroemSketchInfluence",
     "RelativeDamping",
     "SelfInfluences",
     "SolveReport",

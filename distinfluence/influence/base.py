@@ -136,6 +136,11 @@ class InfluenceFunctionModel(ABC):
         """The training data that the model was fitted to. Raises NotFittedError before `fit`."""
         return self._fitted().plane
 
+    @property
+    def operators(self) -> Mapping[str, DataOperator]:
+        """Block → the curvature A of the block, without damping. Raises NotFittedError before `fit`."""
+        return self._fitted().operators
+
     def _fitted(self) -> Fitted:
         if self._fit is None:
             raise NotFittedError(f"`{type(self).__name__}` has not been fitted. Call `fit(data)` first.")

@@ -16,9 +16,11 @@ import dask
 import dask.array as da
 import numpy as np
 from dask.delayed import Delayed
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset, default_collate
 
 from distinfluence.errors import ChunkError, DtypeError, EmptyDataError, RecipeError, ShapeError
+from distinfluence.influence.arrays import Array, ArrayBatch
 from distinfluence.scaling.recipe import Recipe
 from distinfluence.scaling.sources import ArraySource, ChunkSource, DatasetSource, Home, common_length, leaf_tree
 
@@ -66,6 +68,34 @@ class ChunkedData:
                 f"{self.sizes[:10]}. Call `x.rechunk({{0: {max(self.sizes)}}})`, and the same for `y`."
             )
         return first
+
+
+def take_samples(data: ChunkedData, index: NDArray[np.int64]) -> ArrayBatch:
+    """The samples of these sorted indices as one batch, loading only the chunks that hold them."""
+    chunk_of = np.searchsorted(np.array(data.starts), index, side="right") - 1
+    parts = [
+        _take(data.sources[chunk].load(), index[chunk_of == chunk] - data.starts[chunk])
+        for chunk in np.unique(chunk_of).tolist()
+    ]
+    return _joined(parts)
+
+
+def _take(batch: ArrayBatch, index: NDArray[np.int64]) -> ArrayBatch:
+    if isinstance(batch, dict):
+        return {key: _take(value, index) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_take(value, index) for value in batch)
+    chosen: Array = np.asarray(batch)[index]
+    return chosen
+
+
+def _joined(parts: list[ArrayBatch]) -> ArrayBatch:
+    first = parts[0]
+    if isinstance(first, dict):
+        return {key: _joined([part[key] for part in parts if isinstance(part, dict)]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(_joined([part[i] for part in parts if isinstance(part, tuple)]) for i in range(len(first)))
+    return np.concatenate([np.asarray(part) for part in parts])
 
 
 def chunked(

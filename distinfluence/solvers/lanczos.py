@@ -3,7 +3,8 @@
 A symmetric: V A Vᵀ = T is block tridiagonal in exact arithmetic; here T is kept full in float64, and every new block
 is made orthogonal to all earlier ones twice, so that what is read off T holds in float32 too. Every block's product
 lies in the span of the basis and the block that waits for its own product, so residuals cost no pass. Memory: the
-basis, m·p numbers. Reference: Golub & Van Loan (2013), Matrix Computations, section 10.3.6.
+basis, m·p numbers, or what `restart` leaves of it. References: Golub & Van Loan (2013), Matrix Computations, section
+10.3.6; Wu & Simon (2000), "Thick-restart Lanczos method", SIAM J. Matrix Anal. Appl. 22.
 """
 
 import torch
@@ -12,15 +13,19 @@ from torch import Tensor
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.solvers.block_cg import orthonormal_rows
 
+COLUMNS = 2**16  # of the basis that a restart rotates at once
+
 
 class BlockLanczos:
     """The basis V [m, p] of K(A, start) with T = V A Vᵀ [m, m], and the block that comes next.
 
     start: [k, p], any rows; dependent ones are dropped. `step` costs one pass, with as many rows as the block has.
+    most: vectors that the basis will hold at most, where that is known: no memory is reserved for more.
     """
 
-    def __init__(self, operator: CurvatureOperator, start: Tensor) -> None:
+    def __init__(self, operator: CurvatureOperator, start: Tensor, most: int | None = None) -> None:
         self._operator = operator
+        self._most = operator.size if most is None else most
         self.next = orthonormal_rows(start)
         self.coupling = torch.zeros(0, self.next.shape[0], dtype=torch.float64, device=start.device)
         self.projected = torch.zeros(0, 0, dtype=torch.float64, device=start.device)
@@ -53,6 +58,28 @@ class BlockLanczos:
         old = self.size - n_new
         self.coupling = torch.cat([coupling.new_zeros(old, coupling.shape[1]), coupling])
 
+    def restart(self, coordinates: Tensor) -> None:
+        """Keep of the basis only the vectors with these coordinates, orthonormal columns [m, k] of `ritz`.
+
+        The block that waits stays, and with it what their products miss: the space goes on growing as if it had held
+        nothing else. No pass, and no memory beside the basis.
+        """
+        kept = coordinates.shape[1]
+        rotation = coordinates.T.to(self._storage.dtype)
+        for columns in self._storage.split(COLUMNS, dim=1):
+            columns[:kept] = rotation @ columns[: self.size]
+        self.size = kept
+        self.projected = coordinates.T @ self.projected @ coordinates
+        self.coupling = coordinates.T @ self.coupling
+
+    def go_on(self, rows: Tensor) -> None:
+        """Where the space is exhausted: go on with what of these rows [k, p] lies outside of it."""
+        for _ in range(2):
+            rows = rows - (rows @ self.basis.T) @ self.basis
+            rows = orthonormal_rows(rows)
+        self.next = rows[: rows.shape[1] - self.size]
+        self.coupling = self.projected.new_zeros(self.size, self.next.shape[0])
+
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values θ [m] ascending, coordinates of their vectors in the basis as columns [m, m], residuals [m].
 
@@ -65,7 +92,8 @@ class BlockLanczos:
     def _append(self, block: Tensor) -> None:
         needed = self.size + block.shape[0]
         if needed > self._storage.shape[0]:
-            grown = block.new_empty(max(needed, 2 * self._storage.shape[0]), block.shape[1])
+            rows = max(needed, min(2 * self._storage.shape[0], self._most))
+            grown = block.new_empty(rows, block.shape[1])
             grown[: self.size] = self.basis
             self._storage = grown
         self._storage[self.size : needed] = block

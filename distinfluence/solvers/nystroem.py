@@ -35,6 +35,8 @@ from distinfluence.solvers.spectrum import random_rows
 COLUMNS = 2**18  # of Ω and Y that are widened to float64 at once
 PROBES = 4  # rows of the power iteration for ‖A − Â‖: more than one, as one may miss the direction
 
+ON_ITS_RANGE = "Without damping, the sketch is inverted on its own range, and what lies outside is lost."
+
 
 @dataclass(frozen=True)
 class Sketch:
@@ -130,16 +132,19 @@ def _half_inverse(core: Tensor, shift: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(core)
     eye = torch.eye(core.shape[0], dtype=core.dtype, device=core.device)
     if not int(failed) and float(factor.diagonal().min()) > 0:
-        return torch.linalg.solve_triangular(factor, eye, upper=False)
+        inverse: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
+        return inverse
     # the shift is in the core already: adding it again, or another one, would be subtracted too little afterwards
     values, vectors = torch.linalg.eigh(core)
     sound = values > max(shift / 2, core.shape[0] * torch.finfo(core.dtype).eps * float(values.abs().max()))
-    return torch.where(sound, 1 / torch.where(sound, values, 1.0).sqrt(), 0.0)[:, None] * vectors.T
+    half: Tensor = torch.where(sound, 1 / torch.where(sound, values, 1.0).sqrt(), 0.0)[:, None] * vectors.T
+    return half
 
 
 def _cut(values: Tensor, shift: float) -> Tensor:
     """Values [r] without what is negative, or rounding: the shift is as large as the error of the products."""
-    return torch.where(values > _noise(shift, values), values, 0.0)
+    kept: Tensor = torch.where(values > _noise(shift, values), values, 0.0)
+    return kept
 
 
 def _noise(shift: float, values: Tensor) -> float:
@@ -165,3 +170,119 @@ def approximation_error(operator: CurvatureOperator, found: LowRank, *, passes: 
         if not rows.shape[0]:
             break
     return error
+
+
+@dataclass(frozen=True)
+class Sketched(SolverState):
+    """Â of one operator. damping: λ, for what is said about A + λI; Â does not depend on it.
+
+    error: an estimate of ‖A − Â‖ from below, NaN if it was not asked for.
+    """
+
+    found: LowRank
+    damping: float
+    error: float
+
+    @property
+    def positive_definite(self) -> bool | None:
+        """Certain where A is semi-definite by what it is, or where a negative Rayleigh quotient was met."""
+        if self.operator.positive_semidefinite:
+            return True if self.damping > 0 else None
+        return False if self.found.clipped + self.damping < 0 else None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What Â lacks, whatever the damping."""
+        found, said = self.found, []
+        if found.clipped:
+            said.append(
+                f"A is indefinite: a sketch holds no negative eigenvalues, and one of {found.clipped:.3g} or below was "
+                f'clipped (the largest is {float(found.values[0]):.3g}). Use second_order_mode="ggn".'
+            )
+        if self.error == self.error:
+            said.append(f"The sketch is about {self.error:.3g} off the matrix, in the spectral norm.")
+        return tuple(said)
+
+    @property
+    def details(self) -> Mapping[str, Tensor]:
+        """The eigenvalues of Â, and the estimate of ‖A − Â‖ if there is one."""
+        values = {"eigenvalues": self.found.values.cpu()}
+        estimated = {"error": torch.tensor(self.error, dtype=torch.float64)} if self.error == self.error else {}
+        return values | estimated
+
+
+@dataclass(frozen=True)
+class NystroemSketch(Solver[Sketched]):
+    """Sketch and solve: x = Uᵀ(Λ + λ)⁻¹U b + (b − UᵀU b)/λ, the inverse of Â + λI, for rows U.
+
+    damping: λ ≥ 0; at 0 the pseudo-inverse of Â. rank: rows of the sketch, at most p are used. seed: of Ω. rtol: a
+    row's relative residual, of A + λI and not of its sketch, up to which it counts as converged. estimate_error: passes
+    of 4 rows to spend on an estimate of ‖A − Â‖ for the fit report; 5 give two digits as a rule.
+    Reference: Frangella, Tropp and Udell (2023), section 2, and section 5.1 for the inverse.
+
+    >>> import torch
+    >>> from distinfluence.curvature import MatrixOperator
+    >>> solver = NystroemSketch(damping=1.0, rank=2)
+    >>> state = solver.fit(MatrixOperator(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))))
+    >>> solver.solve(state, torch.tensor([[2.0, 4.0]], dtype=torch.float64)).x
+    tensor([[1., 1.]], dtype=torch.float64)
+    """
+
+    damping: float
+    rank: int = 10
+    seed: int = 0
+    rtol: float = 1e-6
+    estimate_error: int = 0
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        check_count("rank", self.rank)
+        check_count("seed", self.seed, least=0)
+        check_tolerance("rtol", self.rtol)
+        check_count("estimate_error", self.estimate_error, least=0)
+
+    def fit(self, operator: CurvatureOperator) -> Sketched:
+        """One pass of `rank` rows, a second one where A is not known to be semi-definite, and those of the estimate."""
+        found = nystroem(operator, self.rank, seed=self.seed)
+        passes, seed = self.estimate_error, self.seed + 1
+        error = approximation_error(operator, found, passes=passes, seed=seed) if passes else float("nan")
+        return Sketched(operator, found, self.damping, error)
+
+    def adapt(self, state: Sketched) -> Sketched:
+        """The same sketch; no products."""
+        return replace(state, damping=self.damping)
+
+    def solve(self, state: Sketched, rhs: Tensor) -> Solution:
+        """Two products with U, or four, and one pass for the true residual."""
+        check_rhs(rhs, state.operator)
+        found = state.found
+        largest = float(found.values[0]) + self.damping
+        x = self._inverse(found, rhs)
+        remarks = (ON_ITS_RANGE,) if self.damping == 0 else ()
+        solution = approximation(state.operator, self.damping, rhs, x, self.rtol, largest=largest, remarks=remarks)
+        # a sketch whose values end above its rank has seen the whole range of A: what is not solved has no solution
+        if self.damping == 0 and not state.found.clipped and float(found.values[-1]) == 0:
+            outcome = (Outcome.SINGULAR if one is Outcome.APPROXIMATE else one for one in solution.outcome)
+            return replace(solution, outcome=tuple(outcome))
+        return solution
+
+    def _inverse(self, found: LowRank, rhs: Tensor) -> Tensor:
+        basis, values = found.basis, found.values
+        inside = rhs @ basis.T
+        if self.damping == 0:
+            inverse = torch.where(values > 0, 1 / torch.where(values > 0, values, 1.0), 0.0)
+            return (inside * inverse.to(rhs.dtype)) @ basis
+        outside = rhs - inside @ basis
+        outside -= (outside @ basis.T) @ basis  # what rounding leaves inside would be divided by λ alone
+        return (inside * (1 / (values + self.damping)).to(rhs.dtype)) @ basis + outside / self.damping
+
+    def state_arrays(self, state: Sketched) -> dict[str, Tensor]:
+        """U, Λ, and ν, the clipped value and the estimate in one row."""
+        found = state.found
+        numbers = torch.tensor([found.shift, found.clipped, state.error], dtype=torch.float64)
+        return {"basis": found.basis, "values": found.values, "numbers": numbers}
+
+    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Sketched:
+        """No product."""
+        shift, clipped, error = arrays["numbers"].tolist()
+        return Sketched(operator, LowRank(arrays["basis"], arrays["values"], shift, clipped), self.damping, error)

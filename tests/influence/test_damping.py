@@ -14,7 +14,11 @@ DAMPINGS = [1e-1, 3e-2, 1e-2]
 
 
 def make(method: str, case: Case, damping: Any, mode: str = "ggn", **settings: Any) -> InfluenceFunctionModel:
-    classes = {"direct": DirectInfluence, "cg": CgInfluence, "krylov": KrylovInfluence}
+    classes: dict[str, type[InfluenceFunctionModel]] = {
+        "direct": DirectInfluence,
+        "cg": CgInfluence,
+        "krylov": KrylovInfluence,
+    }
     tolerance = {} if method == "direct" else {"rtol": 1e-10}
     return classes[method](case.model, case.loss, damping, second_order_mode=mode, **tolerance, **settings)
 

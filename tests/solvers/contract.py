@@ -219,6 +219,25 @@ class SolverContract(Generic[StateT]):
         x = solver.solve(state, SYSTEM.rhs()).x
         assert relative_error(solver.solve(restored, SYSTEM.rhs()).x, x) <= 2 * self.accuracy
 
+    @pytest.mark.parametrize("damping", [2.0, 1e-2])
+    def test_a_state_serves_another_damping(self, damping: float) -> None:
+        rhs = SYSTEM.rhs()
+        fitted = self.with_damping(SYSTEM.damping)
+        other = fitted.at(damping)
+        assert other == self.with_damping(damping)
+        state = fitted.fit(MatrixOperator(SYSTEM.matrix))
+        x = other.solve(other.adapt(state), rhs).x
+        assert relative_error(x, dense_solution(SYSTEM.matrix, damping, rhs)) <= self.accuracy
+        again = fitted.solve(state, rhs).x  # nor has the state changed
+        assert relative_error(again, dense_solution(SYSTEM.matrix, SYSTEM.damping, rhs)) <= self.accuracy
+
+    def test_several_dampings_are_solved_from_one_state(self) -> None:
+        rhs, dampings = SYSTEM.rhs(), [SYSTEM.damping, 2.0, 0.1]
+        solver = self.with_damping(SYSTEM.damping)
+        solutions = solver.solve_at(solver.fit(MatrixOperator(SYSTEM.matrix)), rhs, dampings)
+        for damping, solution in zip(dampings, solutions, strict=True):
+            assert relative_error(solution.x, dense_solution(SYSTEM.matrix, damping, rhs)) <= self.accuracy
+
     @pytest.mark.parametrize("shape", [(40,), (3, 39), (40, 3), (1, 3, 40)])
     def test_rows_of_another_shape_are_refused(self, shape: tuple[int, ...]) -> None:
         with pytest.raises(ShapeError, match=r"`rhs` must be \[k, p\] with p=40, got \(.*one row per right-hand side"):

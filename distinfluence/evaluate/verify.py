@@ -1,0 +1,158 @@
+"""Verification: a sample of influences computed again, by another method and in float64.
+
+The factors of a few test points are solved for to a relative residual of 1e-10 on the same curvature, with products in
+float64 (a float32 model is widened), by a method that the influence model did not use; the gradients of a few training
+points are made in float64 too. What is compared is then the exact influence of the model as it is.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from distinfluence.batch import Batch, as_batch, batch_length, map_batch
+from distinfluence.errors import ShapeError
+from distinfluence.gradients import loss_gradients, measurement_gradients
+from distinfluence.influence import DirectInfluence, InfluenceFunctionModel, KrylovInfluence
+from distinfluence.influence.bounds import LowerBound, error_bounds, lower_bound
+from distinfluence.solvers import BlockCG, BlockKrylov, Direct, Solution, Solver
+
+DIRECT_SIZE = 2_000  # parameters of a block up to which the other method is a dense factorisation
+RTOL = 1e-10
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Influences beside exact ones.
+
+    test, train: indices of the sampled points, [a] and [b]. given, exact: [a, b]. bound: [a, b], what the error may be
+    by the bounds that came with the given ones and that of the exact ones, NaN without. converged: whether every exact
+    factor reached its tolerance. method: how the exact ones were solved for.
+    """
+
+    test: NDArray[np.int64]
+    train: NDArray[np.int64]
+    given: NDArray[np.float64]
+    exact: NDArray[np.float64]
+    bound: NDArray[np.float64]
+    converged: bool
+    method: str
+
+    @property
+    def relative_error(self) -> float:
+        """‖given − exact‖ / ‖exact‖, Frobenius norms."""
+        size = float(np.linalg.norm(self.exact))
+        return float(np.linalg.norm(self.given - self.exact)) / (size or 1.0)
+
+    @property
+    def within_bounds(self) -> bool | None:
+        """Whether every error is below its bound; None where there are no bounds."""
+        if not np.isfinite(self.bound).all():
+            return None
+        return bool((np.abs(self.given - self.exact) <= self.bound).all())
+
+    def __str__(self) -> str:
+        bounds = {True: "all within their bounds", False: "NOT within their bounds", None: "no bounds to compare with"}
+        reached = "" if self.converged else "; the exact ones did not converge, so this is no verdict"
+        return (
+            f"{len(self.test)} × {len(self.train)} influences against {self.method} in float64: relative error "
+            f"{self.relative_error:.1e}, largest error {np.abs(self.given - self.exact).max():.1e}, "
+            f"{bounds[self.within_bounds]}{reached}"
+        )
+
+
+def verify(
+    influences: ArrayLike,
+    model: InfluenceFunctionModel,
+    test: object,
+    train: object,
+    *,
+    n_test: int = 4,
+    n_train: int = 64,
+    seed: int = 0,
+    error_bound: ArrayLike | None = None,
+) -> Verification:
+    """Compare influences with exact ones on a random sample of test and training points.
+
+    influences: [n_test, n_train] as `model` scored them, mode "up". model: fitted. test, train: the whole batches that
+    were scored, (x, y) or as the objective takes them. n_test, n_train: points to sample. error_bound: c_i [n_test] of
+    the solve report or of the result. Raises ShapeError for influences of another shape.
+    """
+    batches = [model.place(test), model.place(train)]
+    shape = (batch_length(batches[0]), batch_length(batches[1]))
+    values = np.asarray(influences, dtype=np.float64)
+    if values.shape != shape:
+        raise ShapeError(f"`influences` must be {list(shape)} as the data are, got {list(values.shape)}.")
+    rows, columns = sampled(shape, n_test, n_train, seed)
+    bounds = None if error_bound is None else np.asarray(error_bound, dtype=np.float64)[rows]
+    tests, trains = (_select(batch, i) for batch, i in zip(batches, (rows, columns), strict=True))
+    used = type(model).__name__
+    return verify_entries(values[np.ix_(rows, columns)], model, rows, columns, tests, trains, bounds, used)
+
+
+def verify_entries(
+    given: NDArray[np.float64],
+    model: InfluenceFunctionModel,
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    tests: object,
+    trains: object,
+    error_bound: NDArray[np.float64] | None,
+    used: str,
+) -> Verification:
+    """As `verify`, for entries that are sampled already: given [a, b], tests and trains the batches of a and b samples.
+
+    model: fitted; its curvature and damping are taken. used: name of the influence model that scored the given ones,
+    whose method is avoided.
+    """
+    risk = model.risk.in_double()
+    right = measurement_gradients(risk, risk.place(as_batch(tests))).rows
+    left = loss_gradients(risk, risk.place(as_batch(trains)))
+    exact = torch.zeros(right.shape[0], left.rows.shape[0], dtype=torch.float64)
+    solutions, rhs, bounds = dict[str, Solution](), dict[str, Tensor](), dict[str, LowerBound | None]()
+    methods = dict[str, None]()
+    for block, operator in model.operators.items():
+        solver = _another(used, operator.size, model.damping[block])
+        own = model.risk.blocks.columns[block]
+        wide, rhs[block] = operator.in_double(), right[:, own].contiguous()
+        state = solver.fit(wide)
+        solutions[block] = solver.solve(state, rhs[block])
+        spectrum = model.fit_report.spectrum.get(block)
+        bounds[block] = lower_bound(operator, state, model.damping[block], spectrum)
+        exact += (solutions[block].x @ left.rows[:, own].T).cpu()
+        methods[type(solver).__name__] = None
+    bound = np.full(given.shape, np.nan)
+    if error_bound is not None:
+        own_error = error_bounds(solutions, rhs, bounds)  # the exact ones are only that exact
+        both = error_bound + (0.0 if own_error is None else own_error.numpy())
+        bound = both[:, None] * left.norms.cpu().numpy()
+    converged = all(bool(solution.converged.all()) for solution in solutions.values())
+    return Verification(rows, columns, given, exact.numpy(), bound, converged, " and ".join(methods))
+
+
+def sampled(
+    shape: tuple[int, ...], n_test: int, n_train: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sorted indices of at most n_test rows and n_train columns, drawn without replacement."""
+    generator = np.random.default_rng(seed)
+    rows, columns = (
+        np.sort(generator.permutation(total)[:count]) for total, count in zip(shape, (n_test, n_train), strict=False)
+    )
+    return rows, columns
+
+
+def _another(used: str, size: int, damping: float) -> Solver[Any]:
+    """Another solver than that of the influence model of this name, for a block of this size."""
+    if size <= DIRECT_SIZE and used != DirectInfluence.__name__:
+        return Direct(damping)
+    if used == KrylovInfluence.__name__:
+        return BlockCG(damping, rtol=RTOL)
+    return BlockKrylov(damping, rtol=RTOL)
+
+
+def _select(batch: Batch, index: NDArray[np.int64]) -> Batch:
+    chosen = torch.from_numpy(index)
+    return map_batch(lambda tensor: tensor[chosen.to(tensor.device)], batch)
