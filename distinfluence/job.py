@@ -36,7 +36,7 @@ def run_job(
     check_output(output, overwrite=overwrite, resume=resume)
     scratch = job.path(job.scratch) if job.scratch is not None else output.with_name(f".{output.name}.scratch")
     with connected(job.cluster_spec()) as client:
-        calculator = DaskInfluenceCalculator(model, client, recipe=recipe, scratch=scratch)
+        calculator = DaskInfluenceCalculator(model, client, recipe=recipe, scratch=scratch, timeout=job.cluster.timeout)
         calculator.fit(job.recipe(job.data.train), chunk_size=job.chunks.train, certify=job.certify, progress=progress)
         result = calculator.to_zarr(
             output,

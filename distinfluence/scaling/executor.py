@@ -100,7 +100,7 @@ def _itself(value: object) -> object:
     return value
 
 
-def check_workers(client: Client, folder: str, timeout: float = 60.0) -> int:
+def check_workers(client: Client, folder: str, timeout: float) -> int:
     """Threads of torch that a task may use: a worker's share of its host's cores.
 
     folder: a file in it must be visible to every worker. Raises ClusterError without workers after `timeout` seconds,
@@ -110,7 +110,7 @@ def check_workers(client: Client, folder: str, timeout: float = 60.0) -> int:
         client.wait_for_workers(1, timeout=timeout)
     except TimeoutError:
         raise ClusterError(
-            f"the cluster has no workers after {timeout:.0f} s: {client}. Start workers, or look at their logs."
+            f"the cluster has no workers after {timeout:g} s: {client}. Start workers, or look at their logs."
         ) from None
     seen = client.run(_look_around, folder)
     blind = [address for address, (_, _, sees) in seen.items() if not sees]

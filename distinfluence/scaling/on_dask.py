@@ -26,8 +26,8 @@ class DaskInfluenceCalculator(InfluenceCalculator):
     model: an influence model. client: of a distributed cluster; one thread per worker is best, since one torch task
     runs at a time in a process. recipe: how workers build the model; without it the model's tensors are written to
     `scratch` and its structure goes with the tasks. scratch: a folder that every worker sees, for the spilled model,
-    arrays of this process, broadcasts and factors; a temporary one of this host unless given. Raises ClusterError
-    without workers or where they do not see `scratch`, RecipeError if `recipe` builds another model.
+    arrays of this process, broadcasts and factors; a temporary one of this host unless given. timeout: seconds to wait
+    for the first worker. Raises ClusterError without workers or where they do not see `scratch`, RecipeError if `recipe` builds another model.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         *,
         recipe: ModelRecipe | None = None,
         scratch: str | Path | None = None,
+        timeout: float = 60.0,
     ) -> None:
         if not isinstance(client, Client):
             raise ClusterError(
@@ -44,7 +45,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
             )
         super().__init__(model, scratch)
         self.client = client
-        self._n_threads = check_workers(client, str(self._scratch.folder))
+        self._n_threads = check_workers(client, str(self._scratch.folder), timeout)
         self._recipe = self._travelling(recipe)
 
     def _travelling(self, recipe: ModelRecipe | None) -> ModelRecipe:

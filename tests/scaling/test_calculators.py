@@ -443,7 +443,16 @@ def test_a_client_is_needed_and_its_workers_must_see_the_scratch_folder(
     from distinfluence.scaling import executor
 
     with pytest.raises(ClusterError, match="shared file system"):
-        executor.check_workers(client, str(tmp_path / "not there"))
+        executor.check_workers(client, str(tmp_path / "not there"), timeout=10)
+
+
+def test_the_wait_for_the_first_worker_has_its_own_limit(case: Case) -> None:
+    with (
+        LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=":0", processes=False) as empty,
+        Client(empty) as client,
+        pytest.raises(ClusterError, match=r"the cluster has no workers after 0\.2 s"),
+    ):
+        DaskInfluenceCalculator(direct(case), client, timeout=0.2)
 
 
 def test_the_users_model_is_as_before_also_after_an_error(make: Make, case: Case) -> None:
