@@ -448,7 +448,7 @@ def test_a_client_is_needed_and_its_workers_must_see_the_scratch_folder(
 
 def test_the_wait_for_the_first_worker_has_its_own_limit(case: Case) -> None:
     with (
-        LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=":0", processes=False) as empty,
+        LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=":0") as empty,
         Client(empty) as client,
         pytest.raises(ClusterError, match=r"the cluster has no workers after 0\.2 s"),
     ):
