@@ -4,7 +4,9 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +62,7 @@ LAYERS = {
         top=frozenset({"cloudpickle", "dask", "distributed", "numpy", "torch", "tqdm", "zarr"}),
         lazily=frozenset({"dask_cuda", "dask_jobqueue"}),
     ),
-    "evaluate": Layer(files=(r"evaluate(\..*)?",), sees=(*_CORE, "store", "scaling"), top=frozenset({"numpy"})),
+    "evaluate": Layer(files=(r"evaluate(\..*)?",), sees=(*_CORE, "store", "scaling"), top=frozenset({"numpy", "torch"})),
     "package": Layer(files=("",), sees=(*_CORE, "store", "scaling", "evaluate")),
     "application": Layer(
         files=("config", "job", "demo", "cli", "__main__"),
@@ -289,3 +291,15 @@ def test_every_solver_has_a_docs_page(name: str) -> None:
 def test_the_package_is_typed_and_has_a_version() -> None:
     assert (ROOT / "distinfluence" / "py.typed").is_file()
     assert re.fullmatch(r"\d+\.\d+\.\d+", distinfluence.__version__)
+
+
+def test_every_python_block_of_the_docs_is_run() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    written = {
+        page.relative_to(ROOT).as_posix(): len(re.findall(r"^```python$", page.read_text(), re.MULTILINE))
+        for page in pages
+    }
+    command = [sys.executable, "-m", "pytest", "README.md", "docs", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    run = Counter(re.findall(r"^(.*?)::line:", collected, re.MULTILINE))
+    assert dict(run) == {page: count for page, count in written.items() if count}

@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 from enum import StrEnum
 
-from distinfluence.curvature.base import CurvatureOperator, MatrixOperator, Work
+from distinfluence.curvature.base import (
+    CurvatureOperator,
+    MatrixOperator,
+    SupportsBatches,
+    SupportsDouble,
+    SupportsGaussNewton,
+    SupportsSampleGradients,
+    Work,
+)
 from distinfluence.curvature.empirical_fisher import EmpiricalFisherOperator
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.hessian import HessianOperator
@@ -17,6 +25,10 @@ __all__ = [
     "HessianOperator",
     "MatrixOperator",
     "SecondOrderMode",
+    "SupportsBatches",
+    "SupportsDouble",
+    "SupportsGaussNewton",
+    "SupportsSampleGradients",
     "Work",
     "operator_class",
 ]

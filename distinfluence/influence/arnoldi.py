@@ -30,8 +30,9 @@ class ArnoldiInfluence(InfluenceFunctionModel):
     rank_estimate: how many eigenvectors, in each block; at most the block's size. tol: residual of an eigenvector
     relative to ‖A‖ up to which it counts as converged. complement: whether what is orthogonal to the eigenvectors is
     kept, divided by λ (> 0); without it, it is lost: with few eigenvectors that is most of a gradient, as the report
-    says. indefinite: "keep" or "drop" directions of negative curvature. block_size: rows of a pass, see `Arnoldi`.
-    seed: of the start vectors. Other parameters as `InfluenceFunctionModel`.
+    says. indefinite: "keep" or "drop" directions of negative curvature. block_size, max_basis: rows of a pass and of
+    the basis that is held while fitting, see `Arnoldi`. seed: of the start vectors. Other parameters as
+    `InfluenceFunctionModel`.
 
     Without the complement, `influences` and `influences_by_block` project each gradient as soon as it is made, and
     take no pass over the training data; `influence_factors` makes factors [n_test, p] and their residuals.
@@ -56,6 +57,7 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         complement: bool = False,
         indefinite: Literal["keep", "drop"] = "keep",
         block_size: int | None = None,
+        max_basis: int | None = None,
         seed: int = 0,
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
@@ -65,6 +67,7 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         self.complement = complement
         self.indefinite = indefinite
         self.block_size = block_size
+        self.max_basis = max_basis
         self.seed = seed
         self.solver(1.0)  # its checks of the settings, before anything is computed
         super().__init__(
@@ -84,6 +87,7 @@ class ArnoldiInfluence(InfluenceFunctionModel):
             complement=self.complement,
             indefinite=self.indefinite,
             block_size=self.block_size,
+            max_basis=self.max_basis,
             seed=self.seed,
         )
 
@@ -95,6 +99,7 @@ class ArnoldiInfluence(InfluenceFunctionModel):
             "complement": self.complement,
             "indefinite": self.indefinite,
             "block_size": self.block_size,
+            "max_basis": self.max_basis,
             "seed": self.seed,
         }
 

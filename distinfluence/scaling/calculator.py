@@ -5,6 +5,7 @@ matrix strip by strip, which is what to use at scale. Both make one solve per te
 training chunk.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,11 +37,11 @@ TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody say
 class InfluenceCalculator(ABC):
     """The stages of a run over chunked data; subclasses say where they run.
 
-    model: an influence model; it is fitted by `fit`, and its own module is only read.
+    model: an influence model; `fit` fits a copy of it, the calculator's `model`, and its own module is only read.
     """
 
     def __init__(self, model: InfluenceFunctionModel, scratch: str | Path | None = None) -> None:
-        self.model = model
+        self.model = copy.copy(model)  # two calculators of one model must not take each other's fit
         self._scratch = Scratch(scratch)
         self._fitted: Fitted | None = None
 

@@ -6,32 +6,43 @@ from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.direct import Direct, Factorisation
 from distinfluence.solvers.krylov import BlockKrylov
-from distinfluence.solvers.nystroem import LowRank, NystroemSketch, Sketched, nystroem
+from distinfluence.solvers.lanczos import BlockLanczos
+from distinfluence.solvers.nystroem import LowRank, NystroemSketch, Sketched
 from distinfluence.solvers.preconditioner import (
     FittedPreconditioner,
     Preconditioner,
     SupportsDamping,
     SupportsStorage,
 )
+from distinfluence.solvers.quadrature import Brackets, quadratic_forms
+from distinfluence.solvers.refined import Refined, Refinement
+from distinfluence.solvers.spectrum import Extremes, extreme_eigenvalues, mean_eigenvalue
 
 __all__ = [
     "CG",
     "Arnoldi",
     "BlockCG",
     "BlockKrylov",
+    "BlockLanczos",
+    "Brackets",
     "Direct",
     "Eigenpairs",
+    "Extremes",
     "Factorisation",
     "FittedPreconditioner",
     "LowRank",
     "NystroemSketch",
     "Outcome",
     "Preconditioner",
+    "Refined",
+    "Refinement",
     "Sketched",
     "Solution",
     "Solver",
     "SolverState",
     "SupportsDamping",
     "SupportsStorage",
-    "nystroem",
+    "extreme_eigenvalues",
+    "mean_eigenvalue",
+    "quadratic_forms",
 ]

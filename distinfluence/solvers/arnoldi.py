@@ -254,7 +254,7 @@ class _Search:
         self._most = solver.max_basis or self._default_basis()
         self._maxiter = solver.maxiter or MOST_PASSES + math.ceil(self._rank / self._block)
         self._passes = 0
-        self._invariant: Tensor | None = None  # the values that were wanted when the space was exhausted last
+        self._invariant: Tensor | None = None  # the values that were wanted when the space was invariant last
         start = random_rows(operator, self._block, self._seed)
         self._lanczos = BlockLanczos(operator, start, self._most)
 
@@ -263,27 +263,29 @@ class _Search:
         return max(min(MOST_BLOCKS * self._block, fitting), 2 * self._rank, self._rank + 4 * self._block)
 
     def goes_on(self) -> bool:
-        """Whether there is a block to go on with and something to find. Starts afresh in an exhausted space."""
+        """Whether there is a block to go on with and something to find. Starts afresh in an invariant space."""
         lanczos = self._lanczos
         if lanczos.size == self._operator.size or self._passes >= self._maxiter:
             return False
-        if not lanczos.exhausted:
-            # in an invariant space residuals are zero, while copies of its eigenvalues may lie outside
+        if lanczos.size == 0 or lanczos.outflow > self._tol * lanczos.largest:
             return self._invariant is not None or lanczos.size < self._rank or not self._converged()
+        # in an invariant space all residuals are small, while copies of its eigenvalues may lie outside
         values = self._wanted()[0]
         before, self._invariant = self._invariant, values
         if before is not None and len(before) == len(values) == self._rank:
             change = (values.abs() - before.abs()).abs().max()
             if float(change) <= self._tol * float(values.abs().max()):
                 return False
-        lanczos.go_on(random_rows(self._operator, self._block, self._seed + self._passes))
+        lanczos.widen(random_rows(self._operator, self._block, self._seed + self._passes))
         return not lanczos.exhausted
 
     def step(self) -> None:
         """One pass; before it, a thick restart where the basis would not hold another block."""
         lanczos = self._lanczos
         if lanczos.size + lanczos.next.shape[0] > self._most:
-            kept = self._rank + max(0, self._most - self._rank - self._block) // 2
+            # half of what is beside the wanted ones speeds them up; with room for one block alone it would stand still
+            half = self._rank + max(0, self._most - self._rank - self._block) // 2
+            kept = max(self._rank, min(half, self._most - 2 * self._block))
             lanczos.restart(self._wanted(kept)[1])
         lanczos.step()
         self._passes += 1

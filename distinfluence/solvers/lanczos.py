@@ -43,6 +43,11 @@ class BlockLanczos:
         """Whether the space is invariant: the basis cannot grow."""
         return self.next.shape[0] == 0
 
+    @property
+    def outflow(self) -> float:
+        """‖coupling‖: how far the products of the basis lead out of it; 0 where it is invariant."""
+        return float(torch.linalg.matrix_norm(self.coupling, 2)) if self.coupling.numel() else 0.0
+
     def step(self) -> None:
         """Multiply the block that waits with A, take it into the basis, and find the next one."""
         block = self.next
@@ -72,13 +77,21 @@ class BlockLanczos:
         self.projected = coordinates.T @ self.projected @ coordinates
         self.coupling = coordinates.T @ self.coupling
 
-    def go_on(self, rows: Tensor) -> None:
-        """Where the space is exhausted: go on with what of these rows [k, p] lies outside of it."""
-        for _ in range(2):
-            rows = rows - (rows @ self.basis.T) @ self.basis
-            rows = orthonormal_rows(rows)
-        self.next = rows[: rows.shape[1] - self.size]
-        self.coupling = self.projected.new_zeros(self.size, self.next.shape[0])
+    def widen(self, rows: Tensor) -> None:
+        """Let what of these rows [k, p] lies outside of the space wait for its product too: a way on where it is
+        exhausted, or as good as invariant."""
+        waiting = self.next
+
+        def outside(some: Tensor) -> Tensor:
+            return some - (some @ self.basis.T) @ self.basis - (some @ waiting.T) @ waiting
+
+        rows = orthonormal_rows(outside(rows))
+        # rounding that was scaled up to norm 1 lies inside of the space: of such rows nothing is left now
+        q, r = torch.linalg.qr(outside(rows).T)
+        u, sigma, _ = torch.linalg.svd(r)
+        rows = orthonormal_rows(outside((q @ u[:, sigma > 0.5]).T))
+        self.next = torch.cat([waiting, rows])
+        self.coupling = torch.cat([self.coupling, self.coupling.new_zeros(self.size, rows.shape[0])], dim=1)
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values θ [m] ascending, coordinates of their vectors in the basis as columns [m, m], residuals [m].

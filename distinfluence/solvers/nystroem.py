@@ -1,10 +1,10 @@
 """Randomised Nyström sketch: A ≈ U Λ Uᵀ of low rank, from one pass over the data.
 
 Y = ΩA for r random orthonormal rows Ω, then Â = Yᵀ (Ω Yᵀ)⁻¹ Y. Of a positive semi-definite A this is the best that Y
-allows: Â ⪯ A, and what it misses is about what the eigenvalues beyond the r-th hold. An indefinite A has no Nyström
-approximation: the core Ω Yᵀ is then inverted near zero, and what comes out is larger than A without bound. So what is
-not known to be semi-definite costs a second pass, which replaces the values by Rayleigh quotients; the positive ones
-stay, the others are clipped and reported.
+allows: Â ⪯ A, and what it misses is a few times what the best approximation of rank r would. An indefinite A has no
+Nyström approximation: the core Ω Yᵀ is then inverted near zero, and what comes out is larger than A without bound. So
+what is not known to be semi-definite costs a second pass, which replaces the values by Rayleigh quotients; the positive
+ones stay, the others are clipped and reported.
 
 Cost: 1 or 2 passes with r rows. Memory: about 4·r·p numbers in the fit, r·p after it. Reference: Frangella, Tropp and
 Udell (2023), "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl. 44, Algorithms 2.1 and E.2.

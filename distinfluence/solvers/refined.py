@@ -97,7 +97,10 @@ class Refined(Solver[Refinement]):
     def solve(self, state: Refinement, rhs: Tensor) -> Solution:
         """Rounds of inner solves, each with one float64 pass, until every row is there or no longer gains."""
         if rhs.dtype not in (state.operator.dtype, torch.float64):
-            raise DtypeError(f"`rhs` must be {state.operator.dtype} or float64, got {rhs.dtype}. Convert the rows.")
+            raise DtypeError(
+                f"`rhs` must be {state.operator.dtype} as the operator is, got {rhs.dtype}. Convert the rows; float64 is "
+                "taken, too."
+            )
         rhs = rhs.double()
         check_rhs(rhs, state.wide)
         x, residual, size = torch.zeros_like(rhs), rhs.clone(), row_norms(rhs)

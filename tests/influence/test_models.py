@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distinfluence import (
+    ArnoldiInfluence,
     BlockMode,
     CgInfluence,
     DirectInfluence,
@@ -38,7 +39,12 @@ def row_cg(case: Case, damping: Any, mode: str = "ggn", **settings: Any) -> CgIn
     return cg(case, damping, mode, use_block_cg=False, **settings)
 
 
-METHODS: dict[str, Make] = {"direct": direct, "cg": cg, "row cg": row_cg}
+def arnoldi(case: Case, damping: Any, mode: str = "ggn", **settings: Any) -> ArnoldiInfluence:
+    settings = {"rank_estimate": 10_000, "complement": True, **settings}  # all eigenvectors
+    return ArnoldiInfluence(case.model, case.loss, damping, second_order_mode=mode, **settings)
+
+
+METHODS: dict[str, Make] = {"direct": direct, "cg": cg, "row cg": row_cg, "arnoldi": arnoldi}
 
 
 def damping_for(case: Case, mode: str) -> float:

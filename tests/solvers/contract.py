@@ -33,6 +33,7 @@ class SolverContract(Generic[StateT]):
 
     solver: Solver[StateT]
     accuracy: float
+    keeps_float32 = True  # whether x is float32 for float32 rows
 
     def with_damping(self, damping: float) -> Solver[StateT]:
         assert is_dataclass(self.solver)
@@ -129,7 +130,7 @@ class SolverContract(Generic[StateT]):
         assert is_dataclass(self.solver)
         solver = replace(self.with_damping(SYSTEM.damping), rtol=1e-5)
         solution = solver.solve(solver.fit(MatrixOperator(matrix)), rhs)
-        assert solution.x.dtype == torch.float32
+        assert solution.x.dtype == (torch.float32 if self.keeps_float32 else torch.float64)
         assert solution.converged.all()
         # error ≤ residual / λ_min ≤ rtol · cond · ‖x‖, with cond ≈ 100 by the damping
         assert relative_error(solution.x, dense_solution(matrix, SYSTEM.damping, rhs)) <= 1e-5 * 102
