@@ -15,6 +15,7 @@ from distinfluence.influence import (
     FitReport,
     InfluenceFunctionModel,
     InfluenceMode,
+    InverseHarmonicMeanInfluence,
     KrylovInfluence,
     NystroemSketchInfluence,
     RelativeDamping,
@@ -29,6 +30,7 @@ from distinfluence.scaling import (
     Recipe,
     SequentialInfluenceCalculator,
 )
+from distinfluence.solvers import JacobiPreConditioner, NystroemPreConditioner
 from distinfluence.store import InfluenceResult, open_influences
 
 __version__ = "0.1.0"
@@ -48,8 +50,11 @@ __all__ = [
     "InfluenceFunctionModel",
     "InfluenceMode",
     "InfluenceResult",
+    "InverseHarmonicMeanInfluence",
+    "JacobiPreConditioner",
     "KrylovInfluence",
     "ModelRecipe",
+    "NystroemPreConditioner",
     "NystroemSketchInfluence",
     "Objective",
     "ParameterBlocks",

@@ -5,6 +5,7 @@ from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.cg import CgInfluence
 from distinfluence.influence.damping import RelativeDamping
 from distinfluence.influence.direct import DirectInfluence
+from distinfluence.influence.harmonic_mean import InverseHarmonicMeanInfluence
 from distinfluence.influence.krylov import KrylovInfluence
 from distinfluence.influence.nystroem import NystroemSketchInfluence
 from distinfluence.influence.report import BlockReport, FitReport, SolveReport
@@ -19,6 +20,7 @@ __all__ = [
     "FitReport",
     "InfluenceFunctionModel",
     "InfluenceMode",
+    "InverseHarmonicMeanInfluence",
     "KrylovInfluence",
     "NystroemSketchInfluence",
     "RelativeDamping",

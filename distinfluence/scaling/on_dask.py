@@ -27,7 +27,8 @@ class DaskInfluenceCalculator(InfluenceCalculator):
     runs at a time in a process. recipe: how workers build the model; without it the model's tensors are written to
     `scratch` and its structure goes with the tasks. scratch: a folder that every worker sees, for the spilled model,
     arrays of this process, broadcasts and factors; a temporary one of this host unless given. timeout: seconds to wait
-    for the first worker. Raises ClusterError without workers or where they do not see `scratch`, RecipeError if `recipe` builds another model.
+    for the first worker. Raises ClusterError without workers or where they do not see `scratch`, RecipeError if
+    `recipe` builds another model.
     """
 
     def __init__(

@@ -5,9 +5,12 @@ from distinfluence.solvers.base import Outcome, Solution, Solver, SolverState
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.direct import Direct, Factorisation
+from distinfluence.solvers.harmonic_mean import InverseHarmonicMean
+from distinfluence.solvers.jacobi import Diagonal, JacobiPreConditioner
 from distinfluence.solvers.krylov import BlockKrylov
 from distinfluence.solvers.lanczos import BlockLanczos
 from distinfluence.solvers.nystroem import LowRank, NystroemSketch, Sketched
+from distinfluence.solvers.nystroem_preconditioner import NystroemInverse, NystroemPreConditioner
 from distinfluence.solvers.preconditioner import (
     FittedPreconditioner,
     Preconditioner,
@@ -25,12 +28,17 @@ __all__ = [
     "BlockKrylov",
     "BlockLanczos",
     "Brackets",
+    "Diagonal",
     "Direct",
     "Eigenpairs",
     "Extremes",
     "Factorisation",
     "FittedPreconditioner",
+    "InverseHarmonicMean",
+    "JacobiPreConditioner",
     "LowRank",
+    "NystroemInverse",
+    "NystroemPreConditioner",
     "NystroemSketch",
     "Outcome",
     "Preconditioner",

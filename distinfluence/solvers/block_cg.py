@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from distinfluence.solvers.base import row_norms
-from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch, Steps
+from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch
+from distinfluence.solvers.iterative import Steps
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ class Refined(Solver[Refinement]):
         """Rounds of inner solves, each with one float64 pass, until every row is there or no longer gains."""
         if rhs.dtype not in (state.operator.dtype, torch.float64):
             raise DtypeError(
-                f"`rhs` must be {state.operator.dtype} as the operator is, got {rhs.dtype}. Convert the rows; float64 is "
-                "taken, too."
+                f"`rhs` must be {state.operator.dtype} as the operator is, got {rhs.dtype}. Convert the rows; float64 "
+                "is taken, too."
             )
         rhs = rhs.double()
         check_rhs(rhs, state.wide)

@@ -1,0 +1,55 @@
+"""Influence by DataInf: one pass over the gradients, no fit, and no claim to be exact."""
+
+from torch import nn
+
+from distinfluence.blocks import BlockMode, BlockStructure
+from distinfluence.curvature import SecondOrderMode
+from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.influence.damping import Regularization
+from distinfluence.objective import Loss, Objective
+from distinfluence.solvers.harmonic_mean import InverseHarmonicMean
+
+
+class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
+    """DataInf: the mean of the samples' damped inverses in place of the inverse of their mean (the empirical Fisher).
+
+    hessian_regularization: λ > 0; `RelativeDamping(0.1)`, a tenth of the mean squared gradient norm over the number of
+    parameters, is the authors' rule. Take a block structure: the method is meant for blocks of the size of a LoRA
+    adapter, and is about as good as a dot product of gradients on whole networks. Residuals in the report are those
+    against the empirical Fisher matrix: rows that are not solved by them are "approximate", not converged.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> data = torch.tensor([[1.0]]), torch.zeros(1, 1)
+    >>> influence = InverseHarmonicMeanInfluence(model, torch.nn.MSELoss(), 1.0).fit(data)
+    >>> g = 2 * model.weight.detach()  # exact for one sample
+    >>> torch.allclose(influence.influences(*data), g * g / (g * g + 1))
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | Objective,
+        hessian_regularization: Regularization,
+        *,
+        block_structure: BlockStructure = BlockMode.FULL,
+    ) -> None:
+        super().__init__(
+            model,
+            loss,
+            hessian_regularization,
+            block_structure=block_structure,
+            second_order_mode=SecondOrderMode.EMPIRICAL_FISHER,
+        )
+        for value in self._asked.values():
+            if isinstance(value, float):
+                self.solver(value)  # refuses λ = 0 before anything is computed
+
+    def solver(self, damping: float) -> InverseHarmonicMean:
+        """The mean of inverses."""
+        return InverseHarmonicMean(damping=damping)
+
+    def settings(self) -> dict[str, object]:
+        """The common settings."""
+        return self._common_settings()

@@ -1,0 +1,67 @@
+"""DataInf: the mean of inverses in place of the inverse of the mean.
+
+    R = (1/N) Σ_j (g_j g_jᵀ + λI)⁻¹ = (1/N) Σ_j (I − g_j g_jᵀ / (λ + ‖g_j‖²)) / λ
+
+A rough method: R is the inverse of the harmonic mean of the samples' matrices, not that of their arithmetic mean, the
+empirical Fisher matrix A. The two agree for one sample, or where λ is far above all ‖g_j‖². It costs one pass over the
+gradients and no fit. Reference: Kwon, Wu, Wu & Zou (2024), "DataInf", ICLR, equation 5.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distinfluence.curvature.base import CurvatureOperator, SupportsSampleGradients
+from distinfluence.errors import SettingError, UnsupportedOperatorError
+from distinfluence.solvers.base import (
+    Solution,
+    Solver,
+    SolverState,
+    approximation,
+    check_damping,
+    check_rhs,
+    check_tolerance,
+)
+
+ROUGH = (
+    "DataInf averages the inverses of the samples' matrices, which is not the inverse of their average: residuals "
+    "refer to the empirical Fisher matrix."
+)
+
+
+@dataclass(frozen=True)
+class InverseHarmonicMean(Solver[SolverState]):
+    """DataInf; exact to its own formula. damping: λ > 0. rtol: relative residual up to which a row counts as solved."""
+
+    damping: float
+    rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        check_tolerance("rtol", self.rtol)
+        if not self.damping > 0:
+            raise SettingError(
+                f"`damping` must be > 0 for DataInf, which divides by it, got {self.damping!r}. A tenth of the mean "
+                "squared gradient norm over the number of parameters is usual."
+            )
+
+    def fit(self, operator: CurvatureOperator) -> SolverState:
+        """Nothing. Raises UnsupportedOperatorError for an operator that is not one over samples."""
+        if not isinstance(operator, SupportsSampleGradients):
+            raise UnsupportedOperatorError(
+                f"`InverseHarmonicMean` needs the gradients of single samples; {type(operator).__name__} has none. Use "
+                "the empirical Fisher matrix."
+            )
+        return SolverState(operator)
+
+    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> SolverState:
+        """As `fit`."""
+        return self.fit(operator)
+
+    def solve(self, state: SolverState, rhs: Tensor) -> Solution:
+        """R times each row, one pass, and another one for the residual."""
+        check_rhs(rhs, state.operator)
+        assert isinstance(state.operator, SupportsSampleGradients)
+        x = state.operator.inverse_harmonic_mean(rhs, self.damping) if rhs.shape[0] else rhs.clone()
+        return approximation(state.operator, self.damping, rhs, x, self.rtol, remarks=(ROUGH,))
