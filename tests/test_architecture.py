@@ -62,7 +62,9 @@ LAYERS = {
         top=frozenset({"cloudpickle", "dask", "distributed", "numpy", "torch", "tqdm", "zarr"}),
         lazily=frozenset({"dask_cuda", "dask_jobqueue"}),
     ),
-    "evaluate": Layer(files=(r"evaluate(\..*)?",), sees=(*_CORE, "store", "scaling"), top=frozenset({"numpy", "torch"})),
+    "evaluate": Layer(
+        files=(r"evaluate(\..*)?",), sees=(*_CORE, "store", "scaling"), top=frozenset({"numpy", "torch"})
+    ),
     "package": Layer(files=("",), sees=(*_CORE, "store", "scaling", "evaluate")),
     "application": Layer(
         files=("config", "job", "demo", "cli", "__main__"),

@@ -3,10 +3,12 @@
 from distinfluence.influence.arnoldi import ArnoldiInfluence
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.cg import CgInfluence
+from distinfluence.influence.chebyshev import ChebyshevInfluence
 from distinfluence.influence.damping import RelativeDamping
 from distinfluence.influence.direct import DirectInfluence
 from distinfluence.influence.harmonic_mean import InverseHarmonicMeanInfluence
 from distinfluence.influence.krylov import KrylovInfluence
+from distinfluence.influence.lissa import LissaInfluence
 from distinfluence.influence.nystroem import NystroemSketchInfluence
 from distinfluence.influence.report import BlockReport, FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile
@@ -16,12 +18,14 @@ __all__ = [
     "ArnoldiInfluence",
     "BlockReport",
     "CgInfluence",
+    "ChebyshevInfluence",
     "DirectInfluence",
     "FitReport",
     "InfluenceFunctionModel",
     "InfluenceMode",
     "InverseHarmonicMeanInfluence",
     "KrylovInfluence",
+    "LissaInfluence",
     "NystroemSketchInfluence",
     "RelativeDamping",
     "SelfInfluences",

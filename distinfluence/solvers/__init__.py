@@ -4,11 +4,13 @@ from distinfluence.solvers.arnoldi import Arnoldi, Eigenpairs
 from distinfluence.solvers.base import Outcome, Solution, Solver, SolverState
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
+from distinfluence.solvers.chebyshev import Chebyshev, Interval
 from distinfluence.solvers.direct import Direct, Factorisation
 from distinfluence.solvers.harmonic_mean import InverseHarmonicMean
 from distinfluence.solvers.jacobi import Diagonal, JacobiPreConditioner
 from distinfluence.solvers.krylov import BlockKrylov
 from distinfluence.solvers.lanczos import BlockLanczos
+from distinfluence.solvers.lissa import LiSSA, Scaled
 from distinfluence.solvers.nystroem import LowRank, NystroemSketch, Sketched
 from distinfluence.solvers.nystroem_preconditioner import NystroemInverse, NystroemPreConditioner
 from distinfluence.solvers.preconditioner import (
@@ -28,14 +30,17 @@ __all__ = [
     "BlockKrylov",
     "BlockLanczos",
     "Brackets",
+    "Chebyshev",
     "Diagonal",
     "Direct",
     "Eigenpairs",
     "Extremes",
     "Factorisation",
     "FittedPreconditioner",
+    "Interval",
     "InverseHarmonicMean",
     "JacobiPreConditioner",
+    "LiSSA",
     "LowRank",
     "NystroemInverse",
     "NystroemPreConditioner",
@@ -44,6 +49,7 @@ __all__ = [
     "Preconditioner",
     "Refined",
     "Refinement",
+    "Scaled",
     "Sketched",
     "Solution",
     "Solver",

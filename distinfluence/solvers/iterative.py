@@ -100,6 +100,10 @@ class IterativeSolver(Solver[DampedT]):
         if self.maxiter is not None and (type(self.maxiter) is not int or self.maxiter < 1):  # a bool is none
             raise SettingError(f"`maxiter` must be a whole number ≥ 1 or None, got {self.maxiter!r}.")
 
+    def most(self, size: int) -> int:
+        """How many steps a row of this many parameters may take."""
+        return self.maxiter or min(10 * size, MOST_ITERATIONS)
+
     @abstractmethod
     def _inner(self, state: DampedT, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
         """Solve for rhs [k, p] from zero until a row's recurrence is at its threshold [k] or its budget [k] spent."""
@@ -128,7 +132,7 @@ class _Run:
         self._state = state
         self._rhs = rhs
         k, p = rhs.shape
-        self._maxiter = solver.maxiter or min(10 * p, MOST_ITERATIONS)
+        self._maxiter = solver.most(p)
         self._rhs_norm = row_norms(rhs)
         # not rhs.clone(): a zero row then returns at once, and step counts mean products
         self._x = torch.zeros_like(rhs) if x0 is None else torch.where(self._rhs_norm[:, None] > 0, x0, 0.0)

@@ -18,13 +18,15 @@ class Extremes:
 
     smallest, largest: Ritz values, which lie inside of the spectrum. smallest_residual, largest_residual: A has an
     eigenvalue within this distance. That no other one lies beyond is overwhelmingly likely for random start vectors,
-    not certain: bounds that rest on it are called heuristic. passes: over the data.
+    not certain: bounds that rest on it are called heuristic. smallest_positive: the smallest Ritz value that is not
+    zero to rounding or below, 0 if there is none. passes: over the data.
     """
 
     smallest: float
     largest: float
     smallest_residual: float
     largest_residual: float
+    smallest_positive: float
     passes: int
 
     @property
@@ -52,14 +54,23 @@ def extreme_eigenvalues(
     """
     lanczos = BlockLanczos(operator, random_rows(operator, BLOCK, seed))
     passes = 0
-    found = Extremes(0.0, 0.0, 0.0, 0.0, 0)
+    found = Extremes(0.0, 0.0, 0.0, 0.0, 0.0, 0)
     while passes < max_passes and not lanczos.exhausted:
         lanczos.step()
         passes += 1
         if not lanczos.projected.isfinite().all():
-            return Extremes(-math.inf, math.inf, 0.0, 0.0, passes)
+            return Extremes(-math.inf, math.inf, 0.0, 0.0, 0.0, passes)
         values, _, residuals = lanczos.ritz()
-        found = Extremes(float(values[0]), float(values[-1]), float(residuals[0]), float(residuals[-1]), passes)
+        noise = 10 * math.sqrt(operator.size) * float(torch.finfo(operator.dtype).eps) * lanczos.largest
+        positive = values[values > noise]
+        found = Extremes(
+            smallest=float(values[0]),
+            largest=float(values[-1]),
+            smallest_residual=float(residuals[0]),
+            largest_residual=float(residuals[-1]),
+            smallest_positive=float(positive[0]) if positive.numel() else 0.0,
+            passes=passes,
+        )
         if max(found.smallest_residual, found.largest_residual) <= rtol * found.norm:
             break
     return found

@@ -34,6 +34,8 @@ class SolverContract(Generic[StateT]):
     solver: Solver[StateT]
     accuracy: float
     keeps_float32 = True  # whether x is float32 for float32 rows
+    least_damping = 0.0  # relative damping of the hardest system that is worth the steps
+    unsolvable = Outcome.SINGULAR  # how rows end that no x solves
 
     def with_damping(self, damping: float) -> Solver[StateT]:
         assert is_dataclass(self.solver)
@@ -45,6 +47,8 @@ class SolverContract(Generic[StateT]):
 
     @pytest.mark.parametrize("system", SYSTEMS, ids=str)
     def test_the_solution_is_that_of_a_dense_solve(self, system: System) -> None:
+        if system.relative_damping < self.least_damping:
+            pytest.skip("steps in proportion to the condition")
         solution = self.solve(system.matrix, system.damping, system.rhs())
         assert solution.converged.all()
         expected = dense_solution(system.matrix, system.damping, system.rhs())
@@ -52,6 +56,8 @@ class SolverContract(Generic[StateT]):
 
     @pytest.mark.parametrize("system", SYSTEMS, ids=str)
     def test_more_rows_than_parameters_are_solved(self, system: System) -> None:
+        if system.relative_damping < self.least_damping:
+            pytest.skip("steps in proportion to the condition")
         rhs = system.rhs(system.matrix.shape[0] + 7)
         solution = self.solve(system.matrix, system.damping, rhs)
         assert solution.converged.all()
@@ -165,7 +171,7 @@ class SolverContract(Generic[StateT]):
     def test_a_singular_system_without_a_solution_ends_as_singular(self, matrix: Tensor) -> None:
         rhs = randn(4, matrix.shape[0], seed=7)
         solution = self.solve(matrix, 0.0, rhs)
-        assert solution.outcome == (Outcome.SINGULAR,) * 4
+        assert solution.outcome == (self.unsolvable,) * 4
         assert solution.x.isfinite().all()
         residual = relative_residual(matrix, 0.0, rhs, solution.x)
         assert (residual <= 1).all()
@@ -184,7 +190,7 @@ class SolverContract(Generic[StateT]):
         matrix, rhs = torch.zeros(4, 4, dtype=torch.float64), randn(3, 4)
         assert relative_error(self.solve(matrix, 0.5, rhs).x, 2 * rhs) <= self.accuracy
         solution = self.solve(matrix, 0.0, rhs)
-        assert solution.outcome == (Outcome.SINGULAR,) * 3
+        assert solution.outcome == (self.unsolvable,) * 3
         assert (solution.x == 0).all()
 
     def test_matrix_and_rows_are_as_they_were(self) -> None:

@@ -10,8 +10,7 @@ from distinfluence.errors import DtypeError, SettingError, UnsupportedOperatorEr
 from distinfluence.solvers import CG, BlockCG, BlockKrylov, Outcome, Refined, Refinement
 
 from .contract import SolverContract
-from .systems import P, SYSTEM, damped, dense_solution, randn, relative_error, spd
-
+from .systems import SYSTEM, P, damped, dense_solution, randn, relative_error, spd
 
 INNER = BlockKrylov(damping=0.0, rtol=1e-3)
 
@@ -70,6 +69,7 @@ class TestRefined(SolverContract[Refinement]):
         for name, value in (("rtol", 1.0), ("maxiter", 0)):
             with pytest.raises(SettingError, match=f"`{name}` must be"):
                 replace(self.solver, **{name: value})
+        solver = Refined(BlockKrylov(0.1))
+        state = solver.fit(MatrixOperator(torch.eye(3)))
         with pytest.raises(DtypeError, match=r"`rhs` must be torch.float32 as the operator is.*float64 is taken, too"):
-            solver = Refined(BlockKrylov(0.1))
-            solver.solve(solver.fit(MatrixOperator(torch.eye(3))), torch.zeros(1, 3, dtype=torch.int64))
+            solver.solve(state, torch.zeros(1, 3, dtype=torch.int64))

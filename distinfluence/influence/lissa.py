@@ -1,0 +1,87 @@
+"""Influence by LiSSA: mini-batch products alone, and many of them.
+
+Memory: four blocks of rows [k, p]. Work: one product with a mini-batch for each step; one pass for the true residuals.
+"""
+
+from torch import Tensor, nn
+
+from distinfluence.blocks import BlockMode, BlockStructure
+from distinfluence.curvature import SecondOrderMode
+from distinfluence.errors import SettingError
+from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.influence.damping import Regularization
+from distinfluence.objective import Loss, Objective
+from distinfluence.solvers.lissa import LiSSA
+
+
+class LissaInfluence(InfluenceFunctionModel):
+    """Influence by LiSSA (Agarwal, Bullins & Hazan 2017).
+
+    maxiter: steps, each a product with one mini-batch of the training data. dampen: acts as further damping of
+    scale·dampen, which the report says. scale: above half of the largest eigenvalue of A + λI, also on every
+    mini-batch; None finds one. Too small a scale diverges: the report says so, and which one would do. h0: where the
+    recursion starts, [p], with one block only. rtol: see `LiSSA`. full_batch: all training data in every step. seed: of
+    the order of the mini-batches. Other parameters as `InfluenceFunctionModel`. Slow where λ is small: prefer
+    `CgInfluence`, or `ChebyshevInfluence` where inner products are what hurts.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> data = torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)
+    >>> influence = LissaInfluence(model, torch.nn.MSELoss(), 0.1, scale=None).fit(data)
+    >>> _, report = influence.influence_factors(*data, return_report=True)
+    >>> report.converged
+    tensor([True, True])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | Objective,
+        hessian_regularization: Regularization = 0.0,
+        maxiter: int = 1000,
+        dampen: float = 0.0,
+        scale: float | None = 10.0,
+        h0: Tensor | None = None,
+        rtol: float = 1e-4,
+        *,
+        full_batch: bool = False,
+        seed: int = 0,
+        block_structure: BlockStructure = BlockMode.FULL,
+        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
+    ) -> None:
+        self.maxiter = maxiter
+        self.dampen = dampen
+        self.scale = scale
+        self.h0 = h0
+        self.rtol = rtol
+        self.full_batch = full_batch
+        self.seed = seed
+        self.solver(0.0)  # its checks of the settings, before anything is computed
+        super().__init__(
+            model,
+            loss,
+            hessian_regularization,
+            block_structure=block_structure,
+            second_order_mode=second_order_mode,
+        )
+        if h0 is not None and len(self.risk.blocks.names) > 1:
+            raise SettingError("`h0` needs block_structure='full', got several blocks. Leave it out.")
+
+    def solver(self, damping: float) -> LiSSA:
+        """The recursion."""
+        return LiSSA(
+            damping=damping,
+            maxiter=self.maxiter,
+            dampen=self.dampen,
+            scale=self.scale,
+            h0=self.h0,
+            rtol=self.rtol,
+            full_batch=self.full_batch,
+            seed=self.seed,
+        )
+
+    def settings(self) -> dict[str, object]:
+        """The common settings and those of the recursion."""
+        names = ("maxiter", "dampen", "scale", "rtol", "full_batch", "seed")
+        start = None if self.h0 is None else self.h0.tolist()
+        return self._common_settings() | {name: getattr(self, name) for name in names} | {"h0": start}
