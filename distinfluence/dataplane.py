@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distinfluence.batch import Batch, batch_length, nbytes
+from distinfluence.batch import Batch, batch_length, nbytes, take
 from distinfluence.errors import EmptyDataError, ShapeError
 from distinfluence.sample_risk import SampleRisk
 
 KEPT_BYTES = 2 * 2**30  # of batches that stay on the device between passes
+JOINED_SAMPLES, JOINED_BYTES = 2048, 4 * 2**20  # of small batches that are put together for sums
 
 
 class Kernel(Protocol):
@@ -103,15 +104,18 @@ class LoopPlane(DataPlane):
 class LocalPlane(LoopPlane):
     """Chunks from a loader: a DataLoader, an iterable of batches, or one (x, y) batch.
 
-    Batches are collated and checked once and stay on the device between passes, up to KEPT_BYTES; beyond, the loader
-    is run through again for each pass. Raises EmptyDataError for a loader without samples, and whatever
-    `SampleRisk.check` raises for its first batch.
+    Batches are collated and checked once and stay on the device between passes, up to KEPT_BYTES; beyond, the loader is
+    run through again for each pass. Small ones are put together for sums, of which a fixed cost for each batch would be
+    the larger part; `one` still takes the loader's own. Raises EmptyDataError for a loader without samples, and
+    whatever `SampleRisk.check` raises for its first batch.
     """
 
     def __init__(self, risk: SampleRisk, data: object) -> None:
         super().__init__(risk)
+        risk.measures = True  # one process does all of every sum
         self._loader = as_loader(data)
         self._kept: list[Batch] | None = []
+        self._together: list[Batch] = []  # the same samples in fewer, larger batches
         self._running: Iterator[Batch] | None = None
         self._next = 0
         self.chunk_sizes, self.remarks = self._first_pass()
@@ -132,6 +136,8 @@ class LocalPlane(LoopPlane):
                 self._kept.append(batch)
             if kept_bytes > KEPT_BYTES:
                 self._kept = None
+        if self._kept is not None:
+            self._together, self._kept = together(self._kept)
         if not sizes:
             raise EmptyDataError("`data` must hold at least one sample, got none. Pass a data set that isn't empty.")
         return tuple(sizes), remarks
@@ -140,7 +146,8 @@ class LocalPlane(LoopPlane):
         """The same loader; batches that were kept move along."""
         other = copy.copy(self)
         other.risk = risk
-        other._kept = None if self._kept is None else [risk.place(batch) for batch in self._kept]
+        if self._kept is not None:
+            other._together, other._kept = together([risk.place(batch) for batch in self._kept])
         other._running = None
         return other
 
@@ -154,9 +161,9 @@ class LocalPlane(LoopPlane):
         return next(self._running)
 
     def batches(self) -> Iterator[Batch]:
-        """All batches, on the risk's device, checked."""
+        """All samples, on the risk's device, checked; kept batches that are small are put together."""
         if self._kept is not None:
-            yield from self._kept
+            yield from self._together
         else:
             n_samples = 0
             for data in read(self._loader):
@@ -168,6 +175,47 @@ class LocalPlane(LoopPlane):
                     f"`data` must give the same samples each time it is read, got {self.n_samples} at first and now "
                     f"{n_samples}. Pass a DataLoader over a map-style data set."
                 )
+
+
+def together(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Neighbouring batches joined where shapes and dtypes allow, and the batches again, as views of those.
+
+    A joined batch has at most JOINED_SAMPLES samples and JOINED_BYTES bytes, or is one that came so.
+    """
+    groups: list[list[Batch]] = []
+    for batch in batches:
+        last = groups[-1] if groups else None
+        if last is not None and _alike(last[0], batch):
+            n = sum(map(batch_length, last)) + batch_length(batch)
+            if n <= JOINED_SAMPLES and sum(map(nbytes, last)) + nbytes(batch) <= JOINED_BYTES:
+                last.append(batch)
+                continue
+        groups.append([batch])
+    joined = [group[0] if len(group) == 1 else _joined(group) for group in groups]
+    views: list[Batch] = []
+    for whole, group in zip(joined, groups, strict=True):
+        starts = itertools.accumulate(map(batch_length, group), initial=0)
+        views += [take(whole, start, start + batch_length(batch)) for start, batch in zip(starts, group, strict=False)]
+    return joined, views
+
+
+def _alike(a: Batch, b: Batch) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and a.shape[1:] == b.shape[1:]
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return False
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    first = parts[0]
+    if isinstance(first, dict):
+        return {key: _joined([part[key] for part in parts if isinstance(part, dict)]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(_joined([part[i] for part in parts if isinstance(part, tuple)]) for i in range(len(first)))
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
 
 def add(total: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -56,35 +56,42 @@ def micro_batches(risk: SampleRisk, batch: Batch) -> Iterator[Batch]:
         yield take(batch, start, min(start + step, n))
 
 
-def rows_at_once(risk: SampleRisk) -> int:
-    """How many rows [p] a vectorised derivative takes at once: about four copies of each must fit in ROW_BYTES."""
-    most = MOST_ROWS if risk.device.type == "cpu" else 8 * MOST_ROWS
+def rows_at_once(risk: SampleRisk, most: int = MOST_ROWS) -> int:
+    """How many rows [p] a vectorised derivative takes at once: about four copies of each must fit in ROW_BYTES.
+
+    most: on a CPU; a GPU takes eight times as many.
+    """
+    most = most if risk.device.type == "cpu" else 8 * most
     return max(1, min(most, ROW_BYTES // (4 * risk.size * risk.dtype.itemsize)))
 
 
 def _gradients(risk: SampleRisk, value: Value, batch: Batch, what: str) -> SampleGradients:
+    seen: list[Tensor] = []  # the values beside the rows that the last call returned
+
     def vectorised(samples: Batch) -> Tensor:
         def one(parameters: Parameters, sample: Batch) -> Tensor:
             return value(parameters, map_batch(lambda tensor: tensor.unsqueeze(0), sample))[0]
 
         gradient, values = vmap(grad_and_value(one), in_dims=(None, 0))(risk.parameters, samples)
-        # a loss against float64 targets is float64: rows stay in the parameters' dtype
-        return torch.cat([risk.blocks.flatten(gradient, n_leading=1), values.unsqueeze(1).to(risk.dtype)], dim=1)
+        seen[:] = [values]
+        return risk.blocks.flatten(gradient, n_leading=1)
 
     def looped(samples: Batch) -> Tensor:
-        rows = []
+        rows, values = [], []
         for index in range(batch_length(samples)):
             with differentiable(risk) as parameters:
-                values = value(parameters, take(samples, index, index + 1))[0]
-                gradient = flat_grad(risk, values, parameters)
-            rows.append(torch.cat([gradient, values.detach().reshape(1).to(risk.dtype)]))
+                own = value(parameters, take(samples, index, index + 1))[0]
+                rows.append(flat_grad(risk, own, parameters))
+            values.append(own.detach())
+        seen[:] = [torch.stack(values)]
         return torch.stack(rows)
 
     n = batch_length(batch)
     with double_differentiable():
         way = risk.choose(what, (vectorised, looped), take(batch, 0, min(n, 2)))
-        both = way(batch)
-    result = SampleGradients(both[:, :-1], both[:, -1])
+        rows = way(batch)
+    # a loss against float64 targets is float64
+    result = SampleGradients(rows, seen[0].detach().reshape(-1).to(risk.dtype))
     _check_finite(result, what)
     return result
 

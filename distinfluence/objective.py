@@ -88,6 +88,13 @@ class Objective(ABC):
         assert isinstance(batch, tuple)
         return (inputs, *batch[1:])
 
+    def output_curvature(self, outputs: Tensor, batch: Batch) -> Callable[[Tensor], Tensor] | None:
+        """u [n, ...] → ∇²_f ℓ(f)·u of each sample, in closed form; None to have it differentiated.
+
+        It is compared with the derivative on first use.
+        """
+        return None
+
     def settings(self) -> dict[str, object]:
         """What fixes the objective, in JSON's types, for provenance and fingerprints: its name unless overridden."""
         return {"objective": f"{type(self).__module__}.{type(self).__qualname__}"}
@@ -162,6 +169,17 @@ class SupervisedObjective(Objective):
             except RuntimeError:
                 pass  # a loss that vmap cannot take, in a process where `check` has not found it out
         return self._one_by_one(outputs, y)
+
+    def output_curvature(self, outputs: Tensor, batch: Batch) -> Callable[[Tensor], Tensor] | None:
+        """p∘u − p⟨p, u⟩ for cross-entropy over classes, 2u/d for the mean squared error of d outputs."""
+        _, y = _pair(batch)
+        if type(self.loss) is nn.CrossEntropyLoss and self.loss.weight is None and outputs.ndim == 2 and y.ndim == 1:
+            probabilities = torch.softmax(outputs.detach(), dim=1) * (y != self.loss.ignore_index).unsqueeze(1)
+            return lambda u: probabilities * (u - (probabilities * u).sum(dim=1, keepdim=True))
+        if type(self.loss) is nn.MSELoss and outputs.shape == y.shape and not self._unreduced:
+            scale = 2.0 / outputs[0].numel() if self.loss.reduction == "mean" else 2.0
+            return lambda u: scale * u
+        return None
 
     def check(self, outputs: Tensor, batch: Batch) -> tuple[str, ...]:
         """Find out whether the loss is a mean or a sum over the batch, and whether vmap can take it."""

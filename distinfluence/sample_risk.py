@@ -5,7 +5,9 @@ never writes to it: parameters are passed in functionally, gradients returned, `
 stay as found. Everything that differentiates goes through `losses` and `measurements` here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distinfluence.batch import Batch, as_batch, batch_length, check_batch, describe, map_batch
+from distinfluence.batch import Batch, as_batch, batch_length, check_batch, describe, leaves, map_batch
 from distinfluence.blocks import ParameterBlocks
 from distinfluence.errors import (
     DistinfluenceError,
@@ -29,6 +31,7 @@ from distinfluence.errors import (
 from distinfluence.objective import Forward, Objective, check_independence
 
 CHECKED_SAMPLES = 8  # of the first batch, for the checks that evaluate the model several times
+KEPT_ROW_BYTES = 512 * 2**20  # of per-sample gradients that one process keeps between passes
 RANDOM_IN_TRAINING = (
     nn.modules.dropout._DropoutNd,
     nn.modules.batchnorm._BatchNorm,
@@ -41,6 +44,25 @@ Parameters = Mapping[str, Tensor]
 Way = Callable[[Any], Tensor]
 
 
+class KeptRows:
+    """Per-sample gradients that are needed again in the next pass over the same chunks, up to KEPT_ROW_BYTES."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[Batch, Tensor]] = {}
+        self._bytes = 0
+
+    def get(self, batch: Batch, make: Callable[[], Tensor]) -> Tensor:
+        """The rows of this batch, which must be a chunk, or a part of one, that stays where it is between passes."""
+        key = tuple((tensor.data_ptr(), tensor.shape) for _, tensor in leaves(batch))
+        if key in self._kept:
+            return self._kept[key][1]
+        rows = make()
+        if self._bytes + rows.nbytes <= KEPT_ROW_BYTES:
+            self._bytes += rows.nbytes
+            self._kept[key] = batch, rows  # with the batch: its memory must not become another one's
+        return rows
+
+
 class SampleRisk:
     """Losses and measurements of samples as functions of (parameters, batch).
 
@@ -48,6 +70,8 @@ class SampleRisk:
     module's own unless given. dtype: float32 or float64 to evaluate in that whatever the module is in; by default in
     its own, and in float32 for bfloat16 and float16: derivatives and sums of theirs have two or three digits.
     Raises ModelModeError for a module in train mode with dropout or batch statistics.
+    measures: whether the fastest of several ways to a derivative is found by timing them on the first chunk. Off where
+    several processes work on one sum, which must not depend on which of them took which part.
     """
 
     def __init__(
@@ -68,6 +92,8 @@ class SampleRisk:
         self._asked_dtype = dtype
         with torch.inference_mode(False):
             self._take_tensors(module)
+        self.measures = False
+        self.kept_rows = KeptRows()
         self._choices: dict[str, int] = {}
         self._restricted: dict[str, SampleRisk] = {}
         self._in_double: SampleRisk | None = None
@@ -117,6 +143,7 @@ class SampleRisk:
         if block not in self._restricted:
             only = self.blocks.only(block)
             self._restricted[block] = SampleRisk(self.module, self.objective, only, self.device, self._asked_dtype)
+            self._restricted[block].measures = self.measures
         return self._restricted[block]
 
     def to(self, device: torch.device) -> "SampleRisk":
@@ -232,6 +259,32 @@ class SampleRisk:
             return ways[-1](argument) if value is None else value
 
         return ways[-1] if chosen is ways[-1] else careful
+
+    def fastest(self, what: str, ways: Sequence[Way], small: Any, real: Any) -> Way:
+        """As `choose`, but of the ways that agree with the last on `small` the one that takes least time on `real`.
+
+        Measured once for each `what`, if this risk measures; `real` should be a part of the work that takes some
+        milliseconds. Earlier ways are preferred where times are within a tenth.
+        """
+        if what not in self._choices and self.measures:
+            self._choices[what] = self._measured(ways, small, real)
+        return self.choose(what, ways, small)
+
+    def _measured(self, ways: Sequence[Way], small: Any, real: Any) -> int:
+        expected, failure = attempt(ways[-1], small)
+        best, least = len(ways) - 1, math.inf
+        for index, way in enumerate(ways):
+            value, _ = attempt(way, small)  # which also warms it up
+            if value is None or (expected is not None and not agree(value, expected)):
+                continue
+            start = time.perf_counter()
+            done, _ = attempt(way, real)
+            seconds = time.perf_counter() - start
+            if done is not None and seconds < 0.9 * least:
+                best, least = index, seconds
+        if failure is not None and not math.isfinite(least):
+            raise failure
+        return best
 
     def _first_valid(self, ways: Sequence[Way], small: Any) -> int:
         expected, failure = attempt(ways[-1], small)

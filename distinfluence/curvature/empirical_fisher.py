@@ -28,7 +28,7 @@ class EmpiricalFisherProduct:
         restricted = risk.restrict(self.block)
         total = torch.zeros_like(rows)
         for part in micro_batches(restricted, batch):
-            gradients = loss_gradients(restricted, part).rows
+            gradients = _rows(restricted, part)
             total.addmm_(rows @ gradients.T, gradients)
         return (total,)
 
@@ -46,7 +46,7 @@ class HarmonicMeanProduct:
         restricted = risk.restrict(self.block)
         total = torch.zeros_like(rows)
         for part in micro_batches(restricted, batch):
-            gradients = loss_gradients(restricted, part).rows
+            gradients = _rows(restricted, part)
             weights = 1.0 / (self.damping + torch.linalg.vecdot(gradients, gradients))
             total += rows * gradients.shape[0] - (rows @ gradients.T * weights) @ gradients
         return (total.div_(self.damping),)
@@ -63,7 +63,7 @@ class SquaredGradientNorm:
         restricted = risk.restrict(self.block)
         total = torch.zeros((), dtype=torch.float64, device=restricted.device)
         for part in micro_batches(restricted, batch):
-            total += loss_gradients(restricted, part).rows.double().square().sum()
+            total += _rows(restricted, part).double().square().sum()
         return (total,)
 
 
@@ -78,9 +78,16 @@ class GradientMoment:
         restricted = risk.restrict(self.block)
         total = torch.zeros(restricted.size, restricted.size, dtype=torch.float64, device=restricted.device)
         for part in micro_batches(restricted, batch):
-            gradients = loss_gradients(restricted, part).rows.double()
+            gradients = _rows(restricted, part).double()
             total.addmm_(gradients.T, gradients)
         return (total,)
+
+
+def _rows(risk: SampleRisk, batch: Batch) -> Tensor:
+    """Gradients [n, p]; kept for the next pass where the chunks stay in this process."""
+    if not risk.measures:
+        return loss_gradients(risk, batch).rows
+    return risk.kept_rows.get(batch, lambda: loss_gradients(risk, batch).rows)
 
 
 class EmpiricalFisherOperator(DataOperator):

@@ -28,7 +28,10 @@ class GGNProduct:
         """Forward, loss Hessian, reverse; the forward derivative by two reverse ones where the model has none."""
         (rows,) = broadcast
         restricted = risk.restrict(self.block)
-        ways = (_forward_then_reverse(restricted, batch), _all_reverse(restricted, batch))
+        ways = (
+            *(_forward_then_reverse(restricted, batch, most) for most in (32, 8)),
+            _all_reverse(restricted, batch),
+        )
         return (product_of_rows(restricted, "GGN products", ways, rows),)
 
 
@@ -51,21 +54,22 @@ class GGNOperator(DataOperator):
         return self.risk.sample.objective.convex
 
 
-def _forward_then_reverse(risk: SampleRisk, batch: Batch) -> Product:
+def _forward_then_reverse(risk: SampleRisk, batch: Batch, most: int) -> Product:
     def rows_product(rows: Tensor) -> Tensor:
         def outputs(parameters: Parameters) -> Tensor:
             return risk.outputs(parameters, batch)
 
         primal = vjp(outputs, dict(risk.parameters))
         predictions, pull_back = primal[0], primal[1]
+        curve = risk.objective.output_curvature(predictions, batch)
         loss_gradient = grad(lambda f: risk.objective.losses(f, batch).sum())
 
         def product(row: Tensor) -> Tensor:
             pushed = jvp(outputs, (dict(risk.parameters),), (risk.blocks.unflatten(row),))[1]
-            curved = jvp(loss_gradient, (predictions,), (pushed,))[1]
+            curved = jvp(loss_gradient, (predictions,), (pushed,))[1] if curve is None else curve(pushed)
             return risk.blocks.flatten(pull_back(curved)[0])
 
-        return vectorised(product, risk)(rows)
+        return vectorised(product, risk, most)(rows)
 
     return rows_product
 

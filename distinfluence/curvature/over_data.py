@@ -1,6 +1,6 @@
 """Curvature operators over a data set: the mean over samples of a kernel's products, one pass for all rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -93,18 +93,22 @@ class InDouble:
         return self.kernel(wide, map_batch(wide.widened, batch), *broadcast)
 
 
-def vectorised(product: Product, risk: SampleRisk) -> Product:
-    """Apply the product of one row [p] to rows [k, p] at once, as many as memory allows."""
+FEW_ROWS, MEASURED_ROWS = 8, 32  # fewer rows have a choice of their own; and how many are timed for it at most
+
+
+def vectorised(product: Product, risk: SampleRisk, most: int) -> Product:
+    """Apply the product of one row [p] to rows [k, p], `most` at once or as many as memory allows."""
 
     def rows_product(rows: Tensor) -> Tensor:
-        result: Tensor = vmap(product, chunk_size=rows_at_once(risk))(rows)
+        result: Tensor = vmap(product, chunk_size=rows_at_once(risk, most))(rows)
         return result
 
     return rows_product
 
 
-def product_of_rows(risk: SampleRisk, what: str, ways: tuple[Product, Product], rows: Tensor) -> Tensor:
-    """rows [k, p] through the first way that the model can take; the last is the loop of plain autograd."""
+def product_of_rows(risk: SampleRisk, what: str, ways: Sequence[Product], rows: Tensor) -> Tensor:
+    """rows [k, p] through the fastest way that the model can take; the last is the loop of plain autograd."""
     with double_differentiable():
         rows = recordable(rows)
-        return risk.choose(what, ways, rows[:1])(rows)
+        many = rows.shape[0] >= FEW_ROWS
+        return risk.fastest(f"{what}, {'many' if many else 'few'} rows", ways, rows[:1], rows[:MEASURED_ROWS])(rows)

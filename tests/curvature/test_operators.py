@@ -9,9 +9,19 @@ from curvlinops import EFLinearOperator, GGNLinearOperator, HessianLinearOperato
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from distinfluence import EmpiricalFisherOperator, EmpiricalRisk, GGNOperator, HessianOperator, dataplane
-from distinfluence.curvature import DataOperator, MatrixOperator, SecondOrderMode, operator_class
+from distinfluence import (
+    EmpiricalFisherOperator,
+    EmpiricalRisk,
+    GGNOperator,
+    HessianOperator,
+    dataplane,
+    gradients,
+    sample_risk,
+)
+from distinfluence.curvature import DataOperator, MatrixOperator, SecondOrderMode, empirical_fisher, operator_class
 from distinfluence.errors import DtypeError, NonFiniteError, ParameterBlockError, ShapeError
+from distinfluence.objective import SupervisedObjective
+from distinfluence.sample_risk import SampleRisk
 from tests.reference import Reference
 from tests.zoo import BUILDERS, Case, build
 
@@ -211,10 +221,135 @@ def test_models_that_vmap_cannot_take_go_through_plain_autograd(kind: type[Opera
     operator = kind().of(build("branching"))
     operator.matmat(torch.randn(2, operator.size, dtype=torch.float64))
     choices = operator.risk.sample._choices
-    assert choices[kind.what] == (1 if kind is TestEmpiricalFisher else 0)
+    if kind is TestEmpiricalFisher:
+        assert choices[kind.what] == 1
+    else:  # the derivatives of a whole batch take any model; which way is faster may change
+        assert set(choices) == {f"{kind.what}, few rows"}
     operator = kind().of(build("mlp classification"))
     operator.matmat(torch.randn(2, operator.size, dtype=torch.float64))
-    assert operator.risk.sample._choices[kind.what] == 0
+    if kind is TestEmpiricalFisher:
+        assert operator.risk.sample._choices[kind.what] == 0
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+@pytest.mark.parametrize("name", ["mlp classification", "mlp regression", "cnn", "attention", "lstm", "tied weights"])
+@pytest.mark.parametrize("kind", [TestHessian, TestGGN])
+def test_every_way_to_a_product_gives_the_same(
+    kind: type[OperatorContract], name: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = build(name)
+    seen: list[int] = []
+
+    def all_of_them(_risk: object, _what: str, ways: Any, small: Tensor, real: Tensor) -> Any:
+        def product(rows: Tensor) -> Tensor:
+            results: list[Tensor] = [way(rows) for way in ways]
+            seen.append(len(results))
+            for result in results[1:]:
+                torch.testing.assert_close(result, results[0], rtol=1e-9, atol=1e-11)
+            return results[0]
+
+        return product
+
+    monkeypatch.setattr(SampleRisk, "fastest", all_of_them)
+    operator = kind().of(case)
+    rows = torch.randn(k, operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+    expected = rows @ Reference(case).matrix(kind.mode)
+    torch.testing.assert_close(operator.matmat(rows), expected, rtol=1e-9, atol=1e-10)
+    assert min(seen) >= 3
+
+
+def test_the_way_is_measured_once_for_few_and_once_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    measure = SampleRisk._measured
+
+    def counting(risk: SampleRisk, ways: Any, small: Any, real: Any) -> int:
+        measured.append(len(real))
+        return measure(risk, ways, small, real)
+
+    monkeypatch.setattr(SampleRisk, "_measured", counting)
+    operator = TestGGN().of(build("mlp classification"))
+    for k in (1, 2, 7, 8, 100, 1):
+        operator.matmat(torch.randn(k, operator.size, dtype=torch.float64))
+    assert measured == [1, 8]
+
+
+def test_a_wrong_curvature_of_the_outputs_is_not_used() -> None:
+    class Wrong(SupervisedObjective):
+        def output_curvature(self, outputs: Tensor, batch: Any) -> Any:
+            return lambda u: 2 * u
+
+    case = build("mlp classification")
+    operator = GGNOperator(EmpiricalRisk(case.model, Wrong(case.loss), case.train))
+    rows = torch.randn(9, operator.size, dtype=torch.float64)
+    torch.testing.assert_close(operator.matmat(rows), rows @ Reference(case).ggn(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(reduction="sum"),
+        nn.CrossEntropyLoss(label_smoothing=0.2),
+        nn.CrossEntropyLoss(ignore_index=1, reduction="sum"),
+        nn.CrossEntropyLoss(reduction="none"),
+    ],
+    ids=repr,
+)
+def test_the_closed_form_of_cross_entropy_is_its_derivative(loss: nn.Module) -> None:
+    objective, generator = SupervisedObjective(loss), torch.Generator().manual_seed(0)
+    outputs = torch.randn(5, 3, dtype=torch.float64, generator=generator)
+    batch = (outputs, torch.tensor([0, 1, 2, 1, 0]))
+    curve = objective.output_curvature(outputs, batch)
+    assert curve is not None
+    _closed_form_is_the_derivative(objective, outputs, batch, curve)
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.MSELoss(reduction="sum")], ids=repr)
+@pytest.mark.parametrize("shape", [(5, 3), (5,), (5, 2, 2)])
+def test_the_closed_form_of_the_squared_error_is_its_derivative(loss: nn.Module, shape: tuple[int, ...]) -> None:
+    objective, generator = SupervisedObjective(loss), torch.Generator().manual_seed(0)
+    outputs, targets = (torch.randn(*shape, dtype=torch.float64, generator=generator) for _ in range(2))
+    curve = objective.output_curvature(outputs, (outputs, targets))
+    assert curve is not None
+    _closed_form_is_the_derivative(objective, outputs, (outputs, targets), curve)
+
+
+def _closed_form_is_the_derivative(objective: SupervisedObjective, outputs: Tensor, batch: Any, curve: Any) -> None:
+    direction = torch.randn(outputs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    f = outputs.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(objective.losses(f, batch).sum(), f, create_graph=True)
+    (expected,) = torch.autograd.grad(slope, f, direction)
+    torch.testing.assert_close(curve(direction), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_other_losses_have_no_closed_form() -> None:
+    outputs, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    for loss in (nn.NLLLoss(), nn.CrossEntropyLoss(weight=torch.ones(3), reduction="sum")):
+        assert SupervisedObjective(loss).output_curvature(outputs, (outputs, targets)) is None
+    assert SupervisedObjective(nn.CrossEntropyLoss()).output_curvature(outputs, (outputs, outputs.softmax(1))) is None
+
+
+def test_gradients_are_made_once_for_all_passes_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    original = gradients.loss_gradients
+
+    def counting(risk: SampleRisk, batch: Any) -> Any:
+        made.append(len(batch[0]))
+        return original(risk, batch)
+
+    monkeypatch.setattr(empirical_fisher, "loss_gradients", counting)
+    case = build("mlp classification")
+    operator = EmpiricalFisherOperator(EmpiricalRisk(case.model, case.loss, case.train))
+    rows = torch.randn(3, operator.size, dtype=torch.float64)
+    first = operator.matmat(rows)
+    assert torch.equal(operator.matmat(rows), first)
+    operator.mean_square_gradient()
+    assert sum(made) == 23
+    monkeypatch.setattr(sample_risk, "KEPT_ROW_BYTES", 0)
+    operator = EmpiricalFisherOperator(EmpiricalRisk(case.model, case.loss, case.train))
+    assert torch.equal(operator.matmat(rows), first)
+    assert torch.equal(operator.matmat(rows), first)
+    assert sum(made) == 23 + 2 * 23
 
 
 @pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, EmpiricalFisherOperator])

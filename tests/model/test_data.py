@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distinfluence import EmpiricalRisk, GGNOperator, Objective, dataplane
 from distinfluence.batch import Batch, as_batch, batch_length, check_batch, describe, leaves, map_batch, nbytes, take
-from distinfluence.dataplane import LocalPlane, as_loader, read
+from distinfluence.dataplane import LocalPlane, as_loader, read, together
 from distinfluence.errors import DtypeError, EmptyDataError, NonFiniteError, ShapeError
 from distinfluence.objective import Forward
 from tests.reference import Reference
@@ -188,6 +188,54 @@ def test_a_batch_that_is_bad_later_in_the_data_is_found_in_the_first_pass() -> N
 
 def squared(f: Tensor, y: Tensor) -> Tensor:
     return ((f - y) ** 2).mean()
+
+
+def _batches(sizes: list[int], width: int = 3) -> list[Any]:
+    return [(torch.randn(n, width), torch.randint(2, (n,))) for n in sizes]
+
+
+@pytest.mark.parametrize(
+    ("batches", "joined"),
+    [
+        (_batches([4, 4, 4, 1]), [13]),
+        (_batches([1500, 400, 400]), [1900, 400]),  # at most 2048 samples together
+        (_batches([4000, 5]), [4000, 5]),  # what came larger stays as it is
+        ([*_batches([4]), *_batches([3], width=5), *_batches([2, 2], width=5)], [4, 7]),
+        ([{"x": torch.ones(2, 3), "y": torch.ones(2)}, {"x": torch.ones(4, 3), "y": torch.ones(4)}], [6]),
+        ([torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)], [2, 2]),
+        ([torch.zeros(300, 2000), torch.zeros(300, 2000)], [300, 300]),  # more than 4 MiB together
+    ],
+)
+def test_small_batches_are_put_together_and_stay_themselves(batches: list[Any], joined: list[int]) -> None:
+    whole, views = together(batches)
+    assert [batch_length(batch) for batch in whole] == joined
+    for view, batch in zip(views, batches, strict=True):
+        for (_, ours), (_, theirs) in zip(leaves(view), leaves(batch), strict=True):
+            assert torch.equal(ours, theirs)
+    stored = {tensor.untyped_storage().data_ptr() for batch in whole for _, tensor in leaves(batch)}
+    assert {tensor.untyped_storage().data_ptr() for view in views for _, tensor in leaves(view)} == stored
+
+
+def test_a_plane_sums_over_joined_batches_and_gives_out_the_loaders_own() -> None:
+    case = build("mlp classification")
+    x, y = case.train
+    batches = [(x[i : i + 7], y[i : i + 7]) for i in range(0, 23, 7)]
+    plane = EmpiricalRisk(case.model, case.loss, batches).plane
+    assert isinstance(plane, LocalPlane)
+    assert plane.chunk_sizes == (7, 7, 7, 2)
+    assert [batch_length(batch) for batch in plane.batches()] == [23]
+    for index, (inputs, _) in enumerate(batches):
+        (sums,) = plane.one(index, InputSum())
+        torch.testing.assert_close(sums, inputs.sum(dim=0))
+    assert plane.passes == 0
+    (total,) = plane.sum(InputSum())
+    torch.testing.assert_close(total, x.sum(dim=0))
+    assert plane.passes == 1
+
+
+class InputSum:
+    def __call__(self, risk: Any, batch: Any, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        return (batch[0].sum(dim=0),)
 
 
 @pytest.mark.parametrize("loss", [nn.MSELoss(), squared])
