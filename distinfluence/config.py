@@ -17,8 +17,12 @@ from distinfluence.errors import ConfigError
 from distinfluence.influence import (
     ArnoldiInfluence,
     CgInfluence,
+    ChebyshevInfluence,
     DirectInfluence,
     InfluenceFunctionModel,
+    InverseHarmonicMeanInfluence,
+    KrylovInfluence,
+    LissaInfluence,
     NystroemSketchInfluence,
 )
 from distinfluence.objective import Loss, Objective
@@ -27,7 +31,11 @@ from distinfluence.scaling import ClusterSpec, ModelRecipe, Recipe
 METHODS: Mapping[str, type[InfluenceFunctionModel]] = {
     "arnoldi": ArnoldiInfluence,
     "cg": CgInfluence,
+    "chebyshev": ChebyshevInfluence,
+    "datainf": InverseHarmonicMeanInfluence,
     "direct": DirectInfluence,
+    "krylov": KrylovInfluence,
+    "lissa": LissaInfluence,
     "nystroem": NystroemSketchInfluence,
 }
 
@@ -86,10 +94,10 @@ class ClusterSection(Section):
 class Job(Section):
     """A whole run.
 
-    method: `name` (cg, direct) and the parameters of that influence model. loss: a torch loss of (outputs, targets) or
-    an `Objective`. mode: up or perturbation. output: the folder of the result. certify: find
-    the ends of the spectrum for error bounds (several passes). scratch: a folder that every worker
-    sees, beside the output if left out.
+    method: `name` (a key of `METHODS`) and the parameters of that influence model. loss: a torch loss of (outputs,
+    targets) or an `Objective`. mode: up or perturbation. output: the folder of the result. certify: find the ends of
+    the spectrum for error bounds (several passes). scratch: a folder that every worker sees, beside the output if left
+    out.
     """
 
     model: ModelSection

@@ -16,7 +16,7 @@ import pytest
 import distinfluence
 from distinfluence import errors, solvers
 from distinfluence.solvers import Solver
-from tests.solvers.contract import SolverContract
+from tests.solvers.contract import SolverForm
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "distinfluence").rglob("*.py"))
@@ -269,12 +269,12 @@ def exported_solvers() -> list[str]:
 
 
 def solvers_under_contract() -> set[str]:
-    """The classes that a test class of tests/solvers which inherits `SolverContract` has as its `solver`."""
+    """The classes that a test class of tests/solvers which inherits the contract, or its form, has as its `solver`."""
     found = set()
     for path in (ROOT / "tests" / "solvers").glob("test_*.py"):
         module = importlib.import_module(f"tests.solvers.{path.stem}")
         for name, test in inspect.getmembers(module, inspect.isclass):
-            if name.startswith("Test") and issubclass(test, SolverContract):
+            if name.startswith("Test") and issubclass(test, SolverForm):
                 found.add(type(test.solver).__name__)
     return found
 

@@ -11,6 +11,7 @@ from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
 from distinfluence.objective import Loss, Objective
+from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.preconditioner import Preconditioner
@@ -19,12 +20,12 @@ from distinfluence.solvers.preconditioner import Preconditioner
 class CgInfluence(InfluenceFunctionModel):
     """Influence by conjugate gradients.
 
-    rtol, atol: a row has converged when ‖g − (A + λI) x‖ ≤ max(rtol·‖g‖, atol), as SciPy means it. maxiter: bound on
-    the iterations, about 10·p if None. use_block_cg: one breakdown-free block iteration for all rows (Ji & Li 2017),
-    else each row for itself. pre_conditioner: see `Preconditioner`. Other parameters as `InfluenceFunctionModel`.
-    Conjugate gradients need A + λI positive definite: with the Hessian, negative curvature stops the rows that meet it
-    and is reported. In float32, residuals much below 1e-5 are usually out of reach; such rows are reported as
-    stagnated.
+    rtol, atol: a row has converged when ‖g − (A + λI) x‖ ≤ max(rtol·‖g‖, atol), as SciPy means it; an rtol of None is
+    1e-7 in float64 and 1e-4 in float32, whose rounding often leaves no less. maxiter: bound on the iterations, about
+    10·p if None. use_block_cg: one breakdown-free block iteration for all rows (Ji & Li 2017), else each row for
+    itself. pre_conditioner: see `Preconditioner`. Other parameters as `InfluenceFunctionModel`. Conjugate gradients
+    need A + λI positive definite: with the Hessian, negative curvature stops the rows that meet it and is reported.
+    Rows that rounding keeps from their tolerance are reported as stagnated.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -40,7 +41,7 @@ class CgInfluence(InfluenceFunctionModel):
         model: nn.Module,
         loss: Loss | Objective,
         hessian_regularization: Regularization = 0.0,
-        rtol: float = 1e-7,
+        rtol: float | None = None,
         atol: float = 1e-7,
         maxiter: int | None = None,
         use_block_cg: bool = True,
@@ -54,7 +55,6 @@ class CgInfluence(InfluenceFunctionModel):
         self.maxiter = maxiter
         self.use_block_cg = use_block_cg
         self.pre_conditioner = pre_conditioner
-        self.solver(0.0)  # its checks of the settings, before anything is computed
         super().__init__(
             model,
             loss,
@@ -62,13 +62,14 @@ class CgInfluence(InfluenceFunctionModel):
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
+        self.solver(0.0)  # its checks of the settings, before anything is computed
 
     def solver(self, damping: float) -> CG | BlockCG:
         """Block or row-wise conjugate gradients."""
         method = BlockCG if self.use_block_cg else CG
         return method(
             damping=damping,
-            rtol=self.rtol,
+            rtol=default_rtol(self.risk.dtype) if self.rtol is None else self.rtol,
             atol=self.atol,
             maxiter=self.maxiter,
             preconditioner=self.pre_conditioner,

@@ -53,8 +53,9 @@ class BlockCG(ConjugateSolver):
             result.d[rows] += (mix @ step.T) @ p
             r -= step.T @ q
             residual = mix @ r
-            ratio = row_norms(residual) / threshold[rows]
-            active = (ratio > 1) & (result.steps[rows] < budget[rows])
+            size = row_norms(residual)
+            ratio = size / threshold[rows]
+            active = (ratio > 1) & (size > result.attainable(rows)) & (result.steps[rows] < budget[rows])
             keep = watch.sound(active, rows, result, residual, ratio)
             if not keep.any():
                 break

@@ -44,8 +44,9 @@ class CG(ConjugateSolver):
             r -= step[:, None] * q
             result.flat[rows] = flat
             result.steps[rows] += 1
-            ratio = row_norms(r) / threshold[rows]
-            active = (ratio > 1) & ~flat & (result.steps[rows] < budget[rows])
+            size = row_norms(r)
+            ratio = size / threshold[rows]
+            active = (ratio > 1) & (size > result.attainable(rows)) & ~flat & (result.steps[rows] < budget[rows])
             keep = watch.sound(active, rows, result, r, ratio)
             if not keep.any():
                 break

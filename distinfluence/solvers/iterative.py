@@ -67,6 +67,10 @@ class Steps:
             flat=torch.zeros(k, dtype=torch.bool, device=device),
         )
 
+    def attainable(self, rows: Tensor) -> Tensor:
+        """Residual norms [n] that rounding leaves to these rows, eps·‖A + λI‖·‖d‖: a recurrence below it is fiction."""
+        return float(torch.finfo(self.d.dtype).eps) * self.largest * row_norms(self.d[rows])
+
     @property
     def rounding(self) -> float:
         """10·eps: Rayleigh quotients within ± this of the largest are flat, zero to rounding."""

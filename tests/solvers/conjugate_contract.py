@@ -140,6 +140,14 @@ class ConjugateContract(SolverContract[Damped]):
         # still as good as float32 allows: the attainable residual is eps · cond
         assert (relative_residual(matrix, 0.0, rhs, solution.x) <= 10 * 1.2e-7 * cond).all()
 
+    def test_float32_that_cannot_get_any_further_stops_before_its_budget_is_spent(self) -> None:
+        matrix, rhs = spd(200, cond=1e4).float(), randn(4, 200).float()
+        solution, operator = self.run(matrix, rhs, rtol=1e-7)
+        assert solution.outcome == (Outcome.STAGNATED,) * 4
+        residual = relative_residual(matrix, 0.0, rhs, solution.x)
+        assert (residual <= 10 * 1.2e-7 * 1e4).all()  # what is attainable: eps · cond
+        assert operator.work.passes <= 0.65 * 2000  # of 10·p
+
     @pytest.mark.parametrize("name", ["diagonal", "clustered"])
     def test_singular_systems_never_make_the_residual_larger(self, name: str) -> None:
         zeros = torch.zeros(P // 2, dtype=torch.float64)
