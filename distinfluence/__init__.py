@@ -10,6 +10,7 @@ from distinfluence.curvature import (
 from distinfluence.errors import DistinfluenceError
 from distinfluence.influence import (
     ArnoldiInfluence,
+    AutoInfluence,
     CgInfluence,
     ChebyshevInfluence,
     DirectInfluence,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArnoldiInfluence",
+    "AutoInfluence",
     "BlockMode",
     "CgInfluence",
     "ChebyshevInfluence",

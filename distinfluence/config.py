@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, P
 from distinfluence.errors import ConfigError
 from distinfluence.influence import (
     ArnoldiInfluence,
+    AutoInfluence,
     CgInfluence,
     ChebyshevInfluence,
     DirectInfluence,
@@ -30,6 +31,7 @@ from distinfluence.scaling import ClusterSpec, ModelRecipe, Recipe
 
 METHODS: Mapping[str, type[InfluenceFunctionModel]] = {
     "arnoldi": ArnoldiInfluence,
+    "auto": AutoInfluence,
     "cg": CgInfluence,
     "chebyshev": ChebyshevInfluence,
     "datainf": InverseHarmonicMeanInfluence,

@@ -1,6 +1,7 @@
 """Influence models: risk + blocks + curvature + solver behind the seed interface."""
 
 from distinfluence.influence.arnoldi import ArnoldiInfluence
+from distinfluence.influence.auto import AutoInfluence
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.cg import CgInfluence
 from distinfluence.influence.chebyshev import ChebyshevInfluence
@@ -16,6 +17,7 @@ from distinfluence.influence.self_influence import SelfInfluences
 
 __all__ = [
     "ArnoldiInfluence",
+    "AutoInfluence",
     "BlockReport",
     "CgInfluence",
     "ChebyshevInfluence",

@@ -1,6 +1,7 @@
 """Solvers for (A + λI) x = b, one file a method."""
 
 from distinfluence.solvers.arnoldi import Arnoldi, Eigenpairs
+from distinfluence.solvers.auto import Auto, Chosen
 from distinfluence.solvers.base import Outcome, Solution, Solver, SolverState
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
@@ -26,11 +27,13 @@ from distinfluence.solvers.spectrum import Extremes, extreme_eigenvalues, mean_e
 __all__ = [
     "CG",
     "Arnoldi",
+    "Auto",
     "BlockCG",
     "BlockKrylov",
     "BlockLanczos",
     "Brackets",
     "Chebyshev",
+    "Chosen",
     "Diagonal",
     "Direct",
     "Eigenpairs",

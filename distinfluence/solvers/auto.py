@@ -1,0 +1,161 @@
+"""Choosing a solver by size, memory and what is known of the matrix, and saying which and why.
+
+| where | method |
+|---|---|
+| p ≤ 10,000 and 24·p² bytes fit | dense factorisation |
+| rows × 40 vectors fit | multi-shift block Krylov |
+| rows × 8 vectors fit, or A may be indefinite | block conjugate gradients, with a Nyström preconditioner |
+| else | Chebyshev semi-iteration |
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distinfluence.curvature.base import CurvatureOperator
+from distinfluence.errors import SettingError
+from distinfluence.solvers.base import Solution, Solver, SolverState, check_count, check_damping, check_tolerance
+from distinfluence.solvers.block_cg import BlockCG
+from distinfluence.solvers.chebyshev import Chebyshev
+from distinfluence.solvers.direct import Direct
+from distinfluence.solvers.krylov import BlockKrylov
+from distinfluence.solvers.nystroem_preconditioner import NystroemPreConditioner
+
+DIRECT_SIZE = 10_000  # parameters; the work of a dense factorisation grows with their cube
+KRYLOV_STEPS = 40  # blocks that a basis is expected to need at most
+CG_BLOCKS = 8  # blocks of rows that conjugate gradients hold
+SHARE = 0.5  # of the free memory that a solver may take
+
+
+@dataclass(frozen=True)
+class Chosen(SolverState):
+    """The solver that was chosen with its state, and why. kind: its class's name."""
+
+    solver: Solver[Any]
+    inner: Any
+    why: str
+
+    @property
+    def positive_definite(self) -> bool | None:
+        """As the chosen solver found."""
+        found: bool | None = self.inner.positive_definite
+        return found
+
+    @property
+    def smallest_eigenvalue(self) -> float | None:
+        """As the chosen solver found."""
+        found: float | None = self.inner.smallest_eigenvalue
+        return found
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The choice, and what the chosen solver has to say."""
+        return (self.why, *self.inner.remarks)
+
+    @property
+    def details(self) -> Mapping[str, Tensor]:
+        """Those of the chosen solver."""
+        details: Mapping[str, Tensor] = self.inner.details
+        return details
+
+
+@dataclass(frozen=True)
+class Auto(Solver[Chosen]):
+    """The solver that fits the problem.
+
+    damping: λ ≥ 0. rtol: as the iterations mean it. rows: right-hand sides that are solved for together, about.
+    memory: bytes that the solver may take, half of what is free if None.
+    """
+
+    damping: float
+    rtol: float = 1e-7
+    rows: int = 1024
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        check_tolerance("rtol", self.rtol)
+        if self.rtol == 0:
+            raise SettingError("`rtol` must be > 0, got 0: no residual is. Pass for instance 1e-6.")
+        check_count("rows", self.rows)
+        if self.memory is not None:
+            check_count("memory", self.memory)
+
+    def fit(self, operator: CurvatureOperator) -> Chosen:
+        """Choose, then the chosen solver's fit."""
+        solver, why = self.choose(operator)
+        return Chosen(operator, solver, solver.fit(operator), why)
+
+    def choose(self, operator: CurvatureOperator) -> tuple[Solver[Any], str]:
+        """The solver for this operator and a sentence that says why; nothing is computed."""
+        p, vector = operator.size, operator.size * operator.dtype.itemsize
+        memory = self.memory or int(SHARE * free_bytes(operator.device))
+        rows = min(self.rows, p)
+        gib = memory / 2**30
+        if p <= DIRECT_SIZE and 24 * p * p <= memory:
+            return self._built("Direct"), f"chose Direct: {p} parameters are few enough for a dense factorisation"
+        if rows * KRYLOV_STEPS * vector <= memory:
+            return self._built("BlockKrylov", memory), (
+                f"chose BlockKrylov: a basis of {rows} × {KRYLOV_STEPS} vectors of {p} fits into {gib:.1f} GiB"
+            )
+        if rows * CG_BLOCKS * vector <= memory or not operator.positive_semidefinite:
+            return self._built("BlockCG"), (
+                f"chose BlockCG with a Nyström preconditioner: a Krylov basis for {rows} rows of {p} does not fit into "
+                f"{gib:.1f} GiB"
+            )
+        return self._built("Chebyshev"), (
+            f"chose Chebyshev: {CG_BLOCKS} blocks of {rows} rows of {p} do not fit into {gib:.1f} GiB"
+        )
+
+    def _built(self, kind: str, memory: int = 2**31) -> Solver[Any]:
+        if kind == "Direct":
+            return Direct(self.damping)
+        if kind == "BlockKrylov":
+            return BlockKrylov(self.damping, rtol=self.rtol, basis_bytes=memory)
+        if kind == "BlockCG":
+            return BlockCG(self.damping, rtol=self.rtol, preconditioner=NystroemPreConditioner())
+        return Chebyshev(self.damping, rtol=self.rtol)
+
+    def adapt(self, state: Chosen) -> Chosen:
+        """The same choice at another damping."""
+        solver = state.solver.at(self.damping)
+        return replace(state, solver=solver, inner=solver.adapt(state.inner))
+
+    def solve(self, state: Chosen, rhs: Tensor) -> Solution:
+        """By the chosen solver."""
+        return state.solver.solve(state.inner, rhs)
+
+    def solve_at(self, state: Chosen, rhs: Tensor, dampings: Sequence[float]) -> list[Solution]:
+        """By the chosen solver."""
+        return state.solver.solve_at(state.inner, rhs, dampings)
+
+    def state_arrays(self, state: Chosen) -> dict[str, Tensor]:
+        """The choice, so that every process makes the same, and the chosen solver's."""
+        kind = type(state.solver).__name__
+        code = torch.tensor(list(kind.encode()), dtype=torch.uint8)
+        memory = getattr(state.solver, "basis_bytes", 2**31)
+        why = torch.tensor(list(state.why.encode()), dtype=torch.uint8)
+        own = {"auto_kind": code, "auto_memory": torch.tensor(memory), "auto_why": why}
+        return own | state.solver.state_arrays(state.inner)
+
+    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Chosen:
+        """The chosen solver again, as it was chosen."""
+        kind, why = (bytes(arrays[name].tolist()).decode() for name in ("auto_kind", "auto_why"))
+        solver = self._built(kind, int(arrays["auto_memory"]))
+        return Chosen(operator, solver, solver.restore(operator, arrays), why)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device; of the host, also what its page cache would give back."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(line for line in file if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
