@@ -25,6 +25,7 @@ from distinfluence.influence import (
     KrylovInfluence,
     LissaInfluence,
     NystroemSketchInfluence,
+    RelativeDamping,
 )
 from distinfluence.objective import Loss, Objective
 from distinfluence.scaling import ClusterSpec, ModelRecipe, Recipe
@@ -151,7 +152,9 @@ class Job(Section):
                 f"`method.name` must be one of {sorted(METHODS)}, got {name!r}.{_suggestion(name, list(METHODS))}"
             )
         known = [
-            p for p in inspect.signature(METHODS[name]).parameters if p not in ("model", "loss", "pre_conditioner")
+            p
+            for p in inspect.signature(METHODS[name]).parameters
+            if p not in ("model", "loss", "pre_conditioner", "h0")
         ]
         for key in self.method:
             if key not in known and key != "name":
@@ -163,6 +166,8 @@ class Job(Section):
         checkpoint = None if self.model.checkpoint is None else str(self.path(self.model.checkpoint))
         recipe = ModelRecipe(self.recipe(self.model.factory), checkpoint)
         parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
+        if "hessian_regularization" in parameters:
+            parameters["hessian_regularization"] = _damping(parameters["hessian_regularization"])
         try:
             return self.method_class()(recipe.build(), self._loss(), **parameters), recipe
         except TypeError as error:
@@ -186,6 +191,15 @@ class Job(Section):
     def cluster_spec(self) -> ClusterSpec:
         """Where to run."""
         return ClusterSpec(**self.cluster.model_dump())
+
+
+def _damping(value: Any) -> Any:
+    """{fraction: 0.1, of: mean} as a rule, also block by block."""
+    if not isinstance(value, dict):
+        return value
+    if value and set(value) <= {"fraction", "of"}:
+        return RelativeDamping(**value)
+    return {block: _damping(own) for block, own in value.items()}
 
 
 def _explain(job: type[Section], problem: Any) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from distinfluence import CgInfluence, DirectInfluence
-from distinfluence.config import Job
+from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping
+from distinfluence.config import METHODS, Job
 from distinfluence.errors import ConfigError, RecipeError
 
 
@@ -97,3 +97,27 @@ def test_wrong_references_and_parameters_say_what_is_wrong(tmp_path: Path) -> No
         Job.parse(content(model={"factory": "tests.scaling.sources:build_it"}), tmp_path).influence_model()
     with pytest.raises(ConfigError, match="hessian_regularization"):
         Job.parse(content(method={"name": "direct"}), tmp_path).influence_model()
+
+
+def test_a_damping_can_be_a_rule_also_by_block(tmp_path: Path) -> None:
+    rule = {"fraction": 0.2, "of": "largest"}
+    method = {"name": "krylov", "hessian_regularization": rule}
+    model, _ = Job.parse(content(method=method), tmp_path).influence_model()
+    assert model.hessian_regularization == RelativeDamping(0.2, "largest")
+    method = {
+        "name": "auto",
+        "hessian_regularization": {"0": {"fraction": 0.1}, "2": 0.5},
+        "block_structure": "layer_wise",
+    }
+    model, _ = Job.parse(content(method=method), tmp_path).influence_model()
+    assert model.hessian_regularization == {"0": RelativeDamping(0.1), "2": 0.5}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_has_a_name_in_job_files(name: str, tmp_path: Path) -> None:
+    model, _ = Job.parse(content(method={"name": name, "hessian_regularization": 0.1}), tmp_path).influence_model()
+    assert type(model) is METHODS[name]
+    assert set(METHODS.values()) == set(InfluenceFunctionModel.__subclasses__()) - OF_TESTS
+
+
+OF_TESTS = {kind for kind in InfluenceFunctionModel.__subclasses__() if not kind.__module__.startswith("distinfluence")}

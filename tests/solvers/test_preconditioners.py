@@ -173,6 +173,6 @@ def test_an_adaptive_rank_grows_until_the_error_is_small_and_uses_what_is_there(
 def test_settings_are_checked() -> None:
     for settings in ({"rank": 0}, {"rank": 9, "adaptive": True, "max_rank": 5}):
         with pytest.raises(SettingError, match="must be a whole number ≥"):
-            NystroemPreConditioner(**settings)  # type: ignore[arg-type]
+            NystroemPreConditioner(**settings)
     with pytest.raises(SettingError, match="`num_samples_estimator` must be a whole number ≥ 1"):
         JacobiPreConditioner(0)

@@ -1,0 +1,1 @@
+"""Ours beside the peers, each in an interpreter of its own."""
