@@ -52,9 +52,9 @@ class Fitted:
             damping={block: solver.damping for block, solver in solvers.items()},
             positive_definite={block: state.positive_definite for block, state in states.items()},
             passes=plane.passes - begun[1],
-            remarks=(*plane.remarks, *named_by_block({block: state.remarks for block, state in states.items()})),
+            remarks=_remarks(plane, states),
             seconds=time.perf_counter() - begun[0],
-            details={block: state.details for block, state in states.items() if state.details},
+            details=_details(states),
         )
         return cls(plane, operators, solvers, states, report)
 
@@ -70,6 +70,8 @@ class Fitted:
             self.report,
             damping={block: solver.damping for block, solver in solvers.items()},
             positive_definite={block: state.positive_definite for block, state in states.items()},
+            remarks=_remarks(self.plane, states),
+            details=_details(states),
         )
         return replace(self, solvers=solvers, states=states, report=report)
 
@@ -139,3 +141,11 @@ class Fitted:
     ) -> tuple[Tensor, SolveReport]:
         factors = torch.cat([solution.x for solution in found.values()], dim=1)
         return factors, SolveReport.of(found, rhs, self.lower_bounds(damping))
+
+
+def _remarks(plane: DataPlane, states: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*plane.remarks, *named_by_block({block: state.remarks for block, state in states.items()}))
+
+
+def _details(states: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:
+    return {block: state.details for block, state in states.items() if state.details}
