@@ -2,7 +2,7 @@
 
 from distinfluence.solvers.arnoldi import Arnoldi, Eigenpairs
 from distinfluence.solvers.auto import Auto, Chosen
-from distinfluence.solvers.base import Outcome, Solution, Solver, SolverState
+from distinfluence.solvers.base import Outcome, Solution, Solver, SolverState, WrappedState
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.chebyshev import Chebyshev, Interval
@@ -59,6 +59,7 @@ __all__ = [
     "SolverState",
     "SupportsDamping",
     "SupportsStorage",
+    "WrappedState",
     "extreme_eigenvalues",
     "mean_eigenvalue",
     "quadratic_forms",

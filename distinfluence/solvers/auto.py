@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import SettingError
-from distinfluence.solvers.base import Solution, Solver, SolverState, check_count, check_damping, check_tolerance
+from distinfluence.solvers.base import Solution, Solver, WrappedState, check_count, check_damping, check_tolerance
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.chebyshev import Chebyshev
 from distinfluence.solvers.direct import Direct
@@ -32,35 +32,16 @@ SHARE = 0.5  # of the free memory that a solver may take
 
 
 @dataclass(frozen=True)
-class Chosen(SolverState):
-    """The solver that was chosen with its state, and why. kind: its class's name."""
+class Chosen(WrappedState):
+    """The solver that was chosen, its state, and why it was."""
 
     solver: Solver[Any]
-    inner: Any
     why: str
-
-    @property
-    def positive_definite(self) -> bool | None:
-        """As the chosen solver found."""
-        found: bool | None = self.inner.positive_definite
-        return found
-
-    @property
-    def smallest_eigenvalue(self) -> float | None:
-        """As the chosen solver found."""
-        found: float | None = self.inner.smallest_eigenvalue
-        return found
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """The choice, and what the chosen solver has to say."""
         return (self.why, *self.inner.remarks)
-
-    @property
-    def details(self) -> Mapping[str, Tensor]:
-        """Those of the chosen solver."""
-        details: Mapping[str, Tensor] = self.inner.details
-        return details
 
 
 @dataclass(frozen=True)
@@ -88,7 +69,7 @@ class Auto(Solver[Chosen]):
     def fit(self, operator: CurvatureOperator) -> Chosen:
         """Choose, then the chosen solver's fit."""
         solver, why = self.choose(operator)
-        return Chosen(operator, solver, solver.fit(operator), why)
+        return Chosen(operator, solver.fit(operator), solver, why)
 
     def choose(self, operator: CurvatureOperator) -> tuple[Solver[Any], str]:
         """The solver for this operator and a sentence that says why; nothing is computed."""
@@ -146,7 +127,7 @@ class Auto(Solver[Chosen]):
         """The chosen solver again, as it was chosen."""
         kind, why = (bytes(arrays[name].tolist()).decode() for name in ("auto_kind", "auto_why"))
         solver = self._built(kind, int(arrays["auto_memory"]))
-        return Chosen(operator, solver, solver.restore(operator, arrays), why)
+        return Chosen(operator, solver.restore(operator, arrays), solver, why)
 
 
 def free_bytes(device: torch.device) -> int:

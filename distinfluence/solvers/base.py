@@ -86,6 +86,33 @@ class SolverState:
         return {}
 
 
+@dataclass(frozen=True)
+class WrappedState(SolverState):
+    """The state of a solver that works through another one. inner: that one's state, which has all there is to say."""
+
+    inner: SolverState
+
+    @property
+    def positive_definite(self) -> bool | None:
+        """As the inner solver found."""
+        return self.inner.positive_definite
+
+    @property
+    def smallest_eigenvalue(self) -> float | None:
+        """As the inner solver found."""
+        return self.inner.smallest_eigenvalue
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Those of the inner state."""
+        return self.inner.remarks
+
+    @property
+    def details(self) -> Mapping[str, Tensor]:
+        """Those of the inner state."""
+        return self.inner.details
+
+
 class Solver(ABC, Generic[StateT]):
     """Solve (A + damping·I) x = rhs for each row; `StateT` is what `fit` returns. Subclasses are frozen dataclasses."""
 

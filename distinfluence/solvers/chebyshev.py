@@ -4,8 +4,11 @@ The polynomials are fixed by an interval that holds the spectrum of A + λI, so 
 and nothing waits for a sum over the parameters: the method for rows that are streamed or spread out. In return the
 interval has to be known, which Lanczos finds in `fit`, and rows gain nothing from each other. The number of steps is
 known beforehand, about ½·√cond·ln(2/rtol); a stationary iteration with the same cost a step, as LiSSA in full batches,
-needs about ½·cond·ln(1/rtol). Memory: four blocks of rows. Reference: Saad (2003), Iterative Methods for Sparse Linear
-Systems, Algorithm 12.1.
+needs about cond·ln(1/rtol). Reference: Saad (2003), Iterative Methods for Sparse Linear Systems, Algorithm 12.1.
+
+While the spectrum lies in (0, upper], no residual is ever larger than at the start: what is outside of the interval but
+in there is only slower. So residuals that grow prove an eigenvalue elsewhere, and they turn into its eigenvector: their
+Rayleigh quotient says whether it is above, and by how much, or negative.
 """
 
 import math
@@ -21,9 +24,10 @@ from distinfluence.solvers.iterative import MOST_ITERATIONS, DampedState, Iterat
 from distinfluence.solvers.spectrum import Extremes, extreme_eigenvalues
 
 SAFETY = 1.02  # times the upper end: beyond the interval polynomials grow, and Lanczos sees ends from inside
-WIDEN = 1.5  # times the upper end, where residuals grow all the same
 NARROW = 8.0  # by which the lower end is divided, where residuals take longer than it says
-GROWTH = 1e3  # of a residual that shows that an eigenvalue lies outside
+SWEEPS = 10  # intervals that are tried before the true residuals are looked at
+GREW = 2.0  # of a residual at the end of a sweep: an eigenvalue lies outside
+GROWTH = 1e3  # of a residual within a sweep: it is that eigenvalue's eigenvector, to a thousandth
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,26 @@ class Interval(DampedState):
         if self.operator.positive_semidefinite and self.damping > 0:
             return self.damping
         if self.damping > self.noise:
-            return self.damping + max(self.extremes.lower, 0.0)
+            if self.extremes.smallest >= 0:
+                return self.damping + max(self.extremes.lower, 0.0)
+            # Ritz values lie inside: what is left of the damping is less than they say
+            return max(self.damping + self.extremes.lower, (self.damping + self.extremes.smallest) / 2)
         return self.extremes.smallest_positive + self.damping
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The interval and the steps that it asks for, or that there is none."""
+        at = f"Chebyshev, at λ = {self.damping:.3g}: A + λI"
+        if self.usable:
+            digit = math.ceil(0.5 * math.sqrt(self.upper / self.lower) * math.log(10))
+            return (f"{at} lies in [{self.lower:.3g}, {self.upper:.3g}], about {digit} steps for each digit",)
+        return (f"{at} has the eigenvalue {self.extremes.smallest + self.damping:.3g}, so no row will be solved",)
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is an interval above zero."""
+        definite = self.extremes.smallest + self.damping >= -self.noise  # not so for NaN
+        return definite and 0 < self.lower <= self.upper < math.inf
 
     @property
     def details(self) -> Mapping[str, Tensor]:
@@ -115,24 +137,36 @@ class Chebyshev(IterativeSolver[Interval]):
         smallest = state.extremes.smallest + state.damping
         result.curvature[:] = smallest
         result.largest = state.extremes.norm + state.damping
-        lower, upper = state.lower, state.upper
-        if not (smallest >= -state.noise and lower > 0 and upper < math.inf):  # NaN ends here, too
+        if not state.usable:
             result.flat[:] = True
             result.steps += 1
             return result
         sweep = _Sweep(state, rhs, threshold, budget, result)
-        while sweep.rows.numel():
+        lower, upper = state.lower, state.upper
+        for _ in range(SWEEPS):
             before = sweep.size
-            gain = float((before / sweep.threshold).max())
-            if not sweep.run(lower, upper, _steps(lower, upper, gain)):
-                upper *= WIDEN  # an eigenvalue lies above
-                continue
+            grew = sweep.run(lower, upper, _steps(lower, upper, float((before / sweep.threshold).max())))
             if not sweep.rows.numel():
                 break
-            if smallest <= state.noise and bool((sweep.size > before[sweep.left] / 2).any()):
+            if grew:
+                quotients, error = sweep.quotients()
+                result.curvature[sweep.rows] = torch.minimum(result.curvature[sweep.rows], quotients)
+                if not quotients.isfinite().all():
+                    break
+                if float(quotients.min()) < -state.noise:  # of some row: no row's equation has a definite matrix
+                    result.curvature[sweep.rows] = quotients.min()
+                    result.flat[sweep.rows] = True
+                    break
+                above = float((quotients + error).max())
+                if above > upper:
+                    upper = SAFETY * above
+                    continue
+            elif smallest <= state.noise and bool((sweep.size > before[sweep.left] / 2).any()):
                 result.flat[sweep.rows] = True  # what does not fall lies in the null space
                 break
             lower /= NARROW  # an eigenvalue lies below: that only slows them down
+            if lower < state.noise:
+                break
         return result
 
 
@@ -146,35 +180,49 @@ class _Sweep:
         self._state, self._budget, self._result = state, budget, result
         self.rows = torch.arange(rhs.shape[0], device=rhs.device)
         self.threshold = threshold
-        self._r = rhs.clone()
+        self._r = rhs
+        self._grown = rhs[:0]
         self.size = row_norms(rhs)
         self.left = torch.ones_like(self.rows, dtype=torch.bool)
 
     def run(self, lower: float, upper: float, steps: int) -> bool:
-        """So many steps; False, with nothing but the steps taken, if residuals grow: the interval is too narrow."""
+        """So many steps; whether residuals grew, of which nothing is kept but the steps that rows took."""
         centre, half = (upper + lower) / 2, (upper - lower) / 2
-        rows, r, start = self.rows, self._r, self.size
+        rows, r, start = self.rows, self._r.clone(), self.size
         total, d, rho = torch.zeros_like(r), r / centre, half / centre
         keep = torch.ones_like(rows, dtype=torch.bool)
+        size = start
         for _ in range(steps):
             total[keep] += d
             r[keep] -= self._state.matmat(d)
             self._result.steps[rows[keep]] += 1
             size = row_norms(r)
-            if not bool((size <= GROWTH * start).all()):
-                r += self._state.matmat(total)
-                return False
             on = (size > self.threshold) & (self._result.steps[rows] < self._budget[rows])
-            if not on.any():
-                keep = on
+            if not bool((size <= GROWTH * start).all()) or not on.any():
+                keep &= on
                 break
             after = 1 / (2 * centre / half - rho) if half > 0 else 0.0
             d = after * rho * d[on[keep]] + (2 * after / half if half > 0 else 1 / centre) * r[on]
             keep, rho = on, after
-        self._result.d[rows] += total
+        sound = size <= GREW * start  # not so for NaN
+        self._result.d[rows[sound]] += total[sound]
+        self._grown = r[~sound]
+        r[~sound], size = self._r[~sound], torch.where(sound, size, start)
+        # rows that grew go on, with what is left of their budget
+        keep |= ~sound & (self._result.steps[rows] < self._budget[rows])
         self.left = keep
-        self.rows, self._r, self.size, self.threshold = rows[keep], r[keep], row_norms(r[keep]), self.threshold[keep]
-        return True
+        self.rows, self._r, self.size, self.threshold = rows[keep], r[keep], size[keep], self.threshold[keep]
+        return bool((~sound).any())
+
+    def quotients(self) -> tuple[Tensor, Tensor]:
+        """Rayleigh quotients [n] of the residuals that grew, and how far from them an eigenvalue is at most, float64.
+
+        One pass.
+        """
+        grown = (self._grown / row_norms(self._grown)[:, None].to(self._grown.dtype)).double()
+        product = self._state.matmat(grown.to(self._r.dtype)).double()
+        quotients = (grown * product).sum(dim=1)
+        return quotients, row_norms(product - quotients[:, None] * grown)
 
 
 def _steps(lower: float, upper: float, gain: float) -> int:

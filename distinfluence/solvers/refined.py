@@ -20,7 +20,7 @@ from distinfluence.solvers.base import (
     Outcome,
     Solution,
     Solver,
-    SolverState,
+    WrappedState,
     check_count,
     check_rhs,
     check_tolerance,
@@ -30,35 +30,10 @@ from distinfluence.solvers.base import (
 
 
 @dataclass(frozen=True)
-class Refinement(SolverState):
+class Refinement(WrappedState):
     """The inner solver's state, and A with products in float64."""
 
-    inner: Any
     wide: CurvatureOperator
-
-    @property
-    def positive_definite(self) -> bool | None:
-        """As the inner solver found."""
-        found: bool | None = self.inner.positive_definite
-        return found
-
-    @property
-    def smallest_eigenvalue(self) -> float | None:
-        """As the inner solver found."""
-        found: float | None = self.inner.smallest_eigenvalue
-        return found
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """Those of the inner state."""
-        remarks: tuple[str, ...] = self.inner.remarks
-        return remarks
-
-    @property
-    def details(self) -> Mapping[str, Tensor]:
-        """Those of the inner state."""
-        details: Mapping[str, Tensor] = self.inner.details
-        return details
 
 
 @dataclass(frozen=True)
