@@ -1,6 +1,6 @@
 """Ours beside pyDVL 0.10 and curvlinops 3.0.1: same model, data, dtype and threads, at equal achieved error.
 
-Run: python -m tests.benchmarks.peers [--quick]
+Run: python -m tests.benchmarks.peers [--models cnn] [--dampings 0.01]
 
 Each peer gets an environment of its own, made on first use. What is timed is `fit` and `influences` of 64 test points
 on 1500 training points, in a process of its own that has warmed up. Errors are ‖Î − I‖/‖I‖ against dense float64
@@ -253,7 +253,8 @@ def comparisons(problem: Problem, dampings: list[float]) -> list[tuple[str, dict
     """(peer, what to run, our method if it is another one), for one model."""
     found: list[tuple[str, dict[str, Any], str | None]] = []
     for damping in dampings:
-        definite = float(torch.linalg.eigvalsh(problem.matrices["hessian"])[0]) + damping > 0
+        eye = torch.eye(problem.tests.shape[1], dtype=torch.float64)
+        definite = not int(torch.linalg.cholesky_ex(problem.matrices["hessian"] + damping * eye).info)
         for matrix in ("hessian", "empirical_fisher"):
             base = {"matrix": matrix, "damping": damping}
             found.append(("pydvl", {**base, "method": "direct"}, None))
@@ -261,7 +262,9 @@ def comparisons(problem: Problem, dampings: list[float]) -> list[tuple[str, dict
                 found.append(("pydvl", {**base, "method": "row cg"}, "block cg"))
                 found.append(("pydvl", {**base, "method": "block cg", "rtol": 1e-3, "maxiter": 1000}, None))
         fisher = {"matrix": "empirical_fisher", "damping": damping}
-        scale = 1.1 * (float(torch.linalg.eigvalsh(problem.matrices["empirical_fisher"])[-1]) + damping)
+        # the largest eigenvalue of G Gᵀ / N, N × N, is that of the Fisher matrix
+        gram = problem.gradients @ problem.gradients.T / len(problem.gradients)
+        scale = 1.1 * (float(torch.linalg.eigvalsh(gram)[-1]) + damping)
         found.append(("pydvl", {**fisher, "method": "lissa", "scale": 3 * scale, "maxiter": 200}, None))
         found.append(("pydvl", {**fisher, "method": "arnoldi", "rank": 50}, None))
         found.append(("pydvl", {**fisher, "method": "nystroem", "rank": 50}, None))
@@ -274,9 +277,10 @@ def comparisons(problem: Problem, dampings: list[float]) -> list[tuple[str, dict
 
 
 def main() -> None:
-    """Everything, or with --quick one model and one damping."""
+    """All comparisons, or those of some models and dampings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
+    parser.add_argument("--dampings", nargs="+", type=float, default=[1e-1, 1e-2, 1e-3])
     parser.add_argument("--limit", type=int, default=300, help="seconds for one measurement")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -291,9 +295,9 @@ def main() -> None:
     print(f"{'':<47}{'':<11}{'ours':>10} {'passes':>5} {'error':>8}   {'peer':>10} {'error':>8} {'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments, Path(folder))
-        for name in ("mlp",) if arguments.quick else ("mlp", "cnn"):
+        for name in arguments.models:
             made = problem(name, Path(folder))
-            for peer, spec, ours in comparisons(made, [1e-2] if arguments.quick else [1e-1, 1e-2, 1e-3]):
+            for peer, spec, ours in comparisons(made, arguments.dampings):
                 bench.compare(peer, made, spec, ours)
         print("\n".join(["", *bench.summary()]))
     if arguments.output:
