@@ -1,13 +1,18 @@
 """Influence by LiSSA: mini-batch products alone, and many of them.
 
-Memory: four blocks of rows [k, p]. Work: one product with a mini-batch for each step; one pass for the true residuals.
+Memory: about ten blocks of rows [k, p], six in full batches. Work: one product with a mini-batch for each step; one pass
+for the true residuals.
 """
 
+import hashlib
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
-from distinfluence.errors import SettingError
+from distinfluence.errors import ShapeError
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
 from distinfluence.objective import Loss, Objective
@@ -20,9 +25,10 @@ class LissaInfluence(InfluenceFunctionModel):
     maxiter: steps, each a product with one mini-batch of the training data. dampen: acts as further damping of
     scale·dampen, which the report says. scale: above half of the largest eigenvalue of A + λI, also on every
     mini-batch; None finds one. Too small a scale diverges: the report says so, and which one would do. h0: where the
-    recursion starts, [p], with one block only. rtol: see `LiSSA`. full_batch: all training data in every step. seed: of
-    the order of the mini-batches. Other parameters as `InfluenceFunctionModel`. Slow where λ is small: prefer
-    `CgInfluence`, or `ChebyshevInfluence` where inner products are what hurts.
+    recursion starts, s times the solution that is guessed, over all blocks' parameters: [p], or [k, p] for as many test
+    points. rtol: see `LiSSA`. full_batch: all training data in every step. seed: of the order of the mini-batches.
+    Other parameters as `InfluenceFunctionModel`. Slow where λ is small: prefer `CgInfluence`, or `ChebyshevInfluence`
+    where inner products are what hurts. Raises SettingError or ShapeError for a parameter that does not fit.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -64,8 +70,13 @@ class LissaInfluence(InfluenceFunctionModel):
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
-        if h0 is not None and len(self.risk.blocks.names) > 1:
-            raise SettingError("`h0` needs block_structure='full', got several blocks. Leave it out.")
+        if h0 is not None and (h0.ndim not in (1, 2) or h0.shape[-1] != self.n_parameters):
+            raise ShapeError(f"`h0` must be [p] or [k, p] with p={self.n_parameters}, got {list(h0.shape)}.")
+
+    def block_solver(self, block: str, damping: float) -> LiSSA:
+        """The recursion, from the block's part of `h0`."""
+        solver, columns = self.solver(damping), self.risk.blocks.columns[block]
+        return solver if self.h0 is None else replace(solver, h0=self.h0[..., columns])
 
     def solver(self, damping: float) -> LiSSA:
         """The recursion."""
@@ -83,5 +94,12 @@ class LissaInfluence(InfluenceFunctionModel):
     def settings(self) -> dict[str, object]:
         """The common settings and those of the recursion."""
         names = ("maxiter", "dampen", "scale", "rtol", "full_batch", "seed")
-        start = None if self.h0 is None else self.h0.tolist()
-        return self._common_settings() | {name: getattr(self, name) for name in names} | {"h0": start}
+        return self._common_settings() | {name: getattr(self, name) for name in names} | {"h0": _digest(self.h0)}
+
+
+def _digest(tensor: Tensor | None) -> str | None:
+    """What stands for a tensor in settings: its numbers would be as many as the model has."""
+    if tensor is None:
+        return None
+    values = tensor.detach().to("cpu", torch.float64).contiguous()
+    return f"{list(values.shape)} sha256 {hashlib.sha256(values.numpy().tobytes()).hexdigest()}"

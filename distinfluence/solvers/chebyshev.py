@@ -72,11 +72,12 @@ class Interval(DampedState):
     @property
     def remarks(self) -> tuple[str, ...]:
         """The interval and the steps that it asks for, or that there is none."""
-        at = f"Chebyshev, at λ = {self.damping:.3g}: A + λI"
-        if self.usable:
-            digit = math.ceil(0.5 * math.sqrt(self.upper / self.lower) * math.log(10))
-            return (f"{at} lies in [{self.lower:.3g}, {self.upper:.3g}], about {digit} steps for each digit",)
-        return (f"{at} has the eigenvalue {self.extremes.smallest + self.damping:.3g}, so no row will be solved",)
+        if not self.usable:
+            found = f"its smallest one is about {self.extremes.smallest + self.damping:.3g}: no row will be solved"
+        else:
+            steps = math.ceil(0.5 * math.sqrt(self.upper / self.lower) * math.log(10))
+            found = f"above zero they lie in [{self.lower:.3g}, {self.upper:.3g}]: about {steps} steps for each digit"
+        return (f"Chebyshev: eigenvalues of A + λI at λ = {self.damping:.3g}: {found}",)
 
     @property
     def usable(self) -> bool:
@@ -149,15 +150,13 @@ class Chebyshev(IterativeSolver[Interval]):
             if not sweep.rows.numel():
                 break
             if grew:
-                quotients, error = sweep.quotients()
-                result.curvature[sweep.rows] = torch.minimum(result.curvature[sweep.rows], quotients)
-                if not quotients.isfinite().all():
-                    break
-                if float(quotients.min()) < -state.noise:  # of some row: no row's equation has a definite matrix
-                    result.curvature[sweep.rows] = quotients.min()
+                below, above = sweep.outside()
+                result.curvature[sweep.rows] = min(smallest, below)
+                if below < -state.noise:
                     result.flat[sweep.rows] = True
                     break
-                above = float((quotients + error).max())
+                if not above < math.inf:
+                    break
                 if above > upper:
                     upper = SAFETY * above
                     continue
@@ -214,15 +213,13 @@ class _Sweep:
         self.rows, self._r, self.size, self.threshold = rows[keep], r[keep], size[keep], self.threshold[keep]
         return bool((~sound).any())
 
-    def quotients(self) -> tuple[Tensor, Tensor]:
-        """Rayleigh quotients [n] of the residuals that grew, and how far from them an eigenvalue is at most, float64.
-
-        One pass.
-        """
-        grown = (self._grown / row_norms(self._grown)[:, None].to(self._grown.dtype)).double()
-        product = self._state.matmat(grown.to(self._r.dtype)).double()
+    def outside(self) -> tuple[float, float]:
+        """Smallest Rayleigh quotient of the residuals that grew, and the largest one plus its error; one pass."""
+        grown = self._grown / row_norms(self._grown)[:, None].to(self._grown.dtype)
+        product = self._state.matmat(grown).double()
         quotients = (grown * product).sum(dim=1)
-        return quotients, row_norms(product - quotients[:, None] * grown)
+        error = row_norms(product - quotients[:, None] * grown)
+        return float(quotients.min()), float((quotients + error).max())
 
 
 def _steps(lower: float, upper: float, gain: float) -> int:
