@@ -181,7 +181,8 @@ class LiSSA(Solver[Scaled]):
         product = damped(state.operator, x, self.damping)
         relative = relative_residuals(rhs, product)
         useless = (relative >= 1).to(rhs.device)  # no better than nothing: a part in a null space only grows
-        x, product = (rows.masked_fill(useless[:, None], 0) for rows in (x, product))
+        for rows in (x, product):
+            rows.masked_fill_(useless[:, None], 0)
         relative = relative.clamp_max(1.0)
         extra = state.scale * self.dampen
         effective = relative_residuals(rhs, torch.add(product, x, alpha=extra)) if extra else relative
@@ -272,7 +273,9 @@ class _Run:
     def advance(self, product: _Product) -> None:
         """One step, and a look at who is done."""
         solver, h = self._solver, self._h
-        change = self._b - solver.dampen * h - (product(h) + solver.damping * h) / self._scale
+        change = torch.add(product(h), h, alpha=solver.damping).div_(-self._scale).add_(self._b)
+        if solver.dampen:
+            change.sub_(h, alpha=solver.dampen)
         after = h + change
         self.step += 1
         self.steps[self.rows] += 1
@@ -299,6 +302,9 @@ class _Run:
             return
         self._settle(h, ready)
         self.diverged[self.rows[lost]] = True
+        self._keep(kept)
+
+    def _keep(self, kept: Tensor) -> None:
         self.rows, self._b, self._h = self.rows[kept], self._b[kept], self._h[kept]
         self._size, self._bound, self._moved = self._size[kept], self._bound[kept], self._moved[kept]
         self._average.keep(kept)
@@ -311,8 +317,10 @@ class _Run:
 
     def solution(self) -> Tensor:
         """x [k, p]: zero for rows that diverged, the average for those that ran out of steps on mini-batches."""
-        self._settle(self._h, torch.ones_like(self.rows, dtype=torch.bool))
-        return self._done / self._scale
+        rest = torch.ones_like(self.rows, dtype=torch.bool)
+        self._settle(self._h, rest)
+        self._keep(~rest)  # frees their memory
+        return self._done.div_(self._scale)
 
 
 class _Average:
