@@ -23,6 +23,7 @@ from distinfluence import (
     ModelRecipe,
     Recipe,
     SequentialInfluenceCalculator,
+    config,
     open_influences,
 )
 from distinfluence.dataplane import LocalPlane
@@ -479,3 +480,22 @@ def test_scratch_files_go_when_neither_calculator_nor_lazy_arrays_need_them(case
     del lazy
     gc.collect()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("solve", ["rows", "data"])
+@pytest.mark.parametrize("name", sorted(config.METHODS))
+def test_every_method_runs_on_workers_and_gives_what_it_gives_here(
+    case: Case, client: Client, name: str, solve: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"hessian_regularization": 0.1}
+    if name != "datainf":
+        settings["second_order_mode"] = "ggn"
+    if name == "lissa":
+        settings |= {"scale": None, "full_batch": True, "rtol": 1e-6}  # chunks are its mini-batches
+    method = config.METHODS[name]
+    here = method(case.model, case.loss, **settings).fit(case.train).influences(*case.test, *case.train)
+    calculator = DaskInfluenceCalculator(method(case.model, case.loss, **settings), client)
+    calculator.fit(*case.train, chunk_size=7)
+    result = calculator.to_zarr(tmp_path / "i.zarr", *case.test, test_chunk_size=4, solve=solve, progress=False)
+    # iterations stop at 1e-7 (LiSSA at 1e-6) of the right-hand sides, wherever they run
+    np.testing.assert_allclose(result[:], here.numpy(), rtol=0, atol=1e-4 * float(here.abs().max()))
