@@ -12,6 +12,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import dask
 import torch
@@ -19,10 +20,11 @@ from distributed import Client, LocalCluster
 from torch import nn
 
 from distinfluence import CgInfluence, DaskInfluenceCalculator, EmpiricalRisk, SecondOrderMode
-from distinfluence import gradients as gradients_module
-from distinfluence.curvature import operator_class
+from distinfluence.curvature import DataOperator, operator_class
 from distinfluence.demo import build_model, train_data
+from distinfluence.sample_risk import SampleRisk, double_differentiable
 from distinfluence.scaling.clusters import WORKER_ENVIRONMENT
+from tests.benchmarks.peers.models import build
 
 
 def median_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -42,25 +44,47 @@ def mean_gradient(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
     torch.autograd.grad(loss, list(model.parameters()))
 
 
-def products(repeats: int) -> None:
-    """Time per row of a product, in gradients, by mode, number of rows and rows at once."""
+def products(name: str, repeats: int) -> None:
+    """Time of a product by every way, in gradients for each row, and what the operator takes beside the least of them.
+
+    The floor of an MLP with p parameters on N samples: a gradient of the mean loss is about 6·N·p flops, a row of a
+    Gauss–Newton product 8·N·p, of a Hessian product 10·N·p.
+    """
     x, y = train_data()
-    model = build_model()
+    model = build(name)
     unit = median_seconds(lambda: mean_gradient(model, x, y), 5 * repeats)
-    print(f"\none gradient of the mean loss over {len(y)} samples: {unit * 1e3:.2f} ms; gradients' time per row:")
+    print(
+        f"\n{name}: one gradient of the mean loss over {len(y)} samples: {unit * 1e3:.2f} ms; gradients' time per row:"
+    )
     batches = [(x[i : i + 250], y[i : i + 250]) for i in range(0, len(y), 250)]
-    risk = EmpiricalRisk(model, nn.CrossEntropyLoss(), batches)
-    print(f"{'mode':<18}{'rows':>6}" + "".join(f"{f'{n} at once':>14}" for n in (8, 32, 128)))
     for mode in SecondOrderMode:
-        operator = operator_class(mode)(risk)
+        operator = operator_class(mode)(EmpiricalRisk(model, nn.CrossEntropyLoss(), batches))
         for k in (1, 64, 297):
-            rows = torch.randn(k, risk.n_parameters)
-            cells = []
-            for at_once in (8, 32, 128):
-                gradients_module.MOST_ROWS = at_once
-                seconds = median_seconds(lambda operator=operator, rows=rows: operator.matmat(rows), repeats)  # type: ignore[misc]
-                cells.append(f"{seconds / k / unit:>14.2f}")
-            print(f"{mode:<18}{k:>6}" + "".join(cells))
+            rows = torch.randn(k, operator.size)
+            ways = ways_of(operator, rows)
+            with double_differentiable():
+                times = [median_seconds(lambda way=way, rows=rows: way(rows), repeats) for way in ways]  # type: ignore[misc]
+            taken = median_seconds(lambda operator=operator, rows=rows: operator.matmat(rows), repeats)  # type: ignore[misc]
+            ratio = f"{taken / min(times):.2f}× the least" if times else ""
+            cells = "".join(f"{seconds / k / unit:>8.2f}" for seconds in times)
+            print(f"{mode:<18}{k:>5} rows  taken {taken / k / unit:>6.2f}  {ratio:<16} ways {cells}")
+
+
+def ways_of(operator: DataOperator, rows: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """The ways to the product of the first chunk that the operator chooses among; none where there is but one."""
+    found: list[Callable[[torch.Tensor], torch.Tensor]] = []
+    fastest = SampleRisk.fastest
+
+    def spying(risk: SampleRisk, what: str, ways: Any, small: Any, real: Any) -> Any:
+        found[:] = list(ways)
+        return fastest(risk, what, ways, small, real)
+
+    SampleRisk.fastest = spying  # type: ignore[assignment, method-assign]
+    try:
+        operator.matmat(rows)
+    finally:
+        SampleRisk.fastest = fastest  # type: ignore[method-assign]
+    return found
 
 
 def page_faults() -> int:
@@ -99,5 +123,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, 1 thread per process")
-    products(arguments.repeats)
+    for name in ("mlp", "cnn"):
+        products(name, arguments.repeats)
     passes_on_workers(arguments.repeats)
