@@ -1,16 +1,25 @@
 """Chebyshev: the contract, an interval instead of inner products, and steps that are known beforehand."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from distinfluence.curvature import MatrixOperator
+from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.solvers import Chebyshev, Outcome
 from distinfluence.solvers.chebyshev import Interval
 
 from .contract import SolverContract
-from .systems import MATRICES, SYSTEM, P, dense_solution, indefinite, randn, relative_error, spd
+from .systems import MATRICES, SYSTEM, P, dense_solution, indefinite, randn, relative_error, spd, with_spectrum
+
+
+class Noisy(CurvatureOperator):
+    """No matrix: every product is another one, as of a model in train mode."""
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return rows * (1 + 9 * torch.rand_like(rows))
 
 
 class TestChebyshev(SolverContract[Interval]):
@@ -62,14 +71,62 @@ class TestChebyshev(SolverContract[Interval]):
         assert torch.allclose(solution.curvature, torch.tensor(smallest).double(), atol=0.02)  # Lanczos stops at 1e-2
         assert operator.work.passes - before <= 1
 
-    @pytest.mark.parametrize("factor", [0.9, 0.3])
+    @pytest.mark.parametrize("seen", [7e-4, -5e-4], ids=["positive", "negative"])
+    def test_a_negative_eigenvalue_that_the_fit_has_missed_is_found_by_its_growth(self, seen: float) -> None:
+        """Hessians have many small negative eigenvalues, and Lanczos stops at a hundredth of the norm."""
+        values = torch.cat([torch.tensor([-2e-3, -1.5e-3]), torch.logspace(-6, 0, 400)])
+        operator = MatrixOperator(with_spectrum(values))
+        solver = Chebyshev(1e-3, rtol=1e-6)
+        state = solver.fit(operator)
+        state = replace(state, extremes=replace(state.extremes, smallest=seen))
+        before = operator.work.passes
+        solution = solver.solve(state, randn(3, 402))
+        assert solution.outcome == (Outcome.NEGATIVE_CURVATURE,) * 3
+        assert (solution.relative_residual <= 1).all()
+        # by the residuals' Rayleigh quotient, which grew twofold at least: most of them is that eigenvector
+        assert ((solution.curvature > -1e-3 - 1e-12) & (solution.curvature < -0.5e-3)).all()
+        assert operator.work.passes - before <= state.steps(1e6) + 2  # a sweep, a quotient, the true residual
+
+    def test_a_small_negative_eigenvalue_that_damping_outweighs_is_within_the_interval(self) -> None:
+        values = torch.cat([torch.tensor([-5e-3, -4e-3]), torch.linspace(0, 1, P - 2)])
+        matrix = with_spectrum(values)
+        solver = self.with_damping(1e-2)
+        assert isinstance(solver, Chebyshev)
+        state = solver.fit(MatrixOperator(matrix))
+        solution = solver.solve(state, randn(3, P))
+        assert solution.converged.all()
+        assert state.lower <= 5e-3 + 1e-9  # or it would take more steps than are said beforehand
+        assert int(solution.iterations.max()) <= state.steps(1e10)
+        assert relative_error(solution.x, dense_solution(matrix, 1e-2, randn(3, P))) <= self.accuracy
+
+    def test_products_that_are_no_matrix_come_to_an_end(self) -> None:
+        torch.manual_seed(0)
+        operator = Noisy(P, torch.float64, torch.device("cpu"))
+        solver = Chebyshev(0.1, rtol=1e-8)
+        solution = solver.solve(solver.fit(operator), randn(3, P))
+        assert not solution.converged.any()
+        assert (solution.relative_residual <= 1).all()
+        assert operator.work.passes < 1000
+
+    def test_the_fit_says_how_many_steps_a_digit_takes(self) -> None:
+        (remark,) = Chebyshev(1e-2).fit(MatrixOperator(spd(), positive_semidefinite=True)).remarks
+        assert "at λ = 0.01" in remark
+        steps = int(remark.partition("about ")[2].split()[0])
+        assert steps == pytest.approx(0.5 * 10 * math.log(10), rel=0.1)  # ½·√cond·ln 10 at a condition of 101
+        (remark,) = Chebyshev(1e-2).fit(MatrixOperator(indefinite())).remarks
+        assert "no row will be solved" in remark
+
+    @pytest.mark.parametrize("factor", [0.9, 0.3, 0.01])
     def test_an_interval_that_misses_the_upper_end_is_widened(self, factor: float) -> None:
         operator = MatrixOperator(SYSTEM.matrix)
         solver = Chebyshev(SYSTEM.damping, rtol=1e-8)
         state = solver.fit(operator)
         extremes = replace(state.extremes, largest=factor * state.extremes.largest, largest_residual=0.0)
+        before = operator.work.passes
         solution = solver.solve(replace(state, extremes=extremes), SYSTEM.rhs())
         assert solution.converged.all()
+        # it takes few steps to see it, and one quotient to know how far to go: not twice the steps of a right one
+        assert operator.work.passes - before <= 2 * state.steps(1e8)
         assert relative_error(solution.x, dense_solution(SYSTEM.matrix, SYSTEM.damping, SYSTEM.rhs())) <= 1e-8 * 102
 
     @pytest.mark.parametrize("maxiter", [1, 3])
