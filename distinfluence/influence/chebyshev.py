@@ -1,7 +1,7 @@
 """Influence by Chebyshev semi-iteration: products and updates of rows, and nothing that waits for anything else.
 
-Memory: four blocks of rows [k, p]. Work: one pass over the training data for each step, about ½·√cond·ln(2/rtol) of
-them, and 5 to 40 passes of 4 rows to find the ends of the spectrum.
+Memory: about ten blocks of rows [k, p]. Work: one pass over the training data for each step, about ½·√cond·ln(2/rtol)
+of them, and 5 to 40 passes of 4 rows to find the ends of the spectrum.
 """
 
 from torch import nn

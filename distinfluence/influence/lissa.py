@@ -1,7 +1,7 @@
 """Influence by LiSSA: mini-batch products alone, and many of them.
 
-Memory: about ten blocks of rows [k, p], six in full batches. Work: one product with a mini-batch for each step; one
-pass for the true residuals.
+Memory: about twelve blocks of rows [k, p], eight in full batches. Work: one product with a mini-batch for each step;
+one pass for the true residuals.
 """
 
 import hashlib
