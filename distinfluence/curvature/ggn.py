@@ -29,7 +29,7 @@ class GGNProduct:
         (rows,) = broadcast
         restricted = risk.restrict(self.block)
         ways = (
-            *(_forward_then_reverse(restricted, batch, most) for most in (32, 8)),
+            _forward_then_reverse(restricted, batch),
             _all_reverse(restricted, batch),
         )
         return (product_of_rows(restricted, "GGN products", ways, rows),)
@@ -54,7 +54,7 @@ class GGNOperator(DataOperator):
         return self.risk.sample.objective.convex
 
 
-def _forward_then_reverse(risk: SampleRisk, batch: Batch, most: int) -> Product:
+def _forward_then_reverse(risk: SampleRisk, batch: Batch) -> Product:
     def rows_product(rows: Tensor) -> Tensor:
         def outputs(parameters: Parameters) -> Tensor:
             return risk.outputs(parameters, batch)
@@ -69,7 +69,7 @@ def _forward_then_reverse(risk: SampleRisk, batch: Batch, most: int) -> Product:
             curved = jvp(loss_gradient, (predictions,), (pushed,))[1] if curve is None else curve(pushed)
             return risk.blocks.flatten(pull_back(curved)[0])
 
-        return vectorised(product, risk, most)(rows)
+        return vectorised(product, risk)(rows)
 
     return rows_product
 

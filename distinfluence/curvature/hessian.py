@@ -30,7 +30,7 @@ class HessianProduct:
         restricted = risk.restrict(self.block)
         product = forward_over_reverse(restricted, batch)
         ways = (
-            *(vectorised(product, restricted, most) for most in (32, 8)),
+            vectorised(product, restricted),
             reverse_twice_together(restricted, batch),
             reverse_twice(restricted, batch),
         )

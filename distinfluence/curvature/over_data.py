@@ -93,14 +93,15 @@ class InDouble:
         return self.kernel(wide, map_batch(wide.widened, batch), *broadcast)
 
 
-FEW_ROWS, MEASURED_ROWS = 8, 32  # fewer rows have a choice of their own; and how many are timed for it at most
+FEW_ROWS = 8  # fewer rows have a choice of their own; and as many are timed for that of more
+AT_ONCE = 16  # rows through one vectorised derivative: fewer cost overhead, more leave the cache
 
 
-def vectorised(product: Product, risk: SampleRisk, most: int) -> Product:
-    """Apply the product of one row [p] to rows [k, p], `most` at once or as many as memory allows."""
+def vectorised(product: Product, risk: SampleRisk) -> Product:
+    """Apply the product of one row [p] to rows [k, p], AT_ONCE at once or as many as memory allows."""
 
     def rows_product(rows: Tensor) -> Tensor:
-        result: Tensor = vmap(product, chunk_size=rows_at_once(risk, most))(rows)
+        result: Tensor = vmap(product, chunk_size=rows_at_once(risk, AT_ONCE))(rows)
         return result
 
     return rows_product
@@ -111,4 +112,4 @@ def product_of_rows(risk: SampleRisk, what: str, ways: Sequence[Product], rows: 
     with double_differentiable():
         rows = recordable(rows)
         many = rows.shape[0] >= FEW_ROWS
-        return risk.fastest(f"{what}, {'many' if many else 'few'} rows", ways, rows[:1], rows[:MEASURED_ROWS])(rows)
+        return risk.fastest(f"{what}, {'many' if many else 'few'} rows", ways, rows[:1], rows[:FEW_ROWS])(rows)

@@ -255,7 +255,7 @@ def test_every_way_to_a_product_gives_the_same(
     rows = torch.randn(k, operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
     expected = rows @ Reference(case).matrix(kind.mode)
     torch.testing.assert_close(operator.matmat(rows), expected, rtol=1e-9, atol=1e-10)
-    assert min(seen) >= 3
+    assert min(seen) >= 2
 
 
 def test_the_way_is_measured_once_for_few_and_once_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
