@@ -14,6 +14,7 @@ from distinfluence.influence import (
     CgInfluence,
     ChebyshevInfluence,
     DirectInfluence,
+    EkfacInfluence,
     FitReport,
     InfluenceFunctionModel,
     InfluenceMode,
@@ -25,6 +26,7 @@ from distinfluence.influence import (
     SelfInfluences,
     SolveReport,
 )
+from distinfluence.language import LanguageModelObjective
 from distinfluence.objective import Objective, SupervisedObjective
 from distinfluence.risk import EmpiricalRisk
 from distinfluence.scaling import (
@@ -33,7 +35,7 @@ from distinfluence.scaling import (
     Recipe,
     SequentialInfluenceCalculator,
 )
-from distinfluence.solvers import JacobiPreConditioner, NystroemPreConditioner
+from distinfluence.solvers import EkfacPreConditioner, JacobiPreConditioner, NystroemPreConditioner
 from distinfluence.store import InfluenceResult, open_influences
 
 __version__ = "0.1.0"
@@ -47,6 +49,8 @@ __all__ = [
     "DaskInfluenceCalculator",
     "DirectInfluence",
     "DistinfluenceError",
+    "EkfacInfluence",
+    "EkfacPreConditioner",
     "EmpiricalFisherOperator",
     "EmpiricalRisk",
     "FitReport",
@@ -58,6 +62,7 @@ __all__ = [
     "InverseHarmonicMeanInfluence",
     "JacobiPreConditioner",
     "KrylovInfluence",
+    "LanguageModelObjective",
     "LissaInfluence",
     "ModelRecipe",
     "NystroemPreConditioner",

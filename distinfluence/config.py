@@ -20,6 +20,7 @@ from distinfluence.influence import (
     CgInfluence,
     ChebyshevInfluence,
     DirectInfluence,
+    EkfacInfluence,
     InfluenceFunctionModel,
     InverseHarmonicMeanInfluence,
     KrylovInfluence,
@@ -37,6 +38,7 @@ METHODS: Mapping[str, type[InfluenceFunctionModel]] = {
     "chebyshev": ChebyshevInfluence,
     "datainf": InverseHarmonicMeanInfluence,
     "direct": DirectInfluence,
+    "ekfac": EkfacInfluence,
     "krylov": KrylovInfluence,
     "lissa": LissaInfluence,
     "nystroem": NystroemSketchInfluence,
@@ -169,7 +171,7 @@ class Job(Section):
         if "hessian_regularization" in parameters:
             parameters["hessian_regularization"] = _damping(parameters["hessian_regularization"])
         try:
-            return self.method_class()(recipe.build(), self._loss(), **parameters), recipe
+            return self.method_class()(recipe.build(), loss=self._loss(), **parameters), recipe
         except TypeError as error:
             raise ConfigError(f"`method` {self.method} does not fit: {error}. Correct its parameters.") from error
 

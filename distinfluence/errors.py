@@ -50,6 +50,10 @@ class UnsupportedOperatorError(DistinfluenceError, TypeError):
     """An operator lacks what a solver needs of it."""
 
 
+class DecompositionError(DistinfluenceError, ArithmeticError):
+    """A matrix could not be decomposed."""
+
+
 class NotFittedError(DistinfluenceError, RuntimeError):
     """A method was called that needs `fit` first."""
 

@@ -48,6 +48,18 @@ def measurement_gradients(risk: SampleRisk, batch: Batch) -> SampleGradients:
     return _gradients(risk, risk.measurements, batch, "measurement gradients")
 
 
+def output_gradients(risk: SampleRisk, batch: Batch, vectors: Tensor) -> SampleGradients:
+    """Gradient of ⟨f(z_j, θ), v_j⟩ of each sample by the covered parameters. vectors: [n, *outputs]."""
+
+    def value(parameters: Parameters, both: Batch) -> Tensor:
+        assert isinstance(both, tuple)
+        samples, v = both
+        assert isinstance(v, Tensor)
+        return (risk.outputs(parameters, samples) * v).flatten(1).sum(dim=1)
+
+    return _gradients(risk, value, (batch, vectors), "output gradients")
+
+
 def micro_batches(risk: SampleRisk, batch: Batch) -> Iterator[Batch]:
     """The batch in pieces whose per-sample gradients fit in GRADIENT_BYTES."""
     n = batch_length(batch)

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from distinfluence.batch import Batch, batch_length, describe, take
 from distinfluence.errors import DtypeError, LossError, ShapeError
+from distinfluence.predictive import Categorical, Dense, Independent, Predictive
+
+FEW_OUTPUTS = 64  # of a sample, for which the loss's Hessian is made whole where it has no closed form
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -94,6 +97,27 @@ class Objective(ABC):
         It is compared with the derivative on first use.
         """
         return None
+
+    def predictive(self, outputs: Tensor, batch: Batch) -> Predictive | None:
+        """The distribution of targets whose negative logarithm the loss is, at these outputs [n, ...].
+
+        By its Hessian where the loss is convex in FEW_OUTPUTS outputs or fewer; None where it is not known.
+        """
+        if not self.convex or outputs[0].numel() > FEW_OUTPUTS:
+            return None
+        m = outputs[0].numel()
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.losses(leaf, batch).sum(), leaf, create_graph=True)
+            flat = slope.flatten(1)
+            rows = [
+                torch.autograd.grad(flat[:, i].sum(), leaf, retain_graph=True, materialize_grads=True)[0].flatten(1)
+                if flat.requires_grad
+                else torch.zeros_like(flat)
+                for i in range(m)
+            ]
+        hessians = torch.stack(rows, dim=1).detach()
+        return Dense.of((hessians + hessians.transpose(1, 2)) / 2, outputs.shape)
 
     def settings(self) -> dict[str, object]:
         """What fixes the objective, in JSON's types, for provenance and fingerprints: its name unless overridden."""
@@ -180,6 +204,32 @@ class SupervisedObjective(Objective):
             scale = 2.0 / outputs[0].numel() if self.loss.reduction == "mean" else 2.0
             return lambda u: scale * u
         return None
+
+    def predictive(self, outputs: Tensor, batch: Batch) -> Predictive | None:
+        """Softmax for cross-entropy at each position, a normal distribution for the mean squared error."""
+        _, y = _pair(batch)
+        classes = type(self.loss) is nn.CrossEntropyLoss or self.loss is nn.functional.cross_entropy
+        if classes and getattr(self.loss, "weight", None) is None and outputs.ndim >= 2:
+            return self._categorical(outputs, y)
+        squared = type(self.loss) is nn.MSELoss or self.loss is nn.functional.mse_loss
+        if squared and outputs.shape == y.shape and not self._unreduced:
+            scale = 2.0 / outputs[0].numel() if getattr(self.loss, "reduction", "mean") == "mean" else 2.0
+            return Independent(torch.full_like(outputs.detach(), scale))
+        if type(self.loss) is nn.BCEWithLogitsLoss and self.loss.weight is None and self.loss.pos_weight is None:
+            p = torch.sigmoid(outputs.detach())
+            scale = 1.0 / outputs[0].numel() if self.loss.reduction == "mean" else 1.0
+            return Independent(p * (1 - p) * scale)
+        return super().predictive(outputs, batch)
+
+    def _categorical(self, outputs: Tensor, y: Tensor) -> Categorical:
+        logits = outputs.movedim(1, -1).reshape(outputs.shape[0], -1, outputs.shape[1])
+        ignored = getattr(self.loss, "ignore_index", -100)
+        counted = torch.ones_like(logits[..., 0])
+        if not y.is_floating_point():
+            counted = (y.reshape(y.shape[0], -1) != ignored).to(logits.dtype)
+        if getattr(self.loss, "reduction", "mean") == "mean":
+            counted = counted / counted.sum(dim=1, keepdim=True).clamp_min(1)
+        return Categorical(logits, counted, True, outputs.shape)
 
     def check(self, outputs: Tensor, batch: Batch) -> tuple[str, ...]:
         """Find out whether the loss is a mean or a sum over the batch, and whether vmap can take it."""

@@ -146,6 +146,17 @@ class SampleRisk:
             self._restricted[block].measures = self.measures
         return self._restricted[block]
 
+    def only(self, names: tuple[str, ...]) -> "SampleRisk":
+        """The same risk as a function of some of the covered parameters."""
+        key = "\n".join(names)
+        if key not in self._restricted:
+            shapes = {name: self.blocks.shapes[name] for name in names}
+            left_out = tuple(name for name in self.blocks.shapes if name not in shapes)
+            own = ParameterBlocks({key: names}, shapes, self.blocks.n_total, self.blocks.uncovered + left_out)
+            self._restricted[key] = SampleRisk(self.module, self.objective, own, self.device, self._asked_dtype)
+            self._restricted[key].measures = self.measures
+        return self._restricted[key]
+
     def to(self, device: torch.device) -> "SampleRisk":
         """The same risk evaluated on another device; the user's module stays where it is."""
         if device == self.device:
@@ -198,7 +209,7 @@ class SampleRisk:
         Raises LossError, NonFiniteError, NonDeterministicModelError or ShapeError. Returns remarks for the report.
         """
         stride = -(-batch_length(batch) // CHECKED_SAMPLES)  # from all over the batch: data may be sorted by class
-        few = map_batch(lambda tensor: tensor[::stride], batch)
+        few = map_batch(lambda tensor: tensor[::stride].contiguous(), batch)
         with untouched_randomness(), double_differentiable():
             forward = self.forward(self.parameters)
             outputs = self._first_outputs(forward, few)

@@ -45,7 +45,18 @@ LAYERS = {
         files=(r"store(\..*)?",), sees=("errors",), top=frozenset({"numpy", "zarr"}), lazily=frozenset({"xarray"})
     ),
     "model": Layer(
-        files=("batch", "blocks", "objective", "sample_risk", "gradients", "dataplane", "risk"),
+        files=(
+            "batch",
+            "blocks",
+            "objective",
+            "sample_risk",
+            "gradients",
+            "dataplane",
+            "language",
+            "predictive",
+            "risk",
+            r"layers(\..*)?",
+        ),
         sees=("errors",),
         top=frozenset({"torch"}),
     ),

@@ -8,6 +8,7 @@ from distinfluence.curvature.base import (
     MatrixOperator,
     SupportsBatches,
     SupportsDouble,
+    SupportsEigenbasis,
     SupportsGaussNewton,
     SupportsSampleGradients,
     Work,
@@ -15,6 +16,7 @@ from distinfluence.curvature.base import (
 from distinfluence.curvature.empirical_fisher import EmpiricalFisherOperator
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.hessian import HessianOperator
+from distinfluence.curvature.kronecker import KroneckerOperator
 from distinfluence.curvature.over_data import DataOperator
 
 __all__ = [
@@ -23,10 +25,12 @@ __all__ = [
     "EmpiricalFisherOperator",
     "GGNOperator",
     "HessianOperator",
+    "KroneckerOperator",
     "MatrixOperator",
     "SecondOrderMode",
     "SupportsBatches",
     "SupportsDouble",
+    "SupportsEigenbasis",
     "SupportsGaussNewton",
     "SupportsSampleGradients",
     "Work",

@@ -6,6 +6,7 @@ counts both, so that tests can hold a solver to its cost.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -70,6 +71,17 @@ class SupportsDouble(Protocol):
 
     def in_double(self) -> "CurvatureOperator":
         """The same matrix with rows and products in float64."""
+
+
+@runtime_checkable
+class SupportsEigenbasis(Protocol):
+    """An operator whose eigenvectors are known, so that any function of it can be applied without products."""
+
+    def in_eigenbasis(self, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """rows [k, p] · f(A), with f applied to each eigenvalue."""
+
+    def eigenvalues(self) -> Tensor:
+        """All of them, [p] float64, in no order."""
 
 
 class CurvatureOperator(ABC):

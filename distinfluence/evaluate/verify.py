@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from distinfluence.batch import Batch, as_batch, batch_length, map_batch
+from distinfluence.curvature import SupportsDouble
 from distinfluence.errors import ShapeError
 from distinfluence.gradients import loss_gradients, measurement_gradients
 from distinfluence.influence import DirectInfluence, InfluenceFunctionModel, KrylovInfluence
@@ -114,14 +115,14 @@ def verify_entries(
     exact = torch.zeros(right.shape[0], left.rows.shape[0], dtype=torch.float64)
     solutions, rhs, bounds = dict[str, Solution](), dict[str, Tensor](), dict[str, LowerBound | None]()
     methods = dict[str, None]()
-    for block, operator in model.operators.items():
-        solver = _another(used, operator.size, model.damping[block])
-        own = model.risk.blocks.columns[block]
+    for block, (operator, damping, own) in model.exact_systems().items():
+        solver = _another(used, operator.size, damping)
+        assert isinstance(operator, SupportsDouble)
         wide, rhs[block] = operator.in_double(), right[:, own].contiguous()
         state = solver.fit(wide)
         solutions[block] = solver.solve(state, rhs[block])
         spectrum = model.fit_report.spectrum.get(block)
-        bounds[block] = lower_bound(operator, state, model.damping[block], spectrum)
+        bounds[block] = lower_bound(operator, state, damping, spectrum)
         exact += (solutions[block].x @ left.rows[:, own].T).cpu()
         methods[type(solver).__name__] = None
     bound = np.full(given.shape, np.nan)

@@ -7,6 +7,7 @@ from distinfluence.influence.cg import CgInfluence
 from distinfluence.influence.chebyshev import ChebyshevInfluence
 from distinfluence.influence.damping import RelativeDamping
 from distinfluence.influence.direct import DirectInfluence
+from distinfluence.influence.ekfac import EkfacInfluence
 from distinfluence.influence.harmonic_mean import InverseHarmonicMeanInfluence
 from distinfluence.influence.krylov import KrylovInfluence
 from distinfluence.influence.lissa import LissaInfluence
@@ -22,6 +23,7 @@ __all__ = [
     "CgInfluence",
     "ChebyshevInfluence",
     "DirectInfluence",
+    "EkfacInfluence",
     "FitReport",
     "InfluenceFunctionModel",
     "InfluenceMode",

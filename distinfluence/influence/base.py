@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distinfluence.batch import Batch, as_batch
 from distinfluence.blocks import BlockMode, BlockStructure, ParameterBlocks
-from distinfluence.curvature import DataOperator, SecondOrderMode, operator_class
+from distinfluence.curvature import CurvatureOperator, SecondOrderMode, operator_class
 from distinfluence.dataplane import DataPlane, LocalPlane
 from distinfluence.errors import NotFittedError, SettingError, ShapeError
 from distinfluence.gradients import SampleGradients, loss_gradients, measurement_gradients
@@ -137,9 +137,14 @@ class InfluenceFunctionModel(ABC):
         return self._fitted().plane
 
     @property
-    def operators(self) -> Mapping[str, DataOperator]:
+    def operators(self) -> Mapping[str, CurvatureOperator]:
         """Block → the curvature A of the block, without damping. Raises NotFittedError before `fit`."""
         return self._fitted().operators
+
+    def exact_systems(self) -> dict[str, tuple[CurvatureOperator, float, slice]]:
+        """What factors are compared with by `verify`: block → (A, λ, columns) of the systems (A + λI) x = g."""
+        columns = self.risk.blocks.columns
+        return {block: (self.operators[block], self.damping[block], columns[block]) for block in self.operators}
 
     def _fitted(self) -> Fitted:
         if self._fit is None:
@@ -187,7 +192,7 @@ class InfluenceFunctionModel(ABC):
         self._fit = self._fitted().with_spectrum()
         return dict(self._fit.report.spectrum)
 
-    def _operators(self, plane: DataPlane) -> dict[str, DataOperator]:
+    def _operators(self, plane: DataPlane) -> dict[str, CurvatureOperator]:
         risk = EmpiricalRisk.over(plane)
         operator = operator_class(self.second_order_mode)
         # one block over everything needs no restriction: its products are the whole matrix
@@ -322,14 +327,18 @@ class InfluenceFunctionModel(ABC):
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> "OrderedDict[str, Tensor]":
         """As `influences_from_factors`, from block → [n_test, p_block], block by block."""
+        rows = self._rows_of_blocks(factors)
+        return scores_by_block(self.risk, rows, self.risk.blocks.columns, self.place(x, y), mode)
+
+    def _rows_of_blocks(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """block → [n_test, p_block], checked, side by side."""
         blocks = self.risk.blocks
         if list(factors) != list(blocks.names):
             raise ShapeError(
                 f"`factors` must have the blocks {list(blocks.names)}, got {list(factors)}. "
                 "Pass what `influence_factors_by_block` returned."
             )
-        rows = torch.cat([self._check_factors(factors[b], columns) for b, columns in blocks.columns.items()], dim=1)
-        return scores_by_block(self.risk, rows, blocks.columns, self.place(x, y), mode)
+        return torch.cat([self._check_factors(factors[b], columns) for b, columns in blocks.columns.items()], dim=1)
 
     def tile(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str = InfluenceMode.UP) -> Tile:
         """Influences of a batch of training samples, with their losses and gradient norms; one gradient pass.

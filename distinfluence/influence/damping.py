@@ -7,7 +7,7 @@ from typing import Literal, TypeGuard
 
 from distinfluence.blocks import ParameterBlocks
 from distinfluence.curvature import CurvatureOperator
-from distinfluence.curvature.base import SupportsSampleGradients
+from distinfluence.curvature.base import SupportsEigenbasis, SupportsSampleGradients
 from distinfluence.errors import SettingError
 from distinfluence.solvers.spectrum import extreme_eigenvalues, mean_eigenvalue
 
@@ -19,9 +19,9 @@ class RelativeDamping:
     """λ = fraction × an eigenvalue of the block's curvature, found when the model is fitted.
 
     of: "mean", the trace over the number of parameters by Hutchinson's estimate (one pass; exact for the empirical
-    Fisher), or "largest", by Lanczos (5 to 20 passes). A tenth of the mean is the field's heuristic, and travels
-    between models; an indefinite matrix may have a mean that is not positive, and is then refused. Raises SettingError
-    for a fraction that is not a finite number above 0.
+    Fisher and Kronecker-factored matrices), or "largest", by Lanczos (5 to 20 passes). A tenth of the mean is the
+    field's heuristic, and travels between models; an indefinite matrix may have a mean that is not positive, and is
+    then refused. Raises SettingError for a fraction that is not a finite number above 0.
 
     >>> RelativeDamping()
     RelativeDamping(fraction=0.1, of='mean')
@@ -38,7 +38,10 @@ class RelativeDamping:
 
     def resolve(self, operator: CurvatureOperator, block: str) -> float:
         """λ for the curvature of a block. Raises SettingError where the eigenvalue is not positive."""
-        if self.of == "largest":
+        if isinstance(operator, SupportsEigenbasis):
+            eigenvalues = operator.eigenvalues()
+            value = float(eigenvalues.max() if self.of == "largest" else eigenvalues.mean())
+        elif self.of == "largest":
             value = extreme_eigenvalues(operator).largest
         elif isinstance(operator, SupportsSampleGradients):
             value = operator.mean_square_gradient() / operator.size

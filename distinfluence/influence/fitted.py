@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from distinfluence.curvature import DataOperator
+from distinfluence.curvature import CurvatureOperator
 from distinfluence.dataplane import DataPlane
 from distinfluence.influence.bounds import LowerBound, lower_bound
 from distinfluence.influence.report import FitReport, SolveReport, named_by_block
@@ -24,7 +24,7 @@ class Fitted:
     """The fitted part of an influence model."""
 
     plane: DataPlane
-    operators: Mapping[str, DataOperator]
+    operators: Mapping[str, CurvatureOperator]
     solvers: Mapping[str, Solver[Any]]
     states: Mapping[str, Any]
     report: FitReport
@@ -35,7 +35,7 @@ class Fitted:
         risk: SampleRisk,
         plane: DataPlane,
         mode: str,
-        operators: Mapping[str, DataOperator],
+        operators: Mapping[str, CurvatureOperator],
         solvers: Mapping[str, Solver[Any]],
         begun: tuple[float, int],
     ) -> Self:
@@ -122,7 +122,7 @@ class Fitted:
     def restored(
         cls,
         plane: DataPlane,
-        operators: Mapping[str, DataOperator],
+        operators: Mapping[str, CurvatureOperator],
         solvers: Mapping[str, Solver[Any]],
         arrays: Mapping[str, Tensor],
         report: FitReport,

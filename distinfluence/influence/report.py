@@ -20,7 +20,8 @@ class FitReport:
     damping: block → λ. positive_definite: block → whether A + λI is, None where the method does not find out.
     passes: over the training data. remarks: how the loss was understood, and what the method has to say. seconds: wall
     time. details: block → small tensors of the method, for instance eigenvalues and their residuals. spectrum: block →
-    ends of the spectrum of A, once they were asked for.
+    ends of the spectrum of A, once they were asked for. treatments: parameter → how it is represented, for methods that
+    treat parameters differently.
     """
 
     second_order_mode: str
@@ -36,6 +37,7 @@ class FitReport:
     seconds: float
     details: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     spectrum: Mapping[str, Extremes] = field(default_factory=dict)
+    treatments: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def coverage(self) -> float:
@@ -51,6 +53,7 @@ class FitReport:
         lines += [
             f"not positive definite: {block}" for block, is_spd in self.positive_definite.items() if is_spd is False
         ]
+        lines += [f"{name}: {treatment}" for name, treatment in self.treatments.items()]
         return "\n".join([*lines, *self.remarks])
 
 

@@ -7,6 +7,7 @@ from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.chebyshev import Chebyshev, Interval
 from distinfluence.solvers.direct import Direct, Factorisation
+from distinfluence.solvers.ekfac import Ekfac, EkfacInverse, EkfacPreConditioner
 from distinfluence.solvers.harmonic_mean import InverseHarmonicMean
 from distinfluence.solvers.jacobi import Diagonal, JacobiPreConditioner
 from distinfluence.solvers.krylov import BlockKrylov
@@ -37,6 +38,9 @@ __all__ = [
     "Diagonal",
     "Direct",
     "Eigenpairs",
+    "Ekfac",
+    "EkfacInverse",
+    "EkfacPreConditioner",
     "Extremes",
     "Factorisation",
     "FittedPreconditioner",

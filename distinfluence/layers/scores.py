@@ -1,0 +1,276 @@
+"""Scores of training samples against factors, layer by layer, from inputs and output gradients.
+
+A sample's entry is Σ_units ⟨M, Σ_t left_t right_tᵀ⟩ with M [o, i] the factor. With one position, M is contracted with
+one side and the result with the other, or the sample's gradient matrix is made in micro-batches, whichever is less to
+move; several positions are summed into that matrix first, which divides the work by their number. Never n × p.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distinfluence.batch import Batch, batch_length, take
+from distinfluence.errors import NonFiniteError, UnsupportedOperatorError
+from distinfluence.gradients import loss_gradients
+from distinfluence.layers.layout import Layout, Record, unit_rows
+from distinfluence.layers.units import Sides, Unit, outer_sides, position_scores
+from distinfluence.sample_risk import SampleRisk
+
+SCORE_BYTES = 64 * 2**20  # of gradient matrices, or of contracted factors, that are held at once
+
+
+@dataclass(frozen=True)
+class QueryFactors:
+    """Factors of queries, unit by unit. matrices: [q, g, o, i] of each unit.
+
+    low_rank: of units whose factors were compressed, (u [q, g, o, r], v [q, g, i, r]) with M ≈ u vᵀ, None for others.
+    relative_error: [q], ‖M − M̃‖ / ‖M‖ over all units; 0 without compression.
+    """
+
+    matrices: tuple[Tensor, ...]
+    low_rank: tuple[tuple[Tensor, Tensor] | None, ...]
+    relative_error: Tensor
+
+    @classmethod
+    def of(cls, risk: SampleRisk, layout: Layout, factors: Tensor, energy: float | None = None) -> "QueryFactors":
+        """factors: [q, p]. energy: share of each factor's squared norm to keep in units where low rank is less work."""
+        tensors = risk.blocks.unflatten(factors.to(risk.dtype))
+        matrices = tuple(unit.matrix(tensors) for unit in layout.units)
+        if energy is None:
+            zeros = torch.zeros(factors.shape[0], dtype=torch.float64, device=factors.device)
+            return cls(matrices, (None,) * len(matrices), zeros)
+        parts = [
+            _compressed(m, energy) if unit.treatment == "kronecker" and not unit.one_hot else None
+            for unit, m in zip(layout.units, matrices, strict=True)
+        ]
+        lost = sum(
+            (m - u @ v.transpose(2, 3)).double().square().flatten(1).sum(dim=1)
+            for m, part in zip(matrices, parts, strict=True)
+            if part is not None
+            for u, v in (part,)
+        )
+        whole = factors.double().square().sum(dim=1)
+        error = (lost / whole.clamp_min(torch.finfo(torch.float64).tiny)) ** 0.5 if torch.is_tensor(lost) else whole * 0
+        return cls(matrices, tuple(parts), error)
+
+
+def _compressed(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor] | None:
+    """Truncated singular vectors that keep the energy of each query; None where that is no saving."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    squares = s.double().square()
+    kept = squares.cumsum(dim=-1) / squares.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    # the rank at which the last query has what is asked for; rounding must not make it the full rank
+    rank = int((kept < energy * (1 - 1e-12)).sum(dim=-1).max()) + 1
+    o, i = matrix.shape[2:]
+    if rank * (o + i) >= o * i:
+        return None
+    return u[..., :rank] * s[..., None, :rank], vh[..., :rank, :].transpose(2, 3).contiguous()
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Of one micro-batch: by_unit: [q, n] for each unit; losses [n]; gradient_norms [n]."""
+
+    by_unit: list[Tensor]
+    losses: Tensor
+    gradient_norms: Tensor
+
+
+def layer_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch: Batch) -> Iterator[LayerScores]:
+    """Scores of the batch's samples, micro-batch by micro-batch; one forward and one reverse pass."""
+    for part, record in recorded(risk, layout, batch):
+        deltas = record.of_losses()
+        scores, squared = [], torch.zeros(record.n, dtype=risk.dtype, device=risk.device)
+        for unit, m, low_rank in zip(layout.units, queries.matrices, queries.low_rank, strict=True):
+            if unit.uses and unit.treatment == "kronecker":
+                sides = outer_sides(unit, record.uses, layout.infos, deltas, record.n)
+                own, norms = _outer_scores(sides, unit, m, low_rank)
+            else:
+                rows = _rows(risk, unit, record, deltas, part)
+                own, norms = m.flatten(1) @ rows.T, rows.square().sum(dim=1)
+            scores.append(own)
+            squared += norms
+        losses = record.losses.detach().to(risk.dtype)
+        _check_finite(losses, squared)
+        yield LayerScores(scores, losses, squared.sqrt())
+
+
+def recorded(risk: SampleRisk, layout: Layout, batch: Batch) -> Iterator[tuple[Batch, Record]]:
+    """Micro-batches whose activations fit in four times SCORE_BYTES, with their records."""
+    n = batch_length(batch)
+    by_autograd = sum(unit.size for unit in layout.units if not unit.uses) * risk.dtype.itemsize
+    step = max(1, 4 * SCORE_BYTES // max(1, 2 * layout.sample_bytes + by_autograd))
+    for start in range(0, n, step):
+        part = take(batch, start, min(start + step, n))
+        yield part, Record(risk, layout, part)
+
+
+def _rows(risk: SampleRisk, unit: Unit, record: Record, deltas: Sequence[Tensor], batch: Batch) -> Tensor:
+    """Gradients [n, size] of a unit that is no outer product."""
+    if unit.uses:
+        return unit_rows(record, unit, deltas)[0].flatten(1)
+    restricted = risk.only(unit.parameters)
+    return unit.matrix(restricted.blocks.unflatten(loss_gradients(restricted, batch).rows)).flatten(1)
+
+
+def _outer_scores(sides: Sides, unit: Unit, m: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """(scores [q, n], squared gradient norms [n]) of a unit."""
+    right = sides.right[0]
+    if unit.one_hot:
+        return _one_hot_scores(sides.left, right[:, :, 0], m[:, 0]), _one_hot_norms(sides.left, right[:, :, 0], unit)
+    left, (g, o, i), length = sides.left[0], unit.shape, sides.n_positions
+    n_queries = m.shape[0]
+    if low_rank is not None and length * low_rank[0].shape[3] * (o + i) < o * i:
+        return _low_rank_scores(left, right, *low_rank), _outer_norms(left, right)
+    if length == 1 and n_queries * min(o, i) < o * i:
+        return _contracted(left[:, 0], right[:, 0], m), _outer_norms(left, right)
+    step = max(1, SCORE_BYTES // (g * o * i * right.element_size()))
+    scores, norms = [], []
+    flat = m.reshape(n_queries, -1)
+    for start in range(0, left.shape[0], step):
+        part = slice(start, start + step)
+        s = (left[part].permute(0, 2, 3, 1) @ right[part].transpose(1, 2)).reshape(-1, g * o * i)
+        scores.append(flat @ s.T)
+        norms.append(torch.linalg.vecdot(s, s))
+    return torch.cat(scores, dim=1), torch.cat(norms)
+
+
+def _contracted(left: Tensor, right: Tensor, m: Tensor) -> Tensor:
+    """⟨M, l rᵀ⟩ of left [n, g, o], right [n, g, i], M [q, g, o, i]: with the longer side first, as one GEMM."""
+    n, g, o = left.shape
+    n_queries, i = m.shape[0], m.shape[3]
+    total = left.new_zeros(n_queries, n)
+    step = max(1, SCORE_BYTES // (n_queries * min(o, i) * left.element_size()))
+    for group in range(g):
+        for start in range(0, n, step):
+            one, other = left[start : start + step, group], right[start : start + step, group]
+            if o <= i:
+                inner = (m[:, group].reshape(-1, i) @ other.T).view(n_queries, o, -1)
+                total[:, start : start + step] += torch.einsum("qon,no->qn", inner, one)
+            else:
+                inner = (m[:, group].transpose(1, 2).reshape(-1, o) @ one.T).view(n_queries, i, -1)
+                total[:, start : start + step] += torch.einsum("qin,ni->qn", inner, other)
+    return total
+
+
+def _low_rank_scores(left: Tensor, right: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Σ_t Σ_r ⟨l_t, u_r⟩⟨r_t, v_r⟩ of sides [n, T, g, d]: [q, n]."""
+    n, length, g, _ = left.shape
+    n_queries, rank = u.shape[0], u.shape[3]
+    total = left.new_zeros(n_queries, n)
+    step = max(1, SCORE_BYTES // (2 * length * n_queries * rank * left.element_size()))
+    for group in range(g):
+        us = u[:, group].permute(1, 0, 2).reshape(u.shape[2], -1)
+        vs = v[:, group].permute(1, 0, 2).reshape(v.shape[2], -1)
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            products = (left[part, :, group] @ us).mul_(right[part, :, group] @ vs)
+            total[:, part] += products.view(-1, length, n_queries, rank).sum(dim=(1, 3)).T
+    return total
+
+
+def _outer_norms(left: Tensor, right: Tensor) -> Tensor:
+    """‖Σ_t l_t r_tᵀ‖² of sides [n, T, g, d]: [n], by the Gram matrices of both sides where that is less work."""
+    length, o, i = left.shape[1], left.shape[3], right.shape[3]
+    if length == 1:
+        return (left.square().sum(dim=3) * right.square().sum(dim=3)).sum(dim=(1, 2))
+    if length * (o + i) > o * i:
+        return torch.cat(
+            [
+                (one.permute(0, 2, 3, 1) @ other.transpose(1, 2)).square().sum(dim=(1, 2, 3))
+                for one, other in zip(left.split(16), right.split(16), strict=True)
+            ]
+        )
+    grams = torch.einsum("ntgd,nsgd->ngts", left, left) * torch.einsum("ntgd,nsgd->ngts", right, right)
+    return grams.sum(dim=(1, 2, 3)).clamp_min(0)
+
+
+def _one_hot_scores(ids: Tensor, right: Tensor, m: Tensor) -> Tensor:
+    """Σ_t ⟨M[id_t], r_t⟩ of ids [n, T], right [n, T, i], M [q, tokens, i]."""
+    n_queries, (n, length, width) = m.shape[0], right.shape
+    total = right.new_zeros(n_queries, n)
+    step = max(1, SCORE_BYTES // (n_queries * length * width * right.element_size()))
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        taken = m[:, ids[part].flatten()].view(n_queries, -1, length * width)
+        total[:, part] = torch.einsum("qnw,nw->qn", taken, right[part].flatten(1))
+    return total
+
+
+def _one_hot_norms(ids: Tensor, right: Tensor, unit: Unit) -> Tensor:
+    """Squared norm of each sample's embedding gradient: positions of one token add up first."""
+    same = ids.unsqueeze(1) == ids.unsqueeze(2)
+    grams = torch.einsum("nti,nsi->nts", right, right)
+    return (grams * same).sum(dim=(1, 2)).clamp_min(0)
+
+
+def token_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch: Batch) -> Tensor:
+    """Scores by position, [q, n, T]; they sum to the samples'. One forward and one reverse pass.
+
+    Raises UnsupportedOperatorError, naming the parameters, where a layer does not have the same positions as the others
+    or a gradient comes from autograd as a whole.
+    """
+    whole = [name for unit in layout.units if not unit.uses for name in unit.parameters]
+    if whole:
+        raise UnsupportedOperatorError(
+            f"`influences_by_token` cannot tell the positions in the gradients of {whole[:5]}. Freeze these parameters "
+            "or use `influences`."
+        )
+    found = []
+    for _, record in recorded(risk, layout, batch):
+        deltas = record.of_losses()
+        parts = [_by_position(unit, m, record, deltas) for unit, m in zip(layout.units, queries.matrices, strict=True)]
+        lengths = {part.shape[2] for part in parts}
+        if len(lengths) > 1:
+            odd = {unit.parameters[0]: part.shape[2] for unit, part in zip(layout.units, parts, strict=True)}
+            raise UnsupportedOperatorError(
+                f"`influences_by_token` needs layers with the same positions, got {odd}. Freeze the parameters of the "
+                "layers that work on pooled positions, or use `influences`."
+            )
+        found.append(torch.stack(parts).sum(dim=0))
+    return torch.cat(found, dim=1)
+
+
+def _by_position(unit: Unit, m: Tensor, record: Record, deltas: Sequence[Tensor]) -> Tensor:
+    """[q, n, T] of one unit."""
+    infos = record.layout.infos
+    if unit.treatment != "kronecker":
+        return position_scores(unit, m, record.uses, infos, deltas, record.n)
+    # positions of several uses of one layer are one after the other: they add up by their place in the sequence
+    sides = outer_sides(unit, record.uses, infos, deltas, record.n)
+    right = sides.right[0]
+    if unit.one_hot:
+        by_use = torch.stack([torch.einsum("nti,nti->nt", own[sides.left], right[:, :, 0]) for own in m[:, 0]])
+    else:
+        inner = torch.einsum("qgoi,ntgi->qntgo", m, right)
+        by_use = torch.einsum("qntgo,ntgo->qnt", inner, sides.left[0])
+    return by_use.reshape(*by_use.shape[:2], len(unit.uses), -1).sum(dim=2)
+
+
+def _check_finite(losses: Tensor, squared: Tensor) -> None:
+    finite = torch.isfinite(losses) & torch.isfinite(squared)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            f"`model` gives NaN or infinity in the loss gradients of samples {bad[:10]} of this batch ({len(bad)} of "
+            f"{finite.numel()}). Look at these samples; a square root or logarithm at zero is a usual cause."
+        )
+
+
+def layer_gradients(risk: SampleRisk, layout: Layout, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(gradients [n, p] of the samples' losses by all covered parameters, losses [n]), put together from the layers."""
+    rows, losses = [], []
+    for part, record in recorded(risk, layout, batch):
+        deltas = record.of_losses()
+        found: dict[str, Tensor] = {}
+        for unit in layout.units:
+            if unit.uses:
+                matrix = unit_rows(record, unit, deltas)[0]
+            else:
+                matrix = _rows(risk, unit, record, deltas, part).unflatten(1, unit.shape)
+            found |= unit.tensors(matrix, risk.blocks.shapes)
+        rows.append(risk.blocks.flatten(found, n_leading=1))
+        losses.append(record.losses.detach().to(risk.dtype))
+    return torch.cat(rows), torch.cat(losses)

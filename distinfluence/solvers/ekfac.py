@@ -1,0 +1,191 @@
+"""Solving with a matrix whose eigenvectors are known: KFAC and EKFAC. Exact for that matrix, with any damping.
+
+    (A + λI)⁻¹ V = Q_left [ (Q_leftᵀ V Q_right) / (Λ + λ) ] Q_rightᵀ        in each unit
+
+How far that matrix is from the curvature of the loss is another question: see `EkfacInfluence`. As a preconditioner it
+needs no more than to be close. Reference: George et al. (2018), section 3.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from distinfluence.curvature.base import CurvatureOperator, SupportsEigenbasis
+from distinfluence.errors import SettingError, ShapeError, UnsupportedOperatorError
+from distinfluence.solvers.base import (
+    Outcome,
+    Solution,
+    Solver,
+    SolverState,
+    check_damping,
+    check_rhs,
+    check_tolerance,
+    damped,
+    default_rtol,
+    relative_residuals,
+)
+
+
+@dataclass(frozen=True)
+class EigenbasisState(SolverState):
+    """The operator, with its eigenvalues looked at once. smallest, largest: of A."""
+
+    smallest: float
+    largest: float
+    damping: float
+
+    @property
+    def positive_definite(self) -> bool:
+        """Whether A + λI has only positive eigenvalues, beyond rounding."""
+        return self.smallest + self.damping > self.noise
+
+    @property
+    def smallest_eigenvalue(self) -> float:
+        """Of A."""
+        return self.smallest
+
+    @property
+    def noise(self) -> float:
+        """Eigenvalues below this are zero: p·eps of the largest, as for a pseudo-inverse."""
+        eps = float(torch.finfo(self.operator.dtype).eps)
+        return eps * self.largest * math.sqrt(self.operator.size)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is done with directions that have no curvature."""
+        if self.smallest + self.damping > self.noise or self.smallest < -self.noise:
+            return ()
+        return ("λ = 0 and A is singular: its pseudo-inverse is taken, and directions without curvature are lost.",)
+
+
+@dataclass(frozen=True)
+class Ekfac(Solver[EigenbasisState]):
+    """The inverse through known eigenvectors. damping: λ ≥ 0; a singular matrix with λ = 0 gets its pseudo-inverse.
+
+    rtol: relative residual up to which a row counts as solved; by default what rounding leaves.
+    """
+
+    damping: float
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        if self.rtol is not None:
+            check_tolerance("rtol", self.rtol)
+
+    def fit(self, operator: CurvatureOperator) -> EigenbasisState:
+        """Look at the eigenvalues. Raises UnsupportedOperatorError for an operator without an eigenbasis."""
+        if not isinstance(operator, SupportsEigenbasis):
+            raise UnsupportedOperatorError(
+                f"`Ekfac` needs an operator whose eigenvectors are known; {type(operator).__name__} has none. Use "
+                "`Direct(eigen=True)`, or `EkfacInfluence`, which makes a Kronecker-factored one."
+            )
+        values = operator.eigenvalues()
+        return EigenbasisState(operator, float(values.min()), float(values.max()), self.damping)
+
+    def adapt(self, state: EigenbasisState) -> EigenbasisState:
+        """The same for another λ; no products."""
+        return EigenbasisState(state.operator, state.smallest, state.largest, self.damping)
+
+    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> EigenbasisState:
+        """As `fit`."""
+        return self.fit(operator)
+
+    def solve(self, state: EigenbasisState, rhs: Tensor) -> Solution:
+        """Solve for rhs [k, p]; 8·(o²·i + o·i²) flops a row and unit, half of them for its residual."""
+        check_rhs(rhs, state.operator)
+        assert isinstance(state.operator, SupportsEigenbasis)
+        x = state.operator.in_eigenbasis(rhs, lambda values: inverse_values(values, self.damping, state.noise))
+        relative = relative_residuals(rhs, damped(state.operator, x, self.damping))
+        rtol = default_rtol(rhs.dtype) if self.rtol is None else self.rtol
+        otherwise = Outcome.STAGNATED if state.positive_definite else Outcome.SINGULAR
+        return Solution(
+            x=x,
+            relative_residual=relative,
+            iterations=torch.zeros(rhs.shape[0], dtype=torch.int64),
+            outcome=tuple(Outcome.CONVERGED if r <= rtol else otherwise for r in relative.tolist()),
+            curvature=torch.full((rhs.shape[0],), state.smallest + self.damping, dtype=torch.float64),
+            largest=state.largest + self.damping,
+        )
+
+
+def inverse_values(values: Tensor, damping: float, noise: float) -> Tensor:
+    """1 / (Λ + λ), and 0 where that is zero to rounding."""
+    shifted = values + damping
+    counts = shifted.abs() > noise
+    return torch.where(counts, 1.0 / torch.where(counts, shifted, 1.0), 0.0)
+
+
+class SupportsInverse(Protocol):
+    """The inverse of a fitted Kronecker-factored matrix."""
+
+    @property
+    def n_parameters(self) -> int:
+        """p."""
+
+    def inverse(self, rows: Tensor, damping: float) -> Tensor:
+        """rows [k, p] · (A + λI)⁻¹, with columns in the order of the model's parameters."""
+
+
+@runtime_checkable
+class SupportsKroneckerInverse(Protocol):
+    """A fitted `EkfacInfluence`, as far as a preconditioner needs it."""
+
+    def kronecker_inverse(self) -> SupportsInverse:
+        """The inverse, without model and data."""
+
+
+@dataclass(frozen=True)
+class EkfacInverse:
+    """M⁻¹ of a fitted EKFAC at a damping."""
+
+    ekfac: SupportsInverse
+    damping: float
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """rows [k, p] · M⁻¹."""
+        return self.ekfac.inverse(rows, self.damping)
+
+    def at(self, damping: float) -> "EkfacInverse":
+        """The same at another λ."""
+        return EkfacInverse(self.ekfac, damping)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What it is."""
+        return (f"EKFAC preconditioner: {self.ekfac!r}",)
+
+
+@dataclass(frozen=True)
+class EkfacPreConditioner:
+    """A fitted EKFAC as a preconditioner of the Hessian or Gauss–Newton matrix of the same model, in one block.
+
+    ekfac: a fitted `EkfacInfluence`, of which only the factors are kept. A few iterations from it give better scores
+    than many without; to a tight tolerance it may take more of them than none at all (measure).
+    Raises NotFittedError for one that is not fitted.
+    """
+
+    ekfac: SupportsInverse | SupportsKroneckerInverse
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ekfac, SupportsKroneckerInverse):
+            object.__setattr__(self, "ekfac", self.ekfac.kronecker_inverse())
+
+    def fit(self, operator: CurvatureOperator, damping: float) -> EkfacInverse:
+        """Nothing to fit. Raises ShapeError unless the operator is over all its parameters, SettingError for λ = 0."""
+        assert not isinstance(self.ekfac, SupportsKroneckerInverse)
+        if self.ekfac.n_parameters != operator.size:
+            raise ShapeError(
+                f"`EkfacPreConditioner` covers {self.ekfac.n_parameters} parameters, got an operator of "
+                f"{operator.size}. Fit it to the same model, and use it with block_structure='full'."
+            )
+        if damping <= 0:
+            raise SettingError(
+                f"`hessian_regularization` must be > 0 with an EKFAC preconditioner, got {damping!r}: without damping "
+                "it may be singular."
+            )
+        return EkfacInverse(self.ekfac, damping)
