@@ -16,12 +16,14 @@ from distinfluence.batch import Batch, batch_length, take
 from distinfluence.errors import LossError
 from distinfluence.gradients import loss_gradients, output_gradients
 from distinfluence.layers.layout import MOST_DENSE, Layout, Record, layout_of, unit_rows
+from distinfluence.layers.scores import rotated
 from distinfluence.layers.units import Sides, Unit, outer_sides
 from distinfluence.predictive import Uniform, sample_keys
 from distinfluence.sample_risk import SampleRisk
 
-WORK_BYTES = 256 * 2**20  # of activations, and again of gradient matrices, that are held at once
+WORK_BYTES = 32 * 2**20  # of gradient matrices that are held at once
 MOST_FACTOR = 8192  # rows of a factor up to which it is decomposed; of larger ones the diagonal is kept
+LONG = 16  # positions of a sample from which its second moment is worth a product of its own
 MOST_EXACT = 16  # vectors in output space, up to which the expectation over labels is taken exactly by itself
 
 FisherKind = Literal["exact", "sampled", "empirical"]
@@ -97,11 +99,11 @@ class Pieces:
 
 
 def pieces(risk: SampleRisk, layout: Layout, batch: Batch, fisher: FisherVectors) -> Iterator[Pieces]:
-    """The chunk, as many samples at a time as WORK_BYTES hold."""
-    n, step = batch_length(batch), batch_length(batch)
+    """The chunk, some samples at a time."""
+    n = batch_length(batch)
     n_vectors = {"exact": MOST_EXACT, "sampled": fisher.n_draws, "empirical": 1}[fisher.kind]
     own = sum(unit.size for unit in layout.units if not unit.uses) * risk.dtype.itemsize
-    step = max(1, WORK_BYTES // max(1, layout.sample_bytes * (1 + n_vectors) + 2 * own))
+    step = layout.samples_at_once(risk.device, n_vectors, 2 * own)
     for start in range(0, n, step):
         part = take(batch, start, min(start + step, n))
         record = Record(risk, layout, part)
@@ -150,17 +152,35 @@ class CovarianceSums:
             return counts, _second_moment(sides.right), positions
         left, right = sides.left, sides.right
         if self.reduce:
+            right = sides.with_ones().right
             left, right = left.sum(dim=2, keepdim=True), right.mean(dim=2, keepdim=True)
             positions = torch.tensor(right.shape[1], device=right.device)
         both_vary = left.shape[0] > 1 and right.shape[0] > 1  # V times the same inputs among them
-        return _second_moment(left) / (left.shape[0] if both_vary else 1), _second_moment(right), positions
+        ones = sides.ones and not self.reduce
+        moment = _with_border(_second_moment(right), right) if ones else _second_moment(right)
+        return _second_moment(left) / (left.shape[0] if both_vary else 1), moment, positions
+
+
+def _with_border(moment: Tensor, side: Tensor) -> Tensor:
+    """The second moment [g, d, d] or [g, d] of a side with a one appended to each row."""
+    count = torch.full_like(moment[:, :1, :1] if moment.ndim == 3 else moment[:, :1], math.prod(side.shape[:3]))
+    if moment.ndim == 2:
+        return torch.cat([moment, count], dim=1)
+    sums = side.sum(dim=(0, 1, 2)).unsqueeze(2)
+    below = torch.cat([sums.transpose(1, 2), count], dim=2)
+    return torch.cat([torch.cat([moment, sums], dim=2), below], dim=1)
 
 
 def _second_moment(side: Tensor) -> Tensor:
     """Σ x xᵀ of a side [V, n, T, g, d]: [g, d, d], or the diagonal [g, d] of what is too large to be decomposed."""
+    if side.shape[4] > MOST_FACTOR:
+        return side.square().sum(dim=(0, 1, 2))
+    if side.shape[2] >= LONG and side.stride(2) == 1:  # positions last, as convolutions have them: no copy
+        total = side.new_zeros(side.shape[3], side.shape[4], side.shape[4])
+        for sample in side.flatten(0, 1):
+            total.baddbmm_(sample.permute(1, 2, 0), sample.transpose(0, 1))
+        return total
     rows = side.flatten(0, 2).transpose(0, 1)  # [g, V·n·T, d]
-    if rows.shape[2] > MOST_FACTOR:
-        return rows.square().sum(dim=1)
     return rows.transpose(1, 2) @ rows
 
 
@@ -192,23 +212,15 @@ class EigenvalueSums:
         if unit.one_hot:
             return _one_hot_squared(sides, unit.shape[1], right)
         if sides.n_positions == 1:
-            a = _rotated(sides.left[:, :, 0], left).square().sum(dim=0)
-            b = _rotated(sides.right[:, :, 0], right).square().sum(dim=0)
+            sides = sides.with_ones()
+            a = rotated(sides.left[:, :, 0], left).square().sum(dim=0)
+            b = rotated(sides.right[:, :, 0], right).square().sum(dim=0)
             return torch.einsum("ngo,ngi->goi", a, b)
         return _by_positions(sides, unit, left, right)
 
 
 def _basis(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
-
-
-def _rotated(side: Tensor, basis: Tensor | None) -> Tensor:
-    """[..., g, d] · [g, d, d]."""
-    if basis is None:
-        return side
-    if basis.shape[0] == 1:
-        return side @ basis[0]
-    return torch.einsum("...gd,gde->...ge", side, basis)
 
 
 def _squared(matrices: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -226,27 +238,25 @@ def _by_positions(sides: Sides, unit: Unit, left: Tensor | None, right: Tensor |
     length = sides.n_positions
     sides_first = length * (o * o * (left is not None) + i * i * (right is not None))
     if sides_first < o * i * (o * (left is not None) + i * (right is not None)):
-        sides = Sides(_rotated(sides.left, left), _rotated(sides.right, right))
+        sides = sides.with_ones()
+        sides = Sides(rotated(sides.left, left), rotated(sides.right, right))
         left = right = None
-    lefts, rights = sides.over_vectors()
     total = torch.zeros(unit.shape, dtype=torch.float64, device=sides.right.device)
     step = max(1, WORK_BYTES // (3 * g * o * i * sides.right.element_size()))
-    for l_side, r_side in zip(lefts, rights, strict=True):
-        for start in range(0, l_side.shape[0], step):
-            part = slice(start, start + step)
-            matrices = l_side[part].permute(0, 2, 3, 1) @ r_side[part].transpose(1, 2)
-            total += _squared(matrices, left, right)
+    for vector in range(sides.n_vectors):
+        for start in range(0, sides.right.shape[1], step):
+            total += _squared(sides.matrices(vector, slice(start, start + step)), left, right)
     return total
 
 
 def _one_hot_squared(sides: Sides, n_tokens: int, right: Tensor | None) -> Tensor:
     """The same where the left side is a token: positions of one token in one sample are summed first."""
-    rotated = _rotated(sides.right, right).flatten(3)  # [V, n, T, i]
-    n_vectors, n, length, width = rotated.shape
-    keys = (torch.arange(n, device=rotated.device).unsqueeze(1) * n_tokens + sides.left).flatten()
+    turned = rotated(sides.right, right).flatten(3)  # [V, n, T, i]
+    n_vectors, n, length, width = turned.shape
+    keys = (torch.arange(n, device=turned.device).unsqueeze(1) * n_tokens + sides.left).flatten()
     unique, index = torch.unique(keys, return_inverse=True)
-    sums = rotated.new_zeros(n_vectors, unique.shape[0], width)
-    sums.index_add_(1, index, rotated.reshape(n_vectors, n * length, width))
-    total = rotated.new_zeros(n_tokens, width, dtype=torch.float64)
+    sums = turned.new_zeros(n_vectors, unique.shape[0], width)
+    sums.index_add_(1, index, turned.reshape(n_vectors, n * length, width))
+    total = turned.new_zeros(n_tokens, width, dtype=torch.float64)
     total.index_add_(0, unique % n_tokens, sums.square().sum(dim=0).double())
     return total.unsqueeze(0)

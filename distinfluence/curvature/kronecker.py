@@ -40,18 +40,33 @@ class Eigenbasis:
     def coordinates(self, matrix: Tensor) -> Tensor:
         """Q_leftᵀ M Q_right of M [k, g, o, i]."""
         if self.left is not None:
-            matrix = self.left.transpose(1, 2) @ matrix
-        return matrix if self.right is None else matrix @ self.right
+            matrix = _left_product(self.left.transpose(1, 2), matrix)
+        return matrix if self.right is None else _right_product(matrix, self.right)
 
     def matrix(self, coordinates: Tensor) -> Tensor:
         """Q_left C Q_rightᵀ of C [k, g, o, i]."""
         if self.left is not None:
-            coordinates = self.left @ coordinates
-        return coordinates if self.right is None else coordinates @ self.right.transpose(1, 2)
+            coordinates = _left_product(self.left, coordinates)
+        return coordinates if self.right is None else _right_product(coordinates, self.right.transpose(1, 2))
 
     def scaled(self, matrix: Tensor, function: Function) -> Tensor:
         """f(A) M for each M of [k, g, o, i]; function: of the eigenvalues, element by element."""
         return self.matrix(self.coordinates(matrix) * function(self.values).to(matrix.dtype))
+
+
+def _left_product(factor: Tensor, matrices: Tensor) -> Tensor:
+    """[g, o, o] · [k, g, o, i]; one by one, since a batched product would copy the factor for each of k."""
+    product = torch.empty_like(matrices)
+    for one, out in zip(matrices, product, strict=True):
+        torch.bmm(factor, one, out=out)
+    return product
+
+
+def _right_product(matrices: Tensor, factor: Tensor) -> Tensor:
+    """[k, g, o, i] · [g, i, i]; for one group as one product."""
+    if factor.shape[0] == 1:
+        return matrices @ factor[0]
+    return torch.stack([torch.bmm(one, factor) for one in matrices]) if len(matrices) else matrices
 
 
 class KroneckerOperator(CurvatureOperator):

@@ -5,8 +5,9 @@ data. Memory: the factors, o² + i² numbers for a layer [o, i], and for each qu
 layer from inputs and output gradients, without matrices of samples × parameters.
 """
 
+import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -20,6 +21,7 @@ from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.curvature.fisher_sums import MOST_EXACT, FisherKind, FisherVectors, LayoutOf
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.kronecker import BlockDamped, Eigenbasis, KroneckerInverse, fitted_bases
+from distinfluence.curvature.queries import joined_queries, query_of
 from distinfluence.dataplane import DataPlane
 from distinfluence.errors import SettingError
 from distinfluence.gradients import SampleGradients
@@ -30,11 +32,19 @@ from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode
 from distinfluence.influence.self_influence import SelfInfluences
 from distinfluence.layers.layout import MOST_DENSE, Layout
-from distinfluence.layers.scores import LayerScores, QueryFactors, layer_gradients, layer_scores, token_scores
+from distinfluence.layers.scores import (
+    LayerScores,
+    QueryFactors,
+    RankOne,
+    layer_gradients,
+    layer_scores,
+    recorded,
+    token_scores,
+)
 from distinfluence.layers.units import Unit
 from distinfluence.objective import Loss, Objective
 from distinfluence.risk import EmpiricalRisk
-from distinfluence.solvers.base import Outcome, check_count, default_rtol, relative_residuals
+from distinfluence.solvers.base import Outcome, check_count, check_rhs, default_rtol, relative_residuals
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.ekfac import Ekfac, inverse_values
 
@@ -67,7 +77,7 @@ class EkfacInfluence(InfluenceFunctionModel):
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> data = torch.eye(2), torch.zeros(2, 1)
     >>> influence = EkfacInfluence(model, True, 1.0, loss=torch.nn.MSELoss()).fit(data)
-    >>> influence.operators["Linear"].dense().diagonal()  # Gauss–Newton: mean of 2x²
+    >>> influence.operators["Linear"].dense().diagonal().round()  # Gauss–Newton: mean of 2x²
     tensor([1., 1.], dtype=torch.float64)
     """
 
@@ -201,40 +211,46 @@ class EkfacInfluence(InfluenceFunctionModel):
 
     def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
         """As `InfluenceFunctionModel.solve`; residuals refer to the Gauss–Newton matrix, NaN where not measured."""
-        factors, report = super().solve(gradients)
-        return self._beside_gauss_newton(gradients, factors, report, self.damping)
+        return self._solved(gradients, self.damping)
 
     def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
         """As `solve`, for each of several dampings from the one fit."""
         blocks, operators = self.risk.blocks, self._fitted().operators
-        asked = [resolved(damping_by_block(blocks, damping), operators) for damping in dampings]
-        found = super().solve_at(gradients, dampings)
-        return [
-            self._beside_gauss_newton(gradients, factors, report, damping)
-            for (factors, report), damping in zip(found, asked, strict=True)
-        ]
+        return [self._solved(gradients, resolved(damping_by_block(blocks, one), operators)) for one in dampings]
+
+    def _solved(self, gradients: Tensor, damping: Mapping[str, float]) -> tuple[Tensor, SolveReport]:
+        """Factors in the eigenbasis, refined if asked, and how far they are from solving the Gauss–Newton system."""
+        for block, rows in super()._by_block(gradients[:1]).items():
+            check_rhs(rows, self._fitted().operators[block], "gradients")
+        factors = torch.empty_like(gradients)
+        for block, columns in self.risk.blocks.columns.items():
+            operator = self._fitted().operators[block]
+            assert isinstance(operator, KroneckerOperator)
+            noise = self._fitted().states[block].noise
+            own = functools.partial(inverse_values, damping=damping[block], noise=noise)
+            factors[:, columns] = operator.in_eigenbasis(gradients[:, columns], own)
+        return self._beside_gauss_newton(gradients, factors, damping)
 
     def _beside_gauss_newton(
-        self, gradients: Tensor, factors: Tensor, report: SolveReport, damping: Mapping[str, float]
+        self, gradients: Tensor, factors: Tensor, damping: Mapping[str, float]
     ) -> tuple[Tensor, SolveReport]:
-        """Refine the factors if asked, and say how far they are from solving the Gauss–Newton system."""
         k = gradients.shape[0]
         operator = self._gauss_newton(damping)
         least = min(damping.values())
+        iterations, remarks = torch.zeros(k, dtype=torch.int64), tuple[str, ...]()
         if self.cg_iterations and k:
             inverse = _Inverse(self.kronecker_inverse(), damping)
             steps = CG(least, rtol=self._rtol, maxiter=self.cg_iterations, preconditioner=inverse)
             solution = steps.solve(steps.fit(operator), gradients)
             factors, relative = solution.x, solution.relative_residual
-            report = replace(report, iterations=solution.iterations, remarks=(*report.remarks, *solution.remarks))
+            iterations, remarks = solution.iterations, solution.remarks
         else:
             measured = min(k, self.residual_rows)
             relative = torch.full((k,), torch.nan, dtype=torch.float64)
             if measured:
                 product = operator.matmat(factors[:measured]).add_(factors[:measured], alpha=least)
                 relative[:measured] = relative_residuals(gradients[:measured], product)
-            remark = APPROXIMATE.format(measured=measured, k=k)
-            report = replace(report, remarks=(*report.remarks, remark))
+            remarks = (APPROXIMATE.format(measured=measured, k=k),)
         converged = relative <= self._rtol
         outcome = tuple(Outcome.CONVERGED if done else Outcome.APPROXIMATE for done in converged.tolist())
         bound, rigorous = None, False
@@ -242,14 +258,7 @@ class EkfacInfluence(InfluenceFunctionModel):
             bound = relative * gradients.double().norm(dim=1).cpu() / least
             bound = bound + 16 * torch.finfo(gradients.dtype).eps * factors.double().norm(dim=1).cpu()
             rigorous = True
-        return factors, replace(
-            report,
-            relative_residual=relative,
-            converged=converged,
-            outcome=outcome,
-            error_bound=bound,
-            rigorous=rigorous,
-        )
+        return factors, SolveReport(relative, iterations, converged, outcome, {}, bound, rigorous, remarks)
 
     @property
     def _rtol(self) -> float:
@@ -307,6 +316,46 @@ class EkfacInfluence(InfluenceFunctionModel):
             values, torch.cat([part.losses for part in parts]), torch.cat([part.gradient_norms for part in parts])
         )
 
+    def influences(
+        self,
+        x_test: object,
+        y_test: Tensor | None = None,
+        x: object | None = None,
+        y: Tensor | None = None,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+    ) -> Tensor:
+        """As `InfluenceFunctionModel.influences`; without factors where a query is one outer product in a layer."""
+        refused = x is None and y is not None  # by the general way, with its error
+        exact = self.cg_iterations == 0 and self.query_energy is None and self._measures_loss
+        if influence_mode(mode) is not InfluenceMode.UP or refused or not exact:
+            return super().influences(x_test, y_test, x, y, mode)
+        tests = self.place(x_test, y_test)
+        queries = self._coordinates(tests)
+        parts = list(layer_scores(self.risk, self.layout, queries, tests if x is None else self.place(x, y)))
+        return torch.cat([torch.stack(part.by_unit).sum(dim=0) for part in parts], dim=1)
+
+    def _coordinates(self, batch: Batch) -> QueryFactors:
+        """The batch as queries, unit by unit: as outer products in the eigenbasis, or as factors."""
+        found: list[list[Tensor | RankOne]] = [[] for _ in self.layout.units]
+        functions = [self._inverse_of(unit.block) for unit in self.layout.units]
+        for part, record in recorded(self.risk, self.layout, batch):
+            deltas = record.of_losses()
+            for unit, basis, function, own in zip(self.layout.units, self._bases(), functions, found, strict=True):
+                own.append(query_of(self.risk, unit, basis, function, record, deltas, part))
+        whole = tuple(joined_queries(own, self.risk.dtype, separate=not self.update_diagonal) for own in found)
+        none = torch.zeros(0, dtype=torch.float64)
+        return QueryFactors(whole, (None,) * len(whole), none)
+
+    def _inverse_of(self, block: str) -> Callable[[Tensor], Tensor]:
+        noise: float = self._fitted().states[block].noise
+        return functools.partial(inverse_values, damping=self.damping[block], noise=noise)
+
+    def _bases(self) -> list[Eigenbasis]:
+        """In the order of the layout's units."""
+        operators = self._fitted().operators.values()
+        by_name = {b.unit.parameters: b for o in operators if isinstance(o, KroneckerOperator) for b in o.bases}
+        return [by_name[unit.parameters] for unit in self.layout.units]
+
     def influences_from_factors(
         self, factors: Tensor, x: object, y: Tensor | None = None, mode: InfluenceMode | str = InfluenceMode.UP
     ) -> Tensor:
@@ -358,8 +407,11 @@ class EkfacInfluence(InfluenceFunctionModel):
 
     def measurement_gradients(self, batch: Batch) -> SampleGradients:
         """As `InfluenceFunctionModel.measurement_gradients`; by layer where the loss is what is measured."""
-        own = type(self.objective).measurements is Objective.measurements
-        return self.loss_gradients(batch) if own else super().measurement_gradients(batch)
+        return self.loss_gradients(batch) if self._measures_loss else super().measurement_gradients(batch)
+
+    @property
+    def _measures_loss(self) -> bool:
+        return type(self.objective).measurements is Objective.measurements
 
     def _layer_scores(self, factors: Tensor, batch: Batch) -> Iterator[LayerScores]:
         return layer_scores(self.risk, self.layout, self._prepared(factors), batch)

@@ -7,6 +7,7 @@ cannot be told apart) get a treatment that needs no structure. So nothing is dro
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from distinfluence.layers.units import SampleAxis, Treatment, Unit, UseInfo, out
 from distinfluence.sample_risk import SampleRisk, agree
 
 MOST_DENSE = 1024  # parameters without Kronecker structure up to which a block is kept whole
+CPU_BYTES, GPU_BYTES = 32 * 2**20, 512 * 2**20  # of activations that are held at once
 MOST_ONE_HOT = 4096  # tokens of an embedding that is tied to another layer, whose factor is then kept whole
 
 
@@ -35,6 +37,15 @@ class Layout:
     expanded: tuple[int, ...] = ()
     cloned: bool = False
     sample_bytes: int = 0
+
+    def samples_at_once(self, device: torch.device, copies: int = 1, beside: int = 0) -> int:
+        """How many samples to take at once: so many that their activations stay near the cache.
+
+        copies: of what a sample's activations take. beside: further bytes of a sample. Larger pieces are slower on a
+        CPU: each tensor is then new memory, whose pages cost more than the arithmetic on them.
+        """
+        most = CPU_BYTES if device.type == "cpu" else GPU_BYTES
+        return max(1, most // max(1, copies * self.sample_bytes + beside))
 
     def to_tensor(self) -> Tensor:
         """As JSON bytes, to travel among tensors."""
@@ -173,11 +184,18 @@ def _resolved(
                 return (), (), False, (), 0
             expanded = without
             continue
-        sample_bytes = sum(
-            (use.input.nbytes if use.input is not None else 0) + 2 * use.output.nbytes for use in second[0]
-        )
+        sample_bytes = sum(map(_bytes, second[0]))
         return watched, expanded, cloned, tuple(found), sample_bytes // 3
     return (), (), False, (), 0
+
+
+def _bytes(use: Use) -> int:
+    """Of an input, an output and its gradient; of a convolution's patches, too."""
+    own = (use.input.nbytes if use.input is not None else 0) + 2 * use.output.nbytes
+    if use.rule == "conv" and use.input is not None and use.options is not None:
+        channels = use.input.shape[1] * math.prod(use.options["kernel"])
+        own += 2 * use.output.nbytes // use.output.shape[1] * channels
+    return own
 
 
 def _names(use: Use) -> tuple[str, ...]:
@@ -285,7 +303,7 @@ def unit_rows(record: Record, unit: Unit, deltas: Sequence[Tensor]) -> Tensor:
         return rows.reshape(*rows.shape[:2], 1, 1, -1)
     sides = outer_sides(unit, record.uses, infos, deltas, record.n)
     if not unit.one_hot:
-        return torch.einsum("vntgo,vntgi->vngoi", *sides.over_vectors())
+        return torch.stack([sides.matrices(v, slice(None)) for v in range(sides.n_vectors)])
     n_vectors, n, length, _, width = sides.right.shape
     rows = sides.right.new_zeros(n_vectors, n * unit.shape[1], width)
     index = (torch.arange(n, device=sides.left.device).unsqueeze(1) * unit.shape[1] + sides.left).flatten()

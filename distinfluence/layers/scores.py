@@ -18,18 +18,82 @@ from distinfluence.layers.layout import Layout, Record, unit_rows
 from distinfluence.layers.units import Sides, Unit, outer_sides, position_scores
 from distinfluence.sample_risk import SampleRisk
 
-SCORE_BYTES = 64 * 2**20  # of gradient matrices, or of contracted factors, that are held at once
+SCORE_BYTES = 32 * 2**20  # of gradient matrices, or of contracted factors, that are held at once
+
+
+@dataclass(frozen=True)
+class RankOne:
+    """Queries whose gradient in a unit is one outer product, with the unit's eigenbasis: their factors are never made.
+
+    left: [q, g, o], right: [q, g, i], in the eigenbasis. weights: [g, o, i], 1 / (Λ + λ). left_basis, right_basis:
+    [g, d, d] or None for the identity. separated: (u [g, o, r], v [g, i, r]) with weights ≈ u vᵀ, where it saves work.
+    """
+
+    left: Tensor
+    right: Tensor
+    weights: Tensor
+    left_basis: Tensor | None
+    right_basis: Tensor | None
+    separated: tuple[Tensor, Tensor] | None = None
+
+    def scores(self, left: Tensor, right: Tensor) -> Tensor:
+        """[q, n] of training samples with one outer product each: left [n, g, o], right [n, g, i]."""
+        left, right = rotated(left, self.left_basis), rotated(right, self.right_basis)
+        if self.separated is not None:
+            return self._separated(left, right, *self.separated)
+        total = left.new_zeros(self.left.shape[0], left.shape[0])
+        g, o, i = self.weights.shape
+        step = max(1, SCORE_BYTES // ((min(o, i) * left.shape[0] + o * i) * left.element_size()))
+        for start in range(0, len(self.left), step):
+            part = slice(start, start + step)
+            for group in range(g):
+                m = self.left[part, group, :, None] * self.right[part, group, None, :] * self.weights[group]
+                total[part] += _contracted_pairs(m, left[:, group], right[:, group])
+        return total
+
+    def _separated(self, left: Tensor, right: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        total = left.new_zeros(self.left.shape[0], left.shape[0])
+        for group in range(u.shape[0]):
+            for k in range(u.shape[2]):
+                by_left = (self.left[:, group] * u[group, :, k]) @ left[:, group].T
+                total += by_left.mul_((self.right[:, group] * v[group, :, k]) @ right[:, group].T)
+        return total
+
+
+def rotated(side: Tensor, basis: Tensor | None) -> Tensor:
+    """[..., g, d] · [g, d, d]; the side itself for the identity."""
+    if basis is None:
+        return side
+    if basis.shape[0] == 1:
+        return side @ basis[0]
+    return torch.einsum("...gd,gde->...ge", side, basis)
+
+
+def separable(weights: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None:
+    """(u [g, o, r], v [g, i, r]) with |weights − u vᵀ| ≤ tolerance·max weights [g, o, i]; None where that is no saving.
+
+    The weights 1 / (λ_o λ_i + λ) of KFAC are separable to any accuracy with a rank of about a dozen.
+    """
+    _, o, i = weights.shape
+    most = o * i // (2 * (o + i))
+    u, s, vh = torch.linalg.svd(weights.double(), full_matrices=False)
+    rank = int((s > tolerance * weights.max() * 0.1).sum(dim=1).max())
+    if rank > most:
+        return None
+    left, right = u[..., :rank] * s[:, None, :rank], vh[:, :rank].transpose(1, 2)
+    error = (left @ right.transpose(1, 2) - weights).abs().max()
+    return (left, right) if float(error) <= tolerance * float(weights.max()) else None
 
 
 @dataclass(frozen=True)
 class QueryFactors:
-    """Factors of queries, unit by unit. matrices: [q, g, o, i] of each unit.
+    """Factors of queries, unit by unit. matrices: [q, g, o, i] of each unit, or the queries as `RankOne`.
 
     low_rank: of units whose factors were compressed, (u [q, g, o, r], v [q, g, i, r]) with M ≈ u vᵀ, None for others.
     relative_error: [q], ‖M − M̃‖ / ‖M‖ over all units; 0 without compression.
     """
 
-    matrices: tuple[Tensor, ...]
+    matrices: tuple[Tensor | RankOne, ...]
     low_rank: tuple[tuple[Tensor, Tensor] | None, ...]
     relative_error: Tensor
 
@@ -88,6 +152,7 @@ def layer_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch:
                 sides = outer_sides(unit, record.uses, layout.infos, deltas, record.n)
                 own, norms = _outer_scores(sides, unit, m, low_rank)
             else:
+                assert isinstance(m, Tensor)
                 rows = _rows(risk, unit, record, deltas, part)
                 own, norms = m.flatten(1) @ rows.T, rows.square().sum(dim=1)
             scores.append(own)
@@ -98,10 +163,10 @@ def layer_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch:
 
 
 def recorded(risk: SampleRisk, layout: Layout, batch: Batch) -> Iterator[tuple[Batch, Record]]:
-    """Micro-batches whose activations fit in four times SCORE_BYTES, with their records."""
+    """The batch, some samples at a time, with their records."""
     n = batch_length(batch)
     by_autograd = sum(unit.size for unit in layout.units if not unit.uses) * risk.dtype.itemsize
-    step = max(1, 4 * SCORE_BYTES // max(1, 2 * layout.sample_bytes + by_autograd))
+    step = layout.samples_at_once(risk.device, 1, by_autograd)
     for start in range(0, n, step):
         part = take(batch, start, min(start + step, n))
         yield part, Record(risk, layout, part)
@@ -115,44 +180,70 @@ def _rows(risk: SampleRisk, unit: Unit, record: Record, deltas: Sequence[Tensor]
     return unit.matrix(restricted.blocks.unflatten(loss_gradients(restricted, batch).rows)).flatten(1)
 
 
-def _outer_scores(sides: Sides, unit: Unit, m: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def _outer_scores(
+    sides: Sides, unit: Unit, m: Tensor | RankOne, low_rank: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
     """(scores [q, n], squared gradient norms [n]) of a unit."""
+    if isinstance(m, RankOne):
+        sides = sides.with_ones()
+        left, right = sides.left[0], sides.right[0]
+        return m.scores(left[:, 0], right[:, 0]), _outer_norms(left, right)
     right = sides.right[0]
     if unit.one_hot:
         return _one_hot_scores(sides.left, right[:, :, 0], m[:, 0]), _one_hot_norms(sides.left, right[:, :, 0], unit)
-    left, (g, o, i), length = sides.left[0], unit.shape, sides.n_positions
+    left, (_, o, i), length = sides.left[0], unit.shape, sides.n_positions
     n_queries = m.shape[0]
     if low_rank is not None and length * low_rank[0].shape[3] * (o + i) < o * i:
+        right = sides.with_ones().right[0]
         return _low_rank_scores(left, right, *low_rank), _outer_norms(left, right)
     if length == 1 and n_queries * min(o, i) < o * i:
+        right = sides.with_ones().right[0]
         return _contracted(left[:, 0], right[:, 0], m), _outer_norms(left, right)
-    step = max(1, SCORE_BYTES // (g * o * i * right.element_size()))
+    return _by_matrices(sides, m)
+
+
+def _by_matrices(sides: Sides, m: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_outer_scores`, from gradient matrices of some samples at a time; a bias's part is a product of its own."""
+    n_queries, g, o, i = m.shape
+    weights = (m[..., :-1] if sides.ones else m).reshape(n_queries, -1)
+    biases = m[..., -1].reshape(n_queries, -1)
+    without = Sides(sides.left, sides.right)
+    step = max(1, SCORE_BYTES // (g * o * i * m.element_size()))
     scores, norms = [], []
-    flat = m.reshape(n_queries, -1)
-    for start in range(0, left.shape[0], step):
+    for start in range(0, sides.right.shape[1], step):
         part = slice(start, start + step)
-        s = (left[part].permute(0, 2, 3, 1) @ right[part].transpose(1, 2)).reshape(-1, g * o * i)
-        scores.append(flat @ s.T)
-        norms.append(torch.linalg.vecdot(s, s))
+        s = without.matrices(0, part).flatten(1)
+        own, squared = weights @ s.T, torch.linalg.vector_norm(s, dim=1).square()
+        if sides.ones:
+            sums = sides.left[0, part].sum(dim=1).flatten(1)
+            own.addmm_(biases, sums.T)
+            squared += torch.linalg.vector_norm(sums, dim=1).square()
+        scores.append(own)
+        norms.append(squared)
     return torch.cat(scores, dim=1), torch.cat(norms)
 
 
 def _contracted(left: Tensor, right: Tensor, m: Tensor) -> Tensor:
-    """⟨M, l rᵀ⟩ of left [n, g, o], right [n, g, i], M [q, g, o, i]: with the longer side first, as one GEMM."""
+    """⟨M, l rᵀ⟩ of left [n, g, o], right [n, g, i], M [q, g, o, i]: some queries at a time."""
     n, g, o = left.shape
     n_queries, i = m.shape[0], m.shape[3]
     total = left.new_zeros(n_queries, n)
-    step = max(1, SCORE_BYTES // (n_queries * min(o, i) * left.element_size()))
-    for group in range(g):
-        for start in range(0, n, step):
-            one, other = left[start : start + step, group], right[start : start + step, group]
-            if o <= i:
-                inner = (m[:, group].reshape(-1, i) @ other.T).view(n_queries, o, -1)
-                total[:, start : start + step] += torch.einsum("qon,no->qn", inner, one)
-            else:
-                inner = (m[:, group].transpose(1, 2).reshape(-1, o) @ one.T).view(n_queries, i, -1)
-                total[:, start : start + step] += torch.einsum("qin,ni->qn", inner, other)
+    step = max(1, SCORE_BYTES // (n * min(o, i) * left.element_size()))
+    for start in range(0, n_queries, step):
+        part = slice(start, start + step)
+        for group in range(g):
+            total[part] += _contracted_pairs(m[part, group], left[:, group], right[:, group])
     return total
+
+
+def _contracted_pairs(m: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """lᵀ M r of M [q, o, i], left [n, o], right [n, i]: [q, n]; the longer side first, as one product."""
+    n_queries, o, i = m.shape
+    if o <= i:
+        inner = (m.reshape(-1, i) @ right.T).view(n_queries, o, -1)
+        return inner.mul_(left.T).sum(dim=1)
+    inner = (m.transpose(1, 2).reshape(-1, o) @ left.T).view(n_queries, i, -1)
+    return inner.mul_(right.T).sum(dim=1)
 
 
 def _low_rank_scores(left: Tensor, right: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -221,7 +312,11 @@ def token_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch:
     found = []
     for _, record in recorded(risk, layout, batch):
         deltas = record.of_losses()
-        parts = [_by_position(unit, m, record, deltas) for unit, m in zip(layout.units, queries.matrices, strict=True)]
+        parts = [
+            _by_position(unit, m, record, deltas)
+            for unit, m in zip(layout.units, queries.matrices, strict=True)
+            if isinstance(m, Tensor)
+        ]
         lengths = {part.shape[2] for part in parts}
         if len(lengths) > 1:
             odd = {unit.parameters[0]: part.shape[2] for unit, part in zip(layout.units, parts, strict=True)}
@@ -239,7 +334,7 @@ def _by_position(unit: Unit, m: Tensor, record: Record, deltas: Sequence[Tensor]
     if unit.treatment != "kronecker":
         return position_scores(unit, m, record.uses, infos, deltas, record.n)
     # positions of several uses of one layer are one after the other: they add up by their place in the sequence
-    sides = outer_sides(unit, record.uses, infos, deltas, record.n)
+    sides = outer_sides(unit, record.uses, infos, deltas, record.n).with_ones()
     right = sides.right[0]
     if unit.one_hot:
         by_use = torch.stack([torch.einsum("nti,nti->nt", own[sides.left], right[:, :, 0]) for own in m[:, 0]])

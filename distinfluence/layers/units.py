@@ -118,11 +118,26 @@ class Sides:
     """Both sides of the outer products of a unit.
 
     left: [Vl, n, T, g, o], or token ids [n, T] of a one-hot side; right: [Vr, n, T, g, i]; Vl, Vr: V, or 1 for a side
-    that is the same for all vectors.
+    that is the same for all vectors. ones: whether the bias's ones are implied, not a part of right: appending them
+    would copy it.
     """
 
     left: Tensor
     right: Tensor
+    ones: bool = False
+
+    def with_ones(self) -> "Sides":
+        """The same with the ones in right."""
+        if not self.ones:
+            return self
+        return Sides(self.left, torch.cat([self.right, torch.ones_like(self.right[..., :1])], dim=-1))
+
+    def matrices(self, vector: int, samples: slice) -> Tensor:
+        """Σ_t left_t right_tᵀ of some samples for one vector: [m, g, o, i]."""
+        left = self.left[min(vector, self.left.shape[0] - 1), samples].permute(0, 2, 3, 1)
+        right = self.right[min(vector, self.right.shape[0] - 1), samples].transpose(1, 2)
+        product = left @ right
+        return torch.cat([product, left.sum(dim=3, keepdim=True)], dim=3) if self.ones else product
 
     @property
     def n_positions(self) -> int:
@@ -133,11 +148,6 @@ class Sides:
     def n_vectors(self) -> int:
         """V."""
         return self.right.shape[0] if self.left.ndim == 2 else max(self.left.shape[0], self.right.shape[0])
-
-    def over_vectors(self) -> tuple[Tensor, Tensor]:
-        """Both sides with V vectors, as views."""
-        left = self.left.expand(self.n_vectors, *self.left.shape[1:])
-        return left, self.right.expand(self.n_vectors, *self.right.shape[1:])
 
 
 def outer_sides(unit: Unit, uses: Sequence[Use], infos: Sequence[UseInfo], deltas: Sequence[Tensor], n: int) -> Sides:
@@ -151,10 +161,10 @@ def outer_sides(unit: Unit, uses: Sequence[Use], infos: Sequence[UseInfo], delta
         lefts.append(static if use.rule == "embedding" else moving)
         rights.append(moving if use.rule == "embedding" else static)
     if len(lefts) == 1:
-        return Sides(lefts[0], rights[0])
+        return Sides(lefts[0], rights[0], unit.has_bias)
     if unit.one_hot:
         return Sides(torch.cat(lefts, dim=1), torch.cat(rights, dim=2))
-    return Sides(_together(lefts), _together(rights))
+    return Sides(_together(lefts), _together(rights), unit.has_bias)
 
 
 def _together(sides: Sequence[Tensor]) -> Tensor:
@@ -174,13 +184,9 @@ def _static(unit: Unit, use: Use, info: UseInfo, n: int) -> Tensor:
         hot: Tensor = F.one_hot(ids, unit.shape[1]).to(use.output.dtype) * (ids != padding).unsqueeze(2)
         return hot[None, :, :, None, :]
     if use.rule == "conv":
-        side = patches(use.input, use.options or {}, n)
-    else:
-        rows = info.input.front(use.input, n)
-        side = rows.reshape(n, -1, 1, rows.shape[-1])
-    if unit.has_bias:
-        side = torch.cat([side, torch.ones_like(side[..., :1])], dim=-1)
-    return side.unsqueeze(0)
+        return patches(use.input, use.options or {}, n).unsqueeze(0)
+    rows = info.input.front(use.input, n)
+    return rows.reshape(1, n, -1, 1, rows.shape[-1])
 
 
 def _moving(unit: Unit, use: Use, info: UseInfo, delta: Tensor, n: int) -> Tensor:
@@ -201,21 +207,25 @@ def _moving(unit: Unit, use: Use, info: UseInfo, delta: Tensor, n: int) -> Tenso
 def patches(x: Tensor, options: Mapping[str, Any], n: int) -> Tensor:
     """What a convolution multiplies its kernel with: x [n·m, C, *size] → [n, m·positions, groups, C/groups·kernel].
 
-    Padding modes other than zeros are applied by torch's modules before the convolution, and so are in x.
+    A view of a tensor with the positions last, as a convolution has them. Padding modes other than zeros are applied by
+    torch's modules before the convolution, and so are in x.
     """
     kernel = options["kernel"]
     n_dims, groups = len(kernel), options.get("groups", 1)
     stride, dilation = _tuple(options.get("stride", 1), n_dims), _tuple(options.get("dilation", 1), n_dims)
     x = F.pad(x, _padding(options.get("padding", 0), kernel, dilation))
-    channels = x.shape[1]
-    for d in range(n_dims):
-        x = x.unfold(2 + d, (kernel[d] - 1) * dilation[d] + 1, stride[d])[..., :: dilation[d]]
-    # [n·m, C, *positions, *kernel]
-    x = x.reshape(n, -1, groups, channels // groups, *x.shape[2:])
-    spatial, taps = range(4, 4 + n_dims), range(4 + n_dims, 4 + 2 * n_dims)
-    x = x.permute(0, 1, *spatial, 2, 3, *taps)
-    side: Tensor = x.reshape(n, -1, groups, channels // groups * math.prod(kernel))
-    return side
+    if n_dims == 1:
+        x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
+    if n_dims <= 2:
+        columns = F.unfold(x, kernel, dilation, 0, stride)  # [n·m, C·kernel, positions]
+    else:
+        for d in range(n_dims):
+            x = x.unfold(2 + d, (kernel[d] - 1) * dilation[d] + 1, stride[d])[..., :: dilation[d]]
+        taps, spatial = range(2 + n_dims, 2 + 2 * n_dims), range(2, 2 + n_dims)
+        columns = x.permute(0, 1, *taps, *spatial).flatten(2 + n_dims).flatten(1, 1 + n_dims)
+    columns = columns.unflatten(1, (groups, -1))
+    side: Tensor = columns.permute(0, 3, 1, 2)
+    return side if side.shape[0] == n else side.reshape(n, -1, *side.shape[2:])
 
 
 def _tuple(value: Any, n_dims: int) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""EKFAC beside kronfluence: fit and scores, time and memory."""
