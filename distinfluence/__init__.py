@@ -34,6 +34,8 @@ from distinfluence.scaling import (
     ModelRecipe,
     Recipe,
     SequentialInfluenceCalculator,
+    load_fit,
+    save_fit,
 )
 from distinfluence.solvers import EkfacPreConditioner, JacobiPreConditioner, NystroemPreConditioner
 from distinfluence.store import InfluenceResult, open_influences
@@ -76,5 +78,7 @@ __all__ = [
     "SequentialInfluenceCalculator",
     "SolveReport",
     "SupervisedObjective",
+    "load_fit",
     "open_influences",
+    "save_fit",
 ]

@@ -201,7 +201,8 @@ def _decomposed(moment: Tensor, unit: Unit) -> tuple[Tensor, Tensor | None]:
             raise
         except RuntimeError:  # torch's error for what did not converge
             continue
-        return values.clamp_min(0).to(moment.device), vectors.to(moment.device)
+        # contiguous, as they are when read again: products round differently in another memory layout
+        return values.clamp_min(0).to(moment.device), vectors.contiguous().to(moment.device)
     raise DecompositionError(
         f"`fit` could not decompose a factor of {list(unit.parameters)} ({symmetric.shape[1]} rows), also with "
         f"{JITTER:g} of its mean eigenvalue added. Look at the scale of that layer's inputs and gradients."

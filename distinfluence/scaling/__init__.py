@@ -6,6 +6,7 @@ from distinfluence.scaling.clusters import ClusterSpec, connected
 from distinfluence.scaling.on_dask import DaskInfluenceCalculator
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import ModelRecipe, Recipe
+from distinfluence.scaling.saved import load_fit, save_fit
 from distinfluence.scaling.sequential import SequentialInfluenceCalculator
 
 __all__ = [
@@ -18,4 +19,6 @@ __all__ = [
     "Recipe",
     "SequentialInfluenceCalculator",
     "connected",
+    "load_fit",
+    "save_fit",
 ]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from torch import Tensor, nn
 
 from distinfluence import EkfacInfluence
@@ -271,3 +272,23 @@ def test_eigenvalues_of_kfac_have_the_trace_of_the_exact_matrix_with_one_positio
     exact = float(Reference(case).ggn().trace())
     values = torch.cat([basis.values.flatten() for basis in bases(fitted(case))])
     assert math.isclose(float(values.sum()), exact, rel_tol=1e-10)
+
+
+@pytest.mark.parametrize("update_diagonal", [False, True])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "linear on a sequence"])
+def test_curvlinops_agrees(name: str, update_diagonal: bool) -> None:
+    case = network(name)
+    kind = EKFACLinearOperator if update_diagonal else KFACLinearOperator
+    peer = kind(
+        case.model,
+        nn.CrossEntropyLoss(),
+        list(case.model.parameters()),
+        [case.train],
+        fisher_type="type-2",
+        kfac_approx="expand",
+        separate_weight_and_bias=False,
+        check_deterministic=False,
+    )
+    dense = (peer @ torch.eye(peer.shape[1], dtype=torch.float64)).detach()
+    ours = torch.block_diag(*[operator.dense() for operator in fitted(case, update_diagonal).operators.values()])
+    torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
