@@ -45,7 +45,8 @@ def joined_queries(parts: Sequence[Tensor | RankOne], dtype: torch.dtype, *, sep
     if isinstance(first, Tensor):
         return torch.cat([cast(Tensor, part) for part in parts])
     outer = [cast(RankOne, part) for part in parts]
-    apart = separable(first.weights, 10 * float(torch.finfo(dtype).eps)) if separate else None
+    tolerance = max(10 * float(torch.finfo(dtype).eps), 1e-12)  # singular values themselves are no better in float64
+    apart = separable(first.weights, tolerance) if separate else None
     return RankOne(
         torch.cat([part.left for part in outer]),
         torch.cat([part.right for part in outer]),

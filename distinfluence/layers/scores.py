@@ -6,7 +6,7 @@ move; several positions are summed into that matrix first, which divides the wor
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from distinfluence.layers.layout import Layout, Record, unit_rows
 from distinfluence.layers.units import Sides, Unit, outer_sides, position_scores
 from distinfluence.sample_risk import SampleRisk
 
+MOST_SEPARATED = 2048  # rows or columns of weights that are decomposed to see whether they are separable
 SCORE_BYTES = 32 * 2**20  # of gradient matrices, or of contracted factors, that are held at once
 
 
@@ -76,6 +77,8 @@ def separable(weights: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None
     """
     _, o, i = weights.shape
     most = o * i // (2 * (o + i))
+    if min(o, i) > MOST_SEPARATED:
+        return None
     u, s, vh = torch.linalg.svd(weights.double(), full_matrices=False)
     rank = int((s > tolerance * weights.max() * 0.1).sum(dim=1).max())
     if rank > most:
@@ -96,6 +99,16 @@ class QueryFactors:
     matrices: tuple[Tensor | RankOne, ...]
     low_rank: tuple[tuple[Tensor, Tensor] | None, ...]
     relative_error: Tensor
+    _flat: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def flat(self, number: int, ones: bool) -> tuple[Tensor, Tensor]:
+        """A unit's factors as rows, [q, size without the bias's column], and that column, [q, g·o], if `ones`."""
+        if number not in self._flat:
+            m = self.matrices[number]
+            assert isinstance(m, Tensor)
+            weights = (m[..., :-1] if ones else m).reshape(m.shape[0], -1)
+            self._flat[number] = weights, m[..., -1].reshape(m.shape[0], -1)
+        return self._flat[number]
 
     @classmethod
     def of(cls, risk: SampleRisk, layout: Layout, factors: Tensor, energy: float | None = None) -> "QueryFactors":
@@ -147,10 +160,10 @@ def layer_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch:
     for part, record in recorded(risk, layout, batch):
         deltas = record.of_losses()
         scores, squared = [], torch.zeros(record.n, dtype=risk.dtype, device=risk.device)
-        for unit, m, low_rank in zip(layout.units, queries.matrices, queries.low_rank, strict=True):
+        for number, (unit, m) in enumerate(zip(layout.units, queries.matrices, strict=True)):
             if unit.uses and unit.treatment == "kronecker":
                 sides = outer_sides(unit, record.uses, layout.infos, deltas, record.n)
-                own, norms = _outer_scores(sides, unit, m, low_rank)
+                own, norms = _outer_scores(sides, unit, queries, number)
             else:
                 assert isinstance(m, Tensor)
                 rows = _rows(risk, unit, record, deltas, part)
@@ -180,10 +193,9 @@ def _rows(risk: SampleRisk, unit: Unit, record: Record, deltas: Sequence[Tensor]
     return unit.matrix(restricted.blocks.unflatten(loss_gradients(restricted, batch).rows)).flatten(1)
 
 
-def _outer_scores(
-    sides: Sides, unit: Unit, m: Tensor | RankOne, low_rank: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """(scores [q, n], squared gradient norms [n]) of a unit."""
+def _outer_scores(sides: Sides, unit: Unit, queries: QueryFactors, number: int) -> tuple[Tensor, Tensor]:
+    """(scores [q, n], squared gradient norms [n]) of the unit of this number."""
+    m, low_rank = queries.matrices[number], queries.low_rank[number]
     if isinstance(m, RankOne):
         sides = sides.with_ones()
         left, right = sides.left[0], sides.right[0]
@@ -199,16 +211,15 @@ def _outer_scores(
     if length == 1 and n_queries * min(o, i) < o * i:
         right = sides.with_ones().right[0]
         return _contracted(left[:, 0], right[:, 0], m), _outer_norms(left, right)
-    return _by_matrices(sides, m)
+    return _by_matrices(sides, m.shape, queries.flat(number, sides.ones))
 
 
-def _by_matrices(sides: Sides, m: Tensor) -> tuple[Tensor, Tensor]:
+def _by_matrices(sides: Sides, shape: torch.Size, flat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """As `_outer_scores`, from gradient matrices of some samples at a time; a bias's part is a product of its own."""
-    n_queries, g, o, i = m.shape
-    weights = (m[..., :-1] if sides.ones else m).reshape(n_queries, -1)
-    biases = m[..., -1].reshape(n_queries, -1)
+    _, g, o, i = shape
+    weights, biases = flat
     without = Sides(sides.left, sides.right)
-    step = max(1, SCORE_BYTES // (g * o * i * m.element_size()))
+    step = max(1, SCORE_BYTES // (g * o * i * weights.element_size()))
     scores, norms = [], []
     for start in range(0, sides.right.shape[1], step):
         part = slice(start, start + step)

@@ -243,12 +243,12 @@ def test_low_rank_scores_are_those_of_the_truncated_factors() -> None:
 
 def test_scores_of_kfac_separate_into_few_products() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 3)).double()
-    x, y = torch.randn(40, 60).double(), torch.randint(3, (40,))
+    model = nn.Sequential(nn.Linear(200, 160), nn.Tanh(), nn.Linear(160, 3)).double()
+    x, y = torch.randn(40, 200).double(), torch.randint(3, (40,))
     influence = EkfacInfluence(model, False, RelativeDamping(0.1)).fit((x, y))
     query = influence._coordinates(influence.place(x[:4], y[:4])).matrices[0]
     assert isinstance(query, RankOne) and query.separated is not None
-    assert query.separated[0].shape[2] < 50 * 61 / (2 * (50 + 61))
+    assert query.separated[0].shape[2] < 160 * 201 / (2 * (160 + 201))
     found = influence.influences(x[:4], y[:4], x, y)
     expected = influence.influences_from_factors(influence.influence_factors(x[:4], y[:4]), x, y)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
