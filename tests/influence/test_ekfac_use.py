@@ -251,7 +251,10 @@ def test_scores_of_kfac_separate_into_few_products() -> None:
     assert query.separated[0].shape[2] < 160 * 201 / (2 * (160 + 201))
     found = influence.influences(x[:4], y[:4], x, y)
     expected = influence.influences_from_factors(influence.influence_factors(x[:4], y[:4]), x, y)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    # weights are off by at most 1e-12 of the largest, 1/λ, and so are scores by that times both gradients' norms
+    norms = influence.loss_gradients(influence.place(x, y)).norms
+    allowed = 1e-12 / min(influence.damping.values()) * float(norms.max()) ** 2
+    assert float((found - expected).abs().max()) <= 2 * allowed
 
 
 # states, chunks, workers
