@@ -94,6 +94,7 @@ class SampleRisk:
             self._take_tensors(module)
         self.measures = False
         self.kept_rows = KeptRows()
+        self.found: dict[str, Any] = {}  # what has been found out about the model, for the next chunk
         self._choices: dict[str, int] = {}
         self._restricted: dict[str, SampleRisk] = {}
         self._in_double: SampleRisk | None = None

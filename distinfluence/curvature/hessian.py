@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from distinfluence.batch import Batch
+from distinfluence.curvature.dense_hessian import DenseHessian
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.over_data import DataOperator, Product, product_of_rows, vectorised
 from distinfluence.gradients import differentiable, flat_grad
-from distinfluence.sample_risk import Parameters, SampleRisk
+from distinfluence.sample_risk import Parameters, SampleRisk, agree
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,22 @@ class HessianOperator(DataOperator):
     """
 
     kernel = HessianProduct
+
+    def dense(self) -> Tensor:
+        """The whole matrix [p, p] in float64, symmetrised: of linear layers by their outputs, else column by column.
+
+        What is made by outputs is compared with a product of two rows, one pass; p products where they differ.
+        """
+        self.work.passes += 1
+        (total,) = self.risk.plane.sum(self._precise(DenseHessian(HessianProduct(self.block), self.block)))
+        if total.shape[0] != self.size:
+            return super().dense()
+        matrix = self._finite(total).double().div_(self.risk.n_samples)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(2, self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        if agree((rows.double() @ matrix).to(self.dtype), self.matmat(rows)):
+            return matrix
+        return super().dense()
 
     def gauss_newton(self) -> GGNOperator:
         """The Gauss–Newton matrix of the same loss and data."""

@@ -95,6 +95,10 @@ class Recorder(TorchFunctionMode):
         self._known[id(tensor)] = _Alias(of.name, tensor, transposed, rows)
         return tensor
 
+    def seen(self, input: Tensor) -> Tensor:
+        """An input as it is recorded: out of the graph."""
+        return input.detach()
+
     def add(self, use: Use) -> Tensor:
         """Record a use; the output to go on with."""
         output = use.output
@@ -117,13 +121,35 @@ class Recorder(TorchFunctionMode):
             "linear",
             w.name if w else None,
             b.name if b else None,
-            input.detach(),
+            self.seen(input),
             out,
             transposed=w is not None and w.transposed,
             rows=w.rows if w else None,
             bias_rows=b.rows if b else None,
         )
         return self.add(use)
+
+
+class Shifted(Recorder):
+    """Adds a shift to the output of each use, and records inputs in the graph: for derivatives by the outputs.
+
+    shifts: one for each use, of the shape of its output.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], n: int, shifts: Sequence[Tensor]) -> None:
+        super().__init__(parameters, n)
+        self._shifts = shifts
+
+    def seen(self, input: Tensor) -> Tensor:
+        """In the graph."""
+        return input
+
+    def add(self, use: Use) -> Tensor:
+        """Record a use; its output plus the shift."""
+        output = use.output + self._shifts[len(self.uses)]
+        self.uses.append(Use(**{**use.__dict__, "output": output}))
+        self._versions.append(output._version)
+        return output
 
 
 def _linear(rec: Recorder, func: Rule, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -135,14 +161,14 @@ def _addmm(rec: Recorder, func: Rule, bias: Tensor, x: Tensor, weight: Tensor, *
     if (w is None and b is None) or options:
         return out
     transposed = w is not None and not w.transposed
-    return rec.add(Use("linear", w.name if w else None, b.name if b else None, x.detach(), out, transposed=transposed))
+    return rec.add(Use("linear", w.name if w else None, b.name if b else None, rec.seen(x), out, transposed=transposed))
 
 
 def _matmul(rec: Recorder, func: Rule, x: Tensor, weight: Tensor, **options: Any) -> Any:
     out, w = func(x, weight, **options), rec.find(weight)
     if w is None or options or weight.ndim != 2 or x.ndim < 2:
         return out
-    return rec.add(Use("linear", w.name, None, x.detach(), out, transposed=not w.transposed))
+    return rec.add(Use("linear", w.name, None, rec.seen(x), out, transposed=not w.transposed))
 
 
 def _conv(
@@ -155,7 +181,7 @@ def _conv(
     options = dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)) | kw
     options = {"kernel": tuple(weight.shape[2:]), **options}
     names = (w.name if w else None, b.name if b else None)
-    return rec.add(Use("conv", *names, input.detach(), out, options=options))
+    return rec.add(Use("conv", *names, rec.seen(input), out, options=options))
 
 
 def _embedding(rec: Recorder, func: Rule, input: Tensor, weight: Tensor, *args: Any, **kw: Any) -> Any:
@@ -168,7 +194,7 @@ def _embedding(rec: Recorder, func: Rule, input: Tensor, weight: Tensor, *args: 
         return out
     padding = options.get("padding_idx")
     padding = -1 if padding is None else padding % weight.shape[0]
-    return rec.add(Use("embedding", w.name, None, input.detach(), out, options={"padding": padding}))
+    return rec.add(Use("embedding", w.name, None, rec.seen(input), out, options={"padding": padding}))
 
 
 def _norm(
@@ -262,7 +288,7 @@ def _pointwise(rec: Recorder, func: Rule, one: Any, other: Any, multiplies: bool
         return rec.add(Use("pointwise", None, known.name, None, out, spans=spans))
     if not isinstance(activation, Tensor):
         return out
-    return rec.add(Use("pointwise", known.name, None, activation.detach().expand_as(out), out, spans=spans))
+    return rec.add(Use("pointwise", known.name, None, rec.seen(activation).expand_as(out), out, spans=spans))
 
 
 def _mul(rec: Recorder, func: Rule, one: Any, other: Any, **options: Any) -> Any:
