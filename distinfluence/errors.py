@@ -50,6 +50,10 @@ class UnsupportedOperatorError(DistinfluenceError, TypeError):
     """An operator lacks what a solver needs of it."""
 
 
+class LayoutError(DistinfluenceError, RuntimeError):
+    """A model does not use its layers in the same way for every batch."""
+
+
 class DecompositionError(DistinfluenceError, ArithmeticError):
     """A matrix could not be decomposed."""
 

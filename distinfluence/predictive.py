@@ -47,7 +47,7 @@ class Uniform:
 
     def __call__(self, count: int) -> Tensor:
         """[n, count] float64."""
-        stream = _mixed(torch.tensor(self.seed * 0x10001 + self.number + 1, device=self.keys.device) * _GOLDEN)
+        stream = _mixed(torch.tensor(self.seed % 2**32 * 0x10001 + self.number + 1, device=self.keys.device) * _GOLDEN)
         counter = torch.arange(1, count + 1, device=self.keys.device) * _GOLDEN
         bits = _mixed(_mixed(self.keys + stream).unsqueeze(1) + counter)
         return _shifted(bits, 11).double() * 2.0**-53

@@ -62,10 +62,11 @@ class LayoutOf:
     """Kernel: a chunk's (layout as bytes, number of vectors of its predictive distribution or −1)."""
 
     most_dense: int = MOST_DENSE
+    recognise: bool = True
 
     def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
         """One pass over three samples, compared with their gradients."""
-        layout = layout_of(risk, batch, self.most_dense)
+        layout = layout_of(risk, batch, self.most_dense, self.recognise)
         few = take(batch, 0, 1)
         outputs = risk.outputs(risk.parameters, few).detach()
         predictive = risk.objective.predictive(outputs, few)

@@ -67,7 +67,8 @@ class EkfacInfluence(InfluenceFunctionModel):
     matrix with EKFAC as preconditioner, one pass each and one for the residuals. residual_rows: for so many rows of
     each solve the residual against the Gauss–Newton matrix is measured, in one pass; it is NaN for others.
     query_energy: share of the squared norm that low-rank factors of queries keep, where they save work; None keeps them
-    whole. most_dense: parameters up to which a block without Kronecker structure is kept whole.
+    whole. most_dense: parameters up to which a block without Kronecker structure is kept whole. recognise: False to
+    look for no layers, for models that use them differently from batch to batch (a LayoutError says so).
 
     Linear layers, convolutions, embeddings, norms, attention and whatever else multiplies an activation with a weight
     are recognised by what the forward pass does with each parameter, and the recognised is compared with autograd; the
@@ -96,6 +97,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         residual_rows: int = 0,
         query_energy: float | None = None,
         most_dense: int = MOST_DENSE,
+        recognise: bool = True,
     ) -> None:
         _check_choice("fisher", fisher, ("auto", "exact", "sampled", "empirical"))
         _check_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
@@ -114,6 +116,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         self.residual_rows = residual_rows
         self.query_energy = query_energy
         self.most_dense = most_dense
+        self.recognise = recognise
         self._layout: Layout | None = None
         self._queries: tuple[Tensor, QueryFactors] | None = None
         super().__init__(
@@ -136,7 +139,9 @@ class EkfacInfluence(InfluenceFunctionModel):
     def settings(self) -> dict[str, object]:
         """The common settings and those of the factors."""
         own = ("update_diagonal", "fisher", "n_draws", "seed", "weight_sharing", "cg_iterations", "residual_rows")
-        return self._common_settings() | {name: getattr(self, name) for name in (*own, "query_energy", "most_dense")}
+        return self._common_settings() | {
+            name: getattr(self, name) for name in (*own, "query_energy", "most_dense", "recognise")
+        }
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items() if k != 'method')})"
@@ -167,7 +172,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         return self._layout
 
     def _operators(self, plane: DataPlane) -> dict[str, CurvatureOperator]:
-        bytes_, n_vectors = plane.one(0, LayoutOf(self.most_dense))
+        bytes_, n_vectors = plane.one(0, LayoutOf(self.most_dense, self.recognise))
         self._layout, self._queries = Layout.from_tensor(bytes_), None
         self._vectors = self._chosen(int(n_vectors))
         bases = fitted_bases(

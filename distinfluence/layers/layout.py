@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.batch import Batch, batch_length, map_batch
+from distinfluence.errors import LayoutError
 from distinfluence.gradients import loss_gradients
 from distinfluence.layers.recorder import Recorder, Use
 from distinfluence.layers.units import SampleAxis, Treatment, Unit, UseInfo, outer_sides, pointwise_rows
@@ -82,6 +83,12 @@ class Record:
         self.n = batch_length(batch)
         self.layout = layout
         self.uses, self.outputs, self.losses, _ = _forward(risk, batch, layout.recorded, layout.expanded, layout.cloned)
+        met = [(use.rule, use.weight, use.bias) for use in self.uses]
+        if met != [(info.rule, info.weight, info.bias) for info in layout.infos]:
+            raise LayoutError(
+                "`model` does not use its layers in the same way for every batch: what it does seems to depend on the "
+                "data. Pass recognise=False, which treats every parameter by the second moments of its gradients."
+            )
 
     def of_losses(self, *, keep: bool = False) -> list[Tensor]:
         """Gradient of each sample's loss by the output of each use: [1, *output]."""
@@ -120,8 +127,10 @@ def _forward(
     return recorder.uses, outputs, losses, recorder.changed_in_place
 
 
-def layout_of(risk: SampleRisk, batch: Batch, most_dense: int = MOST_DENSE) -> Layout:
-    """Find the layout of a model from a batch of at least one sample."""
+def layout_of(risk: SampleRisk, batch: Batch, most_dense: int = MOST_DENSE, recognise: bool = True) -> Layout:
+    """Find the layout of a model from a batch of at least one sample. recognise: False to look for no layers."""
+    if not recognise:
+        return Layout(_in_order(risk, _rest(risk, set(), most_dense)), (), ())
     few = {n: _samples(batch, n) for n in (2, 3)}
     watched, expanded, cloned, infos, sample_bytes = _resolved(risk, few)
     layout = Layout((), infos, watched, expanded, cloned, sample_bytes)

@@ -24,7 +24,7 @@ from distinfluence import (
 )
 from distinfluence.curvature import KroneckerOperator
 from distinfluence.dataplane import LocalPlane
-from distinfluence.errors import DecompositionError, NonFiniteError, NotFittedError, SettingError
+from distinfluence.errors import DecompositionError, LayoutError, NonFiniteError, NotFittedError, SettingError
 from distinfluence.evaluate import verify_entries
 from distinfluence.layers.layout import Layout, Record, layout_of
 from distinfluence.layers.scores import RankOne
@@ -479,3 +479,35 @@ def test_a_record_is_one_forward_pass_whatever_the_number_of_vectors(case: Case)
     vectors = torch.randn(4, 24, 3).double()
     deltas = record.deltas(vectors)
     assert [delta.shape[:2] for delta in deltas] == [(4, 24)] * len(record.uses)
+
+
+class Routed(nn.Module):
+    """Which layer is used depends on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.low(x)
+        high = x[:, :1] > 10
+        return torch.where(high, self.high(x), out) if bool(high.any()) else out
+
+
+def test_layers_that_depend_on_the_data_are_refused_with_the_remedy_that_works() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+    x[5, 0] = 11.0  # not among the first few
+    model = Routed().double()
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    with pytest.raises(LayoutError, match="recognise=False"):
+        EkfacInfluence(model, True, 0.1).fit(batches)
+    influence = EkfacInfluence(model, True, 0.1, recognise=False).fit(batches)
+    exact = Reference(Case(model, nn.CrossEntropyLoss(), (x, y), (x, y))).ggn()
+    own = influence.risk.blocks.columns["low"]
+    torch.testing.assert_close(influence.operators["low"].dense(), exact[own, own])
+
+
+def test_any_seed_is_taken(case: Case) -> None:
+    for seed in (-1, 2**70):
+        assert torch.isfinite(fitted(case, fisher="sampled", seed=seed).influences(*case.test)).all()
