@@ -281,6 +281,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
     parser.add_argument("--dampings", nargs="+", type=float, default=[1e-1, 1e-2, 1e-3])
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--methods", nargs="+", default=[], help="for instance direct, 'block cg'; all if left out")
     parser.add_argument("--limit", type=int, default=300, help="seconds for one measurement")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -298,7 +300,8 @@ def main() -> None:
         for name in arguments.models:
             made = problem(name, Path(folder))
             for peer, spec, ours in comparisons(made, arguments.dampings):
-                bench.compare(peer, made, spec, ours)
+                if peer in arguments.peers and spec["method"] in (arguments.methods or [spec["method"]]):
+                    bench.compare(peer, made, spec, ours)
         print("\n".join(["", *bench.summary()]))
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(bench.rows, indent=1))
