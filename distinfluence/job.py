@@ -11,7 +11,7 @@ from distinfluence.config import Job
 from distinfluence.errors import FingerprintError, SettingError
 from distinfluence.evaluate import Verification, verify_entries
 from distinfluence.evaluate.verify import sampled
-from distinfluence.influence import InfluenceFunctionModel, KrylovInfluence
+from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
 from distinfluence.influence.arrays import to_tensor_batch
 from distinfluence.scaling import ChunkedData, DaskInfluenceCalculator, Progress, connected
 from distinfluence.scaling.chunks import chunked, take_samples
@@ -65,13 +65,16 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
     if len(result.shape) != 2:
         raise SettingError("`output` holds influences of mode 'perturbation', expected 'up'. Only those are verified.")
     solver = result.provenance["solver"]
-    model = KrylovInfluence(
-        asked.risk.module,
-        asked.objective,
-        solver["hessian_regularization"],
-        block_structure=solver["block_structure"],
-        second_order_mode=solver["second_order_mode"],
-    )
+    # a Kronecker-factored fit is made again: its dampings by layer, and what its bounds refer to, belong to it
+    model: InfluenceFunctionModel = asked
+    if not isinstance(asked, EkfacInfluence):
+        model = KrylovInfluence(
+            asked.risk.module,
+            asked.objective,
+            solver["hessian_regularization"],
+            block_structure=solver["block_structure"],
+            second_order_mode=solver["second_order_mode"],
+        )
     home = InThisProcess()
     train = chunked(job.recipe(job.data.train), None, home, job.chunks.train)
     test = chunked(job.recipe(job.data.test), None, home, job.chunks.test)
@@ -116,8 +119,8 @@ def summary(result: InfluenceResult) -> str:
         f"{solver['method']} on the {solver['second_order_mode']}, "
         f"damping {_damping(solver['hessian_regularization'])}, "
         f"{covered['covered']} of {covered['total']} parameters covered ({covered['coverage']:.1%})",
-        f"{int(np.sum(result.converged))} of {result.shape[0]} rows converged, worst relative residual "
-        f"{float(np.nanmax(result.relative_residual)):.1e}, at most {int(np.max(result.iterations))} iterations",
+        f"{int(np.sum(result.converged))} of {result.shape[0]} rows converged, {_residuals(result)}, at most "
+        f"{int(np.max(result.iterations))} iterations",
     ]
     if not result.complete:
         lines.append(f"running: {result.progress:.0%} of the strips are written")
@@ -125,6 +128,13 @@ def summary(result: InfluenceResult) -> str:
     if seconds:
         lines.append("time: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     return "\n".join([*lines, *provenance.get("remarks", [])])
+
+
+def _residuals(result: InfluenceResult) -> str:
+    known = result.relative_residual[~np.isnan(result.relative_residual)]
+    if not known.size:
+        return "residuals not measured"
+    return f"worst relative residual {float(known.max()):.1e}"
 
 
 def _damping(by_block: dict[str, float]) -> str:

@@ -56,6 +56,14 @@ def a_result(path: Path) -> None:
     writer.finish({"seconds": {"factors": 1.5}})
 
 
+def test_a_run_whose_residuals_are_not_measured_says_so(tmp_path: Path) -> None:
+    method = {"name": "ekfac", "hessian_regularization": {"fraction": 0.1, "of": "mean"}}
+    done = command("run", job_file(tmp_path, method=method, chunks={"train": 7, "test": 4}), "--quiet")
+    assert done.exit_code == 0, done.output
+    assert "residuals not measured" in done.output
+    assert "residuals not measured" in command("info", tmp_path / "influences.zarr").output
+
+
 def test_help_says_what_each_command_is_for() -> None:
     text = command("--help").output
     assert "Which training examples made the model do that?" in text

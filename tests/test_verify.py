@@ -62,9 +62,17 @@ def test_a_float32_model_is_verified_in_float64_and_by_block() -> None:
     assert found.exact.dtype == np.float64
 
 
-@pytest.mark.parametrize("method", ["cg", "direct"])
-def test_a_finished_job_is_verified_from_the_shell(method: str, tmp_path: Path) -> None:
-    settings = {"name": method, "hessian_regularization": 0.01, "second_order_mode": "ggn"}
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "cg", "second_order_mode": "ggn"},
+        {"name": "direct", "second_order_mode": "ggn"},
+        {"name": "ekfac", "update_diagonal": True, "cg_iterations": 200},
+    ],
+    ids=lambda method: method["name"],
+)
+def test_a_finished_job_is_verified_from_the_shell(method: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**method, "hessian_regularization": 0.01}
     job = job_file(tmp_path, method=settings, chunks={"train": 7, "test": 4})
     assert command("run", job, "--quiet").exit_code == 0
     result = command("verify", job, "--tests", 3, "--trains", 9)
