@@ -1,14 +1,12 @@
 """The stages of a run on a Dask cluster."""
 
-import uuid
 from dataclasses import replace
 from pathlib import Path
 
-import cloudpickle
 from distributed import Client
 
 from distinfluence.errors import ClusterError, RecipeError
-from distinfluence.influence.arrays import Array, to_numpy
+from distinfluence.influence.arrays import Array
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
@@ -17,7 +15,7 @@ from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.recipe import ModelRecipe, Recipe, fingerprint_module
 from distinfluence.scaling.sources import NpyLeaf, recipe_length, spill
 from distinfluence.scaling.stored import stored
-from distinfluence.scaling.worker import WorkerContext, save_whole
+from distinfluence.scaling.worker import WorkerContext, fitted_travelling, travelling
 
 
 class DaskInfluenceCalculator(InfluenceCalculator):
@@ -70,26 +68,10 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         return OnCluster(self.client)
 
     def _unfitted_context(self) -> WorkerContext:
-        return WorkerContext(
-            key=uuid.uuid4().hex,
-            scratch=self._scratch,
-            unbound=bytes(cloudpickle.dumps(self.model.unbound())),
-            recipe=self._recipe,
-            device=self.model.risk.device.type,
-            n_threads=self._n_threads,
-            state={},
-            report=None,
-            train=None,
-        )
+        return travelling(self.model, self._recipe, self._scratch, self._n_threads)
 
     def _fitted_context(self, context: WorkerContext, train: ChunkedData) -> WorkerContext:
-        key = uuid.uuid4().hex
-        files = {}
-        for number, (name, tensor) in enumerate(self.model.state_arrays().items()):
-            path = self._scratch.folder / f"state-{key[:8]}-{number}.npy"
-            save_whole(path, to_numpy(tensor))
-            files[name] = str(path)
-        return replace(context, key=key, state=files, report=self.model.fit_report, train=train)
+        return fitted_travelling(context, self.model, self._scratch, train)
 
     def _plane(self, context: WorkerContext, data: ChunkedData, remarks: tuple[str, ...]) -> DaskPlane:
         return DaskPlane(self.model.risk, self.client, context, data, remarks, self._scratch.folder)

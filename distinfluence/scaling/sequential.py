@@ -1,22 +1,27 @@
 """The stages of a run in this process."""
 
+import functools
 import uuid
 from pathlib import Path
+
+import torch
 
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import Executor, InProcess
+from distinfluence.scaling.recipe import ModelRecipe
 from distinfluence.scaling.sources import InThisProcess
 from distinfluence.scaling.stored import stored
-from distinfluence.scaling.worker import LocalContext, SourcePlane
+from distinfluence.scaling.worker import LocalContext, SourcePlane, WorkerContext, fitted_travelling, travelling
 
 
 class SequentialInfluenceCalculator(InfluenceCalculator):
     """The stages of a run one after the other in this process: the same numbers without a cluster.
 
     model: an influence model. scratch: a folder for factors while `to_zarr` runs; a temporary one unless given, and
-    then a run that died cannot use its factors again. Its lazy arrays are for dask's local schedulers.
+    then a run that died cannot use its factors again. Its lazy arrays are computed by dask's local schedulers, or by
+    the workers of a client that is active in this process, if they see `scratch`.
     """
 
     def __init__(self, model: InfluenceFunctionModel, *, scratch: str | Path | None = None) -> None:
@@ -35,7 +40,15 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
         return LocalContext(uuid.uuid4().hex, self.model)
 
     def _fitted_context(self, context: LocalContext, train: ChunkedData) -> LocalContext:
-        return context
+        model, scratch = self.model, self._scratch
+
+        @functools.cache
+        def travel() -> WorkerContext:
+            recipe = ModelRecipe.spill(model.risk.module, scratch.folder)
+            unfitted = travelling(model, recipe, scratch, torch.get_num_threads())
+            return fitted_travelling(unfitted, model, scratch, train)
+
+        return LocalContext(context.key, model, travel)
 
     def _plane(self, context: LocalContext, data: ChunkedData, remarks: tuple[str, ...]) -> SourcePlane:
         return SourcePlane(self.model.risk, data, remarks)

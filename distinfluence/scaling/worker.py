@@ -9,11 +9,12 @@ import os
 import shutil
 import tempfile
 import threading
+import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -25,11 +26,12 @@ from torch import nn
 
 from distinfluence.batch import Batch
 from distinfluence.dataplane import LoopPlane
-from distinfluence.errors import DistinfluenceError, StoreError
+from distinfluence.errors import ClusterError, DistinfluenceError, StoreError
 from distinfluence.influence.arrays import (
     Array,
     ArrayBatch,
     named_arrays,
+    to_numpy,
     to_tensor,
     to_tensor_batch,
 )
@@ -62,14 +64,28 @@ class Context(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class LocalContext:
-    """The caller's own influence model, for tasks that run in the caller's process."""
+    """The caller's own influence model, for tasks that run in the caller's process.
+
+    travel: makes what goes in its place where tasks are sent away after all: a client that is active in this process
+    takes every `compute()` of a dask array to its cluster.
+    """
 
     key: str
     model: InfluenceFunctionModel
+    travel: "Callable[[], WorkerContext] | None" = None
 
     def influence(self) -> InfluenceFunctionModel:
         """The model itself."""
         return self.model
+
+    def __reduce__(self) -> "tuple[Callable[[WorkerContext], WorkerContext], tuple[WorkerContext]]":
+        if self.travel is None:
+            raise ClusterError("this influence model works in this process only. Use a `DaskInfluenceCalculator`.")
+        return _arrived, (self.travel(),)
+
+
+def _arrived(context: "WorkerContext") -> "WorkerContext":
+    return context
 
 
 class Scratch:
@@ -123,6 +139,34 @@ class WorkerContext:
             while len(_models) > 2:
                 _models.popitem(last=False)
         return _models[self.key]
+
+
+def travelling(model: InfluenceFunctionModel, recipe: ModelRecipe, scratch: Scratch, n_threads: int) -> WorkerContext:
+    """An influence model that is not fitted, for tasks in other processes."""
+    return WorkerContext(
+        key=uuid.uuid4().hex,
+        scratch=scratch,
+        unbound=bytes(cloudpickle.dumps(model.unbound())),
+        recipe=recipe,
+        device=model.risk.device.type,
+        n_threads=n_threads,
+        state={},
+        report=None,
+        train=None,
+    )
+
+
+def fitted_travelling(
+    context: WorkerContext, model: InfluenceFunctionModel, scratch: Scratch, train: ChunkedData
+) -> WorkerContext:
+    """The same with the fitted state, written to files in the scratch folder."""
+    key = uuid.uuid4().hex
+    files = {}
+    for number, (name, tensor) in enumerate(model.state_arrays().items()):
+        path = scratch.folder / f"state-{key[:8]}-{number}.npy"
+        save_whole(path, to_numpy(tensor))
+        files[name] = str(path)
+    return replace(context, key=key, state=files, report=model.fit_report, train=train)
 
 
 _models: OrderedDict[str, InfluenceFunctionModel] = OrderedDict()

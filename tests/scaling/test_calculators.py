@@ -2,10 +2,12 @@
 
 import gc
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import dask
 import dask.array as da
 import numpy as np
@@ -42,6 +44,7 @@ from distinfluence.errors import (
 from distinfluence.risk import LossAndGradient
 from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.calculator import InfluenceCalculator
+from distinfluence.scaling.worker import LocalContext, torch_task
 from tests.reference import Reference
 from tests.scaling import sources
 from tests.zoo import Case, build
@@ -167,6 +170,25 @@ def test_perturbation_mode_is_written_with_the_input_dimensions(make: Make, case
     lazy = calculator.influences(*case.test, mode="perturbation")
     assert lazy.shape == (6, 23, 4)
     np.testing.assert_allclose(lazy.compute(), expected, **EXACT)
+
+
+def test_lazy_arrays_of_this_process_travel_where_a_client_is_active(case: Case, client: Client) -> None:
+    """Also from worker to worker: what one of them cannot pass on makes the other wait for ever."""
+    calculator = SequentialInfluenceCalculator(direct(case)).fit(*case.train, chunk_size=4)
+    lazy = calculator.influences(*case.test)
+    context = pickle.loads(cloudpickle.dumps(calculator._stages().context))
+    assert cloudpickle.dumps(context)  # and on from there, after use too
+    with torch_task(context) as model:
+        assert model.is_fitted
+    assert cloudpickle.dumps(context)
+    expected = Reference(case).influences("ggn", DAMPING).numpy()
+    np.testing.assert_allclose(lazy.compute(), expected, **EXACT)
+    np.testing.assert_allclose(lazy.compute(scheduler="synchronous"), expected, **EXACT)
+
+
+def test_a_model_without_a_calculator_stays_in_its_process(case: Case) -> None:
+    with pytest.raises(ClusterError, match="this process only"):
+        cloudpickle.dumps(LocalContext("here", direct(case)))
 
 
 @pytest.mark.parametrize("name", ["cnn", "embedding and layer norm", "tied weights", "lstm", "attention"])
@@ -488,13 +510,15 @@ def test_every_method_runs_on_workers_and_gives_what_it_gives_here(
     case: Case, client: Client, name: str, solve: str, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"hessian_regularization": 0.1}
-    if name != "datainf":
+    if name not in ("datainf", "ekfac"):
         settings["second_order_mode"] = "ggn"
+    if name == "ekfac":
+        settings |= {"update_diagonal": True, "cg_iterations": 2}
     if name == "lissa":
         settings |= {"scale": None, "full_batch": True, "rtol": 1e-6}  # chunks are its mini-batches
     method = config.METHODS[name]
-    here = method(case.model, case.loss, **settings).fit(case.train).influences(*case.test, *case.train)
-    calculator = DaskInfluenceCalculator(method(case.model, case.loss, **settings), client)
+    here = method(case.model, loss=case.loss, **settings).fit(case.train).influences(*case.test, *case.train)
+    calculator = DaskInfluenceCalculator(method(case.model, loss=case.loss, **settings), client)
     calculator.fit(*case.train, chunk_size=7)
     result = calculator.to_zarr(tmp_path / "i.zarr", *case.test, test_chunk_size=4, solve=solve, progress=False)
     # iterations stop at 1e-7 (LiSSA at 1e-6) of the right-hand sides, wherever they run
