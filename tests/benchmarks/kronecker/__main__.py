@@ -79,9 +79,9 @@ def floors(name: str) -> tuple[float, float]:
         fit += n * (2 * 4 * t * o * i + 2 * t * (o * o + i * i))
         rotate = min(2 * t * (o * o + i * i), 2 * o * i * (o + i))
         fit += n * (rotate + 2 * t * o * i)
-        scores += n * (4 * t * o * i + (2 * t * o * i if t > 1 else 0) + 2 * q * o * i) + q * 4 * (
-            o * o * i + o * i * i
-        )
+        scores += n * (4 * t * o * i + 2 * q * o * i)
+        if t > 1:  # with one position queries are outer products, and only their sides are rotated
+            scores += n * 2 * t * o * i + q * 4 * (o * o * i + o * i * i)
     return fit, scores
 
 
