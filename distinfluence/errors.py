@@ -74,6 +74,10 @@ class ClusterError(DistinfluenceError, RuntimeError):
     """The cluster has no workers, or workers that cannot do the work (several threads, no shared folder)."""
 
 
+class ChunkFailedError(DistinfluenceError, RuntimeError):
+    """Some chunks failed every time they were tried; everything else has been computed and written."""
+
+
 class ConfigError(DistinfluenceError, ValueError):
     """A job file has an unknown key, a missing key, or a value of the wrong kind."""
 

@@ -17,6 +17,7 @@ from distinfluence.curvature import SecondOrderMode
 from distinfluence.gradients import SampleGradients, micro_batches
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
+from distinfluence.influence.demand import USUAL_STEPS, Demand
 from distinfluence.influence.scores import InfluenceMode, influence_mode
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.arnoldi import Arnoldi
@@ -90,6 +91,12 @@ class ArnoldiInfluence(InfluenceFunctionModel):
             max_basis=self.max_basis,
             seed=self.seed,
         )
+
+    def demand(self) -> Demand:
+        """The eigenvectors, and a basis of twice as many while they are found."""
+        vector = self.risk.size * self.risk.dtype.itemsize
+        state = self.rank_estimate * vector
+        return Demand(3 * state, state, 3.0, 0, USUAL_STEPS, 1, False)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the eigenvectors."""

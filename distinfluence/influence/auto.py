@@ -6,8 +6,9 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
+from distinfluence.influence.demand import USUAL_STEPS, Demand
 from distinfluence.objective import Loss, Objective
-from distinfluence.solvers.auto import Auto
+from distinfluence.solvers.auto import DIRECT_SIZE, SHARE, Auto, free_bytes
 from distinfluence.solvers.base import default_rtol
 
 
@@ -56,6 +57,15 @@ class AutoInfluence(InfluenceFunctionModel):
         """The choice."""
         rtol = default_rtol(self.risk.dtype) if self.rtol is None else self.rtol
         return Auto(damping=damping, rtol=rtol, rows=self.rows, memory=self.memory)
+
+    def demand(self) -> Demand:
+        """Those of a dense factorisation for few parameters; else a Krylov basis as large as `memory` allows."""
+        p = self.risk.size
+        if p <= DIRECT_SIZE:
+            state = 2 * self.risk.dtype.itemsize * p * p
+            return Demand(state + 24 * p * p, state, 4.0, 0, 1, 0, True)
+        most = self.memory or int(SHARE * free_bytes(self.risk.device))
+        return Demand(row_vectors=2.0 * USUAL_STEPS, most_bytes=most)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the choice."""

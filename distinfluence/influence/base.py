@@ -23,6 +23,7 @@ from distinfluence.dataplane import DataPlane, LocalPlane
 from distinfluence.errors import NotFittedError, SettingError, ShapeError
 from distinfluence.gradients import SampleGradients, loss_gradients, measurement_gradients
 from distinfluence.influence.damping import Regularization, RelativeDamping, damping_by_block, resolved
+from distinfluence.influence.demand import Demand
 from distinfluence.influence.fitted import Fitted
 from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode, scores_by_block, tile_of
@@ -85,6 +86,10 @@ class InfluenceFunctionModel(ABC):
     @abstractmethod
     def settings(self) -> dict[str, object]:
         """What fixes the numbers besides model, loss and data, in JSON's types: for provenance and fingerprints."""
+
+    def demand(self) -> Demand:
+        """What a fit and a solve will need, before anything is computed: for plans. Iterative methods' unless said."""
+        return Demand()
 
     def _common_settings(self) -> dict[str, object]:
         structure = self.block_structure

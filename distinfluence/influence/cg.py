@@ -10,6 +10,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
+from distinfluence.influence.demand import Demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.block_cg import BlockCG
@@ -74,6 +75,10 @@ class CgInfluence(InfluenceFunctionModel):
             maxiter=self.maxiter,
             preconditioner=self.pre_conditioner,
         )
+
+    def demand(self) -> Demand:
+        """Solutions, residuals, directions and their images, twice where blocks are kept orthonormal."""
+        return Demand(row_vectors=8.0)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the iteration."""

@@ -10,6 +10,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
+from distinfluence.influence.demand import USUAL_STEPS, Demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.chebyshev import Chebyshev
@@ -59,6 +60,10 @@ class ChebyshevInfluence(InfluenceFunctionModel):
         """Chebyshev semi-iteration."""
         rtol = default_rtol(self.risk.dtype) if self.rtol is None else self.rtol
         return Chebyshev(damping=damping, rtol=rtol, maxiter=self.maxiter, seed=self.seed)
+
+    def demand(self) -> Demand:
+        """Five blocks; Lanczos for the ends of the spectrum first."""
+        return Demand(row_vectors=5.0, fit_passes=USUAL_STEPS)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the iteration."""

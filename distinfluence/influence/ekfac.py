@@ -27,6 +27,7 @@ from distinfluence.errors import SettingError
 from distinfluence.gradients import SampleGradients
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization, damping_by_block, resolved
+from distinfluence.influence.demand import Demand
 from distinfluence.influence.fitted import Fitted
 from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode
@@ -135,6 +136,16 @@ class EkfacInfluence(InfluenceFunctionModel):
     def solver(self, damping: float) -> Ekfac:
         """The inverse in the eigenbasis."""
         return Ekfac(damping)
+
+    def demand(self) -> Demand:
+        """Two factors and their eigenvectors for each weight matrix, float64 while they are decomposed."""
+        squares = 0
+        for shape in self.risk.blocks.shapes.values():
+            sides = (shape[0], shape.numel() // shape[0] + 1) if len(shape) > 1 else (1, 1)
+            squares += sum(side * side for side in sides)
+        state = squares * self.risk.dtype.itemsize + self.risk.size * self.risk.dtype.itemsize
+        solve = 0 if not self.solves_over_data else max(1, self.cg_iterations + 1)
+        return Demand(3 * state, state, 3.0, 0, 2 if self.update_diagonal else 1, solve, True)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the factors."""

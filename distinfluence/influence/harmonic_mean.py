@@ -6,6 +6,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
+from distinfluence.influence.demand import Demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.harmonic_mean import InverseHarmonicMean
 
@@ -49,6 +50,10 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
     def solver(self, damping: float) -> InverseHarmonicMean:
         """The mean of inverses."""
         return InverseHarmonicMean(damping=damping)
+
+    def demand(self) -> Demand:
+        """No fit; a pass for the factors and one for the residual."""
+        return Demand(row_vectors=4.0, solve_passes=2, by_method=True)
 
     def settings(self) -> dict[str, object]:
         """The common settings."""

@@ -10,6 +10,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
+from distinfluence.influence.demand import USUAL_STEPS, Demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.krylov import BASIS_BYTES, BlockKrylov
@@ -62,6 +63,10 @@ class KrylovInfluence(InfluenceFunctionModel):
         """The multi-shift solver."""
         rtol = default_rtol(self.risk.dtype) if self.rtol is None else self.rtol
         return BlockKrylov(damping=damping, rtol=rtol, maxiter=self.maxiter, basis_bytes=self.basis_bytes)
+
+    def demand(self) -> Demand:
+        """A block of the basis and one of its images for each step, up to `basis_bytes`."""
+        return Demand(row_vectors=2.0 * USUAL_STEPS, most_bytes=self.basis_bytes)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the iteration."""

@@ -15,6 +15,7 @@ from distinfluence.curvature import SecondOrderMode
 from distinfluence.errors import ShapeError
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
+from distinfluence.influence.demand import Demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.lissa import LiSSA
 
@@ -90,6 +91,10 @@ class LissaInfluence(InfluenceFunctionModel):
             full_batch=self.full_batch,
             seed=self.seed,
         )
+
+    def demand(self) -> Demand:
+        """Four blocks. Its steps take one batch each; as many batches as the data have are one pass."""
+        return Demand(row_vectors=4.0)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the recursion."""

@@ -9,6 +9,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
+from distinfluence.influence.demand import Demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.nystroem import NystroemSketch
 
@@ -55,6 +56,11 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
     def solver(self, damping: float) -> NystroemSketch:
         """Sketch and solve."""
         return NystroemSketch(damping=damping, rank=self.rank, seed=self.seed)
+
+    def demand(self) -> Demand:
+        """The sketch, its image and their orthonormal basis; a pass for the sketch, one for the residual."""
+        state = self.rank * self.risk.size * self.risk.dtype.itemsize
+        return Demand(4 * state, state, 3.0, 0, 1, 1, True)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the sketch."""

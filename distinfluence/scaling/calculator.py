@@ -31,6 +31,7 @@ from distinfluence.scaling.tasks import check_model, chunk_factors, chunk_gradie
 from distinfluence.scaling.worker import Context, Scratch, SourcePlane
 from distinfluence.store import InfluenceResult, check_output
 
+RESIDENT_SHARE = 0.25  # of a worker's memory that factors may take during strips
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
 
 
@@ -73,7 +74,13 @@ class InfluenceCalculator(ABC):
                 self.model.spectrum()
             plane.on_pass = None
         self._fitted = Fitted(
-            self.model, self._fitted_context(context, data), executor, self._n_workers(), data, sha256
+            self.model,
+            self._fitted_context(context, data),
+            executor,
+            self._n_workers(),
+            data,
+            sha256,
+            int(RESIDENT_SHARE * self._memory()),
         )
         return self
 
@@ -172,6 +179,7 @@ class InfluenceCalculator(ABC):
         *,
         chunk_size: int | None = None,
         test_chunk_size: int | None = None,
+        panel_size: int | None = None,
         solve: str = "auto",
         top_k: int = 50,
         overwrite: bool = False,
@@ -182,11 +190,14 @@ class InfluenceCalculator(ABC):
         """Compute the influence matrix and write it to a zarr group, strip by strip; returns the result, opened.
 
         path: of the group. x, y: the training points; those of the fit if left out. chunk_size: training points in a
-        strip; test_chunk_size: test points that are solved together. solve: "rows" (each test chunk on one worker),
+        strip; test_chunk_size: test points that are solved together. panel_size: test points whose factors a
+        worker holds at a time, as many as take a quarter of its memory unless given; the training gradients are made
+        once for each such panel. solve: "rows" (each test chunk on one worker),
         "data" (each sweep over all workers) or "auto". top_k: most helpful and most harmful training points that are
         stored for each test point. overwrite: replace a result at `path`. resume: go on with it if it was begun with
         the same model, data and settings, begin if there is none. attributes: JSON values to keep in the result.
-        Raises StoreError if `path` cannot be used, NotFittedError before `fit`, and what the checks of data raise.
+        Raises StoreError if `path` cannot be used, NotFittedError before `fit`, and what the checks of data raise;
+        ChunkFailedError when all strips are written but some that failed every time they were tried.
         """
         check_output(path, overwrite=overwrite, resume=resume)
         fitted = self._stages()
@@ -200,6 +211,7 @@ class InfluenceCalculator(ABC):
             overwrite=overwrite,
             resume=resume,
             attributes=attributes or {},
+            panel_size=panel_size,
         )
         return write_influences(Path(path), fitted, request, self._scratch.folder, _progress(progress))
 
@@ -264,6 +276,10 @@ class InfluenceCalculator(ABC):
     @abstractmethod
     def _n_workers(self) -> int:
         """How many tasks run at a time."""
+
+    @abstractmethod
+    def _memory(self) -> int:
+        """Bytes that a process that runs tasks may take."""
 
 
 def _progress(progress: bool | Progress) -> Progress:

@@ -16,6 +16,8 @@ from distinfluence.errors import ClusterError, SettingError
 # grow them by itself.
 WORKER_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
+ALLOWED_FAILURES = 10  # workers that may die on a task, or beside it, before it is suspected
+
 LOOPBACK = "127.0.0.1"
 KINDS = ("local", "address", "scheduler_file")
 
@@ -68,6 +70,7 @@ def connected(spec: ClusterSpec) -> Iterator[Client]:
         }
         # a long torch call may hold up a worker's heartbeat: that is no reason to give up on it
         settings["distributed.scheduler.worker-ttl"] = "15 minutes"
+        settings["distributed.scheduler.allowed-failures"] = ALLOWED_FAILURES
         with (
             dask.config.set(settings),
             LocalCluster(

@@ -10,7 +10,7 @@ from distinfluence.influence.arrays import Array
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.executor import Executor, OnCluster, check_workers
+from distinfluence.scaling.executor import Executor, OnCluster, check_workers, worker_memory
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.recipe import ModelRecipe, Recipe, fingerprint_module
 from distinfluence.scaling.sources import NpyLeaf, recipe_length, spill
@@ -78,6 +78,9 @@ class DaskInfluenceCalculator(InfluenceCalculator):
 
     def _n_workers(self) -> int:
         return len(self.client.nthreads())
+
+    def _memory(self) -> int:
+        return worker_memory(self.client)
 
 
 class OnWorkers:

@@ -6,22 +6,26 @@ time. Nothing but the final sum comes back.
 """
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from distributed import Client, Future
+from distributed import Client, Future, KilledWorker
+from distributed.comm.core import CommClosedError
 from torch import Tensor
 
 from distinfluence.dataplane import DataPlane, Kernel
 from distinfluence.influence.arrays import to_numpy, to_tensor
 from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.executor import OnCluster
+from distinfluence.scaling.executor import RETRIES, OnCluster, killed, scheduler_is_gone
 from distinfluence.scaling.tasks import add_parts, run_kernel
 from distinfluence.scaling.worker import WorkerContext, save_whole
 
 FAN_IN = 8  # partial sums that one task adds
+
+T = TypeVar("T")
 
 
 class DaskPlane(DataPlane):
@@ -52,6 +56,9 @@ class DaskPlane(DataPlane):
     def sum(self, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
         """Σ over chunks; one task per chunk and a tree of additions."""
         self._begin_pass()
+        return self._surviving(lambda: self._sum(kernel, broadcast))
+
+    def _sum(self, kernel: Kernel, broadcast: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         name, files, parts = self._submit(kernel, broadcast)
         level = 0
         try:
@@ -62,28 +69,55 @@ class DaskPlane(DataPlane):
                     for i, group in enumerate(groups)
                 ]
                 level += 1
-            return tuple(to_tensor(array).to(self.risk.device) for array in parts[0].result())
+            return self._result(parts[0])
         except KeyboardInterrupt:
             self._client.cancel(parts, force=True)
             raise
         finally:
             _delete(files)
 
+    def _surviving(self, call: Callable[[], T]) -> T:
+        """The call's result, tried again when workers died under it more often than the scheduler forgives."""
+        for _ in range(RETRIES):
+            try:
+                return call()
+            except KilledWorker:
+                self._sent = None
+        try:
+            return call()
+        except KilledWorker as error:
+            raise killed(error) from error
+
+    def _result(self, future: "Future[Any]") -> tuple[Tensor, ...]:
+        try:
+            return tuple(to_tensor(array).to(self.risk.device) for array in future.result())
+        except (CancelledError, CommClosedError):
+            if self._client.status != "running":
+                raise scheduler_is_gone() from None
+            raise
+
     def map(self, kernel: Kernel, *broadcast: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The chunks' results one by one, in the order of the chunks."""
         self._begin_pass()
         _, files, parts = self._submit(kernel, broadcast)
         try:
-            while parts:
-                yield tuple(to_tensor(array).to(self.risk.device) for array in parts.pop(0).result())
+            for index in range(len(parts)):
+                try:
+                    result = self._result(parts.pop(0))
+                except KilledWorker:
+                    result = self.one(index, kernel, *broadcast)
+                yield result
         finally:
             _delete(files)
 
     def one(self, index: int, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
         """One task, on the worker that has the chunk if it is free."""
+        return self._surviving(lambda: self._one(index, kernel, broadcast))
+
+    def _one(self, index: int, kernel: Kernel, broadcast: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         _, files, (part,) = self._submit(kernel, broadcast, only=[index])
         try:
-            return tuple(to_tensor(array).to(self.risk.device) for array in part.result())
+            return self._result(part)
         finally:
             _delete(files)
 

@@ -14,6 +14,7 @@ from distinfluence.scaling.recipe import ModelRecipe
 from distinfluence.scaling.sources import InThisProcess
 from distinfluence.scaling.stored import stored
 from distinfluence.scaling.worker import LocalContext, SourcePlane, WorkerContext, fitted_travelling, travelling
+from distinfluence.solvers.auto import free_bytes
 
 
 class SequentialInfluenceCalculator(InfluenceCalculator):
@@ -55,3 +56,6 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
 
     def _n_workers(self) -> int:
         return 1
+
+    def _memory(self) -> int:
+        return free_bytes(torch.device("cpu"))

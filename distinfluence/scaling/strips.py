@@ -3,7 +3,8 @@
 1. *Look*: every chunk is loaded once, checked and fingerprinted.
 2. *Factors*: those of each test chunk go to a file in the scratch folder, with how far their solve got.
 3. *Strips*: one task per train chunk; it makes the chunk's gradients in micro-batches, multiplies them with the factors
-   of all test points, and writes one shard, its ranking and its mark.
+   of all test points, and writes one shard, its ranking and its mark. Factors that exceed the resident budget are taken
+   in panels, P = ⌈n_test / panel⌉, and the gradients made once for each.
 
 A run that died goes on where it stopped: factors that are on disk are not solved again, marked strips not made again.
 """
@@ -11,6 +12,7 @@ A run that died goes on where it stopped: factors that are on disk are not solve
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distinfluence.errors import SettingError, StoreNotFoundError
+from distinfluence.errors import ChunkFailedError, SettingError, StoreNotFoundError
 from distinfluence.influence.arrays import Array, to_numpy, to_tensor
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.scores import InfluenceMode
 from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.executor import Executor
+from distinfluence.scaling.executor import Executor, Failures
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.tasks import (
@@ -31,7 +33,9 @@ from distinfluence.scaling.tasks import (
     check_model,
     chunk_right_hand_sides,
     factor_fields,
+    fields_file,
     inspect_chunk,
+    make_factor_file,
     save_factors,
     saved_fields,
     solve_chunk,
@@ -46,7 +50,10 @@ STRATEGIES = ("auto", "rows", "data")
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit leaves for the stages after it. sha256: of the data that was fitted to."""
+    """What a fit leaves for the stages after it.
+
+    sha256: of the data that was fitted to. resident_bytes: of factors that a worker may hold.
+    """
 
     model: InfluenceFunctionModel
     context: Context
@@ -54,6 +61,7 @@ class Fitted:
     n_workers: int
     train: ChunkedData
     sha256: str
+    resident_bytes: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Request:
 
     solve: "rows" solves each test chunk on one worker, which sweeps the training set by itself; "data" solves here and
     spreads each sweep over the workers; "auto" takes rows when there are as many test chunks as workers.
+    panel_size: test points whose factors a worker holds at a time; as many as fit if None.
     """
 
     test: ChunkedData
@@ -72,10 +81,13 @@ class Request:
     overwrite: bool
     resume: bool
     attributes: Mapping[str, object]
+    panel_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.solve not in STRATEGIES:
             raise SettingError(f"`solve` must be one of {list(STRATEGIES)}, got {self.solve!r}. Choose one of these.")
+        if self.panel_size is not None and (not isinstance(self.panel_size, int) or self.panel_size < 1):
+            raise SettingError(f"`panel_size` must be a whole number of test points ≥ 1, got {self.panel_size!r}.")
         if self.overwrite and self.resume:
             raise SettingError("`overwrite` and `resume` exclude each other, got both. Pass one of them.")
 
@@ -104,6 +116,7 @@ def write_influences(
         input_shape=_input_shape(fitted, request),
         top_k=request.top_k,
     )
+    panel = panel_size(path, fitted, request)
     fingerprints = {
         "parameters": fingerprint_module(fitted.model.risk.module),
         "fit_data": fitted.sha256,
@@ -116,19 +129,22 @@ def write_influences(
         "solver": fitted.model.settings(),
         "objective": fitted.model.objective.settings(),
         "mode": str(request.mode),
-        "chunks": {"test": list(test.sizes), "train": layout.strip},
+        "chunks": {"test": list(test.sizes), "train": layout.strip, "panel": panel},
     }
     writer = _writer(path, layout, fingerprints, settings, fitted, request)
     folder = scratch / f"factors-{combine({**fingerprints, 'settings': fingerprint_settings(settings)})[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     pending = writer.pending()
     if pending:
-        files = _write_factors(writer, fitted, request, folder, progress)
+        file = _write_factors(writer, fitted, request, folder, progress)
         with progress.stage("strips", len(pending), "strips") as bar:
+            failures: Failures = {}
             items = [(columns.chunks[i], i, columns.starts[i], columns.sizes[i]) for i in pending]
-            shared = (fitted.context, writer, files, str(request.mode))
-            for _ in fitted.executor.run(write_strip, shared, items):
+            shared = (fitted.context, writer, file, panel, str(request.mode))
+            for _ in fitted.executor.run(write_strip, shared, items, failures):
                 bar.advance()
+        if failures:
+            raise _quarantined(writer, {pending[position]: error for position, error in failures.items()})
     writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
     shutil.rmtree(folder, ignore_errors=True)
     return open_influences(path)
@@ -179,12 +195,34 @@ def _writer(
     return InfluenceWriter.create(path, layout, attributes, overwrite=request.overwrite)
 
 
-def _write_factors(
-    writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress
-) -> tuple[str, ...]:
-    test = request.test
-    files = tuple(str(folder / f"factors-{i:06d}.npy") for i in range(len(test.sizes)))
-    waiting = [i for i, file in enumerate(files) if not Path(file).is_file()]
+def panel_size(path: Path, fitted: Fitted, request: Request) -> int:
+    """Test points whose factors are in memory at a time: as asked, as a run that goes on began, or as many as fit."""
+    row = fitted.model.n_parameters * fitted.model.risk.dtype.itemsize
+    asked = request.panel_size
+    if asked is None and request.resume:
+        with suppress(StoreNotFoundError):
+            asked = open_influences(path).provenance.get("chunks", {}).get("panel")
+    return max(1, min(request.test.n_samples, asked or fitted.resident_bytes // row))
+
+
+def _quarantined(writer: InfluenceWriter, failures: Mapping[int, Exception]) -> ChunkFailedError:
+    """What to raise when all other strips are written; the strips are marked, and tried again by a resumed run."""
+    reasons = {strip: f"{type(error).__name__}: {error}" for strip, error in sorted(failures.items())}
+    writer.quarantine(reasons)
+    listed = "\n  ".join(f"strip {strip}: {reason}" for strip, reason in [*reasons.items()][:10])
+    return ChunkFailedError(
+        f"{len(reasons)} of {writer.layout.n_strips} strips failed every time they were tried and were set apart, all "
+        f"others are written:\n  {listed}\nMend these samples or their loading, then go on with resume."
+    )
+
+
+def _write_factors(writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress) -> str:
+    test, model = request.test, fitted.model
+    file = folder / "factors.npy"
+    dtype = to_numpy(torch.empty(0, dtype=model.risk.dtype)).dtype
+    make_factor_file(file, test.n_samples, model.n_parameters, dtype)
+    made = [fields_file(str(file), start).is_file() for start in test.starts]
+    waiting = [i for i, there in enumerate(made) if not there]
     with progress.stage("factors", test.n_samples, "test points") as bar:
 
         def done(index: int, fields: Mapping[str, Array]) -> None:
@@ -192,15 +230,16 @@ def _write_factors(
             writer.write_test(rows, **fields)
             bar.advance(test.sizes[index])
 
-        for index in set(range(len(files))) - set(waiting):
-            done(index, saved_fields(files[index]))
+        for index, there in enumerate(made):
+            if there:
+                done(index, saved_fields(str(file), test.starts[index]))
         if _by_rows(fitted, request):
-            items = [(test.chunks[i], files[i], i, test.starts[i], test.sizes[i]) for i in waiting]
+            items = [(test.chunks[i], str(file), i, test.starts[i], test.sizes[i]) for i in waiting]
             for position, fields in fitted.executor.run(solve_chunk, (fitted.context,), items):
                 done(waiting[position], fields)
         else:
-            _solve_here(fitted, request, files, waiting, done, bar.note)
-    return files
+            _solve_here(fitted, request, str(file), waiting, done, bar.note)
+    return str(file)
 
 
 def _by_rows(fitted: Fitted, request: Request) -> bool:
@@ -212,7 +251,7 @@ def _by_rows(fitted: Fitted, request: Request) -> bool:
 def _solve_here(
     fitted: Fitted,
     request: Request,
-    files: tuple[str, ...],
+    file: str,
     waiting: list[int],
     done: Callable[[int, Mapping[str, Array]], None],
     note: Callable[[str], None],
@@ -227,7 +266,7 @@ def _solve_here(
             with torch.no_grad():
                 factors, report = fitted.model.solve(to_tensor(sides["rows"]).to(fitted.model.risk.device))
             fields = factor_fields(factors, report, sides["loss"], sides["gradient_norm"])
-            save_factors(files[waiting[position]], np.asarray(to_numpy(factors)), fields)
+            save_factors(file, request.test.starts[waiting[position]], np.asarray(to_numpy(factors)), fields)
             done(waiting[position], fields)
     finally:
         plane.on_pass = None

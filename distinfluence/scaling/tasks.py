@@ -1,8 +1,10 @@
 """The tasks: work on one chunk, with NumPy arrays and small values as arguments and results."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 
 from distinfluence.batch import batch_length
 from distinfluence.dataplane import Kernel
-from distinfluence.errors import DistinfluenceError
+from distinfluence.errors import DistinfluenceError, StoreError
 from distinfluence.influence.arrays import (
     Array,
     ArrayBatch,
@@ -87,12 +89,14 @@ def chunk_factors(context: Context, chunk: Chunk) -> dict[str, Array]:
 
 
 def solve_chunk(context: Context, chunk: Chunk, file: str, index: int, start: int, size: int) -> dict[str, Array]:
-    """Factors of a test chunk, solved in this process and written to a file; what the result keeps of each point."""
+    """Factors of a test chunk, solved in this process and written to their rows of a file; what the result keeps."""
+    if fields_file(file, start).is_file():  # the worker that made them died before its answer was fetched
+        return saved_fields(file, start)
     with torch_task(context) as model, named_samples(index, start, size):
         gradients = model.measurement_gradients(model.place(to_tensor_batch(load(chunk))))
         factors, report = model.solve(gradients.rows)
         fields = factor_fields(factors, report, to_numpy(gradients.values), to_numpy(gradients.norms))
-        save_factors(file, to_numpy(factors), fields)
+        save_factors(file, start, to_numpy(factors), fields)
         return fields
 
 
@@ -123,21 +127,45 @@ def factor_fields(factors: torch.Tensor, report: SolveReport, losses: Array, nor
     }
 
 
-def save_factors(file: str, factors: Array, fields: Mapping[str, Array]) -> None:
-    """Write the fields, then the factors, whose presence says that both are there."""
-    for name, values in fields.items():
-        save_whole(_field_file(file, name), values)
-    save_whole(Path(file), factors)
+FIELDS = {"loss": "f8", "gradient_norm": "f8", "relative_residual": "f8", "iterations": "i8", "converged": "?"}
+FIELDS |= {"error_bound": "f8"}
 
 
-def saved_fields(file: str) -> dict[str, Array]:
-    """The fields that `save_factors` wrote beside these factors."""
-    names = ("loss", "gradient_norm", "relative_residual", "iterations", "converged", "error_bound")
-    return {name: np.load(_field_file(file, name), allow_pickle=False) for name in names}
+def make_factor_file(file: Path, n_test: int, p: int, dtype: np.dtype[Any]) -> None:
+    """An empty file for the factors [n_test, p] of all test points, unless it is there already."""
+    if not file.is_file():
+        partial = file.with_suffix(".partial")
+        np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=(n_test, p))
+        partial.replace(file)
 
 
-def _field_file(file: str, name: str) -> Path:
-    return Path(file).with_suffix(f".{name}.npy")
+def save_factors(file: str, start: int, factors: Array, fields: Mapping[str, Array]) -> None:
+    """Write the factors' rows from `start`, then the fields in a file of their own, which says that both are there."""
+    try:
+        offset = np.load(file, mmap_mode="r", allow_pickle=False).offset
+        with open(file, "r+b", buffering=0) as rows:  # not through the map: a full disk would be a SIGBUS there
+            rows.seek(offset + start * factors[0].nbytes)
+            left = memoryview(np.ascontiguousarray(factors).reshape(-1).view(np.uint8).data)
+            while left:
+                left = left[rows.write(left) or 0 :]
+            os.fsync(rows.fileno())
+    except OSError as error:
+        raise StoreError(
+            f"`scratch` {Path(file).parent}: cannot write {factors.nbytes / 2**20:.0f} MiB of factors "
+            f"({error.strerror or error}). Free space or pass another `scratch`, then resume."
+        ) from error
+    save_whole(fields_file(file, start), np.stack([np.asarray(fields[name], dtype=np.float64) for name in FIELDS]))
+
+
+def saved_fields(file: str, start: int) -> dict[str, Array]:
+    """The fields that `save_factors` wrote beside the rows from `start`."""
+    stored = np.load(fields_file(file, start), allow_pickle=False)
+    return {name: values.astype(kind) for (name, kind), values in zip(FIELDS.items(), stored, strict=True)}
+
+
+def fields_file(file: str, start: int) -> Path:
+    """Where the fields of the test points from `start` are, if their factors have been made."""
+    return Path(file).with_name(f"fields-{start:09d}.npy")
 
 
 def influences_of_chunk(context: Context, factors: Array, chunk: Chunk, mode: str) -> NDArray[np.generic]:
@@ -151,33 +179,49 @@ def influences_of_chunk(context: Context, factors: Array, chunk: Chunk, mode: st
 def write_strip(
     context: Context,
     writer: InfluenceWriter,
-    factor_files: tuple[str, ...],
+    file: str,
+    panel: int,
     mode: str,
     chunk: Chunk,
     index: int,
     start: int,
     size: int,
 ) -> int:
-    """One strip: the gradients of its training points once, times the factors of all test points, to its shard."""
+    """One strip: the gradients of its training points, times the factors of all test points, to its shard.
+
+    file: of the factors; panel: how many of its rows are in memory at a time. One gradient pass for each panel.
+    """
+    if writer.is_done(index):  # the worker that made it died before its answer was fetched
+        return index
     with torch_task(context) as model, named_samples(index, start, size):
-        factors = resident_factors(factor_files).to(model.risk.device)
-        tile = model.tile(factors, model.place(to_tensor_batch(load(chunk))), InfluenceMode(mode))
-        values = to_numpy(tile.values)
+        batch = model.place(to_tensor_batch(load(chunk)))
+        tiles = []
+        for factors in resident_panels(file, panel, model.risk.device):
+            tile = model.tile(factors, batch, InfluenceMode(mode))
+            tiles.append(to_numpy(tile.values))
+        values = tiles[0] if len(tiles) == 1 else np.concatenate(tiles)
         losses, norms = to_numpy(tile.losses), to_numpy(tile.gradient_norms)
     writer.write_strip(index, values, loss=losses, gradient_norm=norms)
     return index
 
 
-_factors: dict[tuple[str, ...], torch.Tensor] = {}
+_factors: dict[str, torch.Tensor] = {}
 
 
-def resident_factors(files: tuple[str, ...]) -> torch.Tensor:
-    """Factors of all test points [n_test, p], read once per process; a single file stays memory-mapped."""
-    if files not in _factors:
+def resident_panels(file: str, panel: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Panels of factors [at most panel, p]: a single one is kept for the next task, several are mapped one by one."""
+    key = f"{file} on {device}"
+    if key not in _factors:
         _factors.clear()
-        parts = [to_tensor(np.load(file, mmap_mode="c", allow_pickle=False)) for file in files]
-        _factors[files] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return _factors[files]
+        mapped = np.load(file, mmap_mode="c", allow_pickle=False)
+        if panel < len(mapped):
+            for start in range(0, len(mapped), panel):
+                # mapped anew each time: pages of the panel before would stay in this process
+                own = np.load(file, mmap_mode="c", allow_pickle=False)[start : start + panel]
+                yield to_tensor(own).to(device)
+            return
+        _factors[key] = to_tensor(mapped).to(device)
+    yield _factors[key]
 
 
 def run_kernel(context: Context, kernel: Kernel, broadcast: tuple[str, ...], chunk: Chunk) -> tuple[Array, ...]:

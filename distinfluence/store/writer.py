@@ -56,6 +56,7 @@ SIGN_CONVENTION = (
     "negative: it harms"
 )
 RUNNING, COMPLETE = "running", "complete"
+QUARANTINED = 2  # in `strip_status`: tried and failed; 1 is whole, 0 not made yet
 
 _DRIVER_CHUNKS = [
     *((f"{end}_{what}", "0/0") for end in ("top", "bottom") for what in ("index", "value")),
@@ -64,7 +65,9 @@ _DRIVER_CHUNKS = [
         for name in ("test_loss", "test_gradient_norm", "relative_residual", "iterations", "converged", "error_bound")
     ),
 ]
-_RESERVED = frozenset({"format", "format_version", "state", "layout", "sign_convention", "created", "summary"})
+_RESERVED = frozenset(
+    {"quarantined", "format", "format_version", "state", "layout", "sign_convention", "created", "summary"}
+)
 
 
 class InfluenceWriter:
@@ -180,7 +183,7 @@ class InfluenceWriter:
         _require_finite(f"gradient_norm of strip {i}", gradient_norm)
         action = f"write strip {i} to"
         with surfaced_errors(action, self.path):
-            if self._is_done(i):
+            if self.is_done(i):
                 return False
             try:
                 with surfaced_errors(action, self.path):
@@ -212,6 +215,13 @@ class InfluenceWriter:
                 self._mark(i, 0)
                 self._delete_chunks(i)
 
+    def quarantine(self, reasons: Mapping[int, str]) -> None:
+        """Note strips that cannot be made, with the reason for each: they stay pending, readers can say why."""
+        with surfaced_errors("write to", self.path):
+            for i in reasons:
+                self._mark(i, QUARANTINED)
+            self._group.attrs["quarantined"] = {str(i): reason for i, reason in reasons.items()}
+
     def finish(self, summary: Mapping[str, object] | None = None) -> None:
         """Fold the strips' rankings into `top_…` and `bottom_…`, consolidate the metadata, mark the result complete.
 
@@ -232,6 +242,7 @@ class InfluenceWriter:
                 sync_to_disk([self.path / name / "c" / chunk for name, chunk in _DRIVER_CHUNKS])
                 if summary is not None:
                     self._group.attrs["summary"] = to_json(summary, "summary")
+                self._group.attrs["quarantined"] = {}
                 self._group.attrs["state"] = COMPLETE
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # consolidated metadata is no part of the v3 specification, yet
@@ -267,7 +278,8 @@ class InfluenceWriter:
         self._array("strip_status")[i] = status
         sync_to_disk([self.path / "strip_status" / "c" / str(i)])
 
-    def _is_done(self, i: int) -> bool:
+    def is_done(self, i: int) -> bool:
+        """Whether strip i is marked and its shard is there."""
         return bool(np.asarray(self._array("strip_status")[i]) == 1) and self._shard_of(i).is_file()
 
     def _shard_of(self, i: int) -> Path:
