@@ -1,4 +1,4 @@
-"""The command line: `distinfluence demo`, `run`, `info`, `top`."""
+"""The command line: `distinfluence demo`, `plan`, `run`, `verify`, `info`, `top`."""
 
 import json
 import signal
@@ -29,7 +29,8 @@ def main() -> None:
     \b
     Start here:
       distinfluence demo                    a real example, under two minutes
-      distinfluence run job.yaml            your own model and data
+      distinfluence plan job.yaml           what a run of your own model and data will need
+      distinfluence run job.yaml            the run
       distinfluence info influences.zarr    what a result holds and how far it converged
       distinfluence top influences.zarr 0   the training samples that matter most for test sample 0
     """
@@ -82,6 +83,21 @@ def run(job: Path, resume: bool, overwrite: bool, quiet: bool) -> None:
         result = run_job(Job.read(job), overwrite=overwrite, resume=resume, progress=Progress(not quiet))
         click.echo(summary(result))
         click.echo(f"next: {program()} top {result.path} 0")
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+def plan(job: Path) -> None:
+    """What running JOB will need: chunks, memory by stage, passes, bytes on disk, and about how long it takes.
+
+    Loads the model and a few samples, measures some seconds, and computes nothing. Ends with status 1, and the change
+    that would help, if the workers have too little memory.
+    """
+    from distinfluence.config import Job
+    from distinfluence.job import plan_job
+
+    with _clean_errors():
+        click.echo(str(plan_job(Job.read(job))))
 
 
 @main.command()

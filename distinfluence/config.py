@@ -80,10 +80,14 @@ class DataSection(Section):
 
 
 class ChunkSection(Section):
-    """Samples in a chunk: a training chunk is a strip of the result, a test chunk is solved together."""
+    """Samples in a chunk: a training chunk is a strip of the result, a test chunk is solved together.
 
-    train: PositiveInt = 256
-    test: PositiveInt = 1024
+    panel: test points whose factors a worker holds at a time. What is left out is chosen by the plan.
+    """
+
+    train: PositiveInt | None = None
+    test: PositiveInt | None = None
+    panel: PositiveInt | None = None
 
 
 class ClusterSection(Section):

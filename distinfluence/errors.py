@@ -78,6 +78,10 @@ class ChunkFailedError(DistinfluenceError, RuntimeError):
     """Some chunks failed every time they were tried; everything else has been computed and written."""
 
 
+class PlanError(DistinfluenceError, MemoryError):
+    """A run that needs more memory than its workers have, however it is cut; or chunk sizes that do."""
+
+
 class ConfigError(DistinfluenceError, ValueError):
     """A job file has an unknown key, a missing key, or a value of the wrong kind."""
 

@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +14,24 @@ from distinfluence.evaluate import Verification, verify_entries
 from distinfluence.evaluate.verify import sampled
 from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
 from distinfluence.influence.arrays import to_tensor_batch
-from distinfluence.scaling import ChunkedData, DaskInfluenceCalculator, Progress, connected
-from distinfluence.scaling.chunks import chunked, take_samples
-from distinfluence.scaling.executor import InProcess
+from distinfluence.scaling import (
+    ChunkedData,
+    DaskInfluenceCalculator,
+    InfluenceCalculator,
+    Plan,
+    Progress,
+    SequentialInfluenceCalculator,
+    connected,
+)
+from distinfluence.scaling.chunks import chunked, recut, take_samples
+from distinfluence.scaling.clusters import local_memory
+from distinfluence.scaling.executor import InProcess, process_bytes, worker_memory
+from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.sources import InThisProcess
 from distinfluence.scaling.strips import look
 from distinfluence.scaling.worker import LocalContext, SourcePlane
-from distinfluence.store import InfluenceResult, check_output, open_influences
+from distinfluence.store import InfluenceResult, check_output, chunks_of, open_influences
 
 
 def run_job(
@@ -35,14 +46,21 @@ def run_job(
     output = job.path(job.output)
     check_output(output, overwrite=overwrite, resume=resume)
     scratch = job.path(job.scratch) if job.scratch is not None else output.with_name(f".{output.name}.scratch")
+    began = chunks_of(output) if resume else None
     with connected(job.cluster_spec()) as client:
         calculator = DaskInfluenceCalculator(model, client, recipe=recipe, scratch=scratch, timeout=job.cluster.timeout)
-        calculator.fit(job.recipe(job.data.train), chunk_size=job.chunks.train, certify=job.certify, progress=progress)
+        train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
+        test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
+        with progress.stage("plan", None, "samples"):
+            plan = _planned(job, calculator, train, test, began)
+        progress.say(str(plan))
+        train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
+        calculator.fit(train, certify=job.certify, progress=progress)
         result = calculator.to_zarr(
             output,
-            job.recipe(job.data.test),
+            test,
             mode=job.mode,
-            test_chunk_size=job.chunks.test,
+            panel_size=plan.chunks.panel,
             solve=job.solve,
             top_k=job.top_k,
             overwrite=overwrite,
@@ -52,6 +70,48 @@ def run_job(
         )
     _remove(scratch)
     return result
+
+
+def plan_job(job: Job) -> Plan:
+    """What `run_job` will do and need, with times by a calibration in this process; no worker is started."""
+    model, _ = job.influence_model()
+    spec = job.cluster_spec()
+    calculator = SequentialInfluenceCalculator(model)
+    if spec.kind == "local":
+        machine = Machine(spec.workers, local_memory(spec), process_bytes())
+    else:
+        with connected(spec) as client:
+            machine = Machine(max(1, len(client.nthreads())), worker_memory(client), process_bytes())
+    train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
+    test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
+    return _planned(job, calculator, train, test, chunks_of(job.path(job.output)), machine, True)
+
+
+def _planned(
+    job: Job,
+    calculator: InfluenceCalculator,
+    train: ChunkedData,
+    test: ChunkedData,
+    began: Mapping[str, Any] | None,
+    machine: Machine | None = None,
+    calibrate: bool = False,
+) -> Plan:
+    """The plan; a run that goes on keeps the chunks it began with, wherever it goes on."""
+    asked = job.chunks
+    before: Mapping[str, Any] = began or {"train": None, "test": [None], "panel": None}
+    return calculator.plan(
+        train,
+        None,
+        test,
+        mode=job.mode,
+        chunk_size=asked.train or before["train"],
+        test_chunk_size=asked.test or before["test"][0],
+        panel_size=asked.panel or before["panel"],
+        solve=job.solve,
+        top_k=job.top_k,
+        machine=machine,
+        calibrate=calibrate,
+    )
 
 
 def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verification:
@@ -76,8 +136,9 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
             second_order_mode=solver["second_order_mode"],
         )
     home = InThisProcess()
-    train = chunked(job.recipe(job.data.train), None, home, job.chunks.train)
-    test = chunked(job.recipe(job.data.test), None, home, job.chunks.test)
+    cut = result.provenance["chunks"]
+    train = chunked(job.recipe(job.data.train), None, home, cut["train"])
+    test = chunked(job.recipe(job.data.test), None, home, cut["test"][0])
     _same(result, model, {"train_data": train, "test_data": test})
     model.fit(SourcePlane(model.risk, train))
     rows, columns = sampled(result.shape, n_test, n_train, seed)

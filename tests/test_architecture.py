@@ -70,7 +70,7 @@ LAYERS = {
     "scaling": Layer(
         files=(r"scaling(\..*)?",),
         sees=(*_CORE, "store"),
-        top=frozenset({"cloudpickle", "dask", "distributed", "numpy", "torch", "tqdm", "zarr"}),
+        top=frozenset({"cloudpickle", "dask", "distributed", "numpy", "psutil", "torch", "tqdm", "zarr"}),
         lazily=frozenset({"dask_cuda", "dask_jobqueue"}),
     ),
     "evaluate": Layer(

@@ -6,7 +6,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import USUAL_STEPS, Demand
+from distinfluence.influence.demand import USUAL_BASIS, Demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.auto import DIRECT_SIZE, SHARE, Auto, free_bytes
 from distinfluence.solvers.base import default_rtol
@@ -65,7 +65,7 @@ class AutoInfluence(InfluenceFunctionModel):
             state = 2 * self.risk.dtype.itemsize * p * p
             return Demand(state + 24 * p * p, state, 4.0, 0, 1, 0, True)
         most = self.memory or int(SHARE * free_bytes(self.risk.device))
-        return Demand(row_vectors=2.0 * USUAL_STEPS, most_bytes=most)
+        return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=most)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the choice."""

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-USUAL_STEPS = 30  # of an iterative solve, where only the matrix knows; with a gap a warning to read the figure so
+USUAL_STEPS = 15  # of an iterative solve, where only the matrix knows
+USUAL_BASIS = 30  # steps that a Krylov basis is prepared for
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.clusters import ClusterSpec, connected
 from distinfluence.scaling.on_dask import DaskInfluenceCalculator
+from distinfluence.scaling.plan import Machine, Plan, Stage, make_plan
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import ModelRecipe, Recipe
 from distinfluence.scaling.saved import load_fit, save_fit
@@ -14,11 +15,15 @@ __all__ = [
     "ClusterSpec",
     "DaskInfluenceCalculator",
     "InfluenceCalculator",
+    "Machine",
     "ModelRecipe",
+    "Plan",
     "Progress",
     "Recipe",
     "SequentialInfluenceCalculator",
+    "Stage",
     "connected",
     "load_fit",
+    "make_plan",
     "save_fit",
 ]

@@ -6,8 +6,10 @@ training chunk.
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,23 +18,31 @@ import dask.array as da
 import numpy as np
 from dask.delayed import Delayed
 
-from distinfluence.errors import NotFittedError, ShapeError
+from distinfluence.errors import NotFittedError, SettingError, ShapeError
 from distinfluence.influence.arrays import to_numpy
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.influence.scores import InfluenceMode, influence_mode
 from distinfluence.scaling.chunks import CHUNK_SIZE, ChunkedData, chunked
 from distinfluence.scaling.executor import Executor
+from distinfluence.scaling.plan import Asked, Machine, Plan, Work, make_plan
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.sources import Home
 from distinfluence.scaling.strips import Fitted, Request, look, write_influences
-from distinfluence.scaling.tasks import check_model, chunk_factors, chunk_gradients, influences_of_chunk
+from distinfluence.scaling.tasks import (
+    Sample,
+    check_model,
+    chunk_factors,
+    chunk_gradients,
+    influences_of_chunk,
+    measure_rates,
+)
 from distinfluence.scaling.worker import Context, Scratch, SourcePlane
-from distinfluence.store import InfluenceResult, check_output
+from distinfluence.store import InfluenceResult, check_output, chunks_of
 
-RESIDENT_SHARE = 0.25  # of a worker's memory that factors may take during strips
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
+STRATEGIES = ("auto", "rows", "data")
 
 
 class InfluenceCalculator(ABC):
@@ -65,24 +75,81 @@ class InfluenceCalculator(ABC):
         data = self._everywhere(self._chunked(x, y, chunk_size))
         context, executor = self._unfitted_context(), self._executor()
         sha256 = look(executor, context, data, bars, "training data")
-        ((_, (remarks, _)),) = executor.run(check_model, (context,), [(data.chunks[0],)])
-        plane = self._plane(context, data, remarks)
+        sample = self._sample(context, data)
+        plane = self._plane(context, data, sample.remarks)
         with bars.stage("fit", None, "passes") as bar:
             plane.on_pass = bar.advance
             self.model.fit(plane)
             if certify:
                 self.model.spectrum()
             plane.on_pass = None
-        self._fitted = Fitted(
-            self.model,
-            self._fitted_context(context, data),
-            executor,
-            self._n_workers(),
-            data,
-            sha256,
-            int(RESIDENT_SHARE * self._memory()),
-        )
+        self._fitted = Fitted(self.model, self._fitted_context(context, data), executor, data, sha256, sample)
         return self
+
+    def plan(
+        self,
+        x: object,
+        y: object | None,
+        x_test: object,
+        y_test: object | None = None,
+        mode: InfluenceMode | str = InfluenceMode.UP,
+        *,
+        chunk_size: int | None = None,
+        test_chunk_size: int | None = None,
+        panel_size: int | None = None,
+        solve: str = "auto",
+        top_k: int = 50,
+        machine: Machine | None = None,
+        calibrate: bool = False,
+    ) -> Plan:
+        """What `fit(x, y)` and `to_zarr(…, x_test, y_test)` with these settings will do and need; computes nothing.
+
+        machine: to plan for, the calculator's own unless given. calibrate: estimate times too, from a few samples: some
+        seconds. Chunk sizes that are None are chosen, and found in the plan's `chunks`. Raises PlanError, saying what
+        would fit, if the workers' memory is too small.
+        """
+        train, test = self._chunked(x, y, chunk_size), self._chunked(x_test, y_test, test_chunk_size, TEST_CHUNK_SIZE)
+        fixed = isinstance(train.chunks[0], Delayed)  # dask arrays bring their chunks
+        asked = _asked(train.sizes[0] if fixed else chunk_size, test_chunk_size, panel_size, solve)
+        context = self._unfitted_context()
+        sample = self._sample(context, train)
+        shape = _input_shape(sample, influence_mode(mode))
+        work = self._work(train, train, test, sample, self._sample(context, test).nbytes, shape, top_k)
+        rates = None
+        if calibrate:
+            ((_, rates),) = self._executor().run(measure_rates, (context,), [(train.chunks[0],)])
+        return make_plan(work, machine or self._machine(), asked, rates)
+
+    def _work(
+        self,
+        fit: ChunkedData,
+        columns: ChunkedData,
+        test: ChunkedData,
+        sample: Sample,
+        test_bytes: int,
+        input_shape: tuple[int, ...],
+        top_k: int,
+    ) -> Work:
+        module = self.model.risk.module
+        return Work(
+            n_test=test.n_samples,
+            n_train=columns.n_samples,
+            n_fit=fit.n_samples,
+            p=self.model.n_parameters,
+            itemsize=self.model.risk.dtype.itemsize,
+            train_bytes=sample.nbytes,
+            test_bytes=test_bytes,
+            model_bytes=sum(t.nbytes for t in (*module.parameters(), *module.buffers())),
+            demand=self.model.demand(),
+            entry=math.prod(input_shape),
+            top_k=top_k,
+            over_data=self.model.solves_over_data,
+        )
+
+    def _sample(self, context: Any, data: ChunkedData) -> Sample:
+        ((_, sample),) = self._executor().run(check_model, (context,), [(data.chunks[0],)])
+        assert isinstance(sample, Sample)
+        return sample
 
     def gradients(self, x: object, y: object | None = None, *, chunk_size: int | None = None) -> da.Array:
         """Per-sample gradients of the training loss, [n, p], one block per chunk; lazy."""
@@ -156,7 +223,7 @@ class InfluenceCalculator(ABC):
                 f"`factors` must be [n_test, {p}], got {tuple(factors.shape)}. Pass what `influence_factors` returned."
             )
         data = self._stages().train if x is None else self._chunked(x, y, chunk_size)
-        shape = () if mode is InfluenceMode.UP else self._input_shape(data)
+        shape = _input_shape(self._stages().sample, mode)
         node, n_test = self._node(), factors.shape[0]
         whole = factors.rechunk(-1).to_delayed()[0, 0] if isinstance(factors, da.Array) else dask.delayed(factors)
         blocks = [
@@ -200,18 +267,29 @@ class InfluenceCalculator(ABC):
         ChunkFailedError when all strips are written but some that failed every time they were tried.
         """
         check_output(path, overwrite=overwrite, resume=resume)
-        fitted = self._stages()
+        if overwrite and resume:
+            raise SettingError("`overwrite` and `resume` exclude each other, got both. Pass one of them.")
+        fitted, mode = self._stages(), influence_mode(mode)
+        recorded = chunks_of(path) if resume else None
+        if panel_size is None and recorded is not None:
+            panel_size = recorded["panel"]
+        asked = _asked(None, test_chunk_size, panel_size, solve)
         columns = fitted.train if x is None else self._everywhere(self._chunked(x, y, chunk_size))
+        test = self._everywhere(self._chunked(x_test, y_test, test_chunk_size, TEST_CHUNK_SIZE))
+        shape = _input_shape(fitted.sample, mode)
+        test_bytes = self._sample(fitted.context, test).nbytes
+        work = self._work(fitted.train, columns, test, fitted.sample, test_bytes, shape, top_k)
+        asked = replace(asked, train=columns.sizes[0], test=test.sizes[0])
         request = Request(
-            test=self._everywhere(self._chunked(x_test, y_test, test_chunk_size, TEST_CHUNK_SIZE)),
+            test=test,
             columns=columns,
-            mode=influence_mode(mode),
-            solve=solve,
+            mode=mode,
+            plan=make_plan(work, self._machine(), asked),
+            input_shape=shape,
             top_k=top_k,
             overwrite=overwrite,
             resume=resume,
             attributes=attributes or {},
-            panel_size=panel_size,
         )
         return write_influences(Path(path), fitted, request, self._scratch.folder, _progress(progress))
 
@@ -234,15 +312,12 @@ class InfluenceCalculator(ABC):
         node: Delayed = dask.delayed(context, name=f"context-{context.key}", pure=False, traverse=False)
         return node
 
-    def _input_shape(self, data: ChunkedData) -> tuple[int, ...]:
-        remarks_and_shape = _call(check_model, self._node(), data.chunks[0]).compute()
-        shape: tuple[int, ...] | None = remarks_and_shape[1]
-        if shape is None:
-            raise ShapeError(
-                "`mode='perturbation'` needs a floating-point input to differentiate by, and `x` has none. For token "
-                "ids, let the objective's `inputs` return the embeddings."
-            )
-        return shape
+    def chunked(self, x: object, y: object | None = None, *, chunk_size: int | None = None) -> ChunkedData:
+        """Training or test data cut into chunks, to be passed as x to the methods here; see `chunked`.
+
+        Finds the number of samples, and loads nothing else.
+        """
+        return self._chunked(x, y, chunk_size)
 
     def _chunked(
         self, x: object, y: object | None, chunk_size: int | None, default_size: int = CHUNK_SIZE
@@ -274,12 +349,27 @@ class InfluenceCalculator(ABC):
         """The data plane that the model is fitted over."""
 
     @abstractmethod
-    def _n_workers(self) -> int:
-        """How many tasks run at a time."""
+    def _machine(self) -> Machine:
+        """How many tasks run at a time, and the memory that each process may take."""
 
-    @abstractmethod
-    def _memory(self) -> int:
-        """Bytes that a process that runs tasks may take."""
+
+def _asked(train: int | None, test: int | None, panel: int | None, solve: str) -> Asked:
+    if solve not in STRATEGIES:
+        raise SettingError(f"`solve` must be one of {list(STRATEGIES)}, got {solve!r}. Choose one of these.")
+    if panel is not None and (not isinstance(panel, int) or panel < 1):
+        raise SettingError(f"`panel_size` must be a whole number of test points ≥ 1, got {panel!r}.")
+    return Asked(train, test, panel, solve)
+
+
+def _input_shape(sample: Sample, mode: InfluenceMode) -> tuple[int, ...]:
+    if mode is InfluenceMode.UP:
+        return ()
+    if sample.input_shape is None:
+        raise ShapeError(
+            "`mode='perturbation'` needs a floating-point input to differentiate by, and `x` has none. For token "
+            "ids, let the objective's `inputs` return the embeddings."
+        )
+    return sample.input_shape
 
 
 def _progress(progress: bool | Progress) -> Progress:

@@ -8,7 +8,7 @@ arrays and data sets given as a `Recipe` are never read by the caller at all.
 import itertools
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cloudpickle
@@ -70,6 +70,19 @@ class ChunkedData:
         return first
 
 
+def recut(data: ChunkedData, size: int) -> ChunkedData:
+    """The same samples in chunks of another size. Raises ChunkError for those of dask arrays: rechunk these."""
+    if set(data.sizes[:-1]) <= {size} and data.sizes[-1] <= size:
+        return data
+    first = data.sources[0]
+    if not isinstance(first, (ArraySource, DatasetSource)) or any(
+        source.start != start for source, start in zip(data.sources, data.starts, strict=True)
+    ):
+        raise ChunkError("`data` lies in files of one chunk each. Rechunk the arrays that it was made of.")
+    name = first.key.partition("/")[0]
+    return _cut(data.n_samples, size, lambda a, b: replace(first, start=a, stop=b, key=f"{name}/{a}-{b}"))
+
+
 def take_samples(data: ChunkedData, index: NDArray[np.int64]) -> ArrayBatch:
     """The samples of these sorted indices as one batch, loading only the chunks that hold them."""
     chunk_of = np.searchsorted(np.array(data.starts), index, side="right") - 1
@@ -126,7 +139,9 @@ def chunked(
         return _of_dask(data, chunk_size)
     leaves = leaf_tree(data, home, "data")
     key = uuid.uuid4().hex
-    return _cut(common_length(leaves), chunk_size or default_size, lambda a, b: ArraySource(leaves, a, b, f"{key}/{a}"))
+    return _cut(
+        common_length(leaves), chunk_size or default_size, lambda a, b: ArraySource(leaves, a, b, f"{key}/{a}-{b}")
+    )
 
 
 def _cut(n: int, chunk_size: int, source: Callable[[int, int], ChunkSource]) -> ChunkedData:
@@ -171,7 +186,7 @@ def _of_dataset(data: "Dataset[Any]", collate: Callable[..., object] | None, chu
         )
     fixed_collate = None if collate is None else bytes(cloudpickle.dumps(collate))
     key = uuid.uuid4().hex
-    return _cut(len(data), chunk_size, lambda a, b: DatasetSource(pickled, fixed_collate, a, b, f"{key}/{a}"))
+    return _cut(len(data), chunk_size, lambda a, b: DatasetSource(pickled, fixed_collate, a, b, f"{key}/{a}-{b}"))
 
 
 def _any_dask(data: object) -> bool:

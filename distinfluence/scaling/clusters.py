@@ -1,5 +1,7 @@
 """Clusters by description: a local one, or one that is running already."""
 
+import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -7,9 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import dask
+import torch
 from distributed import Client, LocalCluster, Worker, WorkerPlugin
+from distributed.worker_memory import parse_memory_limit
 
 from distinfluence.errors import ClusterError, SettingError
+from distinfluence.solvers.auto import free_bytes
 
 # Dask has its workers give memory back to the system at once, so that every large tensor costs page faults anew: ten
 # times as many in a pass over the training set (tests/benchmarks/passes.py). These are glibc's thresholds as it would
@@ -45,6 +50,12 @@ class ClusterSpec:
             raise SettingError(f"`workers` must be at least 1, got {self.workers}.")
         if self.kind != "local" and not self.address:
             raise SettingError(f"`address` must say where the scheduler is for a cluster of kind {self.kind!r}.")
+
+
+def local_memory(spec: ClusterSpec) -> int:
+    """Bytes that each worker of a local cluster will be given."""
+    limit = parse_memory_limit(spec.memory_limit, 1, os.cpu_count() or 1, logger=logging.getLogger(__name__))
+    return int(limit or free_bytes(torch.device("cpu")))
 
 
 class LeaveInterruptsToDriver(WorkerPlugin):

@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from dask.delayed import Delayed
 from distributed import Client, Future, KilledWorker
@@ -320,8 +321,16 @@ def _itself(value: object) -> object:
     return value
 
 
-def check_workers(client: Client, folder: str, timeout: float) -> int:
-    """Threads of torch that a task may use: a worker's share of its host's cores.
+@dataclass(frozen=True)
+class WorkersSeen:
+    """n_threads: of torch that a task may use, a worker's share of its host's cores. process: bytes of an idle one."""
+
+    n_threads: int
+    process: int
+
+
+def check_workers(client: Client, folder: str, timeout: float) -> WorkersSeen:
+    """Look at every worker.
 
     folder: a file in it must be visible to every worker. Raises ClusterError without workers after `timeout` seconds,
     or if a worker does not see the folder.
@@ -333,15 +342,15 @@ def check_workers(client: Client, folder: str, timeout: float) -> int:
             f"the cluster has no workers after {timeout:g} s: {client}. Start workers, or look at their logs."
         ) from None
     seen = client.run(_look_around, folder)
-    blind = [address for address, (_, _, sees) in seen.items() if not sees]
+    blind = [address for address, (_, _, sees, _) in seen.items() if not sees]
     if blind:
         raise ClusterError(
             f"`scratch` must be a folder that every worker sees; {folder} is not there for {blind[:3]}. Pass a folder "
             "on a shared file system."
         )
-    hosts = [host for host, _, _ in seen.values()]
-    shares = [int(cores // hosts.count(host)) for host, cores, _ in seen.values()]
-    return max(1, min(shares))
+    hosts = [host for host, *_ in seen.values()]
+    shares = [int(cores // hosts.count(host)) for host, cores, *_ in seen.values()]
+    return WorkersSeen(max(1, min(shares)), max(own for *_, own in seen.values()))
 
 
 def worker_memory(client: Client) -> int:
@@ -350,5 +359,10 @@ def worker_memory(client: Client) -> int:
     return min(limit or free_bytes(torch.device("cpu")) // max(1, len(limits)) for limit in limits)
 
 
-def _look_around(folder: str) -> tuple[str, int, bool]:
-    return socket.gethostname(), len(os.sched_getaffinity(0)), os.path.isdir(folder)
+def _look_around(folder: str) -> tuple[str, int, bool, int]:
+    return socket.gethostname(), len(os.sched_getaffinity(0)), os.path.isdir(folder), process_bytes()
+
+
+def process_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)

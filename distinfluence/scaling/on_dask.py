@@ -11,6 +11,7 @@ from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import Executor, OnCluster, check_workers, worker_memory
+from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.recipe import ModelRecipe, Recipe, fingerprint_module
 from distinfluence.scaling.sources import NpyLeaf, recipe_length, spill
@@ -44,7 +45,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
             )
         super().__init__(model, scratch)
         self.client = client
-        self._n_threads = check_workers(client, str(self._scratch.folder), timeout)
+        self._seen = check_workers(client, str(self._scratch.folder), timeout)
         self._recipe = self._travelling(recipe)
 
     def _travelling(self, recipe: ModelRecipe | None) -> ModelRecipe:
@@ -68,7 +69,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         return OnCluster(self.client)
 
     def _unfitted_context(self) -> WorkerContext:
-        return travelling(self.model, self._recipe, self._scratch, self._n_threads)
+        return travelling(self.model, self._recipe, self._scratch, self._seen.n_threads)
 
     def _fitted_context(self, context: WorkerContext, train: ChunkedData) -> WorkerContext:
         return fitted_travelling(context, self.model, self._scratch, train)
@@ -76,11 +77,8 @@ class DaskInfluenceCalculator(InfluenceCalculator):
     def _plane(self, context: WorkerContext, data: ChunkedData, remarks: tuple[str, ...]) -> DaskPlane:
         return DaskPlane(self.model.risk, self.client, context, data, remarks, self._scratch.folder)
 
-    def _n_workers(self) -> int:
-        return len(self.client.nthreads())
-
-    def _memory(self) -> int:
-        return worker_memory(self.client)
+    def _machine(self) -> Machine:
+        return Machine(max(1, len(self.client.nthreads())), worker_memory(self.client), self._seen.process)
 
 
 class OnWorkers:

@@ -60,6 +60,11 @@ class Progress:
         self.show = show
         self.seconds: dict[str, float] = {}
 
+    def say(self, text: str) -> None:
+        """A message, where bars are shown."""
+        if self.show:
+            print(text, file=sys.stderr, flush=True)
+
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Bar]:
         """A stage with its bar; its time is kept also when it fails."""

@@ -9,7 +9,8 @@ import torch
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.executor import Executor, InProcess
+from distinfluence.scaling.executor import Executor, InProcess, process_bytes
+from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import ModelRecipe
 from distinfluence.scaling.sources import InThisProcess
 from distinfluence.scaling.stored import stored
@@ -54,8 +55,6 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
     def _plane(self, context: LocalContext, data: ChunkedData, remarks: tuple[str, ...]) -> SourcePlane:
         return SourcePlane(self.model.risk, data, remarks)
 
-    def _n_workers(self) -> int:
-        return 1
-
-    def _memory(self) -> int:
-        return free_bytes(torch.device("cpu"))
+    def _machine(self) -> Machine:
+        process = process_bytes()
+        return Machine(1, process + free_bytes(torch.device("cpu")), process)

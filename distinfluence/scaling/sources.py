@@ -107,8 +107,10 @@ class InThisProcess:
 
 
 class ChunkSource(ABC):
-    """Where the samples of one chunk are. key: the same for the same samples, within a run."""
+    """Samples start to stop, where they are. key: the same for the same samples, within a run."""
 
+    start: int
+    stop: int
     key: str
 
     @abstractmethod

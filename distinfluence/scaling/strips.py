@@ -12,7 +12,6 @@ A run that died goes on where it stopped: factors that are on disk are not solve
 import platform
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,17 +19,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distinfluence.errors import ChunkFailedError, SettingError, StoreNotFoundError
+from distinfluence.errors import ChunkFailedError, StoreNotFoundError
 from distinfluence.influence.arrays import Array, to_numpy, to_tensor
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.scores import InfluenceMode
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import Executor, Failures
+from distinfluence.scaling.plan import Plan
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.tasks import (
     Inspection,
-    check_model,
+    Sample,
     chunk_right_hand_sides,
     factor_fields,
     fields_file,
@@ -45,51 +45,40 @@ from distinfluence.scaling.worker import Context
 from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, open_influences
 from distinfluence.store.fingerprint import combine, fingerprint_settings
 
-STRATEGIES = ("auto", "rows", "data")
-
 
 @dataclass(frozen=True)
 class Fitted:
     """What a fit leaves for the stages after it.
 
-    sha256: of the data that was fitted to. resident_bytes: of factors that a worker may hold.
+    sha256: of the data that was fitted to; sample: what one of them is like.
     """
 
     model: InfluenceFunctionModel
     context: Context
     executor: Executor
-    n_workers: int
     train: ChunkedData
     sha256: str
-    resident_bytes: int
+    sample: Sample
 
 
 @dataclass(frozen=True)
 class Request:
     """What is asked of a run, beyond the fitted model.
 
-    solve: "rows" solves each test chunk on one worker, which sweeps the training set by itself; "data" solves here and
-    spreads each sweep over the workers; "auto" takes rows when there are as many test chunks as workers.
-    panel_size: test points whose factors a worker holds at a time; as many as fit if None.
+    plan: chunk sizes, panel, and where is solved: "rows" solves each test chunk on one worker, which sweeps the
+    training set by itself; "data" solves here and spreads each sweep over the workers. input_shape: of one training
+    input for mode "perturbation", else empty.
     """
 
     test: ChunkedData
     columns: ChunkedData
     mode: InfluenceMode
-    solve: str
+    plan: Plan
+    input_shape: tuple[int, ...]
     top_k: int
     overwrite: bool
     resume: bool
     attributes: Mapping[str, object]
-    panel_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.solve not in STRATEGIES:
-            raise SettingError(f"`solve` must be one of {list(STRATEGIES)}, got {self.solve!r}. Choose one of these.")
-        if self.panel_size is not None and (not isinstance(self.panel_size, int) or self.panel_size < 1):
-            raise SettingError(f"`panel_size` must be a whole number of test points ≥ 1, got {self.panel_size!r}.")
-        if self.overwrite and self.resume:
-            raise SettingError("`overwrite` and `resume` exclude each other, got both. Pass one of them.")
 
 
 def look(executor: Executor, context: Context, data: ChunkedData, progress: Progress, what: str) -> str:
@@ -113,10 +102,10 @@ def write_influences(
         n_test=test.n_samples,
         n_train=columns.n_samples,
         strip=min(columns.strip, columns.n_samples),
-        input_shape=_input_shape(fitted, request),
+        input_shape=request.input_shape,
         top_k=request.top_k,
     )
-    panel = panel_size(path, fitted, request)
+    panel = request.plan.chunks.panel
     fingerprints = {
         "parameters": fingerprint_module(fitted.model.risk.module),
         "fit_data": fitted.sha256,
@@ -148,18 +137,6 @@ def write_influences(
     writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
     shutil.rmtree(folder, ignore_errors=True)
     return open_influences(path)
-
-
-def _input_shape(fitted: Fitted, request: Request) -> tuple[int, ...]:
-    if request.mode is InfluenceMode.UP:
-        return ()
-    for _, (_, shape) in fitted.executor.run(check_model, (fitted.context,), [(request.columns.chunks[0],)]):
-        if shape is not None:
-            return tuple(shape)
-    raise SettingError(
-        "`mode='perturbation'` needs a floating-point input to differentiate by, and the training data have none. "
-        "For token ids, let the objective's `inputs` return the embeddings."
-    )
 
 
 def _writer(
@@ -195,16 +172,6 @@ def _writer(
     return InfluenceWriter.create(path, layout, attributes, overwrite=request.overwrite)
 
 
-def panel_size(path: Path, fitted: Fitted, request: Request) -> int:
-    """Test points whose factors are in memory at a time: as asked, as a run that goes on began, or as many as fit."""
-    row = fitted.model.n_parameters * fitted.model.risk.dtype.itemsize
-    asked = request.panel_size
-    if asked is None and request.resume:
-        with suppress(StoreNotFoundError):
-            asked = open_influences(path).provenance.get("chunks", {}).get("panel")
-    return max(1, min(request.test.n_samples, asked or fitted.resident_bytes // row))
-
-
 def _quarantined(writer: InfluenceWriter, failures: Mapping[int, Exception]) -> ChunkFailedError:
     """What to raise when all other strips are written; the strips are marked, and tried again by a resumed run."""
     reasons = {strip: f"{type(error).__name__}: {error}" for strip, error in sorted(failures.items())}
@@ -233,19 +200,13 @@ def _write_factors(writer: InfluenceWriter, fitted: Fitted, request: Request, fo
         for index, there in enumerate(made):
             if there:
                 done(index, saved_fields(str(file), test.starts[index]))
-        if _by_rows(fitted, request):
+        if request.plan.solve == "rows":
             items = [(test.chunks[i], str(file), i, test.starts[i], test.sizes[i]) for i in waiting]
             for position, fields in fitted.executor.run(solve_chunk, (fitted.context,), items):
                 done(waiting[position], fields)
         else:
             _solve_here(fitted, request, str(file), waiting, done, bar.note)
     return str(file)
-
-
-def _by_rows(fitted: Fitted, request: Request) -> bool:
-    if request.solve == "auto":
-        return not fitted.model.solves_over_data or len(request.test.sizes) >= fitted.n_workers
-    return request.solve == "rows"
 
 
 def _solve_here(

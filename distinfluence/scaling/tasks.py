@@ -1,7 +1,8 @@
 """The tasks: work on one chunk, with NumPy arrays and small values as arguments and results."""
 
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distinfluence.batch import batch_length
-from distinfluence.dataplane import Kernel
+from distinfluence.batch import batch_length, take
+from distinfluence.curvature import operator_class
+from distinfluence.dataplane import Kernel, LocalPlane
 from distinfluence.errors import DistinfluenceError, StoreError
 from distinfluence.influence.arrays import (
     Array,
@@ -23,9 +25,13 @@ from distinfluence.influence.arrays import (
 )
 from distinfluence.influence.report import SolveReport
 from distinfluence.influence.scores import InfluenceMode
+from distinfluence.risk import EmpiricalRisk
+from distinfluence.scaling.plan import Rates
 from distinfluence.scaling.worker import Chunk, Context, load, named_samples, save_whole, torch_task
 from distinfluence.store import InfluenceWriter
 from distinfluence.store.fingerprint import fingerprint_arrays
+
+RATE_SAMPLES, RATE_ROWS = 32, 8  # of a calibration
 
 
 @dataclass(frozen=True)
@@ -44,16 +50,56 @@ def inspect_chunk(context: Context, chunk: Chunk, index: int, start: int, size: 
         return Inspection(fingerprint_arrays(named_arrays(arrays)), n)
 
 
-def check_model(context: Context, chunk: Chunk) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """Evaluate the model on a few samples; remarks on the loss, and the shape of one floating-point input or None."""
+@dataclass(frozen=True)
+class Sample:
+    """What is known of samples before anything is computed.
+
+    remarks: how the loss was understood. input_shape: of one floating-point input, or None. nbytes: of one sample.
+    """
+
+    remarks: tuple[str, ...]
+    input_shape: tuple[int, ...] | None
+    nbytes: int
+
+
+def check_model(context: Context, chunk: Chunk) -> Sample:
+    """Evaluate the model on a few samples."""
     with torch_task(context) as model:
-        batch = model.risk.place(to_tensor_batch(load(chunk)))
+        arrays = load(chunk)
+        batch = model.risk.place(to_tensor_batch(arrays))
         remarks = model.risk.check(batch)
+        nbytes = sum(array.nbytes for array in named_arrays(arrays).values()) // max(1, batch_length(batch))
         try:
             inputs = model.risk.objective.inputs(batch)
         except DistinfluenceError:
-            return remarks, None
-        return remarks, tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
+            return Sample(remarks, None, nbytes)
+        return Sample(remarks, tuple(inputs.shape[1:]) if inputs.is_floating_point() else None, nbytes)
+
+
+def measure_rates(context: Context, chunk: Chunk) -> Rates:
+    """Time gradients, products and a GEMM on a few samples; each once to warm up, once for the figure."""
+    with torch_task(context) as model:
+        batch = model.place(to_tensor_batch(load(chunk)))
+        batch = take(batch, 0, min(batch_length(batch), RATE_SAMPLES))
+        n, risk = batch_length(batch), model.risk
+        rows = torch.ones(min(RATE_ROWS, risk.size), risk.size, dtype=risk.dtype, device=risk.device)
+        operator = operator_class(model.second_order_mode)(EmpiricalRisk.over(LocalPlane(risk, [batch])))
+        gradients = model.loss_gradients(batch).rows
+        gradient_seconds = _seconds(lambda: model.loss_gradients(batch).rows)
+        product_seconds = _seconds(lambda: operator.matmat(rows))
+        gemm_seconds = _seconds(lambda: rows @ gradients.T)
+        return Rates(
+            gradients=n / gradient_seconds,
+            products=n * len(rows) / product_seconds,
+            flops=2.0 * n * len(rows) * risk.size / gemm_seconds,
+        )
+
+
+def _seconds(call: Callable[[], torch.Tensor]) -> float:
+    call()
+    start = time.perf_counter()
+    float(call().reshape(-1)[-1])  # waits for a GPU
+    return max(time.perf_counter() - start, 1e-7)
 
 
 def store_chunk(chunk: Chunk, folder: str, name: str) -> ArrayBatch:

@@ -22,6 +22,7 @@ import cloudpickle
 import dask
 import numpy as np
 import torch
+from distributed import get_worker
 from torch import nn
 
 from distinfluence.batch import Batch
@@ -39,11 +40,10 @@ from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.chunks import ChunkedData
+from distinfluence.scaling.plan import kept_bytes
 from distinfluence.scaling.recipe import ModelRecipe
 from distinfluence.scaling.sources import ChunkSource
-
-KEPT_CHUNK_BYTES = 2**30  # of loaded chunks that a process keeps between tasks
-
+from distinfluence.solvers.auto import free_bytes
 
 Chunk: TypeAlias = "ChunkSource | ArrayBatch"
 
@@ -250,10 +250,19 @@ def load(chunk: Chunk) -> ArrayBatch:
     if chunk.key not in _chunks:
         _chunks[chunk.key] = chunk.load()
         _chunk_bytes[chunk.key] = sum(array.nbytes for array in named_arrays(_chunks[chunk.key]).values())
-        while sum(_chunk_bytes.values()) > KEPT_CHUNK_BYTES and len(_chunks) > 1:
+        while sum(_chunk_bytes.values()) > kept_bytes(memory_limit()) and len(_chunks) > 1:
             oldest, _ = _chunks.popitem(last=False)
             del _chunk_bytes[oldest]
     return _chunks[chunk.key]
+
+
+def memory_limit() -> int:
+    """Bytes that this process may take: its limit as a Dask worker, else what is free here."""
+    try:
+        limit = get_worker().memory_manager.memory_limit
+    except ValueError:  # no worker
+        limit = None
+    return int(limit or free_bytes(torch.device("cpu")))
 
 
 def save_whole(path: Path, array: Array) -> None:

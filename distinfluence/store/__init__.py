@@ -4,7 +4,7 @@ from distinfluence.store.fingerprint import combine, fingerprint_array, fingerpr
 from distinfluence.store.layout import Layout
 from distinfluence.store.ranking import Ranking
 from distinfluence.store.result import InfluenceResult, open_influences
-from distinfluence.store.resuming import check_output, check_resumable
+from distinfluence.store.resuming import check_output, check_resumable, chunks_of
 from distinfluence.store.writer import InfluenceWriter
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Ranking",
     "check_output",
     "check_resumable",
+    "chunks_of",
     "combine",
     "fingerprint_array",
     "fingerprint_arrays",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from distinfluence.errors import FingerprintError
 from distinfluence.store.fingerprint import to_json
@@ -50,6 +51,15 @@ def check_resumable(
             f"`path` {folder} was begun with other inputs, expected the same to resume: {'; '.join(differences)}. "
             "Resume with the inputs it began with, write to another path, or pass overwrite=True to start again."
         )
+
+
+def chunks_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The chunk sizes that the result at `path` was begun with, to go on with the same; None if there is none."""
+    folder = local_path(path)
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    found = read_attributes(folder).get("chunks")
+    return found if isinstance(found, dict) else None
 
 
 def _differences(name: str, there: object, here: object) -> list[str]:
