@@ -25,10 +25,10 @@ from distinfluence.scaling import (
 )
 from distinfluence.scaling.chunks import chunked, recut, take_samples
 from distinfluence.scaling.clusters import local_memory
-from distinfluence.scaling.executor import InProcess, process_bytes, worker_memory
+from distinfluence.scaling.executor import InProcess, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import fingerprint_module
-from distinfluence.scaling.sources import InThisProcess
+from distinfluence.scaling.sources import InThisProcess, process_bytes
 from distinfluence.scaling.strips import look
 from distinfluence.scaling.worker import LocalContext, SourcePlane
 from distinfluence.store import InfluenceResult, check_output, chunks_of, open_influences
@@ -206,7 +206,9 @@ def _damping(by_block: dict[str, float]) -> str:
 def _remove(scratch: Path) -> None:
     """The scratch folder, if the run left nothing of its own in it."""
     for file in scratch.iterdir():
-        if file.is_file() and file.name.startswith(("state-", "array-", "model-")):
+        if file.is_dir() and file.name.startswith("fit-"):
+            shutil.rmtree(file, ignore_errors=True)
+        elif file.is_file() and file.name.startswith(("state-", "array-", "model-")):
             file.unlink()
     if not any(scratch.iterdir()):
         scratch.rmdir()

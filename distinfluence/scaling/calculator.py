@@ -18,6 +18,7 @@ import dask.array as da
 import numpy as np
 from dask.delayed import Delayed
 
+from distinfluence.curvature import SecondOrderMode
 from distinfluence.errors import NotFittedError, SettingError, ShapeError
 from distinfluence.influence.arrays import to_numpy
 from distinfluence.influence.base import InfluenceFunctionModel
@@ -28,6 +29,8 @@ from distinfluence.scaling.executor import Executor
 from distinfluence.scaling.plan import Asked, Machine, Plan, Work, make_plan
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.progress import Progress
+from distinfluence.scaling.recipe import fingerprint_module
+from distinfluence.scaling.saved import load_fit, save_fit
 from distinfluence.scaling.sources import Home
 from distinfluence.scaling.strips import Fitted, Request, look, write_influences
 from distinfluence.scaling.tasks import (
@@ -39,7 +42,7 @@ from distinfluence.scaling.tasks import (
     measure_rates,
 )
 from distinfluence.scaling.worker import Context, Scratch, SourcePlane
-from distinfluence.store import InfluenceResult, check_output, chunks_of
+from distinfluence.store import InfluenceResult, check_output, chunks_of, combine, fingerprint_settings
 
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
 STRATEGIES = ("auto", "rows", "data")
@@ -79,12 +82,26 @@ class InfluenceCalculator(ABC):
         plane = self._plane(context, data, sample.remarks)
         with bars.stage("fit", None, "passes") as bar:
             plane.on_pass = bar.advance
-            self.model.fit(plane)
-            if certify:
-                self.model.spectrum()
+            self._fit_or_load(plane, sha256, certify)
             plane.on_pass = None
         self._fitted = Fitted(self.model, self._fitted_context(context, data), executor, data, sha256, sample)
         return self
+
+    def _fit_or_load(self, plane: DaskPlane | SourcePlane, sha256: str, certify: bool) -> None:
+        """Fit, and leave the fit in the scratch folder if that stays; or take the one that a run that died left."""
+        asked: dict[str, object] = {"solver": self.model.settings(), "certify": certify}
+        asked |= {"objective": self.model.objective.settings(), "chunks": list(plane.chunk_sizes)}
+        parameters = fingerprint_module(self.model.risk.module)
+        key = combine({"parameters": parameters, "data": sha256, "settings": fingerprint_settings(asked)})
+        folder = self._scratch.folder / f"fit-{key[:16]}"
+        if folder.exists():
+            load_fit(self.model, folder, plane)
+            return
+        self.model.fit(plane)
+        if certify:
+            self.model.spectrum()
+        if not self._scratch.temporary:
+            save_fit(self.model, folder)
 
     def plan(
         self,
@@ -114,7 +131,7 @@ class InfluenceCalculator(ABC):
         context = self._unfitted_context()
         sample = self._sample(context, train)
         shape = _input_shape(sample, influence_mode(mode))
-        work = self._work(train, train, test, sample, self._sample(context, test).nbytes, shape, top_k)
+        work = self._work(train, train, test, (sample, self._sample(context, test)), shape, top_k)
         rates = None
         if calibrate:
             ((_, rates),) = self._executor().run(measure_rates, (context,), [(train.chunks[0],)])
@@ -125,8 +142,7 @@ class InfluenceCalculator(ABC):
         fit: ChunkedData,
         columns: ChunkedData,
         test: ChunkedData,
-        sample: Sample,
-        test_bytes: int,
+        samples: tuple[Sample, Sample],
         input_shape: tuple[int, ...],
         top_k: int,
     ) -> Work:
@@ -137,13 +153,14 @@ class InfluenceCalculator(ABC):
             n_fit=fit.n_samples,
             p=self.model.n_parameters,
             itemsize=self.model.risk.dtype.itemsize,
-            train_bytes=sample.nbytes,
-            test_bytes=test_bytes,
+            train_bytes=samples[0].nbytes,
             model_bytes=sum(t.nbytes for t in (*module.parameters(), *module.buffers())),
             demand=self.model.demand(),
             entry=math.prod(input_shape),
             top_k=top_k,
             over_data=self.model.solves_over_data,
+            by_gradients=self.model.second_order_mode is SecondOrderMode.EMPIRICAL_FISHER,
+            built_bytes=sum(sample.built for sample in samples),
         )
 
     def _sample(self, context: Any, data: ChunkedData) -> Sample:
@@ -277,8 +294,8 @@ class InfluenceCalculator(ABC):
         columns = fitted.train if x is None else self._everywhere(self._chunked(x, y, chunk_size))
         test = self._everywhere(self._chunked(x_test, y_test, test_chunk_size, TEST_CHUNK_SIZE))
         shape = _input_shape(fitted.sample, mode)
-        test_bytes = self._sample(fitted.context, test).nbytes
-        work = self._work(fitted.train, columns, test, fitted.sample, test_bytes, shape, top_k)
+        samples = fitted.sample, self._sample(fitted.context, test)
+        work = self._work(fitted.train, columns, test, samples, shape, top_k)
         asked = replace(asked, train=columns.sizes[0], test=test.sizes[0])
         request = Request(
             test=test,

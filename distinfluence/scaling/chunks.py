@@ -154,7 +154,7 @@ def _cut(n: int, chunk_size: int, source: Callable[[int, int], ChunkSource]) -> 
 
 
 def _of_recipe(recipe: Recipe, home: Home, chunk_size: int) -> ChunkedData:
-    key = uuid.uuid4().hex  # not the recipe's own: what it builds may have changed since the last run
+    key = home.key(recipe)
     return _cut(home.length(recipe, key), chunk_size, lambda a, b: DatasetSource(recipe, None, a, b, f"{key}/{a}-{b}"))
 
 

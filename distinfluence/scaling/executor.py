@@ -21,12 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from dask.delayed import Delayed
 from distributed import Client, Future, KilledWorker
 
 from distinfluence.errors import ClusterError, StoreError
+from distinfluence.scaling.sources import process_bytes
 from distinfluence.solvers.auto import free_bytes
 
 TASKS_PER_THREAD = 3  # in flight; two keep a worker busy, the third covers the way to the scheduler
@@ -361,8 +361,3 @@ def worker_memory(client: Client) -> int:
 
 def _look_around(folder: str) -> tuple[str, int, bool, int]:
     return socket.gethostname(), len(os.sched_getaffinity(0)), os.path.isdir(folder), process_bytes()
-
-
-def process_bytes() -> int:
-    """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)

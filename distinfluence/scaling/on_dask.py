@@ -14,7 +14,7 @@ from distinfluence.scaling.executor import Executor, OnCluster, check_workers, w
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.recipe import ModelRecipe, Recipe, fingerprint_module
-from distinfluence.scaling.sources import NpyLeaf, recipe_length, spill
+from distinfluence.scaling.sources import Keys, NpyLeaf, recipe_length, spill
 from distinfluence.scaling.stored import stored
 from distinfluence.scaling.worker import WorkerContext, fitted_travelling, travelling
 
@@ -45,6 +45,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
             )
         super().__init__(model, scratch)
         self.client = client
+        self._there = OnWorkers(client, self._scratch.folder)
         self._seen = check_workers(client, str(self._scratch.folder), timeout)
         self._recipe = self._travelling(recipe)
 
@@ -60,7 +61,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         return replace(recipe, sha256=sha256)
 
     def _home(self) -> "OnWorkers":
-        return OnWorkers(self.client, self._scratch.folder)
+        return self._there
 
     def _everywhere(self, data: ChunkedData) -> ChunkedData:
         return stored(data, self._scratch.folder, OnCluster(self.client))
@@ -81,10 +82,11 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         return Machine(max(1, len(self.client.nthreads())), worker_memory(self.client), self._seen.process)
 
 
-class OnWorkers:
+class OnWorkers(Keys):
     """Arrays of the caller are spilled; what a recipe builds is looked at by a worker."""
 
     def __init__(self, client: Client, folder: Path) -> None:
+        super().__init__()
         self._client = client
         self._folder = folder
 

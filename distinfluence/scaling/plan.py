@@ -2,15 +2,17 @@
 
 A pure function of a few numbers. With b bytes a number, p parameters, m test points, n training points, and for a
 method its `Demand` (s bytes of state, v vectors for each right-hand side), a worker holds, beside an empty process and
-the model:
+the model (and data sets that it builds for itself):
 
 | stage | bytes |
 |---|---|
-| fit | kept chunks + products of PRODUCT_BYTES at most |
-| factors | kept chunks + s + (v + 2)·t·p·b for t test points in a chunk |
-| strips | kept chunks + s + panel·p·b + 2·min(c·p·b, GRADIENT_BYTES) + m·c·(3·4 + 8) for c training points in a strip |
+| fit | kept chunks + products |
+| factors | kept chunks + products + s + (v + 2)·t·p·b for t test points in a chunk |
+| strips | kept chunks + s + panel·p·b + 2·G + m·c·(2·b + 12) for c training points in a strip |
 
-The gradients of the training set are made ⌈m / panel⌉ times. A product takes four rows at once, ROW_BYTES at most.
+with G = min(c·p·b, GRADIENT_BYTES), and for products 4·p·b for each row taken at once, ROW_BYTES at most; or 2·G and up
+to KEPT_ROW_BYTES of gradients that are kept, where the curvature is made of the gradients of samples (the empirical
+Fisher matrix, DataInf). The gradients of the training set are made ⌈m / panel⌉ times for the strips.
 """
 
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 from distinfluence.errors import PlanError
 from distinfluence.gradients import GRADIENT_BYTES, MOST_ROWS, ROW_BYTES
 from distinfluence.influence.demand import Demand
+from distinfluence.sample_risk import KEPT_ROW_BYTES
 
 USABLE = 0.8  # of a worker's memory limit: at 0.7 Dask begins to pause, at 0.95 it kills
 RESIDENT_SHARE = 0.25  # of a worker's memory that factors may take during strips
@@ -34,7 +37,9 @@ class Work:
     """What is to be computed.
 
     n_test, n_train, n_fit: samples of the matrix's rows and columns, and of the fit. p: covered parameters; itemsize:
-    bytes of a number. train_bytes, test_bytes: of one sample as it is loaded. model_bytes: parameters and buffers.
+    bytes of a number. train_bytes: of one training sample as it is loaded. model_bytes: parameters and buffers.
+    built_bytes: of data sets that every process builds for itself. by_gradients: whether the curvature is made of
+    gradients of single samples, some of which a process then keeps between passes.
     entry: numbers in an entry of the matrix (1, or those of an input for mode "perturbation"). demand: of the method.
     """
 
@@ -44,12 +49,17 @@ class Work:
     p: int
     itemsize: int
     train_bytes: int
-    test_bytes: int
     model_bytes: int
     demand: Demand
     entry: int = 1
     top_k: int = 50
     over_data: bool = True
+    built_bytes: int = 0
+    by_gradients: bool = False
+
+    def kept(self, n: int, most: int) -> int:
+        """Bytes of loaded chunks of n samples that a process keeps; none where they are views of a built data set."""
+        return 0 if self.built_bytes >= n * self.train_bytes else min(most, n * self.train_bytes)
 
     @property
     def row(self) -> int:
@@ -226,12 +236,14 @@ def _stages(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rat
     demand, b = work.demand, work.itemsize
     n_solves, n_strips = _ceil(work.n_test, chunks.test), _ceil(work.n_train, chunks.train)
     panels, fit_chunks = _ceil(work.n_test, chunks.panel), _ceil(work.n_fit, chunks.train)
-    kept = min(machine.kept, work.n_fit * work.train_bytes)
-    common = {"an idle process": machine.process, "the model": work.model_bytes}
-    products = min(ROW_BYTES, 4 * work.row * min(MOST_ROWS, chunks.test))
+    kept = work.kept(work.n_fit, machine.kept)
+    common = {"an idle process": machine.process, "the model": work.model_bytes, "data sets": work.built_bytes}
+    gradients = min(chunks.train * work.row, max(GRADIENT_BYTES, work.row))
+    kept_rows = min(work.n_fit * work.row, KEPT_ROW_BYTES // gradients * gradients) if work.by_gradients else 0
+    products = 2 * gradients if work.by_gradients else min(ROW_BYTES, 4 * work.row * min(MOST_ROWS, chunks.test))
+    sums = {"kept chunks": kept, "kept gradients": kept_rows, "products": products}
     solving = {"the fitted state": demand.state_bytes, "the solve": _solving(work, chunks.test)}
     sweeps = demand.solve_passes * n_solves if work.over_data else 0
-    gradients = 2 * min(chunks.train * work.row, max(GRADIENT_BYTES, work.row))
     entries = work.n_test * chunks.train * work.entry
     product_flops = 12.0 * work.p * work.n_fit
     per_pass = 0.0 if rates is None else work.n_fit / rates.products / machine.workers
@@ -247,7 +259,7 @@ def _stages(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rat
             "fit",
             fit_chunks * (1 + demand.fit_passes),
             demand.fit_passes,
-            common | {"kept chunks": kept, "products": products},
+            common | sums,
             product_flops * demand.fit_passes,
             about(per_pass * demand.fit_passes),
         ),
@@ -255,9 +267,7 @@ def _stages(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rat
             "factors",
             n_solves if solve == "rows" else n_solves + sweeps * fit_chunks,
             sweeps,
-            common
-            | {"kept chunks": kept, "products": products}
-            | (solving if solve == "rows" else {"test gradients": 2 * chunks.test * work.row}),
+            common | sums | (solving if solve == "rows" else {"test gradients": 2 * chunks.test * work.row}),
             product_flops * sweeps * chunks.test,
             about(per_pass * sweeps * chunks.test * machine.workers / by_rows),
         ),
@@ -267,10 +277,11 @@ def _stages(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rat
             panels,
             common
             | {
-                "kept chunks": min(machine.kept, work.n_train * work.train_bytes),
+                "kept chunks": work.kept(work.n_train, machine.kept),
                 "the fitted state": demand.state_bytes,
                 "factors of a panel": chunks.panel * work.row,
-                "gradients": gradients,
+                "kept gradients": kept_rows if solve == "rows" else 0,
+                "gradients": 2 * gradients,
                 "a strip": entries * (2 * b + 4) + (8 * entries if work.entry == 1 else 0),
             },
             strips_flops + gradient_flops,
@@ -289,7 +300,7 @@ def _solving(work: Work, rows: int) -> int:
 
 
 def _room(work: Work, machine: Machine) -> int:
-    return max(1, int(USABLE * machine.memory) - machine.process - work.model_bytes - machine.kept)
+    return max(1, int(USABLE * machine.memory) - machine.process - work.model_bytes - work.built_bytes - machine.kept)
 
 
 def _strip(work: Work, machine: Machine) -> int:

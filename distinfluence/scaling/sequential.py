@@ -9,10 +9,10 @@ import torch
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.executor import Executor, InProcess, process_bytes
+from distinfluence.scaling.executor import Executor, InProcess
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import ModelRecipe
-from distinfluence.scaling.sources import InThisProcess
+from distinfluence.scaling.sources import InThisProcess, process_bytes
 from distinfluence.scaling.stored import stored
 from distinfluence.scaling.worker import LocalContext, SourcePlane, WorkerContext, fitted_travelling, travelling
 from distinfluence.solvers.auto import free_bytes
@@ -28,9 +28,10 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
 
     def __init__(self, model: InfluenceFunctionModel, *, scratch: str | Path | None = None) -> None:
         super().__init__(model, scratch)
+        self._here = InThisProcess()
 
     def _home(self) -> InThisProcess:
-        return InThisProcess()
+        return self._here
 
     def _everywhere(self, data: ChunkedData) -> ChunkedData:
         return stored(data, self._scratch.folder, InProcess())

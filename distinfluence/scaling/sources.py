@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 import cloudpickle
 import numpy as np
+import psutil
 import zarr
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
@@ -93,8 +94,22 @@ class Home(Protocol):
     def length(self, recipe: Recipe, key: str) -> int:
         """Number of samples of what the recipe builds, found where tasks run; `key`: under which it is kept there."""
 
+    def key(self, recipe: Recipe) -> str:
+        """The same for the same recipe as long as this home lasts: it is built once in each process."""
 
-class InThisProcess:
+
+class Keys:
+    """Keys of recipes. Not their own: what they build may have changed since the last run."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, str] = {}
+
+    def key(self, recipe: Recipe) -> str:
+        """A new one for a recipe that was not seen yet."""
+        return self._keys.setdefault(repr(recipe), uuid.uuid4().hex)
+
+
+class InThisProcess(Keys):
     """Data stay where they are."""
 
     def keep(self, array: Array) -> Leaf:
@@ -159,15 +174,29 @@ class DatasetSource(ChunkSource):
 
 
 _data_sets: OrderedDict[str, Any] = OrderedDict()
+_grown: dict[str, int] = {}  # by how much the process did when it built them
 
 
 def built_once(recipe: Recipe | bytes, key: str) -> Any:
     """What the recipe (or the pickled data set) builds, kept under `key`."""
     if key not in _data_sets:
+        before = process_bytes()
         _data_sets[key] = cloudpickle.loads(recipe) if isinstance(recipe, bytes) else recipe.build()
+        _grown[key] = max(0, process_bytes() - before)
         while len(_data_sets) > KEPT_DATA_SETS:
-            _data_sets.popitem(last=False)
+            oldest, _ = _data_sets.popitem(last=False)
+            del _grown[oldest]
     return _data_sets[key]
+
+
+def built_bytes(source: "ChunkSource") -> int:
+    """Memory that this process took to build the data set of a chunk that it has loaded, about."""
+    return _grown.get(source.key.partition("/")[0], 0) if isinstance(source, DatasetSource) else 0
+
+
+def process_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def recipe_length(recipe: Recipe, key: str) -> int:

@@ -27,6 +27,7 @@ from distinfluence.influence.report import SolveReport
 from distinfluence.influence.scores import InfluenceMode
 from distinfluence.risk import EmpiricalRisk
 from distinfluence.scaling.plan import Rates
+from distinfluence.scaling.sources import ChunkSource, built_bytes
 from distinfluence.scaling.worker import Chunk, Context, load, named_samples, save_whole, torch_task
 from distinfluence.store import InfluenceWriter
 from distinfluence.store.fingerprint import fingerprint_arrays
@@ -55,11 +56,13 @@ class Sample:
     """What is known of samples before anything is computed.
 
     remarks: how the loss was understood. input_shape: of one floating-point input, or None. nbytes: of one sample.
+    built: bytes that the process took to build the data set.
     """
 
     remarks: tuple[str, ...]
     input_shape: tuple[int, ...] | None
     nbytes: int
+    built: int
 
 
 def check_model(context: Context, chunk: Chunk) -> Sample:
@@ -68,12 +71,14 @@ def check_model(context: Context, chunk: Chunk) -> Sample:
         arrays = load(chunk)
         batch = model.risk.place(to_tensor_batch(arrays))
         remarks = model.risk.check(batch)
+        built = built_bytes(chunk) if isinstance(chunk, ChunkSource) else 0
         nbytes = sum(array.nbytes for array in named_arrays(arrays).values()) // max(1, batch_length(batch))
         try:
             inputs = model.risk.objective.inputs(batch)
         except DistinfluenceError:
-            return Sample(remarks, None, nbytes)
-        return Sample(remarks, tuple(inputs.shape[1:]) if inputs.is_floating_point() else None, nbytes)
+            return Sample(remarks, None, nbytes, built)
+        shape = tuple(inputs.shape[1:]) if inputs.is_floating_point() else None
+        return Sample(remarks, shape, nbytes, built)
 
 
 def measure_rates(context: Context, chunk: Chunk) -> Rates:

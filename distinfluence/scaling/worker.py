@@ -95,6 +95,7 @@ class Scratch:
     """
 
     def __init__(self, folder: str | Path | None) -> None:
+        self.temporary = folder is None
         if folder is not None:
             self.folder = Path(folder).expanduser().resolve()
             self.folder.mkdir(parents=True, exist_ok=True)

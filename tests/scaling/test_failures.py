@@ -21,6 +21,7 @@ import yaml
 from distributed import Client
 
 from distinfluence import (
+    ArnoldiInfluence,
     CgInfluence,
     DaskInfluenceCalculator,
     DirectInfluence,
@@ -204,6 +205,23 @@ def test_a_strip_that_always_fails_is_named_when_all_others_are_written(
     assert result.complete
     assert result.provenance["quarantined"] == {}
     assert [name for name, at in marks(result.path).items() if before.get(name) != at] == ["1"]
+
+
+def test_a_run_that_goes_on_takes_the_fit_that_it_left(case: Case, tmp_path: Path) -> None:
+    def fitted(**settings: Any) -> Any:
+        model = ArnoldiInfluence(case.model, case.loss, 0.1, rank_estimate=5, second_order_mode="ggn", **settings)
+        calculator = SequentialInfluenceCalculator(model, scratch=tmp_path / "scratch")
+        return calculator.fit(*case.train, chunk_size=12)
+
+    first, again, other = fitted(), fitted(), fitted(tol=1e-3)
+    assert first.model.plane.passes > 1
+    assert again.model.plane.passes == 0
+    assert other.model.plane.passes > 1  # another fit than the one that is there
+    results = [
+        calculator.to_zarr(tmp_path / f"{name}.zarr", *case.test, progress=False)[:]
+        for name, calculator in (("first", first), ("again", again))
+    ]
+    np.testing.assert_array_equal(*results)
 
 
 def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(

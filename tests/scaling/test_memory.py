@@ -1,0 +1,81 @@
+"""What workers really take, beside the plan: three shapes, and a training set that grows tenfold."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distinfluence import DaskInfluenceCalculator, InverseHarmonicMeanInfluence, Recipe
+from distinfluence.scaling import ClusterSpec, Plan, connected
+
+
+@dataclass(frozen=True)
+class Shape:
+    n_test: int
+    n_train: int
+    width: int
+    features: int
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(self.features, self.width), nn.Tanh(), nn.Linear(self.width, 2))
+
+
+SHAPES = {
+    "many test points": Shape(n_test=30_000, n_train=4_096, width=8, features=64),
+    "long p": Shape(n_test=32, n_train=256, width=3_000, features=500),
+    "long n": Shape(n_test=64, n_train=120_000, width=4, features=1_000),
+}
+
+
+def samples(n: int, features: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, features, generator=generator), torch.randint(0, 2, (n,), generator=generator)
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Largest resident memory of this process since `forget_peak`, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def measured(shape: Shape, folder: Path) -> tuple[Plan, int]:
+    """The plan of a run, and the most that its worker took, in bytes."""
+    with connected(ClusterSpec(workers=1, memory_limit="4GiB")) as client:
+        model = InverseHarmonicMeanInfluence(shape.model(), nn.CrossEntropyLoss(), 0.1)
+        calculator = DaskInfluenceCalculator(model, client, scratch=folder / "scratch")
+        train, test = (
+            Recipe("tests.scaling.test_memory:samples", {"n": n, "features": shape.features})
+            for n in (shape.n_train, shape.n_test)
+        )
+        plan = calculator.plan(train, None, test)
+        client.run(forget_peak)
+        calculator.fit(train, chunk_size=plan.chunks.train)
+        result = calculator.to_zarr(
+            folder / "i.zarr", test, test_chunk_size=plan.chunks.test, panel_size=plan.chunks.panel, progress=False
+        )
+        assert result.complete
+        (most,) = client.run(peak).values()
+        return plan, int(most)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_workers_take_what_the_plan_says(name: str, tmp_path: Path) -> None:
+    plan, most = measured(SHAPES[name], tmp_path)
+    assert abs(most - plan.peak) <= 0.25 * plan.peak  # allocators keep pages, kernels have work space
+
+
+def test_memory_is_flat_while_the_training_set_grows_tenfold(tmp_path: Path) -> None:
+    """Beyond the data set itself, which each worker of this test builds."""
+    taken = []
+    for n_train in (40_960, 409_600):
+        plan, most = measured(Shape(n_test=512, n_train=n_train, width=2, features=8), tmp_path / str(n_train))
+        assert plan.machine.process < most
+        taken.append(most - plan.work.built_bytes)
+    assert taken[1] < 1.1 * taken[0]
