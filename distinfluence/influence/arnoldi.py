@@ -32,7 +32,8 @@ class ArnoldiInfluence(InfluenceFunctionModel):
     relative to ‖A‖ up to which it counts as converged. complement: whether what is orthogonal to the eigenvectors is
     kept, divided by λ (> 0); without it, it is lost: with few eigenvectors that is most of a gradient, as the report
     says. indefinite: "keep" or "drop" directions of negative curvature. block_size, max_basis: rows of a pass and of
-    the basis that is held while fitting, see `Arnoldi`. seed: of the start vectors. Other parameters as
+    the basis that is held while fitting, see `Arnoldi`. seed: of the start vectors. residual_rows: of how many test
+    points of each solve the residual is measured, in one pass; all if None. Other parameters as
     `InfluenceFunctionModel`.
 
     Without the complement, `influences` and `influences_by_block` project each gradient as soon as it is made, and
@@ -60,6 +61,7 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         block_size: int | None = None,
         max_basis: int | None = None,
         seed: int = 0,
+        residual_rows: int | None = None,
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
@@ -70,6 +72,7 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         self.block_size = block_size
         self.max_basis = max_basis
         self.seed = seed
+        self.residual_rows = residual_rows
         self.solver(1.0)  # its checks of the settings, before anything is computed
         super().__init__(
             model,
@@ -90,13 +93,19 @@ class ArnoldiInfluence(InfluenceFunctionModel):
             block_size=self.block_size,
             max_basis=self.max_basis,
             seed=self.seed,
+            residual_rows=self.residual_rows,
         )
+
+    @property
+    def solves_over_data(self) -> bool:  # type: ignore[override]
+        """Whether a solve sweeps over the training data: only for residuals."""
+        return self.residual_rows != 0
 
     def demand(self) -> Demand:
         """The eigenvectors, and a basis of twice as many while they are found."""
         vector = self.risk.size * self.risk.dtype.itemsize
         state = self.rank_estimate * vector
-        return Demand(3 * state, state, 3.0, 0, USUAL_STEPS, 1, False)
+        return Demand(3 * state, state, 3.0, 0, USUAL_STEPS, int(self.solves_over_data), False)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the eigenvectors."""
@@ -108,6 +117,7 @@ class ArnoldiInfluence(InfluenceFunctionModel):
             "block_size": self.block_size,
             "max_basis": self.max_basis,
             "seed": self.seed,
+            "residual_rows": self.residual_rows,
         }
 
     def influences(

@@ -17,7 +17,8 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
     hessian_regularization: λ > 0; `RelativeDamping(0.1)`, a tenth of the mean squared gradient norm over the number of
     parameters, is the authors' rule. Take a block structure: the method is meant for blocks of the size of a LoRA
     adapter, and is about as good as a dot product of gradients on whole networks. Residuals in the report are those
-    against the empirical Fisher matrix: rows that are not solved by them are "approximate", not converged.
+    against the empirical Fisher matrix: rows that are not solved by them are "approximate", not converged. They take a
+    pass as the factors do; residual_rows: for how many test points of each solve, all if None.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -34,8 +35,10 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
         loss: Loss | Objective,
         hessian_regularization: Regularization,
         *,
+        residual_rows: int | None = None,
         block_structure: BlockStructure = BlockMode.FULL,
     ) -> None:
+        self.residual_rows = residual_rows
         super().__init__(
             model,
             loss,
@@ -49,12 +52,12 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
 
     def solver(self, damping: float) -> InverseHarmonicMean:
         """The mean of inverses."""
-        return InverseHarmonicMean(damping=damping)
+        return InverseHarmonicMean(damping=damping, residual_rows=self.residual_rows)
 
     def demand(self) -> Demand:
         """No fit; a pass for the factors and one for the residual."""
-        return Demand(row_vectors=4.0, solve_passes=2, by_method=True)
+        return Demand(row_vectors=4.0, solve_passes=1 + (self.residual_rows != 0), by_method=True)
 
     def settings(self) -> dict[str, object]:
-        """The common settings."""
-        return self._common_settings()
+        """The common settings, and how many residuals are measured."""
+        return self._common_settings() | {"residual_rows": self.residual_rows}

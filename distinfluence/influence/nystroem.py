@@ -17,7 +17,9 @@ from distinfluence.solvers.nystroem import NystroemSketch
 class NystroemSketchInfluence(InfluenceFunctionModel):
     """Influence by the exact inverse of Â + λI, with Â the randomised Nyström approximation of A (Frangella et al.).
 
-    rank: of the sketch, in each block; at most the block's size is used. seed: of the sketch. Other parameters as
+    rank: of the sketch, in each block; at most the block's size is used. seed: of the sketch. residual_rows: of how
+    many test points of each solve the residual is measured, in a pass that costs more than the sketch where there are
+    many; all if None. Other parameters as
     `InfluenceFunctionModel`. Without damping the sketch is inverted on its own range alone, which is said in the
     report. A sketch holds no negative curvature: take "ggn" or "empirical_fisher"; with the Hessian a second pass is
     made, the negative part is clipped, and `fit_report` says how large it was.
@@ -39,11 +41,13 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
         hessian_regularization: Regularization = 0.0,
         *,
         seed: int = 0,
+        residual_rows: int | None = None,
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
         self.rank = rank
         self.seed = seed
+        self.residual_rows = residual_rows
         self.solver(0.0)  # its checks of the settings, before anything is computed
         super().__init__(
             model,
@@ -55,13 +59,22 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
 
     def solver(self, damping: float) -> NystroemSketch:
         """Sketch and solve."""
-        return NystroemSketch(damping=damping, rank=self.rank, seed=self.seed)
+        return NystroemSketch(damping=damping, rank=self.rank, seed=self.seed, residual_rows=self.residual_rows)
+
+    @property
+    def solves_over_data(self) -> bool:  # type: ignore[override]
+        """Whether a solve sweeps over the training data: only for residuals."""
+        return self.residual_rows != 0
 
     def demand(self) -> Demand:
         """The sketch, its image and their orthonormal basis; a pass for the sketch, one for the residual."""
         state = self.rank * self.risk.size * self.risk.dtype.itemsize
-        return Demand(4 * state, state, 3.0, 0, 1, 1, True)
+        return Demand(4 * state, state, 3.0, 0, 1, int(self.solves_over_data), True)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the sketch."""
-        return self._common_settings() | {"rank": self.rank, "seed": self.seed}
+        return self._common_settings() | {
+            "rank": self.rank,
+            "seed": self.seed,
+            "residual_rows": self.residual_rows,
+        }

@@ -27,6 +27,7 @@ from distinfluence.solvers.base import (
     approximation,
     check_count,
     check_damping,
+    check_residual_rows,
     check_rhs,
     check_tolerance,
     row_norms,
@@ -112,7 +113,7 @@ class Arnoldi(Solver[Eigenpairs]):
     that are repeated more often than that, some may be missed. max_basis: rows of the basis before a thick restart, if
     None 40 blocks as far as they fit in 2 GiB, and room for r in any case. maxiter: passes of the fit, 100 more than r
     needs if None. seed: of the start vectors. rtol: a row's relative residual, of A + λI, up to which it counts as
-    converged.
+    converged. residual_rows: of how many right-hand sides the residual is measured, in one pass; all if None.
     Raises SettingError for what is out of range.
 
     >>> import torch
@@ -136,12 +137,14 @@ class Arnoldi(Solver[Eigenpairs]):
     maxiter: int | None = None
     seed: int = 0
     rtol: float = 1e-6
+    residual_rows: int | None = None
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
         check_count("rank_estimate", self.rank_estimate)
         check_tolerance("tol", self.tol)
         check_tolerance("rtol", self.rtol)
+        check_residual_rows(self.residual_rows)
         check_count("seed", self.seed, least=0)
         if self.complement and self.damping == 0:
             raise SettingError(
@@ -197,7 +200,15 @@ class Arnoldi(Solver[Eigenpairs]):
         values = state.values + self.damping
         curvature, largest = float(values.min()), float(values.abs().max())
         solution = approximation(
-            state.operator, self.damping, rhs, x, self.rtol, curvature=curvature, largest=largest, remarks=remarks
+            state.operator,
+            self.damping,
+            rhs,
+            x,
+            self.rtol,
+            curvature=curvature,
+            largest=largest,
+            remarks=remarks,
+            residual_rows=self.residual_rows,
         )
         return self._singular(solution, row_norms(inside[:, values.abs() <= state.noise(self.damping)]), row_norms(rhs))
 

@@ -183,13 +183,20 @@ def approximation(
     curvature: float = math.nan,
     largest: float = math.nan,
     remarks: tuple[str, ...] = (),
+    residual_rows: int | None = None,
 ) -> Solution:
     """The solution of a method without iterations: one pass says how far each row of x is from solving the system.
 
-    A row has converged if its relative residual is at most rtol, and is "approximate" otherwise.
+    A row has converged if its relative residual is at most rtol, and is "approximate" otherwise. residual_rows: for so
+    many rows, the first, or all if None; the others' residuals are NaN, and for 0 there is no pass.
     """
-    relative = relative_residuals(rhs, damped(operator, x, damping))
     k = rhs.shape[0]
+    measured = k if residual_rows is None else min(k, residual_rows)
+    relative = torch.full((k,), math.nan, dtype=torch.float64)
+    if measured:
+        relative[:measured] = relative_residuals(rhs[:measured], damped(operator, x[:measured], damping))
+    if measured < k:
+        remarks += (f"residuals were measured for {measured} of {k} rows (`residual_rows`).",)
     return Solution(
         x=x,
         relative_residual=relative,
@@ -233,6 +240,12 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise SettingError unless the value is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SettingError(f"`{name}` must be a whole number ≥ {least}, got {value!r}.")
+
+
+def check_residual_rows(value: object) -> None:
+    """Raise SettingError unless `residual_rows` is None or a whole number of at least 0."""
+    if value is not None:
+        check_count("residual_rows", value, least=0)
 
 
 def check_tolerance(name: str, value: float) -> None:

@@ -20,6 +20,7 @@ from distinfluence.solvers.base import (
     SolverState,
     approximation,
     check_damping,
+    check_residual_rows,
     check_rhs,
     check_tolerance,
 )
@@ -32,14 +33,19 @@ ROUGH = (
 
 @dataclass(frozen=True)
 class InverseHarmonicMean(Solver[SolverState]):
-    """DataInf; exact to its own formula. damping: λ > 0. rtol: relative residual up to which a row counts as solved."""
+    """DataInf; exact to its own formula. damping: λ > 0. rtol: relative residual up to which a row counts as solved.
+
+    residual_rows: of how many right-hand sides the residual is measured, which costs as much as the rest; all if None.
+    """
 
     damping: float
     rtol: float = 1e-6
+    residual_rows: int | None = None
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
         check_tolerance("rtol", self.rtol)
+        check_residual_rows(self.residual_rows)
         if not self.damping > 0:
             raise SettingError(
                 f"`damping` must be > 0 for DataInf, which divides by it, got {self.damping!r}. A tenth of the mean "
@@ -64,4 +70,6 @@ class InverseHarmonicMean(Solver[SolverState]):
         check_rhs(rhs, state.operator)
         assert isinstance(state.operator, SupportsSampleGradients)
         x = state.operator.inverse_harmonic_mean(rhs, self.damping) if rhs.shape[0] else rhs.clone()
-        return approximation(state.operator, self.damping, rhs, x, self.rtol, remarks=(ROUGH,))
+        return approximation(
+            state.operator, self.damping, rhs, x, self.rtol, remarks=(ROUGH,), residual_rows=self.residual_rows
+        )

@@ -26,6 +26,7 @@ from distinfluence.solvers.base import (
     approximation,
     check_count,
     check_damping,
+    check_residual_rows,
     check_rhs,
     check_tolerance,
 )
@@ -217,7 +218,8 @@ class NystroemSketch(Solver[Sketched]):
 
     damping: λ ≥ 0; at 0 the pseudo-inverse of Â. rank: rows of the sketch, at most p are used. seed: of Ω. rtol: a
     row's relative residual, of A + λI and not of its sketch, up to which it counts as converged. estimate_error: passes
-    of 4 rows to spend on an estimate of ‖A − Â‖ for the fit report; 5 give two digits as a rule.
+    of 4 rows to spend on an estimate of ‖A − Â‖ for the fit report; 5 give two digits as a rule. residual_rows: of how
+    many right-hand sides of each solve the residual is measured, in one pass of these rows; all if None.
     Reference: Frangella, Tropp and Udell (2023), section 2, and section 5.1 for the inverse.
 
     >>> import torch
@@ -233,6 +235,7 @@ class NystroemSketch(Solver[Sketched]):
     seed: int = 0
     rtol: float = 1e-6
     estimate_error: int = 0
+    residual_rows: int | None = None
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -240,6 +243,7 @@ class NystroemSketch(Solver[Sketched]):
         check_count("seed", self.seed, least=0)
         check_tolerance("rtol", self.rtol)
         check_count("estimate_error", self.estimate_error, least=0)
+        check_residual_rows(self.residual_rows)
 
     def fit(self, operator: CurvatureOperator) -> Sketched:
         """One pass of `rank` rows, a second one where A is not known to be semi-definite, and those of the estimate."""
@@ -259,10 +263,23 @@ class NystroemSketch(Solver[Sketched]):
         largest = float(found.values[0]) + self.damping
         x = self._inverse(found, rhs)
         remarks = (ON_ITS_RANGE,) if self.damping == 0 else ()
-        solution = approximation(state.operator, self.damping, rhs, x, self.rtol, largest=largest, remarks=remarks)
+        solution = approximation(
+            state.operator,
+            self.damping,
+            rhs,
+            x,
+            self.rtol,
+            largest=largest,
+            remarks=remarks,
+            residual_rows=self.residual_rows,
+        )
         # a sketch whose values end above its rank has seen the whole range of A: what is not solved has no solution
         if self.damping == 0 and not state.found.clipped and float(found.values[-1]) == 0:
-            outcome = (Outcome.SINGULAR if one is Outcome.APPROXIMATE else one for one in solution.outcome)
+            known = (~solution.relative_residual.isnan()).tolist()
+            outcome = (
+                Outcome.SINGULAR if one is Outcome.APPROXIMATE and measured else one
+                for one, measured in zip(solution.outcome, known, strict=True)
+            )
             return replace(solution, outcome=tuple(outcome))
         return solution
 

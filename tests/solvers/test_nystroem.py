@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import NonFiniteError, SettingError
-from distinfluence.solvers import LowRank, NystroemSketch, Outcome, Sketched
+from distinfluence.solvers import Arnoldi, LowRank, NystroemSketch, Outcome, Sketched
 from distinfluence.solvers.nystroem import approximation_error, extend, low_rank, nystroem, sketched
 
 from .contract import SolverContract
@@ -285,3 +285,23 @@ def test_wide_rows_are_widened_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = nystroem(psd(falling()), 9)
     monkeypatch.setattr(sys.modules[nystroem.__module__], "COLUMNS", 7)
     torch.testing.assert_close(nystroem(psd(falling()), 9).values, whole.values, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "solver", [NystroemSketch(0.1, rank=3), Arnoldi(0.1, rank_estimate=3)], ids=["nystroem", "arnoldi"]
+)
+@pytest.mark.parametrize("measured", [0, 2, 9])
+def test_residuals_are_measured_for_as_many_rows_as_asked(solver: NystroemSketch | Arnoldi, measured: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    root, rhs = (torch.randn(n, 6, dtype=torch.float64, generator=generator) for n in (8, 5))
+    operator = MatrixOperator(root.T @ root)
+    whole = solver.solve(solver.fit(operator), rhs)
+    some = replace(solver, residual_rows=measured)
+    solution = some.solve(some.fit(operator), rhs)
+    torch.testing.assert_close(solution.x, whole.x)
+    assert solution.relative_residual.isnan().tolist() == [i >= measured for i in range(5)]
+    torch.testing.assert_close(solution.relative_residual[:measured], whole.relative_residual[:measured])
+    assert any("residual_rows" in remark for remark in solution.remarks) == (measured < 5)
+    assert all(one is not Outcome.CONVERGED for one in solution.outcome[measured:])
+    with pytest.raises(SettingError, match="residual_rows"):
+        replace(solver, residual_rows=-1)

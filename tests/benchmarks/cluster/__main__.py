@@ -1,0 +1,151 @@
+"""Ours on two Dask workers beside pyDVL 0.10's Dask calculator on two workers, and beside ourselves in one process.
+
+Run: python -m tests.benchmarks.cluster [--models mlp cnn] [--limit 900]
+
+256 × 4096 influences, float32, Hessian: a Nyström sketch for an MLP 784-64-10 (p = 50,890), conjugate gradients for a
+small CNN (p = 9,098). pyDVL by its two routes: `influences`, which its documentation begins with, and factors first.
+Times hold fit, solves and scores, and for ours the writing of the result; CPU seconds are those of all processes.
+Errors are ‖Î − I‖/‖I‖ against float64 conjugate gradients with a residual of 1e-8; for conjugate gradients ours take
+the loosest tolerance whose error is not larger than pyDVL's. Then our own run in one process of one thread against two
+workers of one thread, and the strips against a bare gradient pass and `torch.mm` of the same shapes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import distinfluence as di
+from distinfluence.gradients import loss_gradients
+from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, test, train, trained
+
+HERE = Path(__file__).parent
+DAMPING, RANK, CHUNK, TEST_CHUNK = 0.1, 50, 512, 64
+LADDER = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
+
+
+def run(who: list[str], spec: dict[str, Any], limit: float) -> dict[str, Any]:
+    """What a runner found, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("spec.json", "out.json")]
+        files[0].write_text(json.dumps(spec | {"scores": f"{folder}/scores.npy"}))
+        try:
+            done = subprocess.run([*who, *map(str, files)], timeout=limit, capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            return {"why": f"more than {limit:.0f} s"}
+        if done.returncode:
+            return {"why": done.stderr.strip().splitlines()[-1][:200]}
+        found: dict[str, Any] = json.loads(files[1].read_text())
+        return found | {"scores": np.load(f"{folder}/scores.npy")}
+
+
+def reference(name: str, state: dict[str, Any]) -> NDArray[np.float64]:
+    model = build(name).double()
+    model.load_state_dict(state)
+    (x, y), (xt, yt) = train(), test()
+    exact = di.CgInfluence(model.double(), nn.CrossEntropyLoss(), DAMPING, rtol=1e-8, atol=0.0, maxiter=2000)
+    exact.fit([(x.double(), y)])
+    factors, report = exact.influence_factors(xt.double(), yt, return_report=True)
+    assert bool(report.converged.all())
+    scores: NDArray[np.float64] = exact.influences_from_factors(factors, x.double(), y).numpy()
+    return scores
+
+
+def error(found: dict[str, Any], exact: NDArray[np.float64]) -> float:
+    return float(np.linalg.norm(found["scores"] - exact) / np.linalg.norm(exact))
+
+
+def line(what: str, found: dict[str, Any], exact: NDArray[np.float64], ours: dict[str, Any] | None = None) -> None:
+    if "why" in found:
+        print(f"  {what:<34} {found['why']}", flush=True)
+        return
+    ratio = ""
+    if ours is not None and "seconds" in ours:
+        ratio = f"{found['seconds'] / ours['seconds']:7.1f}× wall {found['cpu'] / ours['cpu']:7.1f}× CPU"
+    stages = " ".join(f"{k} {v:.1f}" for k, v in found.get("stages", {}).items())
+    print(
+        f"  {what:<34} {found['seconds']:7.1f} s {found['cpu']:7.1f} CPU s  error {error(found, exact):.1e} "
+        f"{ratio}{stages}",
+        flush=True,
+    )
+
+
+def compare(name: str, python: Path, limit: float) -> None:
+    method = "nystroem" if name == "mlp" else "cg"
+    with tempfile.TemporaryDirectory() as folder:
+        model = trained(name)
+        torch.save(model.state_dict(), f"{folder}/state.pt")
+        exact = reference(name, model.state_dict())
+        spec = {"model": name, "method": method, "state": f"{folder}/state.pt", "damping": DAMPING, "rank": RANK}
+        spec |= {"chunk": CHUNK, "test_chunk": TEST_CHUNK, "threads": 1, "models": str(HERE / "models.py")}
+        own = [sys.executable, "-m", "tests.benchmarks.cluster.runner_ours"]
+        theirs = [str(python), str(HERE / "runner_pydvl.py")]
+        print(f"{name}, {method}, damping {DAMPING}", flush=True)
+        peers = {
+            route: run(theirs, spec | {"route": route, "rtol": 1e-4}, limit)
+            for route in ("factors first", "influences")
+        }
+        errors = [error(found, exact) for found in peers.values() if "scores" in found]
+        ours: dict[str, Any] = {}
+        for rtol in LADDER if method == "cg" else LADDER[:1]:
+            ours = run(own, spec | {"route": "cluster", "rtol": rtol}, limit)
+            if "why" in ours or method != "cg" or not errors or error(ours, exact) <= max(errors):
+                break
+        line("ours, 2 workers", ours, exact)
+        if method == "nystroem":  # the peer measures none
+            ours = run(own, spec | {"route": "cluster", "rtol": rtol, "residual_rows": 0}, limit)
+            line("ours, 2 workers, no residuals", ours, exact)
+        for route, found in peers.items():
+            line(f"pyDVL, 2 workers, {route}", found, exact, ours)
+        line(
+            "ours, in one process",
+            run(own, spec | {"route": "sequential", "rtol": rtol, "residual_rows": 0}, limit),
+            exact,
+            ours,
+        )
+        strips(model, ours)
+
+
+def strips(model: nn.Module, ours: dict[str, Any]) -> None:
+    """The strip stage against its floor on one core: per-sample gradients once, and one GEMM."""
+    torch.set_num_threads(1)
+    influence = di.CgInfluence(model, nn.CrossEntropyLoss(), DAMPING)
+    x, y = train()
+    factors = torch.randn(N_TEST, influence.n_parameters)
+    start = time.perf_counter()
+    for begin in range(0, N_TRAIN, CHUNK):
+        batch = influence.place(x[begin : begin + CHUNK], y[begin : begin + CHUNK])
+        torch.mm(factors, loss_gradients(influence.risk, batch).rows.T)
+    floor = time.perf_counter() - start
+    took = ours.get("stages", {}).get("strips", float("nan"))
+    print(
+        f"  strips: {took:.2f} s on 2 workers; gradients and torch.mm on one core {floor:.2f} s, half of it is the "
+        f"floor: {floor / 2 / took:.0%} of its rate",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["mlp", "cnn"])
+    parser.add_argument("--limit", type=float, default=900)
+    parser.add_argument("--venvs", type=Path, default=Path(".bench"), help="made by tests.benchmarks.peers")
+    given = parser.parse_args()
+    python = given.venvs.absolute() / "pydvl" / "bin" / "python"
+    if not python.is_file():
+        sys.exit(f"{python} is not there: run python -m tests.benchmarks.peers once, which makes it.")
+    for name in given.models:
+        compare(name, python, given.limit)
+
+
+if __name__ == "__main__":
+    main()
