@@ -62,7 +62,11 @@ def demo(output: Path, workers: int) -> None:
 @click.option("--resume", is_flag=True, help="Go on with a result that was begun with the same model, data and method.")
 @click.option("--overwrite", is_flag=True, help="Replace a result that distinfluence wrote.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
-def run(job: Path, resume: bool, overwrite: bool, quiet: bool) -> None:
+@click.option("--logs", type=click.Path(path_type=Path, file_okay=False), help="Folder for a log of each worker.")
+@click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False), help="HTML file for Dask's performance report."
+)
+def run(job: Path, resume: bool, overwrite: bool, quiet: bool, logs: Path | None, report: Path | None) -> None:
     """Compute the influences that the file JOB describes.
 
     \b
@@ -80,7 +84,14 @@ def run(job: Path, resume: bool, overwrite: bool, quiet: bool) -> None:
     from distinfluence.scaling import Progress
 
     with _clean_errors(resume=f"run {job} --resume"):
-        result = run_job(Job.read(job), overwrite=overwrite, resume=resume, progress=Progress(not quiet))
+        result = run_job(
+            Job.read(job),
+            overwrite=overwrite,
+            resume=resume,
+            progress=Progress(not quiet),
+            logs=logs,
+            report=report,
+        )
         click.echo(summary(result))
         click.echo(f"next: {program()} top {result.path} 0")
 

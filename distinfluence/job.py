@@ -1,15 +1,18 @@
 """Running a job: from its description to the result on disk, with a summary for people."""
 
+import importlib.util
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from distributed import performance_report
 
 from distinfluence.config import Job
-from distinfluence.errors import FingerprintError, SettingError
+from distinfluence.errors import FingerprintError, MissingDependencyError, SettingError
 from distinfluence.evaluate import Verification, verify_entries
 from distinfluence.evaluate.verify import sampled
 from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
@@ -18,6 +21,7 @@ from distinfluence.scaling import (
     ChunkedData,
     DaskInfluenceCalculator,
     InfluenceCalculator,
+    LogToFolder,
     Plan,
     Progress,
     SequentialInfluenceCalculator,
@@ -35,11 +39,19 @@ from distinfluence.store import InfluenceResult, check_output, chunks_of, open_i
 
 
 def run_job(
-    job: Job, *, overwrite: bool = False, resume: bool = False, progress: Progress | None = None
+    job: Job,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    logs: Path | None = None,
+    report: Path | None = None,
 ) -> InfluenceResult:
     """Start or join the cluster, fit, compute, write; returns the result.
 
-    overwrite, resume: as `InfluenceCalculator.to_zarr`. Files of the run lie in `scratch` until it is complete.
+    overwrite, resume: as `InfluenceCalculator.to_zarr`. logs: a folder for a file of JSON lines by each worker. report:
+    an HTML file for Dask's performance report, which needs bokeh. Files of the run lie in `scratch` until it is
+    complete.
     """
     progress = progress or Progress()
     model, recipe = job.influence_model()
@@ -47,7 +59,9 @@ def run_job(
     check_output(output, overwrite=overwrite, resume=resume)
     scratch = job.path(job.scratch) if job.scratch is not None else output.with_name(f".{output.name}.scratch")
     began = chunks_of(output) if resume else None
-    with connected(job.cluster_spec()) as client:
+    with connected(job.cluster_spec()) as client, reported(report):
+        if logs is not None:
+            client.register_plugin(LogToFolder(logs.resolve()))
         calculator = DaskInfluenceCalculator(model, client, recipe=recipe, scratch=scratch, timeout=job.cluster.timeout)
         train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
         test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
@@ -70,6 +84,18 @@ def run_job(
         )
     _remove(scratch)
     return result
+
+
+@contextmanager
+def reported(file: Path | None) -> Iterator[None]:
+    """Have Dask write its performance report to a file. Raises MissingDependencyError without bokeh."""
+    if file is None:
+        yield
+        return
+    if importlib.util.find_spec("bokeh") is None:
+        raise MissingDependencyError("a performance report needs bokeh, which is not here. Run `pip install bokeh`.")
+    with performance_report(filename=str(file)):
+        yield
 
 
 def plan_job(job: Job) -> Plan:

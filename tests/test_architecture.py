@@ -80,7 +80,7 @@ LAYERS = {
     "application": Layer(
         files=("config", "job", "demo", "cli", "__main__"),
         sees=(*_CORE, "store", "scaling", "evaluate", "package"),
-        top=frozenset({"click", "numpy", "pydantic", "torch", "yaml"}),
+        top=frozenset({"click", "distributed", "numpy", "pydantic", "torch", "yaml"}),
         lazily=frozenset({"matplotlib", "sklearn"}),
     ),
 }

@@ -3,6 +3,7 @@
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.clusters import ClusterSpec, connected
+from distinfluence.scaling.logs import LogToFolder
 from distinfluence.scaling.on_dask import DaskInfluenceCalculator
 from distinfluence.scaling.plan import Machine, Plan, Stage, make_plan
 from distinfluence.scaling.progress import Progress
@@ -15,6 +16,7 @@ __all__ = [
     "ClusterSpec",
     "DaskInfluenceCalculator",
     "InfluenceCalculator",
+    "LogToFolder",
     "Machine",
     "ModelRecipe",
     "Plan",

@@ -291,6 +291,8 @@ class _Flight:
                 self._submit(index, elsewhere)
 
     def _window(self) -> int:
+        if self.executor.resources:
+            return max(2, TASKS_PER_THREAD * len(able_workers(self.executor.client, self.executor.resources)))
         return max(2, TASKS_PER_THREAD * int(sum(self.executor.client.nthreads().values())))
 
 
@@ -351,6 +353,28 @@ def check_workers(client: Client, folder: str, timeout: float) -> WorkersSeen:
     hosts = [host for host, *_ in seen.values()]
     shares = [int(cores // hosts.count(host)) for host, cores, *_ in seen.values()]
     return WorkersSeen(max(1, min(shares)), max(own for *_, own in seen.values()))
+
+
+def able_workers(client: Client, resources: Mapping[str, float]) -> list[str]:
+    """Addresses of the workers that have these resources."""
+    if not resources:
+        return sorted(client.nthreads())
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return sorted(
+        address
+        for address, worker in workers.items()
+        if all(worker["resources"].get(name, 0) >= amount for name, amount in resources.items())
+    )
+
+
+def check_resources(client: Client, resources: Mapping[str, float]) -> None:
+    """Raise ClusterError if workers are there and none has the resources: its tasks would wait for ever, silently."""
+    if client.nthreads() and not able_workers(client, resources):
+        asked = ",".join(f"{name}={amount:g}" for name, amount in resources.items())
+        raise ClusterError(
+            f"`resources` {dict(resources)} must be had by a worker, and none of {len(client.nthreads())} has them. "
+            f"Start workers with `--resources {asked}`."
+        )
 
 
 def worker_memory(client: Client) -> int:

@@ -1,5 +1,6 @@
 """The stages of a run on a Dask cluster."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from distinfluence.influence.arrays import Array
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.executor import Executor, OnCluster, check_workers, worker_memory
+from distinfluence.scaling.executor import Executor, OnCluster, check_resources, check_workers, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.recipe import ModelRecipe, Recipe, fingerprint_module
@@ -26,8 +27,9 @@ class DaskInfluenceCalculator(InfluenceCalculator):
     runs at a time in a process. recipe: how workers build the model; without it the model's tensors are written to
     `scratch` and its structure goes with the tasks. scratch: a folder that every worker sees, for the spilled model,
     arrays of this process, broadcasts and factors; a temporary one of this host unless given. timeout: seconds to wait
-    for the first worker. Raises ClusterError without workers or where they do not see `scratch`, RecipeError if
-    `recipe` builds another model.
+    for the first worker. resources: that a worker must have to be given tasks, for instance {"GPU": 1} where GPU and
+    CPU workers mix. Raises ClusterError without workers, without the resources or where workers do not see `scratch`,
+    RecipeError if `recipe` builds another model.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         recipe: ModelRecipe | None = None,
         scratch: str | Path | None = None,
         timeout: float = 60.0,
+        resources: Mapping[str, float] | None = None,
     ) -> None:
         if not isinstance(client, Client):
             raise ClusterError(
@@ -45,6 +48,8 @@ class DaskInfluenceCalculator(InfluenceCalculator):
             )
         super().__init__(model, scratch)
         self.client = client
+        self._resources = dict(resources or {})
+        check_resources(client, self._resources)
         self._there = OnWorkers(client, self._scratch.folder)
         self._seen = check_workers(client, str(self._scratch.folder), timeout)
         self._recipe = self._travelling(recipe)
@@ -64,10 +69,10 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         return self._there
 
     def _everywhere(self, data: ChunkedData) -> ChunkedData:
-        return stored(data, self._scratch.folder, OnCluster(self.client))
+        return stored(data, self._scratch.folder, self._executor())
 
     def _executor(self) -> Executor:
-        return OnCluster(self.client)
+        return OnCluster(self.client, resources=self._resources)
 
     def _unfitted_context(self) -> WorkerContext:
         return travelling(self.model, self._recipe, self._scratch, self._seen.n_threads)
@@ -76,7 +81,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         return fitted_travelling(context, self.model, self._scratch, train)
 
     def _plane(self, context: WorkerContext, data: ChunkedData, remarks: tuple[str, ...]) -> DaskPlane:
-        return DaskPlane(self.model.risk, self.client, context, data, remarks, self._scratch.folder)
+        return DaskPlane(self.model.risk, self.client, context, data, remarks, self._scratch.folder, self._resources)
 
     def _machine(self) -> Machine:
         return Machine(max(1, len(self.client.nthreads())), worker_memory(self.client), self._seen.process)

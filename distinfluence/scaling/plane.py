@@ -6,7 +6,7 @@ time. Nothing but the final sum comes back.
 """
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from distinfluence.dataplane import DataPlane, Kernel
 from distinfluence.influence.arrays import to_numpy, to_tensor
 from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.executor import RETRIES, OnCluster, killed, scheduler_is_gone
+from distinfluence.scaling.executor import RETRIES, OnCluster, able_workers, killed, scheduler_is_gone
 from distinfluence.scaling.tasks import add_parts, run_kernel
 from distinfluence.scaling.worker import WorkerContext, save_whole
 
@@ -31,7 +31,8 @@ T = TypeVar("T")
 class DaskPlane(DataPlane):
     """Sums over chunks on the workers of a cluster.
 
-    risk: of the caller, for its dtype and device; the workers build their own from `context`.
+    risk: of the caller, for its dtype and device; the workers build their own from `context`. resources: that a worker
+    must have.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class DaskPlane(DataPlane):
         data: ChunkedData,
         remarks: tuple[str, ...],
         folder: Path,
+        resources: Mapping[str, float] | None = None,
     ) -> None:
         self.risk = risk
         self.n_samples = data.n_samples
@@ -51,6 +53,7 @@ class DaskPlane(DataPlane):
         self._context = context
         self._data = data
         self._folder = folder
+        self._resources = dict(resources or {})
         self._sent: Future[Any] | None = None
 
     def sum(self, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +126,7 @@ class DaskPlane(DataPlane):
 
     def to(self, risk: SampleRisk) -> "DaskPlane":
         """The same chunks; the workers' device is fixed by their context."""
-        return DaskPlane(risk, self._client, self._context, self._data, self.remarks, self._folder)
+        return DaskPlane(risk, self._client, self._context, self._data, self.remarks, self._folder, self._resources)
 
     def _submit(
         self, kernel: Kernel, broadcast: tuple[Tensor, ...], only: Sequence[int] | None = None
@@ -134,7 +137,7 @@ class DaskPlane(DataPlane):
             save_whole(file, to_numpy(tensor))
         if self._sent is None:
             self._sent = OnCluster(self._client).send(self._context, f"context-{self._context.key}")
-        workers = sorted(self._client.nthreads())
+        workers = able_workers(self._client, self._resources)
         parts = [
             self._client.submit(
                 run_kernel,
@@ -146,6 +149,7 @@ class DaskPlane(DataPlane):
                 pure=False,
                 workers=[workers[i % len(workers)]],
                 allow_other_workers=True,
+                resources=self._resources or None,
             )
             for i in (range(len(self._data.sources)) if only is None else only)
         ]

@@ -26,6 +26,7 @@ from distinfluence.influence.arrays import (
 from distinfluence.influence.report import SolveReport
 from distinfluence.influence.scores import InfluenceMode
 from distinfluence.risk import EmpiricalRisk
+from distinfluence.scaling.logs import logged_task
 from distinfluence.scaling.plan import Rates
 from distinfluence.scaling.sources import ChunkSource, built_bytes
 from distinfluence.scaling.worker import Chunk, Context, load, named_samples, save_whole, torch_task
@@ -45,7 +46,7 @@ class Inspection:
 
 def inspect_chunk(context: Context, chunk: Chunk, index: int, start: int, size: int) -> Inspection:
     """Load a chunk and check it: lengths, NaN and infinity."""
-    with torch_task(context) as model, named_samples(index, start, size):
+    with logged_task("look", chunk=index), torch_task(context) as model, named_samples(index, start, size):
         arrays = load(chunk)
         n = batch_length(model.risk.place(to_tensor_batch(arrays)))
         return Inspection(fingerprint_arrays(named_arrays(arrays)), n)
@@ -143,7 +144,7 @@ def solve_chunk(context: Context, chunk: Chunk, file: str, index: int, start: in
     """Factors of a test chunk, solved in this process and written to their rows of a file; what the result keeps."""
     if fields_file(file, start).is_file():  # the worker that made them died before its answer was fetched
         return saved_fields(file, start)
-    with torch_task(context) as model, named_samples(index, start, size):
+    with logged_task("solve", chunk=index), torch_task(context) as model, named_samples(index, start, size):
         gradients = model.measurement_gradients(model.place(to_tensor_batch(load(chunk))))
         factors, report = model.solve(gradients.rows)
         fields = factor_fields(factors, report, to_numpy(gradients.values), to_numpy(gradients.norms))
@@ -153,7 +154,7 @@ def solve_chunk(context: Context, chunk: Chunk, file: str, index: int, start: in
 
 def chunk_right_hand_sides(context: Context, chunk: Chunk, index: int, start: int, size: int) -> dict[str, Array]:
     """Measurement gradients [n, p] of a test chunk with the measurements, for a solve elsewhere."""
-    with torch_task(context) as model, named_samples(index, start, size):
+    with logged_task("right-hand sides", chunk=index), torch_task(context) as model, named_samples(index, start, size):
         gradients = model.measurement_gradients(model.place(to_tensor_batch(load(chunk))))
         return {
             "rows": to_numpy(gradients.rows),
@@ -244,7 +245,7 @@ def write_strip(
     """
     if writer.is_done(index):  # the worker that made it died before its answer was fetched
         return index
-    with torch_task(context) as model, named_samples(index, start, size):
+    with logged_task("strip", chunk=index), torch_task(context) as model, named_samples(index, start, size):
         batch = model.place(to_tensor_batch(load(chunk)))
         tiles = []
         for factors in resident_panels(file, panel, model.risk.device):
@@ -252,7 +253,8 @@ def write_strip(
             tiles.append(to_numpy(tile.values))
         values = tiles[0] if len(tiles) == 1 else np.concatenate(tiles)
         losses, norms = to_numpy(tile.losses), to_numpy(tile.gradient_norms)
-    writer.write_strip(index, values, loss=losses, gradient_norm=norms)
+    with logged_task("write", chunk=index, bytes=values.nbytes):
+        writer.write_strip(index, values, loss=losses, gradient_norm=norms)
     return index
 
 
@@ -277,7 +279,7 @@ def resident_panels(file: str, panel: int, device: torch.device) -> Iterator[tor
 
 def run_kernel(context: Context, kernel: Kernel, broadcast: tuple[str, ...], chunk: Chunk) -> tuple[Array, ...]:
     """A kernel on one chunk; broadcast: .npy files of the tensors that every chunk gets."""
-    with torch_task(context) as model:
+    with logged_task("pass", kernel=type(kernel).__name__), torch_task(context) as model:
         tensors = [
             to_tensor(np.load(path, mmap_mode="c", allow_pickle=False)).to(model.risk.device) for path in broadcast
         ]

@@ -1,0 +1,115 @@
+"""What workers are asked for, what they write down, and how much work and traffic a run is."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client, Nanny, Scheduler, SpecCluster
+
+from distinfluence import CgInfluence, DaskInfluenceCalculator, DirectInfluence, ModelRecipe, Recipe
+from distinfluence.errors import ClusterError
+from distinfluence.scaling import LogToFolder
+from distinfluence.scaling.executor import OnCluster
+from tests.zoo import Case, build
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return build("mlp classification")
+
+
+def direct(case: Case) -> DirectInfluence:
+    return DirectInfluence(case.model, case.loss, 0.01, second_order_mode="ggn")
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Iterator[Client]:
+    """One worker with a pretended GPU, one without."""
+    options = {"nthreads": 1, "host": "127.0.0.1", "dashboard": False}
+    workers = {
+        "gpu": {"cls": Nanny, "options": {**options, "resources": {"GPU": 1}}},
+        "cpu": {"cls": Nanny, "options": options},
+    }
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False, "port": 0}}
+    with SpecCluster(workers=workers, scheduler=scheduler) as cluster, Client(cluster) as client:
+        client.wait_for_workers(2, timeout=60)
+        yield client
+
+
+def test_tasks_go_only_to_workers_with_the_resources(mixed: Client, case: Case, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    mixed.register_plugin(LogToFolder(logs), name="logs")
+    calculator = DaskInfluenceCalculator(direct(case), mixed, resources={"GPU": 1})
+    result = calculator.fit(*case.train, chunk_size=5).to_zarr(tmp_path / "i.zarr", *case.test, progress=False)
+    assert result.complete
+    lines = [json.loads(line) for file in logs.glob("*.jsonl") for line in file.read_text().splitlines()]
+    doing = Counter(line["message"] for line in lines)
+    assert doing["strip"] == doing["write"] == 5
+    assert doing["look"] == 5 + 1
+    assert doing["joined"] == 2
+    busy = {line["pid"] for line in lines if line["message"] == "strip"}
+    assert len(busy) == 1  # of two workers, the one with the resource
+    strip = next(line for line in lines if line["message"] == "strip")
+    assert strip["level"] == "INFO"
+    assert strip["seconds"] > 0
+    assert strip["memory"] > 2**20
+
+
+def test_resources_that_no_worker_has_are_refused_at_once(mixed: Client, case: Case) -> None:
+    with pytest.raises(ClusterError, match=r"`resources` .*--resources TPU=1"):
+        DaskInfluenceCalculator(direct(case), mixed, resources={"TPU": 1})
+
+
+def test_a_failing_task_is_in_the_log(mixed: Client, tmp_path: Path) -> None:
+    mixed.register_plugin(LogToFolder(tmp_path), name="logs of failures")
+    assert mixed.submit(fails_in_a_log, pure=False).exception() is not None
+    lines = [json.loads(line) for file in tmp_path.glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert [(line["message"], line["level"], line["error"]) for line in lines if "error" in line] == [
+        ("strip", "ERROR", "broken")
+    ]
+
+
+def fails_in_a_log() -> None:
+    from distinfluence.scaling.logs import logged_task
+
+    with logged_task("strip", chunk=3):
+        raise ValueError("broken")
+
+
+def transferred(client: Client) -> int:
+    """Bytes that workers have sent to each other so far."""
+
+    def sent(dask_worker: Any) -> int:
+        return int(dask_worker.transfer_outgoing_bytes_total)
+
+    return sum(client.run(sent).values())
+
+
+def test_one_solve_a_test_chunk_one_pass_a_panel_and_little_traffic(
+    client: Client, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: Counter[str] = Counter()
+    run = OnCluster.run
+
+    def counting(self: OnCluster, task: Any, shared: Any, items: Any, failures: Any = None) -> Any:
+        submitted[task.__name__] += len(items)
+        return run(self, task, shared, items, failures)
+
+    monkeypatch.setattr(OnCluster, "run", counting)
+    recipe = ModelRecipe(Recipe("tests.scaling.sources:model"))
+    model = CgInfluence(case.model, case.loss, 0.01, rtol=1e-8, atol=0.0, second_order_mode="ggn")
+    calculator = DaskInfluenceCalculator(model, client, recipe=recipe).fit(*case.train, chunk_size=5)
+    before = transferred(client)
+    result = calculator.to_zarr(
+        tmp_path / "i.zarr", *case.test, test_chunk_size=2, panel_size=4, solve="rows", progress=False
+    )
+    assert submitted["solve_chunk"] == 3  # test chunks
+    assert submitted["write_strip"] == 5  # strips; two panels of factors each, in the one task
+    assert result.provenance["chunks"]["panel"] == 4
+    # what tasks share (the context, with its list of chunks) goes to each worker once; no data, no factors, no tiles
+    assert transferred(client) - before < 200_000
+    assert np.isfinite(result[:]).all()
