@@ -42,7 +42,10 @@ _CORE = ("errors", "model", "curvature", "solvers", "influence")
 LAYERS = {
     "errors": Layer(files=("errors",), sees=()),
     "store": Layer(
-        files=(r"store(\..*)?",), sees=("errors",), top=frozenset({"numpy", "zarr"}), lazily=frozenset({"xarray"})
+        files=(r"store(\..*)?",),
+        sees=("errors",),
+        top=frozenset({"numpy", "zarr"}),
+        lazily=frozenset({"pandas", "xarray"}),
     ),
     "model": Layer(
         files=(

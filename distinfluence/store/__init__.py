@@ -1,5 +1,7 @@
 """The result on disk: a zarr v3 group, written strip by strip by many processes, read lazily by anyone."""
 
+from distinfluence.store.analysis import Grouped
+from distinfluence.store.annotations import Sample, StoredPoints, annotate
 from distinfluence.store.fingerprint import combine, fingerprint_array, fingerprint_arrays, fingerprint_settings
 from distinfluence.store.layout import Layout
 from distinfluence.store.ranking import Ranking
@@ -8,10 +10,14 @@ from distinfluence.store.resuming import check_output, check_resumable, chunks_o
 from distinfluence.store.writer import InfluenceWriter
 
 __all__ = [
+    "Grouped",
     "InfluenceResult",
     "InfluenceWriter",
     "Layout",
     "Ranking",
+    "Sample",
+    "StoredPoints",
+    "annotate",
     "check_output",
     "check_resumable",
     "chunks_of",

@@ -40,6 +40,7 @@ _OWN_ENTRIES = frozenset(
         "error_bound",
         "train_loss",
         "train_gradient_norm",
+        "train_total",
         "self_influence",
         "strip_status",
         "top_index",
@@ -48,6 +49,7 @@ _OWN_ENTRIES = frozenset(
         "bottom_value",
         "strips",
         "overview",
+        "samples",
     }
 )
 _STALE_SECONDS = 900.0

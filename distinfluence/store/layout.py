@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from distinfluence.errors import ChunkError, DistinfluenceError, IndexRangeError, SettingError, ShapeError
+from distinfluence.store import overview
 
 CHUNK_ROWS = 32
 CHUNK_COLUMNS = 2048
@@ -100,6 +101,11 @@ class Layout:
         rows = self._chunk_rows()
         return (-(-self.n_test // rows) * rows, self.strip, *self.input_shape)
 
+    @property
+    def levels(self) -> list[overview.Level]:
+        """The overviews that are stored with the matrix, coarsest first; none for a small one."""
+        return overview.levels(self.n_test, self.n_train, self.strip) if self.ranked else []
+
     def strip_slice(self, i: int) -> slice:
         """The training points of strip i, 0 <= i < n_strips. Raises IndexRangeError."""
         i = whole_number("i", i)
@@ -166,12 +172,16 @@ def array_specs(layout: Layout) -> list[ArraySpec]:
     ]
     if layout.ranked:
         rank = (layout.n_test, layout.k)
-        partial, cut = (layout.n_strips, 2, layout.n_test, layout.strip_k), (1, 2, layout.n_test, layout.strip_k)
+        partial, one = (layout.n_strips, 2, layout.n_test, layout.strip_k), (1, 2, layout.n_test, layout.strip_k)
         for end in ("top", "bottom"):
             specs.append(ArraySpec(f"{end}_index", rank, rank, None, "int32", -1, ("test", "rank")))
             specs.append(ArraySpec(f"{end}_value", rank, rank, None, "float32", nan, ("test", "rank")))
-        specs.append(ArraySpec("strips/index", partial, cut, None, "int32", -1, ("strip", "end", "test", "rank")))
-        specs.append(ArraySpec("strips/value", partial, cut, None, "float32", nan, ("strip", "end", "test", "rank")))
+        specs.append(ArraySpec("train_total", trains, (layout.strip,), None, "float32", nan, ("train",)))
+        for level in layout.levels:
+            cut, dims = (level.shape[0], level.cells_per_strip), ("test_block", "train_block")
+            specs.append(ArraySpec(f"overview/{level.name}", level.shape, cut, None, "float32", nan, dims))
+        specs.append(ArraySpec("strips/index", partial, one, None, "int32", -1, ("strip", "end", "test", "rank")))
+        specs.append(ArraySpec("strips/value", partial, one, None, "float32", nan, ("strip", "end", "test", "rank")))
     return specs
 
 

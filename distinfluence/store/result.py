@@ -6,26 +6,30 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from distinfluence.errors import (
     CorruptStoreError,
+    DistinfluenceError,
     IncompleteResultError,
-    IndexRangeError,
     MissingDependencyError,
     SettingError,
-    ShapeError,
 )
+from distinfluence.store import analysis
+from distinfluence.store.annotations import Axis, StoredPoints, read_samples
 from distinfluence.store.folder import local_path, read_attributes, surfaced_errors
-from distinfluence.store.layout import Layout, whole_number
+from distinfluence.store.html import result_as_html
+from distinfluence.store.layout import Layout, array_specs, whole_number
+from distinfluence.store.opening import checked, open_to_read
 from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
-from distinfluence.store.writer import COMPLETE
+from distinfluence.store.writer import COMPLETE, RUNNING
 
 if TYPE_CHECKING:
+    import pandas
     import xarray
 
 
@@ -44,10 +48,11 @@ class InfluenceResult:
     def __init__(self, path: Path) -> None:
         attributes = read_attributes(path)
         self.path = path
-        self.layout = Layout.from_attributes(attributes["layout"])
+        self.layout = _layout_of(attributes, path)
         self.provenance: Mapping[str, Any] = MappingProxyType(attributes)
+        self._specs = {spec.name: spec for spec in array_specs(self.layout)}
         with surfaced_errors("open", path):
-            self._group = zarr.open_group(str(path), mode="r", use_consolidated=False)
+            self._group, self._store = open_to_read(path)
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return (open_influences, (str(self.path),))
@@ -63,6 +68,10 @@ class InfluenceResult:
             f"{self.layout.input_shape or ''}, {_method(self.provenance)}, {state}, {converged} of {n_test} rows "
             f"converged, worst relative residual {worst}, {str(self.path)!r}>"
         )
+
+    def _repr_html_(self) -> str:
+        """What the result is and what it cost, for notebooks."""
+        return result_as_html(self)
 
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
         """A tile, as `result[i]`, `result[i, a:b]`; read from disk, NaN where strips are missing."""
@@ -86,12 +95,17 @@ class InfluenceResult:
     @property
     def n_missing(self) -> int:
         """Number of strips that are not written yet."""
-        return self.layout.n_strips - int(self._finished_strips().sum())
+        return self.layout.n_strips - int(self.finished_strips().sum())
 
     @property
     def progress(self) -> float:
         """Fraction of strips that are written, 0 to 1."""
         return 1.0 - self.n_missing / self.layout.n_strips
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were read from the disk through this object."""
+        return self._store.bytes_read
 
     @property
     def test_loss(self) -> NDArray[np.float32]:
@@ -137,6 +151,32 @@ class InfluenceResult:
         """[n_train], NaN where not recorded."""
         return self._read("train_gradient_norm")
 
+    @property
+    def train_total(self) -> NDArray[np.float32]:
+        """[n_train], the sum of a training point's influence over all test points; NaN where strips are missing.
+
+        Its negative is the net harm: large where removing the point would lower the test loss. Written by the strips;
+        results that do not have it are read a strip at a time. Raises ShapeError for mode `perturbation`.
+        """
+        analysis.require_ranked(self, "train_total")
+        if "train_total" in self._group:
+            return self._read("train_total")
+        total = np.full(self.layout.n_train, np.nan, np.float32)
+        for columns, values in analysis.strips(self):
+            total[columns] = values.sum(axis=0, dtype=np.float64)
+        return total
+
+    @property
+    def self_influence(self) -> NDArray[np.float32]:
+        """[n_train], what `annotate` stored; NaN where it is not known."""
+        known = self.points("train").self_influence()
+        return np.full(self.layout.n_train, np.nan, np.float32) if known is None else known
+
+    def points(self, axis: Axis) -> StoredPoints:
+        """Labels and samples of the test or the training points, as `annotate` stored them."""
+        with surfaced_errors("read", self.path):
+            return read_samples(self._group, axis, self.layout.n_test if axis == "test" else self.layout.n_train)
+
     def top(self, test_index: int, k: int | None = None, *, partial: bool = False) -> Ranking:
         """The k most helpful training points of a test point, largest influence first; ties by training index.
 
@@ -150,10 +190,66 @@ class InfluenceResult:
         """The k most harmful training points of a test point, smallest influence first. Otherwise as `top`."""
         return self._rank("bottom", test_index, k, partial)
 
+    def top_for_train(self, train_index: int, k: int | None = None) -> Ranking:
+        """The k test points (10 if None) that a training point helps most. Reads one column.
+
+        Raises IndexRangeError, SettingError, IncompleteResultError if its strip is missing, CorruptStoreError, and
+        ShapeError for a result of mode `perturbation`.
+        """
+        return analysis.rank_column(self, "top", train_index, k)
+
+    def bottom_for_train(self, train_index: int, k: int | None = None) -> Ranking:
+        """The k test points that a training point harms most, smallest first. Otherwise as `top_for_train`."""
+        return analysis.rank_column(self, "bottom", train_index, k)
+
+    def group(
+        self,
+        test: ArrayLike | None = None,
+        train: ArrayLike | None = None,
+        how: Literal["mean", "sum"] = "mean",
+        *,
+        partial: bool = False,
+    ) -> analysis.Grouped:
+        """Influences of groups of training points on groups of test points. Reads the matrix once, a strip at a time.
+
+        test: [n_test], train: [n_train], the group of each point (its label, say); None: every point for itself.
+        partial: only over the strips that are there. Raises IncompleteResultError, ShapeError, SettingError.
+        """
+        return analysis.group(self, test, train, how, partial)
+
+    def to_dataframe(
+        self, tests: ArrayLike | None = None, k: int | None = None, *, partial: bool = False
+    ) -> pandas.DataFrame:
+        """The most helpful and harmful training points of `tests` (indices; all if None), one per line.
+
+        Columns: test, rank, end, train, influence. k: all that are stored if None. Raises MissingDependencyError, and
+        what `top` raises.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingDependencyError(
+                "`to_dataframe` needs pandas, which is not installed. Run pip install 'distinfluence[browse]'."
+            ) from error
+        rows = None if tests is None else np.atleast_1d(np.asarray(tests, np.int64))
+        return pandas.DataFrame(analysis.ranking_table(self, rows, k, partial))
+
+    def overview(self, name: str, columns: slice) -> NDArray[np.float32]:
+        """Cells of the overview `name` (see `layout.levels`), all rows of them, `columns` counted in cells."""
+        return self._read(f"overview/{name}", (slice(None), columns))
+
+    def lost_strips(self) -> list[int]:
+        """The marked strips whose file is gone. Looks at the folder only; `damaged_strips` reads everything."""
+        shards = self.path / "influences" / "c" / "0"
+        tail = ["0"] * len(self.layout.input_shape)
+        return [
+            i for i in np.flatnonzero(self.finished_strips()).tolist() if not shards.joinpath(str(i), *tail).is_file()
+        ]
+
     def damaged_strips(self) -> list[int]:
         """The marked strips whose bytes are not those that were written. Reads the whole result, a strip at a time."""
         damaged = []
-        for i in np.flatnonzero(self._finished_strips()):
+        for i in np.flatnonzero(self.finished_strips()):
             try:
                 if not np.isfinite(self._read("influences", (slice(None), self.layout.strip_slice(int(i))))).all():
                     damaged.append(int(i))
@@ -161,8 +257,13 @@ class InfluenceResult:
                 damaged.append(int(i))
         return damaged
 
-    def to_xarray(self) -> xarray.Dataset:
-        """The result as a lazy xarray Dataset with dimensions test and train. Raises MissingDependencyError."""
+    def to_xarray(self, *, chunks: Mapping[str, int] | Literal["auto"] | None = None) -> xarray.Dataset:
+        """The result as a lazy xarray Dataset with dimensions test and train.
+
+        Coordinates: test and train indices, and the labels and self-influences that are known. chunks: None for lazy
+        arrays that read what is indexed; {} for dask arrays in the chunks of the disk, a mapping for others.
+        Raises MissingDependencyError.
+        """
         try:
             import xarray
         except ImportError as error:
@@ -170,32 +271,41 @@ class InfluenceResult:
                 "`to_xarray` needs xarray, which is not installed. Run pip install 'distinfluence[browse]'."
             ) from error
         with surfaced_errors("open", self.path):
-            dataset: xarray.Dataset = xarray.open_zarr(str(self.path), consolidated=False, chunks=None)
-        return dataset
+            cut = dict(chunks) if isinstance(chunks, Mapping) else chunks
+            dataset: xarray.Dataset = xarray.open_zarr(str(self.path), consolidated=False, chunks=cut)
+        known = {"train_self_influence": ("train", self.points("train").self_influence())}
+        for axis in ("test", "train"):
+            known[axis] = (axis, np.arange(dataset.sizes[axis], dtype=np.int32))
+            known[f"{axis}_label"] = (axis, self.points(axis).labels())
+        return dataset.assign_coords({name: value for name, value in known.items() if value[1] is not None})
 
     def _array(self, name: str) -> zarr.Array[Any]:
         with surfaced_errors("read", self.path):
-            array = self._group[name]
-        if not isinstance(array, zarr.Array):
-            raise CorruptStoreError(f"`{name}` of {self.path} must be an array, got a group. Compute the result again.")
-        return array
+            try:
+                array = self._group[name]
+            except KeyError:
+                raise CorruptStoreError(
+                    f"`{name}` of {self.path} is missing, expected {list(self._specs[name].shape)}. Compute it again."
+                ) from None
+            except (TypeError, ValueError) as error:
+                raise CorruptStoreError(
+                    f"`{name}` of {self.path} cannot be read: {error}. Compute it again."
+                ) from error
+        return checked(array, self._specs[name], self.path)
 
     def _read(self, name: str, key: Any = slice(None)) -> NDArray[Any]:
         array = self._array(name)
         with surfaced_errors("read", self.path):
             return np.asarray(array[key])
 
-    def _finished_strips(self) -> NDArray[np.bool_]:
+    def finished_strips(self) -> NDArray[np.bool_]:
+        """[n_strips], which are whole."""
         finished: NDArray[np.bool_] = self._read("strip_status") == 1
         return finished
 
     def _rank(self, end: str, test_index: int, k: int | None, partial: bool) -> Ranking:
-        if not self.layout.ranked:
-            raise ShapeError(
-                f"`{end}` ranks one number per training point, got perturbation influences of inputs "
-                f"{self.layout.input_shape}. Reduce them first, for example by their norm over the input."
-            )
-        row = self._row_index(test_index)
+        analysis.require_ranked(self, end)
+        row = analysis.checked_index("test_index", test_index, self.layout.n_test)
         k = self.layout.k if k is None else whole_number("k", k)
         if k < 1:
             raise SettingError(f"`k` must be at least 1, got {k}. Leave it out for what is stored ({self.layout.k}).")
@@ -211,7 +321,7 @@ class InfluenceResult:
 
     def _rank_row(self, end: str, row: int, k: int) -> Ranking:
         # The marks are read before the row: a strip that is marked then has its values in the row read afterwards.
-        points = np.flatnonzero(np.repeat(self._finished_strips(), self.layout.strip)[: self.layout.n_train])
+        points = np.flatnonzero(np.repeat(self.finished_strips(), self.layout.strip)[: self.layout.n_train])
         values = self._read("influences", row)[points]
         if not np.isfinite(values).all():
             raise CorruptStoreError(
@@ -222,13 +332,19 @@ class InfluenceResult:
         ranking = rank(values[np.newaxis], points.astype(np.int32), k)
         return Ranking(ranking.indices[0], ranking.values[0])
 
-    def _row_index(self, test_index: int) -> int:
-        index, n_test = whole_number("test_index", test_index), self.layout.n_test
-        if not -n_test <= index < n_test:
-            raise IndexRangeError(
-                f"`test_index` must be from {-n_test} to {n_test - 1}, got {index}. There are {n_test} test points."
-            )
-        return index % n_test
+
+def _layout_of(attributes: Mapping[str, Any], path: Path) -> Layout:
+    try:
+        layout = Layout.from_attributes(attributes["layout"])
+    except (LookupError, TypeError, DistinfluenceError) as error:
+        raise CorruptStoreError(
+            f"`layout` in the attributes of {path} is none: {error!r}. Compute the result again."
+        ) from error
+    if attributes.get("state") not in (RUNNING, COMPLETE):
+        raise CorruptStoreError(
+            f"`state` in the attributes of {path} must be {RUNNING} or {COMPLETE}, got {attributes.get('state')!r}."
+        )
+    return layout
 
 
 def _method(provenance: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ from distinfluence.store.folder import (
     sync_to_disk,
 )
 from distinfluence.store.layout import Layout, array_specs
+from distinfluence.store.overview import strip_cells
 from distinfluence.store.ranking import (
     Ranking,
     empty_ranking,
@@ -269,6 +270,7 @@ class InfluenceWriter:
                 self._array(name)[columns] = per_point
         if self.layout.ranked:
             self._write_partial_ranking(i, values)
+            self._write_overview(i, values)
 
     def _delete_chunks(self, i: int) -> None:
         for file in self._files_of(i):
@@ -286,9 +288,10 @@ class InfluenceWriter:
         return self.path.joinpath("influences", "c", "0", str(i), *("0" for _ in self.layout.input_shape))
 
     def _files_of(self, i: int) -> list[Path]:
-        per_point = [self.path / name / "c" / str(i) for name in ("train_loss", "train_gradient_norm")]
+        per_point = [self.path / name / "c" / str(i) for name in ("train_loss", "train_gradient_norm", "train_total")]
+        overviews = [self.path / "overview" / level.name / "c" / "0" / str(i) for level in self.layout.levels]
         partials = [self.path / "strips" / name / "c" / str(i) / "0/0/0" for name in ("index", "value")]
-        return [self._shard_of(i), *per_point, *partials]
+        return [self._shard_of(i), *per_point, *partials, *overviews]
 
     def _write_partial_ranking(self, i: int, values: NDArray[np.float32]) -> None:
         columns = self.layout.strip_slice(i)
@@ -302,6 +305,16 @@ class InfluenceWriter:
             indices[end, :, :width], ranked[end, :, :width] = ranking
         self._array("strips/index")[i] = indices
         self._array("strips/value")[i] = ranked
+
+    def _write_overview(self, i: int, values: NDArray[np.float32]) -> None:
+        columns = self.layout.strip_slice(i)
+        if "train_total" not in self._group:  # begun by an older version, which kept neither
+            return
+        with np.errstate(over="ignore"):
+            self._array("train_total")[columns] = values.sum(axis=0, dtype=np.float64).astype(np.float32)
+        for level in self.layout.levels:
+            first = i * level.cells_per_strip
+            self._array(f"overview/{level.name}")[:, first : first + level.cells_per_strip] = strip_cells(level, values)
 
     def _fold_rankings(self) -> None:
         k, n_test = self.layout.k, self.layout.n_test
@@ -347,6 +360,8 @@ def _build(folder: Path, layout: Layout, attributes: dict[str, Any]) -> None:
     group = zarr.open_group(str(folder), mode="w-", zarr_format=3, attributes=attributes)
     if layout.ranked:
         group.create_group("strips")
+    if layout.levels:
+        group.create_group("overview")
     for spec in array_specs(layout):
         # All-fill chunks are not stored, which loses nothing: influences are finite, their fill is NaN.
         group.create_array(

@@ -160,7 +160,7 @@ def test_a_result_cannot_be_changed(make: Any, layout: Any) -> None:
 def test_perturbation_influences_have_no_ranking(make: Any) -> None:
     writer, _ = make(Layout(n_test=2, n_train=4, strip=2, input_shape=(3,)))
     result = open_influences(writer.path)
-    with pytest.raises(ShapeError, match=r"`top` ranks one number.*inputs \(3,\).*norm"):
+    with pytest.raises(ShapeError, match=r"`top` wants one number.*inputs \(3,\).*norm"):
         result.top(0)
     assert "2 test x 4 train x input (3,)" in repr(result)
 

@@ -65,6 +65,7 @@ def test_any_zarr_reader_opens_the_result(make: Any, layout: Any) -> None:
         "error_bound": "float32",
         "train_loss": "float32",
         "train_gradient_norm": "float32",
+        "train_total": "float32",
         "strip_status": "uint8",
         "top_index": "int32",
         "top_value": "float32",

@@ -1,0 +1,237 @@
+"""What is known of the points beside the matrix: labels, names of classes, self-influences, and the samples themselves.
+
+They lie in the group `samples` of the result, one group per axis, as plain arrays: nothing of them is ever executed.
+Text is stored as its UTF-8 bytes, one after the other, with the offsets at which each begins.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import ArrayLike, NDArray
+from zarr.codecs import Crc32cCodec
+
+from distinfluence.errors import CorruptStoreError, DtypeError, SettingError, ShapeError
+from distinfluence.store.folder import local_path, read_attributes, surfaced_errors
+from distinfluence.store.layout import Layout
+
+Axis = Literal["test", "train"]
+KINDS = ("image", "text", "table")
+_SAMPLES_PER_CHUNK = 256
+_BYTES_PER_CHUNK = 2**20
+MAX_TEXT = 2**16  # bytes of one text that are read; the rest is cut
+MAX_SAMPLE = 2**22  # values of one sample that are read
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it is stored. kind: image, text or table; values: its array, or its text."""
+
+    kind: str
+    values: NDArray[Any] | str
+
+
+def annotate(
+    path: str | os.PathLike[str],
+    axis: Axis,
+    samples: ArrayLike | Sequence[str] | None = None,
+    *,
+    kind: Literal["image", "text", "table"] | None = None,
+    labels: ArrayLike | None = None,
+    classes: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    self_influence: ArrayLike | None = None,
+) -> None:
+    """Store with the result at `path` what its test or training points are; what was stored of them is replaced.
+
+    n is the length of the axis. samples with kind "image": [n, h, w], [n, h, w, 3] or [n, 3, h, w], uint8 or floats
+    that are scaled from the smallest to the largest; "table": [n, d], named by `columns`; "text": n strings.
+    labels: [n] whole numbers, named by `classes`, or numbers to regress on. self_influence: [n].
+    Raises ShapeError, DtypeError, SettingError, or what `open_influences` raises.
+    """
+    folder = local_path(path)
+    layout = Layout.from_attributes(read_attributes(folder)["layout"])
+    if axis not in ("test", "train"):
+        raise SettingError(f"`axis` must be 'test' or 'train', got {axis!r}.")
+    n = layout.n_test if axis == "test" else layout.n_train
+    arrays: dict[str, NDArray[Any]] = {}
+    attributes: dict[str, Any] = {}
+    if samples is not None:
+        attributes["kind"] = kind
+        arrays.update(_sample_arrays(samples, kind, n))
+        if kind == "image":
+            attributes["range"] = _range(arrays["values"])
+    if columns is not None:
+        attributes["columns"] = _names("columns", columns, arrays["values"].shape[1] if "values" in arrays else 0)
+    if labels is not None:
+        arrays["label"] = _numbers("labels", labels, n)
+    if classes is not None:
+        attributes["classes"] = _names("classes", classes, None)
+    if self_influence is not None:
+        arrays["self_influence"] = _numbers("self_influence", self_influence, n)
+    with surfaced_errors("annotate", folder):
+        group = zarr.open_group(str(folder), mode="r+", zarr_format=3, use_consolidated=False)
+        own = group.require_group("samples").create_group(axis, overwrite=True, attributes=attributes)
+        for name, values in arrays.items():
+            _store(own, name, values)
+
+
+def read_samples(group: zarr.Group, axis: Axis, n: int) -> StoredPoints:
+    """What is stored of the n points of an axis; empty if nothing is. Raises CorruptStoreError for what cannot be."""
+    try:
+        own = group[f"samples/{axis}"]
+    except KeyError:
+        return StoredPoints(None, n)
+    if not isinstance(own, zarr.Group):
+        raise CorruptStoreError(f"`samples/{axis}` must be a group, got an array. Call `annotate` again.")
+    return StoredPoints(own, n)
+
+
+class StoredPoints:
+    """The stored samples, labels and self-influences of one axis, read when asked for. `n`: how many points."""
+
+    def __init__(self, group: zarr.Group | None, n: int) -> None:
+        self._group = group
+        self.n = n
+        attributes: dict[str, Any] = {} if group is None else dict(group.attrs)
+        kind = attributes.get("kind")
+        self.kind = kind if kind in KINDS else None
+        self.classes = _strings(attributes.get("classes"))
+        self.columns = _strings(attributes.get("columns"))
+        self.range = _ends(attributes.get("range"))
+
+    def labels(self) -> NDArray[Any] | None:
+        """[n], None if not stored."""
+        return self._per_point("label")
+
+    def self_influence(self) -> NDArray[np.float32] | None:
+        """[n], None if not stored."""
+        return self._per_point("self_influence")
+
+    def name_of(self, label: float) -> str:
+        """A label as it is called."""
+        if float(label).is_integer():
+            return self.classes[int(label)] if 0 <= label < len(self.classes) else str(int(label))
+        return f"{label:.4g}"
+
+    def sample(self, index: int) -> Sample | None:
+        """Sample `index`, 0 <= index < n; None if samples are not stored. Raises CorruptStoreError."""
+        if self.kind is None:
+            return None
+        if self.kind == "text":
+            return Sample("text", self._text(index))
+        values = self._array("values")
+        dimensions = (2,) if self.kind == "table" else (3, 4)
+        if values.ndim not in dimensions or values.shape[0] != self.n:
+            raise self._corrupt("values", f"{self.n} samples of kind {self.kind}", str(values.shape))
+        if int(np.prod(values.shape[1:])) > MAX_SAMPLE:
+            raise self._corrupt("values", f"at most {MAX_SAMPLE} numbers in a sample", str(values.shape))
+        return Sample(self.kind, np.asarray(values[index]))
+
+    def _text(self, index: int) -> str:
+        offsets = self._array("offsets")
+        if offsets.shape != (self.n + 1,):
+            raise self._corrupt("offsets", f"({self.n + 1},)", str(offsets.shape))
+        start, stop = (int(x) for x in np.asarray(offsets[index : index + 2]))
+        if not 0 <= start <= stop <= self._array("text").shape[0]:
+            raise self._corrupt("offsets", "ascending offsets into the text", f"{start}, {stop}")
+        encoded = np.asarray(self._array("text")[start : min(stop, start + MAX_TEXT)]).tobytes()
+        return encoded.decode("utf-8", errors="replace") + ("…" if stop - start > MAX_TEXT else "")
+
+    def _per_point(self, name: str) -> NDArray[Any] | None:
+        if self._group is None or name not in self._group:
+            return None
+        array = self._array(name)
+        if array.shape != (self.n,):
+            raise self._corrupt(name, f"({self.n},)", str(array.shape))
+        return np.asarray(array[:])
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        try:
+            array = None if self._group is None else self._group[name]
+        except KeyError:
+            array = None
+        if not isinstance(array, zarr.Array):
+            raise self._corrupt(name, "an array", "nothing")
+        if array.dtype.kind not in "fiub" or _chunk_bytes(array) > 64 * 2**20 or not _plain(array):
+            raise self._corrupt(name, "numbers in chunks of at most 64 MiB", f"{array.dtype} {array.chunks}")
+        return array
+
+    def _corrupt(self, name: str, expected: str, got: str) -> CorruptStoreError:
+        where = "" if self._group is None else self._group.path
+        return CorruptStoreError(f"`{where}/{name}` must be {expected}, got {got}. Call `annotate` again.")
+
+
+def _sample_arrays(samples: Any, kind: str | None, n: int) -> dict[str, NDArray[Any]]:
+    if kind not in KINDS:
+        raise SettingError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}. Say what the samples are.")
+    if kind == "text":
+        encoded = [str(text).encode() for text in samples]
+        if len(encoded) != n:
+            raise ShapeError(f"`samples` must be {n} texts, got {len(encoded)}. Pass one per point.")
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return {"offsets": offsets, "text": np.frombuffer(b"".join(encoded) or b" ", np.uint8)}
+    values = np.asarray(samples)
+    dimensions = (2,) if kind == "table" else (3, 4)
+    if values.ndim not in dimensions or values.shape[0] != n or 0 in values.shape:
+        raise ShapeError(
+            f"`samples` of kind {kind!r} must be {n} arrays of {' or '.join(str(d - 1) for d in dimensions)} "
+            f"dimensions, got {values.shape}. Reshape them."
+        )
+    if values.dtype.kind not in "fiub":
+        raise DtypeError(f"`samples` must be numbers, got {values.dtype}. Convert them, or use kind='text'.")
+    return {"values": values.astype(np.float32) if values.dtype.kind == "f" else values}
+
+
+def _range(images: NDArray[Any]) -> list[float]:
+    """What is black and what is white."""
+    if images.dtype == np.uint8:
+        return [0.0, 255.0]
+    low, high = float(images.min()), float(images.max())
+    return [low, high] if np.isfinite([low, high]).all() else [0.0, 1.0]
+
+
+def _numbers(name: str, values: ArrayLike, n: int) -> NDArray[Any]:
+    array = np.asarray(values)
+    if array.shape != (n,):
+        raise ShapeError(f"`{name}` must be ({n},), one per point, got {array.shape}. Pass a flat array.")
+    if array.dtype.kind not in "fiub":
+        raise DtypeError(f"`{name}` must be numbers, got {array.dtype}. Pass numbers, and their names as `classes`.")
+    return array.astype(np.float32 if array.dtype.kind == "f" else np.int32)
+
+
+def _names(name: str, values: Sequence[str], expected: int | None) -> list[str]:
+    names = [str(value) for value in values]
+    if expected is not None and len(names) != expected:
+        raise ShapeError(f"`{name}` must be {expected} names, got {len(names)}. Pass one per column of `samples`.")
+    return names
+
+
+def _store(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
+    first = _BYTES_PER_CHUNK if values.ndim == 1 else _SAMPLES_PER_CHUNK
+    chunks = (min(first, values.shape[0]), *values.shape[1:])
+    group.create_array(name, data=values, chunks=chunks, compressors=[Crc32cCodec()])
+
+
+def _strings(value: object) -> list[str]:
+    return [str(each) for each in value[: 2**16]] if isinstance(value, list) else []
+
+
+def _ends(value: object) -> tuple[float, float]:
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) for x in value):
+        return float(value[0]), float(value[1])
+    return 0.0, 1.0
+
+
+def _chunk_bytes(array: zarr.Array[Any]) -> int:
+    return int(np.prod(array.chunks, dtype=np.float64)) * array.dtype.itemsize
+
+
+def _plain(array: zarr.Array[Any]) -> bool:
+    """Whether chunks are bytes with a checksum: a codec that compresses could make a small file fill the memory."""
+    return all(type(codec) is Crc32cCodec for codec in array.compressors) and not array.filters

@@ -1,0 +1,98 @@
+"""The way to a result's bytes: a local store that counts what it reads and never leaves its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore
+
+from distinfluence.errors import CorruptStoreError
+from distinfluence.store.layout import ArraySpec
+
+_CHUNK_BYTES = 2**26  # a chunk that a hostile result may have at most, where its layout does not say more
+
+
+class GuardedStore(LocalStore):
+    """A folder, read-only. `bytes_read`: what was read from its files since it was opened, metadata included.
+
+    Raises CorruptStoreError for a key that a link leads out of the folder: a result that somebody sent must not show
+    other files of this machine.
+    """
+
+    def __init__(self, root: Path | str, *, read_only: bool = True) -> None:
+        super().__init__(root, read_only=read_only)
+        self.bytes_read = 0
+        self._inside = os.path.join(os.path.realpath(root), "")
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """As the store's own, counted: this runs on zarr's one thread of input and output."""
+        self._guard(key)
+        return self._counted(await super().get(key, prototype, byte_range))
+
+    def get_sync(
+        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """As the store's own, counted."""
+        self._guard(key)
+        return self._counted(super().get_sync(key, prototype=prototype, byte_range=byte_range))
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """As the store's own, counted."""
+        key_ranges = list(key_ranges)
+        for key, _ in key_ranges:
+            self._guard(key)
+        return [self._counted(buffer) for buffer in await super().get_partial_values(prototype, key_ranges)]
+
+    def _guard(self, key: str) -> None:
+        if not os.path.realpath(os.path.join(self.root, key)).startswith(self._inside):
+            raise CorruptStoreError(
+                f"`{key}` of {self.root} is a link that leads out of the result and is not followed. Copy the file."
+            )
+
+    def _counted(self, buffer: Buffer | None) -> Buffer | None:
+        if buffer is not None:
+            self.bytes_read += len(buffer)
+        return buffer
+
+
+def open_to_read(path: Path) -> tuple[zarr.Group, GuardedStore]:
+    """The group at `path` and the store that it reads from."""
+    store = GuardedStore(path)
+    return zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False), store
+
+
+def checked(array: object, spec: ArraySpec, path: Path) -> zarr.Array[Any]:
+    """`array`, if it is what a result of this layout has under this name. Raises CorruptStoreError.
+
+    Its chunks may be cut otherwise, but none may be larger than the layout's, nor than 64 MiB: a few bytes of metadata
+    would otherwise ask for all memory.
+    """
+    expected = f"{list(spec.shape)} {spec.dtype}"
+    if not isinstance(array, zarr.Array):
+        raise CorruptStoreError(f"`{spec.name}` of {path} must be an array {expected}, got a group. Compute it again.")
+    got = f"{list(array.shape)} {array.dtype}"
+    if got != expected:
+        raise CorruptStoreError(f"`{spec.name}` of {path} must be {expected}, got {got}. Compute the result again.")
+    allowed = max(_CHUNK_BYTES, _size(spec.chunks) * array.dtype.itemsize)
+    if _size(array.chunks) * array.dtype.itemsize > allowed:
+        raise CorruptStoreError(
+            f"`{spec.name}` of {path} must have chunks of at most {allowed} bytes, got {array.chunks}. Rechunk it."
+        )
+    return array
+
+
+def _size(shape: Iterable[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
