@@ -11,8 +11,10 @@ from types import FrameType
 import click
 
 import distinfluence
+from distinfluence.browse.commands import condition, register
 from distinfluence.errors import DistinfluenceError
 from distinfluence.store import InfluenceResult, Ranking, open_influences
+from distinfluence.store.html import facts
 
 INTERRUPTED = 130  # the shell's exit status for a command that Ctrl-C ended
 
@@ -32,6 +34,7 @@ def main() -> None:
       distinfluence plan job.yaml           what a run of your own model and data will need
       distinfluence run job.yaml            the run
       distinfluence info influences.zarr    what a result holds and how far it converged
+      distinfluence browse influences.zarr  look at it on a page, in the browser
       distinfluence top influences.zarr 0   the training samples that matter most for test sample 0
     """
 
@@ -133,20 +136,24 @@ def verify(job: Path, tests: int, trains: int, seed: int) -> None:
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Read everything and compare the checksums.")
 @click.option("--json", "as_json", is_flag=True, help="Everything that is recorded, as JSON.")
-def info(path: Path, as_json: bool) -> None:
+def info(path: Path, check: bool, as_json: bool) -> None:
     """What the result at PATH holds, what made it, and how far it converged."""
     from distinfluence.job import summary
 
     with _clean_errors():
         result = open_influences(path)
         if as_json:
-            click.echo(json.dumps({**result.provenance, "progress": result.progress}, indent=2))
+            bad = result.damaged_strips() if check else result.lost_strips()
+            click.echo(json.dumps({**result.provenance, "progress": result.progress, "damaged_strips": bad}, indent=2))
             return
         provenance = result.provenance
-        click.echo(summary(result))
+        known = {"solver", "parameters"} <= set(provenance)
+        click.echo(summary(result) if known else "\n".join(f"{k}: {v}" for k, v in facts(result).items()))
         click.echo(
-            f"state: {provenance['state']}, created {provenance['created']}, sign: {provenance['sign_convention']}"
+            f"state: {condition(result, check=check)}, created {provenance.get('created')}, "
+            f"sign: {provenance.get('sign_convention')}"
         )
         for name, value in provenance.get("fingerprints", {}).items():
             click.echo(f"sha256 of {name.replace('_', ' ')}: {value[:16]}…")
@@ -191,6 +198,9 @@ def _ranking_table(result: InfluenceResult, test_index: int, helpful: Ranking, h
         for i, v, j, w in zip(helpful.indices, helpful.values, harmful.indices, harmful.values, strict=True)
     ]
     return "\n".join(lines)
+
+
+register(main)
 
 
 @contextmanager

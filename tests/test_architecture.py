@@ -80,9 +80,15 @@ LAYERS = {
         files=(r"evaluate(\..*)?",), sees=(*_CORE, "store", "scaling"), top=frozenset({"numpy", "torch"})
     ),
     "package": Layer(files=("",), sees=(*_CORE, "store", "scaling", "evaluate")),
+    "browse": Layer(
+        files=(r"browse(\..*)?",),
+        sees=("errors", "store"),
+        top=frozenset({"click", "numpy", "tornado"}),
+        lazily=frozenset({"matplotlib", "pandas", "pyarrow"}),
+    ),
     "application": Layer(
         files=("config", "job", "demo", "cli", "__main__"),
-        sees=(*_CORE, "store", "scaling", "evaluate", "package"),
+        sees=(*_CORE, "store", "scaling", "evaluate", "package", "browse"),
         top=frozenset({"click", "distributed", "numpy", "pydantic", "torch", "yaml"}),
         lazily=frozenset({"matplotlib", "sklearn"}),
     ),

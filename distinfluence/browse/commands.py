@@ -1,0 +1,167 @@
+"""The shell's way to look at a result: `distinfluence browse`, `export` and `plot`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import sys
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec
+
+import click
+
+from distinfluence.errors import DistinfluenceError, SettingError
+from distinfluence.store import InfluenceResult, open_influences
+
+if TYPE_CHECKING:
+    from distinfluence.browse.server import BrowseServer
+
+P = ParamSpec("P")
+_result = click.argument("path", type=click.Path(path_type=Path))
+_file = click.Path(path_type=Path, dir_okay=False)
+
+
+def register(group: click.Group) -> None:
+    """Add the commands to the command line."""
+    for command in (browse, export, plot):
+        group.add_command(command)
+
+
+def condition(result: InfluenceResult, *, check: bool = False) -> str:
+    """complete, running or damaged, and how far; check: read everything and compare the checksums."""
+    damaged = result.damaged_strips() if check else result.lost_strips()
+    if damaged:
+        some = ", ".join(map(str, damaged[:10])) + (", …" if len(damaged) > 10 else "")
+        return f"damaged: strips {some}; `reopen` them and resume the run"
+    done = f"{result.layout.n_strips - result.n_missing} of {result.layout.n_strips} strips"
+    checked = ", every byte as it was written" if check else ""
+    return f"{'complete' if result.complete else 'running'}, {done}{checked}"
+
+
+def _clean(command: Callable[P, None]) -> Callable[P, None]:
+    """Our errors as one message and status 1; anything else is a defect and keeps its trace."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except DistinfluenceError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+
+    return run
+
+
+@click.command()
+@_result
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others can be reached.")
+@click.option("--port", default=0, show_default="a free one", type=click.IntRange(0, 65535))
+@click.option(
+    "--open/--no-open", "opened", default=None, help="Open a browser, or do not. By default, where there is one."
+)
+@_clean
+def browse(path: Path, host: str, port: int, opened: bool | None) -> None:
+    """Look at the result at PATH on a page in the browser.
+
+    The page is served by this machine to this machine, to whoever has the token in the address; nothing is loaded from
+    a network. Ctrl-C ends it.
+    """
+    from distinfluence.browse.api import ResultApi
+    from distinfluence.browse.server import LOOPBACK, BrowseServer
+
+    server = BrowseServer(ResultApi(open_influences(path)), host, port)
+    if host not in LOOPBACK:
+        click.echo(f"note: {host} may be reached from other machines; the address below lets anyone in.", err=True)
+    click.echo(server.url)
+    asyncio.run(_serve(server, _has_browser() if opened is None else opened))
+
+
+async def _serve(server: BrowseServer, opened: bool) -> None:
+    stop = asyncio.Event()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(each, stop.set)
+    server.start()
+    if opened:
+        webbrowser.open(server.url)
+    await stop.wait()
+    await server.stop()
+
+
+def _has_browser() -> bool:
+    """Whether a window can be opened: without one, Python would start a browser of text in this terminal."""
+    return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+@click.command()
+@_result
+@click.option("--csv", type=_file, help="Write the rankings, or a slice, as CSV.")
+@click.option("--parquet", type=_file, help="The same as Parquet.")
+@click.option("--html", type=_file, help="Write the highlights as one file of HTML, to send.")
+@click.option("-k", type=click.IntRange(min=1), default=50, show_default=True, help="How many of each ranking.")
+@click.option("--tests", default=":", show_default=True, help="Test points, as 0:100.")
+@click.option("--trains", default=None, help="Training points, as 0:100: every entry of the slice instead of rankings.")
+@click.option("--partial", is_flag=True, help="What is there of a result that is still running.")
+@_clean
+def export(
+    path: Path,
+    csv: Path | None,
+    parquet: Path | None,
+    html: Path | None,
+    k: int,
+    tests: str,
+    trains: str | None,
+    partial: bool,
+) -> None:
+    """Write the rankings of the result at PATH, a slice of it, or its highlights to files.
+
+    \b
+      distinfluence export influences.zarr --csv top.csv -k 10
+      distinfluence export influences.zarr --parquet slice.parquet --tests 0:100 --trains 0:5000
+      distinfluence export influences.zarr --html highlights.html
+    """
+    from distinfluence.browse.api import ResultApi
+    from distinfluence.browse.report import write_report
+    from distinfluence.browse.tables import entries, rankings, write_csv, write_parquet
+
+    if csv is None and parquet is None and html is None:
+        raise SettingError("`export` needs a file to write: pass --csv, --parquet or --html.")
+    result = open_influences(path)
+    rows = _range("--tests", tests, result.shape[0])
+    columns = None if trains is None else _range("--trains", trains, result.shape[1])
+    for file, write in ((csv, write_csv), (parquet, write_parquet)):
+        if file is not None:
+            tables = rankings(result, rows, k, partial) if columns is None else entries(result, rows, columns, partial)
+            click.echo(f"{file}: {write(file, tables)} lines")
+    if html is not None:
+        write_report(ResultApi(result), html)
+        click.echo(f"{html}: {html.stat().st_size} bytes")
+
+
+@click.command()
+@_result
+@click.argument("file", type=_file)
+@click.option("--what", type=click.Choice(["heatmap", "scores", "residuals"]), default="heatmap", show_default=True)
+@_clean
+def plot(path: Path, file: Path, what: str) -> None:
+    """Draw the result at PATH to the PNG file FILE: the matrix, the spectrum of its scores, or the residuals."""
+    from distinfluence.browse.plots import plot as draw
+
+    draw(open_influences(path), what, file)
+    click.echo(str(file))
+
+
+def _range(name: str, text: str, n: int) -> slice:
+    start, colon, stop = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        window = slice(int(start or 0), int(stop or n))
+    except ValueError:
+        raise SettingError(f"`{name}` must be a range as 0:100, got {text!r}.") from None
+    if not 0 <= window.start < window.stop <= n:
+        raise SettingError(f"`{name}` must be a range within 0:{n} that is not empty, got {text!r}.")
+    return window
