@@ -50,8 +50,7 @@ def _heatmap(result: InfluenceResult, axes: Axes) -> None:
     values = np.where(np.isfinite(values), values, np.nan)
     scale = robust_scale(values)
     ends = [tuple(part / 255 for part in colour) for colour in (HARMS, (255, 255, 255), HELPS)]
-    colours = LinearSegmentedColormap.from_list("influence", ends)
-    colours.set_bad("0.7")
+    colours = LinearSegmentedColormap.from_list("influence", ends).with_extremes(bad="0.7")
     extent = (-0.5, n_train - 0.5, n_test - 0.5, -0.5)
     image = axes.imshow(
         values, cmap=colours, vmin=-scale, vmax=scale, aspect="auto", extent=extent, interpolation="nearest"

@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import tornado.httpserver
-import tornado.netutil
 import tornado.web
 
 from distinfluence.browse.api import ResultApi
@@ -54,12 +53,13 @@ class BrowseServer:
         self.token = secrets.token_urlsafe(24) if token is None else token
         self.host = host
         try:
-            self._sockets = tornado.netutil.bind_sockets(port, host, family=socket.AF_INET)
+            self._socket = socket.create_server((host, port), backlog=64)  # closes itself if it cannot
         except (OSError, OverflowError) as error:
             raise SettingError(
                 f"`host` {host} and `port` {port} cannot be listened on: {error}. Take others."
             ) from error
-        self.port: int = self._sockets[0].getsockname()[1]
+        self._socket.setblocking(False)
+        self.port: int = self._socket.getsockname()[1]
         self.hosts = {f"{name}:{self.port}" for name in (*LOOPBACK, host)}
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="browse")
         self._server: tornado.httpserver.HTTPServer | None = None
@@ -82,7 +82,7 @@ class BrowseServer:
             max_buffer_size=2**16,
             max_header_size=2**14,
         )
-        self._server.add_sockets(self._sockets)
+        self._server.add_socket(self._socket)
 
     async def stop(self) -> None:
         """Close the port and wait for what is being answered."""

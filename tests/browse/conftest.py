@@ -83,8 +83,8 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A page that fails its test for any error or blocked thing on it, and leaves a picture where CI collects them."""
+def page(chromium: Any) -> Iterator[Any]:
+    """A page that fails its test for any error or blocked thing on it."""
     context = chromium.new_context(viewport={"width": 1280, "height": 860}, accept_downloads=True)
     context.set_default_timeout(60_000)
     page = context.new_page()
@@ -93,17 +93,13 @@ def page(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
     page.troubles = troubles
     yield page
-    kept = os.environ.get("DISTINFLUENCE_SCREENSHOTS")
-    if kept:
-        Path(kept).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=str(Path(kept) / f"{request.node.name}.png"))
     context.close()
     assert not [trouble for trouble in troubles if "status of 422" not in trouble]
 
 
 @pytest.fixture
-def visit(page: Any) -> Iterator[Callable[..., Any]]:
-    """Open a result at a view and wait until it is shown."""
+def visit(page: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Open a result at a view and wait until it is shown; at the end a picture is kept where CI collects them."""
     with_servers: list[Any] = []
 
     def visit(path: Path, view: str = "") -> Any:
@@ -116,6 +112,10 @@ def visit(page: Any) -> Iterator[Callable[..., Any]]:
         return page
 
     yield visit
+    kept = os.environ.get("DISTINFLUENCE_SCREENSHOTS")
+    if kept:
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=str(Path(kept) / f"{request.node.name}.png"))
     page.goto("about:blank")
     for manager in with_servers:
         manager.__exit__(None, None, None)

@@ -120,7 +120,7 @@ def test_everything_is_reached_by_keyboard(visit: Any, digits: Path) -> None:
     before = int(page.text_content("#point h2").split()[-1])
     page.keyboard.press("]")
     until(page, f"() => document.querySelector('#point h2').textContent === 'Test point {min(before + 1, 296)}'")
-    for key, shown in (("4", "#suspects table"), ("5", "#provenance pre"), ("3", "#point h2"), ("1", "#map")):
+    for key, shown in (("4", "#suspects ol"), ("5", "#provenance pre"), ("3", "#point h2"), ("1", "#map")):
         page.keyboard.press(key)
         page.wait_for_selector(f"{shown} >> visible=true")
 

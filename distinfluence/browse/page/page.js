@@ -112,14 +112,14 @@ async function viewSuspects(at) {
   const boxes = found.points.map((point) => el("input", { type: "checkbox", ariaLabel: `choose training point ${point.index}`, value: point.index }));
   const note = el("span", { className: "quiet", role: "status" });
   const chosen = () => { const picked = found.points.filter((_, i) => boxes[i].checked); note.textContent = `${picked.length} chosen`; return picked; };
-  const rows = found.points.map((point, i) => el("tr", {}, el("td", {}, boxes[i]), el("td", { textContent: i + 1 }), el("td", {}, card("train", point)), el("td", { textContent: shown(point.score) })));
+  const rows = found.points.map((point, i) => el("li", {}, el("label", { className: "choice" }, boxes[i], ` ${i + 1}. ${names[by]} ${shown(point.score)}`), card("train", point)));
   boxes.forEach((box, i) => box.addEventListener("change", () => { rows[i].className = box.checked ? "chosen" : ""; chosen(); }));
   const all = el("button", { type: "button", textContent: "choose all", onclick: () => { const on = boxes.some((box) => !box.checked); boxes.forEach((box, i) => { box.checked = on; rows[i].className = on ? "chosen" : ""; }); chosen(); } });
   top.append(all, el("button", { type: "button", textContent: "export CSV", onclick: () => save("suspects.csv", "text/csv", csv(chosen(), by)) }),
     el("button", { type: "button", textContent: "export JSON", onclick: () => save("suspects.json", "application/json", JSON.stringify(chosen().map((point) => ({ train: point.index, label: point.label, loss: point.loss, [by]: point.score })), null, 1)) }), note);
   chosen();
   $("suspects").append(el("p", { className: "quiet", textContent: by === "net_harm" ? "Net harm: minus the sum of a training point's influence on all test points." : "Largest first." }),
-    found.points.length ? el("table", { className: "list" }, el("thead", {}, el("tr", {}, ...["", "rank", "training point", names[by]].map((text) => el("th", { textContent: text })))), el("tbody", {}, ...rows))
+    found.points.length ? el("ol", { className: "cards" }, ...rows)
       : el("p", { className: "quiet", textContent: "No strip is finished yet." }));
 }
 

@@ -1,0 +1,298 @@
+"""The page's server against those who should not see, and results that should not be trusted."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from distinfluence.browse.api import ResultApi
+from distinfluence.browse.server import BrowseServer
+from distinfluence.errors import CorruptStoreError, SettingError, ShapeError
+from distinfluence.store import InfluenceWriter, Layout, annotate, open_influences
+from tests.browse.conftest import serving
+
+
+class Answer:
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def ask(server: BrowseServer, path: str, *, method: str = "GET", token: bool = True, **headers: str) -> Answer:
+    """One request, its path sent as it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    given = {"Host": f"127.0.0.1:{server.port}"}
+    if token:
+        given["Cookie"] = f"distinfluence-{server.port}={server.token}"
+    for name, value in {**given, **{name.replace("_", "-"): value for name, value in headers.items()}}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    try:
+        return Answer(connection.getresponse())
+    finally:
+        connection.close()
+
+
+def small(path: Path) -> Path:
+    writer = InfluenceWriter.create(path, Layout(3, 8, 4), {})
+    for i in range(2):
+        writer.write_strip(i, np.random.default_rng(i).standard_normal((3, 4)))
+    writer.finish()
+    annotate(path, "train", [f"text {i}" for i in range(8)], kind="text")
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowseServer]:
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "secret.txt").write_text("the secret")
+    with serving(small(folder / "i.zarr")) as running:
+        yield running
+
+
+def test_it_listens_on_this_machine_only(server: BrowseServer) -> None:
+    assert server._socket.getsockname()[0] == "127.0.0.1"
+    with socket.socket() as elsewhere:
+        elsewhere.settimeout(5)
+        assert elsewhere.connect_ex(("127.0.0.2", server.port)) != 0
+
+
+@pytest.mark.parametrize("path", ["/", "/page.js", "/api/summary", "/api/test?index=0", "/api/nothing", "/nothing"])
+def test_without_the_token_nothing_is_said(server: BrowseServer, path: str) -> None:
+    for token in ("", "wrong", server.token[:-1], "é"):
+        for answer in (
+            ask(server, path, token=False, Cookie=f"distinfluence-{server.port}={token.encode().hex()}"),
+            ask(server, f"{path}{'&' if '?' in path else '?'}token={token.encode().hex()}", token=False),
+        ):
+            assert answer.status == 403
+            assert b"influences" not in answer.body and b"html" not in answer.body
+
+
+def test_the_token_moves_from_the_address_into_a_cookie(server: BrowseServer) -> None:
+    answer = ask(server, f"/?token={server.token}", token=False)
+    assert (answer.status, answer.headers["Location"]) == (302, "/")
+    cookie = answer.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert ask(server, "/", token=False, Cookie=cookie.partition(";")[0]).status == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "localhost.evil:{port}"]
+)
+def test_another_name_of_the_server_is_refused(server: BrowseServer, host: str) -> None:
+    assert ask(server, "/api/summary", Host=host.format(port=server.port)).status == 403
+    assert ask(server, "/api/summary", Host=f"localhost:{server.port}").status == 200
+
+
+def test_another_site_is_refused(server: BrowseServer) -> None:
+    assert ask(server, "/api/summary", Sec_Fetch_Site="cross-site").status == 403
+    assert ask(server, "/api/summary", Sec_Fetch_Site="same-origin").status == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
+def test_nothing_can_be_changed(server: BrowseServer, method: str) -> None:
+    assert ask(server, "/api/summary", method=method).status == 405
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../secret.txt",
+        "/..%2fsecret.txt",
+        "/%2e%2e/secret.txt",
+        "/%252e%252e%252fsecret.txt",
+        "//etc/passwd",
+        "/zarr.json",
+        "/influences/c/0/0",
+        "/page.js/../../secret.txt",
+        "/page.js%00.txt",
+        "/api/..%2f..%2fsecret.txt",
+        "/api/test/../../../secret.txt",
+        "/api/summary%2f..",
+        "/server.py",
+        "/page.css.bak",
+        "\\..\\secret.txt",
+        "http://127.0.0.1/secret.txt",
+    ],
+)
+def test_no_path_leads_to_a_file(server: BrowseServer, path: str) -> None:
+    answer = ask(server, path)
+    assert answer.status in (400, 404)
+    assert b"secret" not in answer.body.replace(b"secret.txt", b"") and b"root:" not in answer.body
+
+
+@pytest.mark.parametrize("path", ["/", "/page.js", "/api/summary", "/api/test?index=99", "/nothing"])
+def test_every_answer_forbids_foreign_scripts_and_frames(server: BrowseServer, path: str) -> None:
+    headers = ask(server, path).headers
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'") and "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+    assert "Server" not in headers and "Access-Control-Allow-Origin" not in headers
+
+
+def test_the_page_loads_nothing_from_elsewhere(server: BrowseServer) -> None:
+    for path in ("/", "/page.js", "/page.css"):
+        text = ask(server, path).body.decode()
+        assert "http:" not in text and "https:" not in text and "innerHTML" not in text and "eval(" not in text
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ("test?index=3", "no test point 3"),
+        ("test?index=-1", "no test point -1"),
+        ("test?index=1e3", "`index` must be a whole number"),
+        ("test?index=٣", "`index` must be a whole number"),
+        ("test", "`index` must be a whole number"),
+        ("test?index=0&k=0", "`k` must be from 1"),
+        ("test?index=0&k=999999999", "`k` must be from 1"),
+        ("train?index=8", "no train point 8"),
+        ("suspects?by=__class__", "`by` must be"),
+        ("picture?rows=0:3&columns=0:9&height=9&width=9", "`columns` must be a range within 0:8"),
+        ("picture?rows=3:0&columns=0:8&height=9&width=9", "`rows` must be a range within 0:3"),
+        ("picture?rows=0:3&columns=0:8&height=999999&width=9", "`height` and `width`"),
+        ("picture?rows=0:3&columns=0:8&height=9&width=9&row-order=evil", "`order` of test points"),
+        ("cell?rows=0:1", "`columns` must be a range"),
+    ],
+)
+def test_a_wrong_question_gets_a_clear_answer(server: BrowseServer, question: str, said: str) -> None:
+    from urllib.parse import quote
+
+    answer = ask(server, "/api/" + quote(question, safe="?=&:"))
+    assert answer.status == 422
+    assert said in answer.json()["error"]
+
+
+def test_a_picture_is_little_endian_floats(server: BrowseServer) -> None:
+    answer = ask(server, "/api/picture?rows=0:3&columns=1:7&height=3&width=3")
+    about = json.loads(answer.headers["X-Picture"])
+    assert about == {"shape": [3, 3], "block": [1, 1], "damaged": []}
+    values = open_influences(server.api.result.path)[:, 1:7].reshape(3, 3, 2)
+    expected = np.take_along_axis(values, np.abs(values).argmax(axis=2)[..., np.newaxis], axis=2)[..., 0]
+    np.testing.assert_array_equal(np.frombuffer(answer.body, "<f4").reshape(3, 3), expected)
+
+
+def test_a_link_within_the_result_shows_no_other_file(tmp_path: Path) -> None:
+    path = small(tmp_path / "i.zarr")
+    (tmp_path / "secret").write_bytes(b"the secret, long enough to be read")
+    for chunk in ("samples/train/text/c/0", "influences/c/0/0"):
+        (path / chunk).unlink()
+        os.symlink(tmp_path / "secret", path / chunk)
+    with serving(path) as server:
+        for question in ("train?index=1", "cell?rows=0:3&columns=0:8&row-order=stored&column-order=stored"):
+            answer = ask(server, f"/api/{question}")
+            assert answer.status == 422
+            assert b"the secret" not in answer.body and "leads out of the result" in answer.json()["error"]
+
+
+def replaced(path: Path, name: str, **array: Any) -> None:
+    group = zarr.open_group(str(path), mode="r+")
+    del group[name]
+    group.create_array(name, **array)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "question"),
+    [
+        ("top_index", {"shape": (3, 8), "dtype": "float64"}, "test?index=0"),
+        ("influences", {"shape": (3, 10**12), "dtype": "float32", "chunks": (1, 1)}, "train?index=0"),
+        ("influences", {"shape": (3, 8), "dtype": "float32", "chunks": (2**20, 2**20)}, "train?index=0"),
+        ("samples/train/offsets", {"shape": (9,), "dtype": "int64", "fill_value": 2**60}, "train?index=0"),
+        ("samples/train/text", {"shape": (10**15,), "dtype": "uint8", "chunks": (2**40,)}, "train?index=0"),
+        ("train_total", {"shape": (7,), "dtype": "float32"}, "suspects"),
+    ],
+)
+def test_hostile_arrays_are_an_answer_and_no_crash(tmp_path: Path, name: str, array: Any, question: str) -> None:
+    path = small(tmp_path / "i.zarr")
+    replaced(path, name, **array)
+    with serving(path) as server:
+        answer = ask(server, f"/api/{question}")
+        assert answer.status == 422, answer.body
+        assert "must" in answer.json()["error"]
+        assert ask(server, "/api/traffic").status == 200
+
+
+def test_missing_metadata_and_torn_json_are_an_answer_and_no_crash(tmp_path: Path) -> None:
+    path = small(tmp_path / "i.zarr")
+    (path / "top_value/zarr.json").write_text('{"zarr_format": 3, "node_type": "arr')
+    (path / "train_total/zarr.json").unlink()
+    with serving(path) as server:
+        assert ask(server, "/api/test?index=0").status == 422
+        assert ask(server, "/api/suspects").status == 200  # made from the matrix
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"n_test": 2**40, "n_train": 8, "strip": 8, "input_shape": [], "top_k": 1},
+        {"n_test": 3, "n_train": 2**31 - 1, "strip": 1, "input_shape": [], "top_k": 1},
+    ],
+)
+def test_a_result_that_says_it_is_enormous_is_refused_at_once(tmp_path: Path, layout: Any) -> None:
+    path = small(tmp_path / "i.zarr")
+    zarr.open_group(str(path), mode="r+").attrs["layout"] = layout
+    with pytest.raises(SettingError, match="can be browsed"):
+        ResultApi(open_influences(path))
+
+
+def test_influences_of_inputs_and_foreign_stores_are_refused(tmp_path: Path) -> None:
+    InfluenceWriter.create(tmp_path / "p.zarr", Layout(2, 4, 2, input_shape=(3,)), {})
+    with pytest.raises(ShapeError, match="`browse` wants one number"):
+        ResultApi(open_influences(tmp_path / "p.zarr"))
+    path = small(tmp_path / "i.zarr")
+    zarr.open_group(str(path), mode="r+").attrs["layout"] = "huge"
+    with pytest.raises(CorruptStoreError, match="`layout`"):
+        open_influences(path)
+
+
+def test_a_port_that_is_taken_is_said(server: BrowseServer) -> None:
+    with pytest.raises(SettingError, match="cannot be listened on"):
+        BrowseServer(server.api, port=server.port)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_stopped(tmp_path: Path, sent: signal.Signals) -> None:
+    path = small(tmp_path / "i.zarr")
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distinfluence", "browse", str(path), "--no-open"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    try:
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:") and "?token=" in url
+        address, _, token = url.partition("/?token=")
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+                connection.request("GET", f"/api/summary?token={token}")
+                assert json.loads(connection.getresponse().read())["n_train"] == 8
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            finally:
+                connection.close()
+    finally:
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
