@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo test lint format browser docs clean
 
 help: ## Say what can be made.
 	@echo 'distinfluence: influence functions of PyTorch models. Needs Python 3.11 or newer; the rest installs into $(VENV).'
@@ -30,6 +30,11 @@ lint: $(VENV)/.dev ## Check style, formatting and types.
 format: $(VENV)/.dev ## Sort imports, mend what ruff can mend, and format.
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+browser: ## Install Debian's Chromium, if there is none, for the tests of the page (needs root); they are skipped without.
+	@test -x "$${DISTINFLUENCE_CHROMIUM:-/usr/bin/chromium}" || { \
+	  echo 'Installing Chromium …'; export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
 
 docs: $(VENV)/.dev ## Build the documentation into docs/_build/html; warnings are errors.
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html

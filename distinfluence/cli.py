@@ -1,21 +1,24 @@
 """The command line: `distinfluence demo`, `plan`, `run`, `verify`, `info`, `top`."""
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import click
 
 import distinfluence
 from distinfluence.browse.commands import condition, register
-from distinfluence.errors import DistinfluenceError
+from distinfluence.errors import DistinfluenceError, SettingError
 from distinfluence.store import InfluenceResult, Ranking, open_influences
 from distinfluence.store.html import facts
 
+Kind = Literal["image", "text", "table"]
 INTERRUPTED = 130  # the shell's exit status for a command that Ctrl-C ended
 
 
@@ -132,6 +135,34 @@ def verify(job: Path, tests: int, trains: int, seed: int) -> None:
         click.echo(str(found))
         if found.within_bounds is False:
             sys.exit(1)
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--kind", type=click.Choice(["image", "text", "table"]), help="What the inputs are; labels only without.")
+@click.option("--shape", help="Shape of one input, as 3x32x32, where the data have it flat.")
+@click.option("--render", help="module:callable that makes of one input what is shown, an image or a text.")
+@click.option("--classes", help="Names of the labels, by commas.")
+def annotate(job: Path, kind: Kind | None, shape: str | None, render: str | None, classes: str | None) -> None:
+    """Store the samples and labels of JOB with its result, so that `browse` and `export` show them.
+
+    \b
+      distinfluence annotate job.yaml --kind image --shape 8x8 --classes zero,one,two
+      distinfluence annotate job.yaml --kind text --render my_data:decode
+    """
+    from distinfluence.config import Job
+    from distinfluence.samples import annotate_job
+
+    with _clean_errors():
+        names = None if classes is None else classes.split(",")
+        sizes = None if shape is None else _sizes(shape)
+        click.echo("\n".join(annotate_job(Job.read(job), kind, shape=sizes, render=render, classes=names)))
+
+
+def _sizes(shape: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d{1,9}(x\d{1,9})*", shape, re.ASCII):
+        raise SettingError(f"`--shape` must be sizes as 3x32x32, got {shape!r}.")
+    return tuple(int(size) for size in shape.split("x"))
 
 
 @main.command()

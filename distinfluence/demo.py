@@ -20,6 +20,7 @@ from distinfluence.config import Job
 from distinfluence.errors import ForeignStoreError, MissingDependencyError
 from distinfluence.evaluate import mislabel_recall, net_harm
 from distinfluence.job import program, run_job, summary
+from distinfluence.samples import annotate_job
 from distinfluence.scaling import Progress
 from distinfluence.store import InfluenceResult
 
@@ -103,6 +104,7 @@ def run_demo(folder: Path, workers: int) -> str:
     prepare(folder, workers, progress)
     job = Job.read(folder / "job.yaml")
     result = run_job(job, overwrite=True, progress=progress)
+    annotate_job(job, "image", shape=(8, 8), classes=[str(digit) for digit in range(10)])
     picture = folder / "digits.png"
     draw(result, picture)
     return "\n".join([summary(result), *_findings(result), *_what_next(folder, result, picture)])
@@ -170,6 +172,7 @@ def _what_next(folder: Path, result: InfluenceResult, picture: Path) -> list[str
         f"job      {folder / 'job.yaml'}   copy and edit it for your own model",
         f"next     {program()} info {folder / 'influences.zarr'}",
         f"         {program()} top {folder / 'influences.zarr'} 0",
+        f"         {program()} browse {folder / 'influences.zarr'}",
     ]
 
 

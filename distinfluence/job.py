@@ -165,7 +165,7 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
     cut = result.provenance["chunks"]
     train = chunked(job.recipe(job.data.train), None, home, cut["train"])
     test = chunked(job.recipe(job.data.test), None, home, cut["test"][0])
-    _same(result, model, {"train_data": train, "test_data": test})
+    require_same_inputs(result, model, {"train_data": train, "test_data": test})
     model.fit(SourcePlane(model.risk, train))
     rows, columns = sampled(result.shape, n_test, n_train, seed)
     given = np.asarray(result.influences.oindex[rows, columns], dtype=np.float64)
@@ -174,7 +174,10 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
     return verify_entries(given, model, rows, columns, tests, trains, bounds, solver["method"])
 
 
-def _same(result: InfluenceResult, model: InfluenceFunctionModel, data: Mapping[str, ChunkedData]) -> None:
+def require_same_inputs(
+    result: InfluenceResult, model: InfluenceFunctionModel, data: Mapping[str, ChunkedData]
+) -> None:
+    """Pass if the result was made with this model and these data. Raises FingerprintError naming what differs."""
     context, quiet = LocalContext("verify", model), Progress(False)
     here = {name: look(InProcess(), context, chunks, quiet, name) for name, chunks in data.items()}
     here["parameters"] = fingerprint_module(model.risk.module)
@@ -182,8 +185,7 @@ def _same(result: InfluenceResult, model: InfluenceFunctionModel, data: Mapping[
     other = [name.replace("_", " ") for name, sha256 in here.items() if recorded[name] != sha256]
     if other:
         raise FingerprintError(
-            f"`{result.path}` was made with other {' and '.join(other)} than this job names. Verify it with the job "
-            "that made it."
+            f"`{result.path}` was made with other {' and '.join(other)} than this job names. Take the job that made it."
         )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from distinfluence.browse.picture import Permutation, Picture, Pictures, check_window, cluster_order, orders_of
 from distinfluence.browse.rendering import PointSource, show
 from distinfluence.errors import CorruptStoreError, IndexRangeError, SettingError
-from distinfluence.store import InfluenceResult
+from distinfluence.store import InfluenceResult, open_influences
 from distinfluence.store.analysis import require_ranked
 from distinfluence.store.html import facts
 
@@ -44,9 +44,11 @@ class ResultApi:
         stored: dict[Axis, PointSource] = {"test": result.points("test"), "train": result.points("train")}
         self.sources: dict[Axis, PointSource] = {**stored, **(sources or {})}
         self._kept: dict[str, NDArray[Any]] = {}
+        self._read_before = 0
 
     def summary(self) -> Json:
         """What it is, how far it is, what can be asked."""
+        self._look_again()
         n_test, n_train = self.result.shape
         status = self.result.finished_strips()
         return {
@@ -63,6 +65,20 @@ class ResultApi:
             "suspicions": list(SUSPICIONS),
             "samples": {axis: source.kind for axis, source in self.sources.items()},
         }
+
+    def _look_again(self) -> None:
+        """What a run that goes on has written since."""
+        if not self.result.complete:
+            before = self.result.bytes_read
+            self.result = open_influences(self.result.path)
+            self.pictures = Pictures(self.result)
+            self._read_before += before
+            self.__dict__.pop("_orders", None)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were read from the disk for all answers so far."""
+        return self._read_before + self.result.bytes_read
 
     def picture(self, rows: slice, columns: slice, height: int, width: int, orders: tuple[str, str]) -> Picture:
         """A window of the matrix; orders: names for rows and columns."""
@@ -146,12 +162,20 @@ class ResultApi:
         rows = np.unique(np.linspace(0, n_test - 1, min(n_test, 4096)).astype(np.int64))
         status = self.result.finished_strips().astype(np.int8)
         status[self.result.lost_strips()] = 2
+        apart = {i: reason for i, reason in self.result.quarantined.items() if i < status.size}
+        status[list(apart)] = 3
         starts = np.concatenate([[0], np.flatnonzero(np.diff(status)) + 1])
         lengths = np.diff(np.concatenate([starts, [status.size]]))
         runs = [[int(status[s]), int(n)] for s, n in zip(starts, lengths, strict=True)]
         known = {name: self._column(name)[rows] for name in ("relative_residual", "error_bound", "converged")}
         columns = {name: [number(v) for v in values.tolist()] for name, values in known.items()}
-        return {"rows": rows.tolist(), **columns, "strips": runs, "provenance": dict(self.result.provenance)}
+        return {
+            "rows": rows.tolist(),
+            **columns,
+            "strips": runs,
+            "set_apart": apart,
+            "provenance": dict(self.result.provenance),
+        }
 
     def _point(self, axis: Axis, index: int, *, small: bool = True) -> Json:
         source = self.sources[axis]

@@ -39,7 +39,8 @@ def condition(result: InfluenceResult, *, check: bool = False) -> str:
         return f"damaged: strips {some}; `reopen` them and resume the run"
     done = f"{result.layout.n_strips - result.n_missing} of {result.layout.n_strips} strips"
     checked = ", every byte as it was written" if check else ""
-    return f"{'complete' if result.complete else 'running'}, {done}{checked}"
+    apart = "".join(f"; strip {i} was set apart: {reason}" for i, reason in result.quarantined.items())
+    return f"{'complete' if result.complete else 'running'}, {done}{checked}{apart}"
 
 
 def _clean(command: Callable[P, None]) -> Callable[P, None]:

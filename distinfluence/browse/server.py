@@ -201,7 +201,7 @@ class ApiHandler(GuardedHandler):
         plain: Mapping[str, Callable[[], Any]] = {
             "summary": api.summary,
             "convergence": api.convergence,
-            "traffic": lambda: {"bytes_read": api.result.bytes_read},
+            "traffic": lambda: {"bytes_read": api.bytes_read},
         }
         if name not in plain:
             raise tornado.web.HTTPError(404)

@@ -103,6 +103,14 @@ class InfluenceResult:
         return 1.0 - self.n_missing / self.layout.n_strips
 
     @property
+    def quarantined(self) -> dict[int, str]:
+        """Strips that the run set apart because they could not be made, with the reason; as of opening."""
+        noted = self.provenance.get("quarantined")
+        if not isinstance(noted, Mapping):
+            return {}
+        return {int(i): str(reason) for i, reason in noted.items() if str(i).isdecimal()}
+
+    @property
     def bytes_read(self) -> int:
         """Bytes that were read from the disk through this object."""
         return self._store.bytes_read

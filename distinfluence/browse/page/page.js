@@ -139,7 +139,7 @@ function save(name, type, text) {
 async function viewProvenance() {
   const now = turn, found = await askJson("convergence");
   if (now !== turn) return;
-  const kinds = [["unfinished", "not computed yet"], ["done", "computed"], ["damaged", "file lost"]];
+  const kinds = [["unfinished", "not computed yet"], ["done", "computed"], ["damaged", "file lost"], ["apart", "set apart"]];
   const total = found.strips.reduce((sum, [, n]) => sum + n, 0);
   const strips = el("div", { className: "strips", role: "img" }, ...found.strips.slice(0, 2000).map(([kind, n]) => {
     const part = el("span", { className: kinds[kind][0], title: `${n} strips ${kinds[kind][1]}` }); part.style.width = `${(100 * n) / total}%`; return part; }));
@@ -149,6 +149,7 @@ async function viewProvenance() {
   canvas.ariaLabel = measured.length ? `relative residuals from ${shown(Math.min(...measured), 2)} to ${shown(Math.max(...measured), 2)}` : "residuals not measured";
   $("provenance").replaceChildren(el("h2", { textContent: "What made it" }), facts(about.facts),
     el("h3", { textContent: "Strips" }), strips, el("p", { className: "quiet", textContent: strips.ariaLabel }),
+    ...Object.entries(found.set_apart).map(([strip, reason]) => el("p", { textContent: `Strip ${strip} was set apart: ${reason}` })),
     el("h3", { textContent: "Relative residual of each test point's solve" }), canvas, el("p", { className: "quiet", textContent: `${canvas.ariaLabel}; orange: did not converge` }),
     el("h3", { textContent: "All that is recorded" }), el("pre", { tabIndex: 0, textContent: JSON.stringify(found.provenance, null, 2) }));
   drawResiduals(canvas, found);
