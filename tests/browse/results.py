@@ -57,3 +57,8 @@ def _link_files(path: Path, last: int) -> None:
     for folder in (*by_row, *by_point):
         for i in range(1, last + 1):
             os.link(folder / "0", folder / str(i))
+
+
+def as_text(image: NDArray[np.float32]) -> str:
+    """A digit described in words."""
+    return f"a digit with {int((image > 0.5).sum())} dark pixels"
