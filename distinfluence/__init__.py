@@ -38,7 +38,7 @@ from distinfluence.scaling import (
     save_fit,
 )
 from distinfluence.solvers import EkfacPreConditioner, JacobiPreConditioner, NystroemPreConditioner
-from distinfluence.store import InfluenceResult, open_influences
+from distinfluence.store import InfluenceResult, annotate, open_influences
 
 __version__ = "0.1.0"
 
@@ -78,6 +78,7 @@ __all__ = [
     "SequentialInfluenceCalculator",
     "SolveReport",
     "SupervisedObjective",
+    "annotate",
     "load_fit",
     "open_influences",
     "save_fit",

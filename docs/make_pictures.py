@@ -2,10 +2,12 @@
 
 import sys
 import tempfile
+from io import BytesIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from tests.browse.conftest import CHROMIUM, serving
@@ -33,7 +35,8 @@ def main() -> None:
                 if name == "matrix":
                     page.locator("#map").click(position={"x": 420, "y": 215})
                     page.wait_for_selector("#cell .card")
-                page.screenshot(path=str(PICTURES / f"{name}.png"))
+                taken = Image.open(BytesIO(page.screenshot()))
+                taken.quantize(64, dither=Image.Dither.NONE).save(PICTURES / f"{name}.png", optimize=True)
                 page.close()
         browser.close()
 
