@@ -34,7 +34,7 @@ def main() -> None:
                 page.wait_for_selector("body[data-shown]:not([data-shown=''])")
                 if name == "matrix":
                     page.locator("#map").click(position={"x": 420, "y": 215})
-                    page.wait_for_selector("#cell .card")
+                    page.wait_for_selector("#cell p")
                 taken = Image.open(BytesIO(page.screenshot()))
                 taken.quantize(64, dither=Image.Dither.NONE).save(PICTURES / f"{name}.png", optimize=True)
                 page.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -19,6 +20,7 @@ from distinfluence.store.html import facts
 
 MAX_POINTS, MAX_STRIPS = 2**27, 200_000
 MAX_LISTED = 500
+WORST = 4  # test points of the largest loss that are shown beside the matrix
 MAX_CELL = 2**22  # entries that are read to find the largest one of a cell
 SUSPICIONS = ("net_harm", "self_influence", "train_loss")
 Json = dict[str, Any]
@@ -63,6 +65,7 @@ class ResultApi:
             "facts": facts(self.result),
             "orders": {"test": self._order_names("test"), "train": self._order_names("train")},
             "suspicions": list(SUSPICIONS),
+            "worst": [self._point("test", i) for i in self._worst_tests()],
             "samples": {axis: source.kind for axis, source in self.sources.items()},
         }
 
@@ -168,13 +171,14 @@ class ResultApi:
         lengths = np.diff(np.concatenate([starts, [status.size]]))
         runs = [[int(status[s]), int(n)] for s, n in zip(starts, lengths, strict=True)]
         known = {name: self._column(name)[rows] for name in ("relative_residual", "error_bound", "converged")}
+        recorded = json.dumps(dict(self.result.provenance), indent=2, default=str)
         columns = {name: [number(v) for v in values.tolist()] for name, values in known.items()}
         return {
             "rows": rows.tolist(),
             **columns,
             "strips": runs,
             "set_apart": apart,
-            "provenance": dict(self.result.provenance),
+            "provenance": recorded,
         }
 
     def _point(self, axis: Axis, index: int, *, small: bool = True) -> Json:
@@ -183,6 +187,11 @@ class ResultApi:
         label = None if labels is None else source.name_of(float(labels[index]))
         loss = number(self._column(f"{axis}_loss")[index])
         return {"index": index, "label": label, "loss": loss, "sample": show(source, index, small=small)}
+
+    def _worst_tests(self) -> list[int]:
+        losses = self._column("test_loss")
+        order = np.argsort(-np.nan_to_num(losses, nan=-np.inf), kind="stable")[:WORST]
+        return [row for row in order.tolist() if np.isfinite(losses[row])]
 
     def _norm(self, train_index: int) -> float:
         return float(self._column("train_gradient_norm")[train_index])

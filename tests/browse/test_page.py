@@ -46,7 +46,7 @@ def test_the_matrix_is_shown_and_a_click_leads_to_examples(visit: Any, digits: P
     )
     assert min(colours) > 500
     page.locator("#map").click(position={"x": 200, "y": 100})
-    page.wait_for_selector("#cell .card")
+    page.wait_for_selector("#cell p")
     pair = page.locator("#cell a.card")
     assert pair.count() == 2 and page.locator("#cell img").count() == 2
     train = int(pair.nth(1).get_attribute("href").rpartition("=")[2])
@@ -94,7 +94,7 @@ def test_rows_and_columns_are_sorted_and_zoomed_and_the_view_is_a_link(visit: An
 def test_sorted_cells_name_the_points_that_stand_there(visit: Any, digits: Path) -> None:
     page = visit(digits, "#view=matrix&rows=0:4&columns=0:4&row-order=loss&column-order=class")
     page.locator("#map").click(position={"x": 2, "y": 2})
-    page.wait_for_selector("#cell .card")
+    page.wait_for_selector("#cell p")
     result = open_influences(digits)
     hrefs = [page.locator("#cell a.card").nth(i).get_attribute("href").rpartition("=")[2] for i in (0, 1)]
     assert int(hrefs[0]) == int(np.argsort(-result.test_loss, kind="stable")[0])
@@ -112,7 +112,7 @@ def test_everything_is_reached_by_keyboard(visit: Any, digits: Path) -> None:
     drawn(page, "0:297", "0:1500")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#cell .card")
+    page.wait_for_selector("#cell p")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "card"
     page.keyboard.press("Enter")
@@ -215,6 +215,27 @@ def test_an_unfinished_result_shows_what_is_there(visit: Any, digits: Path, own_
     page.wait_for_selector("#provenance >> text=1 strips not computed yet, 2 strips computed")
 
 
+def test_a_run_that_goes_on_is_followed(visit: Any, own_digits: Path) -> None:
+    values = open_influences(own_digits)[:, 500:1000]
+    writer = InfluenceWriter.open(own_digits)
+    writer.reopen([1])
+    page = visit(own_digits)
+    assert "33 % not computed yet" in page.text_content("#window")
+    writer.write_strip(1, values)
+    until(page, "() => !document.getElementById('window').textContent.includes('not computed')")
+    writer.finish()
+    until(page, "() => document.getElementById('state').textContent === 'complete'")
+    assert page.is_hidden("#problem")
+
+
+def test_the_worst_test_points_are_a_way_in(visit: Any, digits: Path) -> None:
+    page = visit(digits)
+    worst = int(np.argmax(open_influences(digits).test_loss))
+    page.locator("#cell a.card").first.click()
+    settled(page)
+    assert page.text_content("#point h2") == f"Test point {worst}"
+
+
 def test_a_damaged_result_shows_where_and_goes_on(visit: Any, own_digits: Path) -> None:
     shard = own_digits / "influences/c/0/1"
     content = bytearray(shard.read_bytes())
@@ -278,7 +299,7 @@ def test_two_thousand_by_a_million_opens_on_under_five_percent_of_its_bytes(visi
     assert page.text_content("#window").startswith("test 0 to 1999, training 0 to 999999, from an overview")
     assert 0 < first < 0.05 * whole
     page.locator("#map").click(position={"x": 300, "y": 100})
-    page.wait_for_selector("#cell .card")
+    page.wait_for_selector("#cell p")
     for _ in range(9):
         with page.expect_response(lambda response: "/api/picture" in response.url):
             page.keyboard.press("+")

@@ -151,7 +151,7 @@ async function viewProvenance() {
     el("h3", { textContent: "Strips" }), strips, el("p", { className: "quiet", textContent: strips.ariaLabel }),
     ...Object.entries(found.set_apart).map(([strip, reason]) => el("p", { textContent: `Strip ${strip} was set apart: ${reason}` })),
     el("h3", { textContent: "Relative residual of each test point's solve" }), canvas, el("p", { className: "quiet", textContent: `${canvas.ariaLabel}; orange: did not converge` }),
-    el("h3", { textContent: "All that is recorded" }), el("pre", { tabIndex: 0, textContent: JSON.stringify(found.provenance, null, 2) }));
+    el("h3", { textContent: "All that is recorded" }), el("pre", { tabIndex: 0, textContent: found.provenance }));
   drawResiduals(canvas, found);
 }
 
@@ -197,6 +197,7 @@ async function viewMatrix(at) {
   map.rows = part(at.rows, about.n_test); map.columns = part(at.columns, about.n_train);
   choices("row-order", about.orders.test, at["row-order"]); choices("column-order", about.orders.train, at["column-order"]);
   $("contrast").value = at.contrast === "root" ? "root" : "linear";
+  if (!$("cell").hasChildNodes() && about.worst.length) $("cell").replaceChildren(el("h2", { textContent: "Test points of largest loss" }), ...about.worst.map((point) => card("test", point)));
   await fetchMap();
 }
 
@@ -349,6 +350,16 @@ document.addEventListener("keydown", (event) => {
   else if (pointStep && (event.key === "[" || event.key === "]")) pointStep(event.key === "]" ? 1 : -1);
   else if (!$("matrix").hidden && about && ["+", "=", "-", "0"].includes(event.key)) act({ "+": "in", "=": "in", "-": "out", 0: "all" }[event.key]);
 });
+// A run that goes on: what it has written since is shown, where that disturbs nobody's choices.
+async function follow() {
+  if (about && !about.complete && !document.hidden && (!$("matrix").hidden || !$("provenance").hidden)) {
+    const found = await askJson("summary").catch(() => null);
+    if (found && (found.n_finished !== about.n_finished || found.complete)) await show();
+  }
+  setTimeout(follow, 3000);
+}
+
 addEventListener("hashchange", show);
+follow();
 listenToMap();
 show();
