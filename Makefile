@@ -9,18 +9,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format browser docs clean
+.PHONY: help demo test slurm-test lint format browser docs clean
 
 help: ## Say what can be made.
 	@echo 'distinfluence: influence functions of PyTorch models. Needs Python 3.11 or newer; the rest installs into $(VENV).'
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Install what the demo needs and find mislabelled digits (the result: distinfluence-demo/).
 	@$(BIN)/distinfluence demo
 
 test: lint ## Install everything for development, then lint, check types and run every test.
 	$(BIN)/python -m pytest
+
+slurm-test: $(VENV)/.dev ## Run the tests that need SLURM on one brought up for them; installs it on Debian, as root.
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(VENV)/.dev ## Check style, formatting and types.
 	$(BIN)/ruff check .
@@ -60,5 +63,5 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 	@echo 'Installing (a few minutes; PyTorch is large) …'
-	@$(INSTALL) -e '.[demo,browse,docs,test]'
+	@$(INSTALL) -e '.[demo,browse,slurm,docs,test]'
 	@touch $@ $(VENV)/.demo

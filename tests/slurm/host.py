@@ -1,0 +1,362 @@
+"""A whole SLURM on this host: munge, a controller and two virtual nodes, in one scratch folder, without systemd.
+
+`python -m tests.slurm.host` brings one up and keeps it until Ctrl-C, for trying things by hand.
+
+Nodes n1 and n2 claim 8 CPUs, 16 GB and two counted GPUs each, whatever the host has. Partitions: cpu, gpu, spot (whose
+jobs are requeued when one of urgent wants their place) and urgent. Nothing here limits what a job really uses.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
+PACKAGES = ("slurmd", "slurmctld", "slurm-client", "munge")
+NODES = ("n1", "n2")
+GPUS = 2
+SEARCH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"  # where Debian keeps the daemons
+
+CONFIGURATION = """
+ClusterName=distinfluence
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+# the second word is also how long a requeued job has to wait: two minutes, where nobody says otherwise
+AuthInfo=socket={root}/run/munge.socket,cred_expire=5
+StateSaveLocation={root}/controller
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/%n.pid
+SlurmctldLogFile={root}/log/slurmctld.log
+SlurmdLogFile={root}/log/%n.log
+# no cgroups, no accounting
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=5
+MinJobAge=300
+SlurmctldTimeout=30
+SlurmdTimeout=30
+GresTypes=gpu
+# without it a job takes the whole memory of its node
+DefMemPerCPU=1000
+{nodes}
+PartitionName=DEFAULT Nodes=ALL LLN=YES DefaultTime=30 MaxTime=1-0 State=UP
+PartitionName=cpu    Default=YES PriorityTier=10
+PartitionName=gpu    PriorityTier=10
+PartitionName=spot   PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=urgent PriorityTier=20 PreemptMode=OFF
+"""
+
+
+class SlurmUnavailableError(Exception):
+    """SLURM is not installed and cannot be, or does not start; the message says why."""
+
+
+def install() -> None:
+    """Debian's packages, where programs are missing. Raises SlurmUnavailableError where that is impossible."""
+    missing = [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
+    if not missing:
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise SlurmUnavailableError(
+            f"{', '.join(missing)} not found, and only root on Debian or Ubuntu can install it. As root: apt-get "
+            f"install {' '.join(PACKAGES)}"
+        )
+    command = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for before in ([], ["apt-get", "update"]):
+        if before:
+            subprocess.run(before, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
+            return
+    raise SlurmUnavailableError(f"{' '.join(command)}: {done.stderr[-500:]}")
+
+
+class SlurmHost:
+    """SLURM in a folder of its own; `environment` is what commands need to talk to it."""
+
+    def __init__(self) -> None:
+        # a short path: sockets have room for a hundred characters
+        self.root = Path(tempfile.mkdtemp(prefix="di-slurm-", dir="/tmp"))
+        self.configuration = self.root / "slurm.conf"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            "PATH": SEARCH,
+            "LC_ALL": "C.UTF-8",
+            "SLURM_CONF": str(self.configuration),
+        }
+
+    def start(self) -> None:
+        """Bring all up, or take all down again and raise SlurmUnavailableError with the logs."""
+        try:
+            self._write_files()
+            _second_address()
+            self._start_munge()
+            self.start_controller()
+            for node in NODES:
+                self.start_node(node)
+            self._until(self._nodes_are_up, 60, "the nodes did not register")
+        except SlurmUnavailableError:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Cancel every job, end every process of theirs and every daemon, remove the folder."""
+        if self._controller_answers():
+            ids = self("squeue", "-h", "-o", "%A").split()
+            if ids:
+                self("scancel", "--full", *ids, check=False)
+            with contextlib.suppress(SlurmUnavailableError):
+                self._until(lambda: not self("squeue", "-h", "-o", "%A").split(), 20, "jobs are left")
+        self._end_job_processes()
+        for name in (*NODES, "slurmctld", "munged"):
+            self._end_daemon(name)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def __call__(self, *command: object, check: bool = True, timeout: float = 60) -> str:
+        """Run a command of SLURM; its output. Raises CalledProcessError with its errors as a note."""
+        done = subprocess.run(
+            [str(part) for part in command],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check and done.returncode:
+            error = subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
+            error.add_note(done.stderr)
+            raise error
+        return done.stdout
+
+    def start_controller(self) -> None:
+        """slurmctld, from an empty state."""
+        self._daemon("slurmctld", "-c", "-f", self.configuration)
+        self._until(self._controller_answers, 30, "the controller does not answer")
+
+    def start_node(self, node: str) -> None:
+        """slurmd of one virtual node."""
+        self._daemon("slurmd", "-N", node, "-f", self.configuration)
+
+    def _write_files(self) -> None:
+        for name in ("controller", "run", "log", "devices", "munge", *(f"spool/{node}" for node in NODES)):
+            (self.root / name).mkdir(parents=True)
+        self.root.chmod(0o755)  # munge wants its socket to be reachable, and its key not to be
+        (self.root / "munge").chmod(0o700)
+        key = self.root / "munge" / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(1024))
+        controller_port, *node_ports = _free_ports(1 + len(NODES))
+        host = socket.gethostname().partition(".")[0]
+        nodes = [
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=16000 "
+            f"Gres=gpu:{GPUS} State=UNKNOWN"
+            for node, port in zip(NODES, node_ports, strict=True)
+        ]
+        user = _user()
+        self.configuration.write_text(
+            CONFIGURATION.format(
+                host=host, controller_port=controller_port, user=user, root=self.root, nodes="\n".join(nodes)
+            )
+        )
+        # a device file is what makes SLURM set CUDA_VISIBLE_DEVICES; it is looked at, never opened
+        devices = [self._device(number) for number in range(GPUS)]
+        lines = [f"NodeName={','.join(NODES)} Name=gpu File={device}" for device in devices]
+        (self.root / "gres.conf").write_text("\n".join(["AutoDetect=off", *lines, ""]))
+        # slurmd loads a cgroup plugin even where nothing uses it; this one is content without /sys/fs/cgroup
+        (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+
+    def _device(self, number: int) -> Path:
+        device = self.root / "devices" / f"gpu{number}"
+        try:
+            os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        except PermissionError:
+            return (Path("/dev/null"), Path("/dev/zero"))[number]
+        return device
+
+    def _start_munge(self) -> None:
+        run, munge = self.root / "run", self.root / "munge"
+        self._daemon(
+            "munged",
+            f"--key-file={munge / 'munge.key'}",
+            f"--socket={run / 'munge.socket'}",
+            f"--pid-file={run / 'munged.pid'}",
+            f"--seed-file={munge / 'seed'}",
+            f"--log-file={self.root / 'log' / 'munged.log'}",
+            "--num-threads=2",
+            "--force",
+        )
+        check = ("munge", "-S", str(run / "munge.socket"), "-n")
+        self._until(lambda: self._succeeds(check), 20, "munge does not answer")
+
+    def _daemon(self, *command: object) -> None:
+        with (self.root / "log" / "daemons.log").open("a") as log:
+            done = subprocess.run(
+                [str(part) for part in command],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                timeout=60,
+                check=False,
+            )
+        if done.returncode:
+            raise SlurmUnavailableError(self._with_logs(f"{command[0]} ended with status {done.returncode}"))
+
+    def _succeeds(self, command: Sequence[str]) -> bool:
+        try:
+            return (
+                subprocess.run(
+                    command,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=10,
+                    check=False,
+                ).returncode
+                == 0
+            )
+        except subprocess.TimeoutExpired:
+            return False
+
+    def _controller_answers(self) -> bool:
+        return self.configuration.is_file() and self._succeeds(("scontrol", "ping"))
+
+    def _nodes_are_up(self) -> bool:
+        return self.node_states() == dict.fromkeys(NODES, "idle")
+
+    def node_states(self) -> dict[str, str]:
+        """Node → its state, in sinfo's short word."""
+        lines = self("sinfo", "-h", "-N", "-p", "cpu", "-o", "%N %t").splitlines()
+        return {line.split()[0]: line.split()[1] for line in lines}
+
+    def _until(self, condition: Callable[[], bool], seconds: float, otherwise: str) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise SlurmUnavailableError(self._with_logs(otherwise))
+            time.sleep(0.1)
+
+    def _with_logs(self, message: str) -> str:
+        logs = sorted((self.root / "log").glob("*.log"))
+        tails = [f"== {log.name}\n" + "\n".join(log.read_text().splitlines()[-8:]) for log in logs]
+        return "\n".join([f"SLURM does not start here: {message}", *tails])
+
+    def _end_job_processes(self) -> None:
+        """What jobs left: processes that SLURM started with this configuration, and the guards of their steps."""
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            ours = list(self._job_processes())
+            guards = {_parent(pid) for pid in ours}
+            for pid in [*ours, *(pid for pid in guards if _command(pid).startswith("slurmstepd"))]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signum)
+            end = time.monotonic() + 3
+            while any(True for _ in self._job_processes()) and time.monotonic() < end:
+                time.sleep(0.05)
+
+    def _job_processes(self) -> Iterator[int]:
+        mark = f"SLURM_CONF={self.configuration}".encode()
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit() or int(folder.name) == os.getpid():
+                continue
+            with contextlib.suppress(OSError):
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                if mark in variables and any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables):
+                    yield int(folder.name)
+
+    def end_node(self, node: str) -> None:
+        """End the slurmd of a node; its jobs go on, as they do."""
+        self._end_daemon(node)
+
+    def _end_daemon(self, name: str) -> None:
+        file = self.root / "run" / f"{name}.pid"
+        if not file.is_file():
+            return
+        pid = int(file.read_text().strip() or 0)
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            if str(self.root) not in _command(pid):  # gone, or its number is another's by now
+                break
+            os.kill(pid, signum)
+            end = time.monotonic() + 10
+            while _command(pid) and time.monotonic() < end:
+                time.sleep(0.05)
+        file.unlink(missing_ok=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _user() -> str:
+    import pwd
+
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def _second_address() -> None:
+    """Where 127.0.0.1 is the only address, name look-ups of the C library find nothing, and SLURM cannot listen."""
+    addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
+    if not addresses:
+        subprocess.run(["ip", "addr", "add", "127.0.0.2/8", "dev", "lo"], capture_output=True, check=False)
+
+
+def _command(pid: int) -> str:
+    """The command line of a process, empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _parent(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:")), 0)
+
+
+def main() -> None:
+    """Up until Ctrl-C."""
+    install()
+    host = SlurmHost()
+    host.start()
+    try:
+        print(f"export SLURM_CONF={host.configuration}", flush=True)  # noqa: T201
+        signal.pause()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        host.stop()
+
+
+if __name__ == "__main__":
+    main()
