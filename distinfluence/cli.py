@@ -67,12 +67,25 @@ def demo(output: Path, workers: int) -> None:
 @click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--resume", is_flag=True, help="Go on with a result that was begun with the same model, data and method.")
 @click.option("--overwrite", is_flag=True, help="Replace a result that distinfluence wrote.")
+@click.option(
+    "--cluster",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="A file with what would be the job's `cluster:`, in its place.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.option("--logs", type=click.Path(path_type=Path, file_okay=False), help="Folder for a log of each worker.")
 @click.option(
     "--report", type=click.Path(path_type=Path, dir_okay=False), help="HTML file for Dask's performance report."
 )
-def run(job: Path, resume: bool, overwrite: bool, quiet: bool, logs: Path | None, report: Path | None) -> None:
+def run(
+    job: Path,
+    resume: bool,
+    overwrite: bool,
+    cluster: Path | None,
+    quiet: bool,
+    logs: Path | None,
+    report: Path | None,
+) -> None:
     """Compute the influences that the file JOB describes.
 
     \b
@@ -84,14 +97,21 @@ def run(job: Path, resume: bool, overwrite: bool, quiet: bool, logs: Path | None
       chunks: {train: 256, test: 1024}
       cluster: {kind: local, workers: 2}
       output: influences.zarr
-    """
-    from distinfluence.config import Job
-    from distinfluence.job import program, run_job, summary
-    from distinfluence.scaling import Progress
 
-    with _clean_errors(resume=f"run {job} --resume"):
+    In a batch job that the queue starts again, the run goes on with what its last start left.
+    """
+    from distinfluence.config import ClusterSection, Job
+    from distinfluence.job import program, run_job, summary
+    from distinfluence.scaling import Progress, was_requeued
+
+    with _clean_errors(resume=f"run {job}{'' if cluster is None else f' --cluster {cluster}'} --resume"):
+        described = Job.read(job)
+        if cluster is not None:
+            described = described.on(ClusterSection.read(cluster))
+        if was_requeued():
+            resume, overwrite = True, False
         result = run_job(
-            Job.read(job),
+            described,
             overwrite=overwrite,
             resume=resume,
             progress=Progress(not quiet),
@@ -254,4 +274,6 @@ def _clean_errors(resume: str = "") -> Iterator[None]:
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    # who ends a job says so more than once; what is being put in order meanwhile must not be interrupted
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -8,12 +8,21 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
-from distinfluence.errors import ConfigError
+from distinfluence.errors import ConfigError, SettingError
 from distinfluence.influence import (
     ArnoldiInfluence,
     AutoInfluence,
@@ -49,6 +58,9 @@ class Section(BaseModel):
     """A mapping of the job file; keys that it does not know are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Reference(Section):
@@ -91,13 +103,32 @@ class ChunkSection(Section):
 
 
 class ClusterSection(Section):
-    """Where the workers are; see `ClusterSpec`."""
+    """Where the workers are; see `ClusterSpec`. A file of its own holds the same keys."""
 
-    kind: Literal["local", "address", "scheduler_file"] = "local"
-    workers: PositiveInt = 2
+    kind: str = "local"
+    workers: PositiveInt | None = None
+    minimum: PositiveInt | None = None
     memory_limit: str = "auto"
     address: str = ""
-    timeout: float = Field(default=60.0, gt=0)
+    timeout: float | None = Field(default=None, gt=0)
+    settings: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ClusterSection":
+        try:
+            self.spec()
+        except SettingError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def spec(self) -> ClusterSpec:
+        """The same as the scaling layer takes it."""
+        return ClusterSpec(**self.model_dump())
+
+    @classmethod
+    def read(cls, path: Path) -> "ClusterSection":
+        """That of a YAML file. Raises ConfigError naming every key that is unknown or of the wrong kind."""
+        return _validated(cls, _yaml(path, "cluster file"), str(path), "cluster file")
 
 
 class Job(Section):
@@ -126,29 +157,19 @@ class Job(Section):
     @classmethod
     def read(cls, path: Path) -> "Job":
         """The job of a YAML file. Raises ConfigError naming every key that is unknown, missing or of the wrong kind."""
-        try:
-            content = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"`{path}` cannot be read: {error.strerror}. Pass the path of a job file.") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"`{path}` is no YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(
-                f"`{path}` must hold a mapping, got {type(content).__name__}. See the docs for an example."
-            )
-        return cls.parse(content, path.resolve().parent, str(path))
+        return cls.parse(_yaml(path, "job file"), path.resolve().parent, str(path))
 
     @classmethod
     def parse(cls, content: Mapping[str, object], folder: Path, name: str = "job") -> "Job":
         """The job of a mapping; folder: where relative paths and modules are looked up."""
-        try:
-            job = cls.model_validate(content)
-        except ValidationError as error:
-            lines = [_explain(cls, problem) for problem in error.errors()]
-            raise ConfigError(f"`{name}` has {len(lines)} mistakes:\n  " + "\n  ".join(lines)) from None
+        job = _validated(cls, content, name, "job file")
         job._folder = folder
         job.method_class()  # its name and keys are checked now, not after the data are loaded
         return job
+
+    def on(self, cluster: ClusterSection) -> "Job":
+        """The same job on another cluster."""
+        return self.model_copy(update={"cluster": cluster})
 
     def method_class(self) -> type[InfluenceFunctionModel]:
         """The influence model that `method` names. Raises ConfigError for an unknown name or parameter."""
@@ -196,7 +217,7 @@ class Job(Section):
 
     def cluster_spec(self) -> ClusterSpec:
         """Where to run."""
-        return ClusterSpec(**self.cluster.model_dump())
+        return self.cluster.spec()
 
 
 def _damping(value: Any) -> Any:
@@ -208,14 +229,36 @@ def _damping(value: Any) -> Any:
     return {block: _damping(own) for block, own in value.items()}
 
 
-def _explain(job: type[Section], problem: Any) -> str:
+def _yaml(path: Path, kind: str) -> Mapping[str, object]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"`{path}` cannot be read: {error.strerror}. Pass the path of a {kind}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"`{path}` is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"`{path}` must hold a mapping, got {type(content).__name__}. See the docs for an example.")
+    return content
+
+
+def _validated(section: type[SectionT], content: Mapping[str, object], name: str, kind: str) -> SectionT:
+    try:
+        return section.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(section, problem, kind) for problem in error.errors()]
+        raise ConfigError(f"`{name}` has {len(lines)} mistakes:\n  " + "\n  ".join(lines)) from None
+
+
+def _explain(job: type[Section], problem: Any, kind: str) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return (
-            f"`{where}` is no key of a job file.{_suggestion(str(problem['loc'][-1]), _keys(job, problem['loc'][:-1]))}"
+            f"`{where}` is no key of a {kind}.{_suggestion(str(problem['loc'][-1]), _keys(job, problem['loc'][:-1]))}"
         )
     if problem["type"] == "missing":
         return f"`{where}` is missing."
+    if problem["type"] == "value_error":
+        return f"`{where}`: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
     return f"`{where}`: {problem['msg']}, got {problem['input']!r}."
 
 

@@ -28,7 +28,7 @@ from distinfluence.scaling import (
     connected,
 )
 from distinfluence.scaling.chunks import chunked, recut, take_samples
-from distinfluence.scaling.clusters import local_memory
+from distinfluence.scaling.clusters import ANSWER_SECONDS, planned_memory
 from distinfluence.scaling.executor import InProcess, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import fingerprint_module
@@ -59,10 +59,13 @@ def run_job(
     check_output(output, overwrite=overwrite, resume=resume)
     scratch = job.path(job.scratch) if job.scratch is not None else output.with_name(f".{output.name}.scratch")
     began = chunks_of(output) if resume else None
-    with connected(job.cluster_spec()) as client, reported(report):
+    folder = output.with_name(f"{output.name}.logs") if logs is None else logs.resolve()
+    with connected(job.cluster_spec(), folder=folder, announce=progress.say) as client, reported(report):
         if logs is not None:
-            client.register_plugin(LogToFolder(logs.resolve()))
-        calculator = DaskInfluenceCalculator(model, client, recipe=recipe, scratch=scratch, timeout=job.cluster.timeout)
+            client.register_plugin(LogToFolder(folder))
+        calculator = DaskInfluenceCalculator(
+            model, client, recipe=recipe, scratch=scratch, timeout=job.cluster.timeout or ANSWER_SECONDS
+        )
         train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
         test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
         with progress.stage("plan", None, "samples"):
@@ -103,8 +106,9 @@ def plan_job(job: Job) -> Plan:
     model, _ = job.influence_model()
     spec = job.cluster_spec()
     calculator = SequentialInfluenceCalculator(model)
-    if spec.kind == "local":
-        machine = Machine(spec.workers, local_memory(spec), process_bytes())
+    memory = planned_memory(spec)
+    if memory is not None:
+        machine = Machine(spec.n_workers, memory, process_bytes())
     else:
         with connected(spec) as client:
             machine = Machine(max(1, len(client.nthreads())), worker_memory(client), process_bytes())

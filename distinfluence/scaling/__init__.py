@@ -10,6 +10,7 @@ from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import ModelRecipe, Recipe
 from distinfluence.scaling.saved import load_fit, save_fit
 from distinfluence.scaling.sequential import SequentialInfluenceCalculator
+from distinfluence.scaling.slurm import was_requeued
 
 __all__ = [
     "ChunkedData",
@@ -28,4 +29,5 @@ __all__ = [
     "load_fit",
     "make_plan",
     "save_fit",
+    "was_requeued",
 ]

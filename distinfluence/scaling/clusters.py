@@ -1,19 +1,21 @@
-"""Clusters by description: a local one, or one that is running already."""
+"""Clusters by description: on this host, as jobs of a queue, or one that is running already."""
 
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import dask
 import torch
 from distributed import Client, LocalCluster, Worker, WorkerPlugin
 from distributed.worker_memory import parse_memory_limit
 
-from distinfluence.errors import ClusterError, SettingError
+from distinfluence.errors import ClusterError, MissingDependencyError, SettingError
+from distinfluence.scaling.jobqueue import QUEUES, job_cluster, job_kind, job_memory
 from distinfluence.solvers.auto import free_bytes
 
 # Dask has its workers give memory back to the system at once, so that every large tensor costs page faults anew: ten
@@ -21,39 +23,74 @@ from distinfluence.solvers.auto import free_bytes
 # grow them by itself.
 WORKER_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
-ALLOWED_FAILURES = 10  # workers that may die on a task, or beside it, before it is suspected
+PATIENCE: Mapping[str, object] = {
+    # a long torch call may hold up a worker's heartbeat: that is no reason to give up on it
+    "distributed.scheduler.worker-ttl": "15 minutes",
+    # workers that may die on a task, or beside it, before it is suspected
+    "distributed.scheduler.allowed-failures": 10,
+}
 
 LOOPBACK = "127.0.0.1"
-KINDS = ("local", "address", "scheduler_file")
+RUNNING = ("address", "scheduler_file")
+KINDS = ("local", "cuda", *QUEUES, *RUNNING)
+LOCAL_WORKERS = 2
+ANSWER_SECONDS = 60.0  # within which a running scheduler has to answer, where nobody says otherwise
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
     """Where the workers are.
 
-    kind: "local" starts `workers` processes of one thread on this host, listening on the loopback interface only;
-    "address" and "scheduler_file" join a running scheduler at `address` (tcp://…, or the file's path).
-    memory_limit: of each local worker, as Dask reads it ("auto": its share of the host). timeout: seconds to wait for
-    the scheduler and the first worker.
+    kind: "local" starts `workers` processes of one thread on this host (2 if left out), listening on the loopback
+    interface only; "cuda" one for each GPU that this process sees, or for the first `workers` of them; a queue
+    ("slurm", "pbs", … or the class of a dask-jobqueue cluster as "module:Class") submits `workers` jobs and replaces
+    those that end; "address" and "scheduler_file" join a running scheduler at `address` (tcp://…, or the file's path)
+    and leave it running. settings: of jobs, dask-jobqueue's own; of GPUs, those of dask-cuda's LocalCUDACluster.
+    minimum: of jobs, let Dask have between so many and `workers` of them, as there is work. memory_limit: of each
+    local worker, as Dask reads it ("auto": its share of the host). timeout: seconds to wait for the scheduler and the
+    first worker; if left out, 60, and of jobs as long as the queue takes.
     """
 
     kind: str = "local"
-    workers: int = 2
+    workers: int | None = None
     memory_limit: str = "auto"
     address: str = ""
-    timeout: float = 60.0
+    timeout: float | None = None
+    minimum: int | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise SettingError(f"`kind` of the cluster must be one of {list(KINDS)}, got {self.kind!r}.")
-        if self.workers < 1:
+        jobs = job_kind(self.kind)
+        if self.kind not in KINDS and not jobs:
+            raise SettingError(
+                f"`kind` of the cluster must be one of {list(KINDS)}, or a class as module:Class, got {self.kind!r}."
+            )
+        if self.workers is not None and self.workers < 1:
             raise SettingError(f"`workers` must be at least 1, got {self.workers}.")
-        if self.kind != "local" and not self.address:
+        if self.kind in RUNNING and not self.address:
             raise SettingError(f"`address` must say where the scheduler is for a cluster of kind {self.kind!r}.")
+        if jobs and self.workers is None:
+            raise SettingError(f"`workers` must say how many jobs to submit for a cluster of kind {self.kind!r}.")
+        if self.minimum is not None and not (jobs and 0 < self.minimum <= (self.workers or 0)):
+            raise SettingError(
+                f"`minimum` must be between 1 and `workers` of a cluster of jobs, got {self.minimum} with "
+                f"{self.workers} workers of kind {self.kind!r}."
+            )
+        if self.settings and not (jobs or self.kind == "cuda"):
+            raise SettingError(f"`settings` are for clusters of jobs and GPUs, got some for kind {self.kind!r}.")
+
+    @property
+    def n_workers(self) -> int:
+        """Worker processes, where they are started by us and their number is known before."""
+        return self.workers or LOCAL_WORKERS
 
 
-def local_memory(spec: ClusterSpec) -> int:
-    """Bytes that each worker of a local cluster will be given."""
+def planned_memory(spec: ClusterSpec) -> int | None:
+    """Bytes that each worker of a cluster will be given; None if only the workers themselves can say."""
+    if job_kind(spec.kind):
+        return job_memory(spec.settings)
+    if spec.kind != "local":
+        return None
     limit = parse_memory_limit(spec.memory_limit, 1, os.cpu_count() or 1, logger=logging.getLogger(__name__))
     return int(limit or free_bytes(torch.device("cpu")))
 
@@ -69,43 +106,75 @@ class LeaveInterruptsToDriver(WorkerPlugin):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _quiet(_text: str) -> None:
+    """Where nobody wants to know."""
+
+
 @contextmanager
-def connected(spec: ClusterSpec) -> Iterator[Client]:
+def connected(
+    spec: ClusterSpec, *, folder: Path | None = None, announce: Callable[[str], None] = _quiet
+) -> Iterator[Client]:
     """A client of the cluster; one that was started here is closed at the end, a running one is left as it is.
 
-    Raises ClusterError if the scheduler does not answer.
+    folder: for the logs of jobs, seen by every node; `distinfluence-jobs` here if left out. announce: told what the
+    queue does meanwhile. Raises ClusterError if the scheduler does not answer, or jobs cannot work, and
+    MissingDependencyError if the kind of cluster needs a package that is not there.
     """
-    if spec.kind == "local":
+    if spec.kind in RUNNING:
+        with _joined(spec) as client:
+            yield client
+    elif job_kind(spec.kind):
+        with dask.config.set(PATIENCE):
+            yield from _jobs(spec, folder or Path("distinfluence-jobs").absolute(), announce)
+    else:
         settings: dict[str, object] = {
             f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in WORKER_ENVIRONMENT.items()
         }
-        # a long torch call may hold up a worker's heartbeat: that is no reason to give up on it
-        settings["distributed.scheduler.worker-ttl"] = "15 minutes"
-        settings["distributed.scheduler.allowed-failures"] = ALLOWED_FAILURES
-        with (
-            dask.config.set(settings),
-            LocalCluster(
-                n_workers=spec.workers,
-                threads_per_worker=1,
-                memory_limit=spec.memory_limit,
-                host=LOOPBACK,
-                dashboard_address=f"{LOOPBACK}:0",
-                worker_dashboard_address=f"{LOOPBACK}:0",
-            ) as cluster,
-            Client(cluster) as client,
-        ):
+        settings |= PATIENCE
+        with dask.config.set(settings), _on_this_host(spec) as cluster, Client(cluster) as client:
             client.register_plugin(LeaveInterruptsToDriver())
             yield client
-        return
+
+
+def _jobs(spec: ClusterSpec, folder: Path, announce: Callable[[str], None]) -> Iterator[Client]:
+    assert spec.workers is not None
+    with job_cluster(
+        spec.kind,
+        spec.workers,
+        spec.settings,
+        minimum=spec.minimum,
+        timeout=spec.timeout,
+        environment=WORKER_ENVIRONMENT,
+        folder=folder,
+        announce=announce,
+    ) as client:
+        yield client
+
+
+def _on_this_host(spec: ClusterSpec) -> LocalCluster:
+    loopback = f"{LOOPBACK}:0"
+    common = {"host": LOOPBACK, "dashboard_address": loopback, "worker_dashboard_address": loopback}
+    if spec.kind == "local":
+        return LocalCluster(n_workers=spec.n_workers, threads_per_worker=1, memory_limit=spec.memory_limit, **common)
     try:
-        client = (
-            Client(scheduler_file=spec.address, timeout=spec.timeout)
-            if spec.kind == "scheduler_file"
-            else Client(spec.address, timeout=spec.timeout)
-        )
+        from dask_cuda import LocalCUDACluster
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a cluster of kind 'cuda' needs dask-cuda. Run: pip install 'distinfluence[cuda]'"
+        ) from error
+    cluster: LocalCluster = LocalCUDACluster(
+        n_workers=spec.workers, threads_per_worker=1, memory_limit=spec.memory_limit, **{**common, **spec.settings}
+    )
+    return cluster
+
+
+def _joined(spec: ClusterSpec) -> Client:
+    timeout = spec.timeout or ANSWER_SECONDS
+    try:
+        if spec.kind == "scheduler_file":
+            return Client(scheduler_file=spec.address, timeout=timeout)
+        return Client(spec.address, timeout=timeout)
     except (OSError, TimeoutError, ValueError) as error:
         raise ClusterError(
             f"no scheduler answers at {spec.address}: {error}. Start one with `dask scheduler`, or correct `address`."
         ) from error
-    with client:
-        yield client

@@ -384,4 +384,9 @@ def worker_memory(client: Client) -> int:
 
 
 def _look_around(folder: str) -> tuple[str, int, bool, int]:
-    return socket.gethostname(), len(os.sched_getaffinity(0)), os.path.isdir(folder), process_bytes()
+    place, cores = socket.gethostname(), len(os.sched_getaffinity(0))
+    granted = os.environ.get("SLURM_CPUS_PER_TASK")
+    if granted:  # a batch job shares its cores with nobody, and not every site confines it to them
+        place = f"{place}, job {os.environ.get('SLURM_JOB_ID')}, task {os.environ.get('SLURM_PROCID')}"
+        cores = min(cores, int(granted))
+    return place, cores, os.path.isdir(folder), process_bytes()

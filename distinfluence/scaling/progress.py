@@ -61,9 +61,10 @@ class Progress:
         self.seconds: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        """A message, where bars are shown."""
+        """A line that people should read, above the bar if there is one."""
         if self.show:
-            print(text, file=sys.stderr, flush=True)
+            tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Bar]:

@@ -22,6 +22,7 @@ PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scont
 PACKAGES = ("slurmd", "slurmctld", "slurm-client", "munge")
 NODES = ("n1", "n2")
 GPUS = 2
+PREFIX = "di-slurm-"
 SEARCH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"  # where Debian keeps the daemons
 
 CONFIGURATION = """
@@ -99,9 +100,9 @@ def install() -> None:
 class SlurmHost:
     """SLURM in a folder of its own; `environment` is what commands need to talk to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path | None = None) -> None:
         # a short path: sockets have room for a hundred characters
-        self.root = Path(tempfile.mkdtemp(prefix="di-slurm-", dir="/tmp"))
+        self.root = root or Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
         self.configuration = self.root / "slurm.conf"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
@@ -112,6 +113,7 @@ class SlurmHost:
 
     def start(self) -> None:
         """Bring all up, or take all down again and raise SlurmUnavailableError with the logs."""
+        _stop_orphans()
         try:
             self._write_files()
             _second_address()
@@ -167,6 +169,7 @@ class SlurmHost:
             (self.root / name).mkdir(parents=True)
         self.root.chmod(0o755)  # munge wants its socket to be reachable, and its key not to be
         (self.root / "munge").chmod(0o700)
+        (self.root / "owner").write_text(str(os.getpid()))
         key = self.root / "munge" / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
@@ -307,6 +310,14 @@ class SlurmHost:
         file.unlink(missing_ok=True)
 
 
+def _stop_orphans() -> None:
+    """Take down what was left when the process that brought it up was killed."""
+    for root in Path("/tmp").glob(f"{PREFIX}*"):
+        owner = root / "owner"
+        if owner.is_file() and owner.owner() == _user() and not _command(int(owner.read_text() or 0)):
+            SlurmHost(root).stop()
+
+
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -345,7 +356,9 @@ def _parent(pid: int) -> int:
 
 
 def main() -> None:
-    """Up until Ctrl-C."""
+    """Up until Ctrl-C or SIGTERM."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler)
     install()
     host = SlurmHost()
     host.start()

@@ -1,0 +1,118 @@
+"""Runs from the command line, as a user calls it, over worker jobs."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distinfluence import open_influences
+from tests.slurm.host import SlurmHost
+from tests.test_job import content
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 240.0  # within which anything must have happened, also where everything is slow
+STRIPS = 23  # of the slow job, one for each training sample
+
+
+def cluster_file(folder: Path, workers: int = 2, **settings: object) -> Path:
+    """Worker jobs of one core in the partition cpu, unless the settings say otherwise."""
+    given = {"queue": "cpu", "cores": 1, "memory": "2GB", "walltime": "00:10:00", **settings}
+    return written(folder / "slurm.yaml", {"kind": "slurm", "workers": workers, "settings": given})
+
+
+def slow_job(folder: Path, **changes: Any) -> Path:
+    """A job whose every evaluation of the model takes a tenth of a second; it logs each strip as it is begun."""
+    model = {"factory": {"target": "tests.scaling.sources:slow_model", "arguments": {}}}
+    changes = {"model": model, "chunks": {"train": 1}, "solve": "rows", **changes}
+    return written(folder / "job.yaml", content(**changes))
+
+
+def written(path: Path, values: Mapping[str, object]) -> Path:
+    path.write_text(yaml.safe_dump(dict(values)))
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "distinfluence", *map(str, arguments)]
+
+
+def environment(slurm: SlurmHost) -> dict[str, str]:
+    """Of a shell on a login node; dask-jobqueue's own files stay out of the home folder."""
+    return {
+        **slurm.environment,
+        "PYTHONPATH": str(ROOT),
+        "DASK_CONFIG": str(slurm.root / "dask"),
+        "PATH": f"{Path(sys.executable).parent}:{slurm.environment['PATH']}",
+    }
+
+
+def finished(slurm: SlurmHost, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command of ours, run to its end."""
+    return subprocess.run(
+        command(*arguments), env=environment(slurm), capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+
+
+@contextmanager
+def running(slurm: SlurmHost, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command of ours, under way; ended, with its jobs, if the test leaves it behind."""
+    process = subprocess.Popen(
+        command(*arguments),
+        env=environment(slurm),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=60)
+
+
+def end_of(process: "subprocess.Popen[str]") -> str:
+    """What it wrote, when it has ended well."""
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(condition: Callable[[], Any], what: str, process: "subprocess.Popen[str] | None" = None) -> Any:
+    """What the condition returns once that is true. The process must not have ended before."""
+    end = time.monotonic() + SECONDS
+    while not (found := condition()):
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"ended before {what}: {process.communicate()[0]}")
+        assert time.monotonic() < end, f"not within {SECONDS:g} s: {what}"
+        time.sleep(0.1)
+    return found
+
+
+def strips_done(result: Path) -> int:
+    """How many strips of a result are marked; 0 as long as there is none."""
+    folder = result / "strip_status" / "c"
+    return len(os.listdir(folder)) if folder.is_dir() else 0
+
+
+def jobs_in(slurm: SlurmHost, state: str) -> list[str]:
+    """Numbers of the jobs in this state."""
+    return slurm("squeue", "-h", "-t", state, "-o", "%A").split()
+
+
+def states(slurm: SlurmHost) -> dict[str, str]:
+    """Job number → state, of all that SLURM remembers."""
+    lines = slurm("squeue", "-h", "--states=all", "-o", "%A %T").splitlines()
+    return {line.split()[0]: line.split()[1] for line in lines}
+
+
+def is_complete(result: Path) -> bool:
+    """Whether every strip of it is marked."""
+    return open_influences(result).complete
