@@ -127,16 +127,15 @@ def _noting(job_class: Any, refusals: list[str]) -> Any:
     """The class of jobs, made to note why one could not be submitted, and to keep our own job's variables from it."""
 
     class NotingJob(job_class):  # type: ignore[misc]  # dask-jobqueue has no types
-        async def _submit_job(self, script_filename: str) -> Any:
+        async def start(self) -> None:
             try:
-                return await super()._submit_job(script_filename)
+                await super().start()
             except RuntimeError as error:
                 refusals.append(str(error).rpartition("stderr:\n")[2].strip() or str(error))
-                raise
             except OSError as error:
                 command = shlex.split(str(self.submit_command))[0]
                 refusals.append(f"{command}: {error.strerror}. Run this where jobs can be submitted.")
-                raise
+            self.status = Status.running  # a job without a number: for the watch to deal with
 
         @staticmethod
         async def _call(cmd: list[str], **options: Any) -> Any:

@@ -60,6 +60,7 @@ class SlurmQueue:
         lines = [f"job {number} ended as {found.get('JobState', 'unknown')} on {found.get('NodeList', 'no node')}"]
         lines[0] += f", exit code {found.get('ExitCode', 'unknown')}, reason {found.get('Reason', 'unknown')}"
         for log in dict.fromkeys(found[name] for name in ("StdErr", "StdOut") if name in found):
+            log = re.sub("%[JjA]", number, log)  # before SLURM 23 the name is shown as it was given
             end = log_end(Path(log))
             if end:
                 lines.append(f"the end of {log}:\n{end}")

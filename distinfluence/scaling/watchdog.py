@@ -207,14 +207,9 @@ class Watchdog:
 
     def _act(self, gone: list[str]) -> None:
         """Drop what has gone and fill up, if it is time to."""
-        try:
-            self.cluster.sync(self._correct, gone)
-        except (OSError, RuntimeError) as error:  # a submission that failed: its job noted why
-            if not self.refusals:
-                self.refusals.append(str(error))
-        finally:
-            jobs: Jobs = self.cluster.sync(self._jobs)
-            self.submitted.update(number for number in jobs.numbers.values() if number is not None)
+        self.cluster.sync(self._correct, gone)
+        jobs: Jobs = self.cluster.sync(self._jobs)
+        self.submitted.update(number for number in jobs.numbers.values() if number is not None)
 
     async def _jobs(self) -> Jobs:
         numbers = {name: getattr(job, "job_id", None) for name, job in self.cluster.workers.items()}

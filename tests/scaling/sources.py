@@ -43,6 +43,13 @@ def logged_model(log: str) -> nn.Module:
     return model()
 
 
+def model_beside_gpus(log: str) -> nn.Module:
+    """The slow model; each process that builds it leaves its node and the GPUs that it may use in a file."""
+    with open(log, "a") as file:
+        file.write(f"{os.environ.get('SLURMD_NODENAME')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+    return slow_model()
+
+
 def train() -> tuple[Tensor, Tensor]:
     return build("mlp classification").train
 

@@ -1,6 +1,5 @@
 """Runs from the command line, as a user calls it, over worker jobs."""
 
-import os
 import subprocess
 import sys
 import time
@@ -96,10 +95,43 @@ def wait_for(condition: Callable[[], Any], what: str, process: "subprocess.Popen
     return found
 
 
+def marks(result: Path) -> dict[str, int]:
+    """Strip → when its mark was set. One that is made again gets a new mark."""
+    folder = result / "strip_status" / "c"
+    return {entry.name: entry.stat().st_mtime_ns for entry in folder.iterdir()} if folder.is_dir() else {}
+
+
+def made_once(before: dict[str, int], result: Path) -> bool:
+    """Whether all is there, and what was marked before has not been made again."""
+    after = marks(result)
+    return open_influences(result).complete and before == {name: after[name] for name in before}
+
+
+def submitted(slurm: SlurmHost, folder: Path, script: str, *arguments: object, options: tuple[object, ...] = ()) -> str:
+    """The number of a job of one of the scripts in deploy/slurm, submitted from this folder."""
+    env = {**environment(slurm), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["sbatch", "--parsable", *map(str, options), str(ROOT / "deploy" / "slurm" / script), *map(str, arguments)],
+        env=env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def log_of(folder: Path, number: str) -> str:
+    """What a submitted script wrote."""
+    file = folder / f"influences-{number}.log"
+    return file.read_text() if file.is_file() else ""
+
+
 def strips_done(result: Path) -> int:
     """How many strips of a result are marked; 0 as long as there is none."""
-    folder = result / "strip_status" / "c"
-    return len(os.listdir(folder)) if folder.is_dir() else 0
+    return len(marks(result))
 
 
 def jobs_in(slurm: SlurmHost, state: str) -> list[str]:
@@ -111,8 +143,3 @@ def states(slurm: SlurmHost) -> dict[str, str]:
     """Job number → state, of all that SLURM remembers."""
     lines = slurm("squeue", "-h", "--states=all", "-o", "%A %T").splitlines()
     return {line.split()[0]: line.split()[1] for line in lines}
-
-
-def is_complete(result: Path) -> bool:
-    """Whether every strip of it is marked."""
-    return open_influences(result).complete

@@ -19,8 +19,9 @@ from tests.slurm.runs import (
     end_of,
     environment,
     finished,
-    is_complete,
     jobs_in,
+    made_once,
+    marks,
     running,
     slow_job,
     states,
@@ -58,21 +59,56 @@ def test_the_digits_on_four_jobs_give_the_local_result_bit_for_bit(slurm: SlurmH
 
 def test_jobs_that_are_cancelled_or_requeued_are_replaced(slurm: SlurmHost, tmp_path: Path) -> None:
     job, result = slow_job(tmp_path), tmp_path / "influences.zarr"
-    with running(slurm, "run", job, "--cluster", cluster_file(tmp_path)) as process:
+    # two processes in each job: Dask would not replace such a job at all
+    cluster = cluster_file(tmp_path, cores=2, processes=2)
+    with running(slurm, "run", job, "--cluster", cluster) as process:
         wait_for(lambda: strips_done(result) > 0, "the first strip", process)
-        cancelled, requeued = wait_for(lambda: two(jobs_in(slurm, "RUNNING")), "two jobs", process)
+        old = cancelled, requeued = wait_for(lambda: two(jobs_in(slurm, "RUNNING")), "two jobs", process)
+        before = marks(result)
         slurm("scancel", cancelled)
         slurm("scontrol", "requeue", requeued)
-        done = strips_done(result)
-        fresh = wait_for(
-            lambda: two(sorted(set(jobs_in(slurm, "RUNNING")) - {cancelled, requeued})), "two replacements", process
-        )
-        assert done < STRIPS
+        wait_for(lambda: two(sorted(set(jobs_in(slurm, "RUNNING")) - set(old))), "two replacements", process)
         end_of(process)
-    assert is_complete(result)
+    assert 0 < len(before) < STRIPS
+    assert made_once(before, result)
     assert queue(slurm) == []
-    assert states(slurm)[requeued] == "CANCELLED"  # not left to come back, or to run beside its replacement
-    assert len(fresh) == 2
+    assert states(slurm)[requeued] == "CANCELLED"  # not left to run beside its replacement
+
+
+def test_workers_that_leave_before_their_time_limit_and_a_node_that_goes_are_replaced(
+    slurm: SlurmHost, tmp_path: Path
+) -> None:
+    job, result = slow_job(tmp_path), tmp_path / "influences.zarr"
+    cluster = cluster_file(tmp_path, worker_extra_args=["--lifetime", "14s", "--lifetime-stagger", "4s"])
+    try:
+        with running(slurm, "run", job, "--cluster", cluster) as process:
+            wait_for(lambda: strips_done(result) > 0, "the first strip", process)
+            before = marks(result)
+            slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+            wait_for(lambda: list(states(slurm).values()).count("COMPLETED") > 0, "a worker that leaves", process)
+            slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
+            end_of(process)
+    finally:
+        if slurm.node_states()["n2"] != "idle":
+            slurm("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
+    assert made_once(before, result)
+    assert queue(slurm) == []
+
+
+def test_each_worker_sees_the_gpu_that_it_was_granted(slurm: SlurmHost, tmp_path: Path) -> None:
+    log = tmp_path / "devices"
+    factory = {"target": "tests.scaling.sources:model_beside_gpus", "arguments": {"log": str(log)}}
+    job = slow_job(tmp_path, model={"factory": factory})
+    cluster = cluster_file(
+        tmp_path,
+        queue="gpu",
+        job_extra_directives=["--gres=gpu:1", "--nodelist=n1"],
+        worker_extra_args=["--resources", "GPU=1"],
+    )
+    done = finished(slurm, "run", job, "--cluster", cluster, "--quiet")
+    assert done.returncode == 0, done.stderr
+    seen = {tuple(line.split()) for line in log.read_text().splitlines()}
+    assert {devices for node, devices in seen if node == "n1"} == {"0", "1"}
 
 
 def two(jobs: list[str]) -> list[str]:
