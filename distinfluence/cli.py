@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -17,6 +17,9 @@ from distinfluence.browse.commands import condition, register
 from distinfluence.errors import DistinfluenceError, SettingError
 from distinfluence.store import InfluenceResult, Ranking, open_influences
 from distinfluence.store.html import facts
+
+if TYPE_CHECKING:
+    from distinfluence.config import Job
 
 Kind = Literal["image", "text", "table"]
 INTERRUPTED = 130  # the shell's exit status for a command that Ctrl-C ended
@@ -63,15 +66,25 @@ def demo(output: Path, workers: int) -> None:
         click.echo(run_demo(output, workers))
 
 
-@main.command()
-@click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
-@click.option("--resume", is_flag=True, help="Go on with a result that was begun with the same model, data and method.")
-@click.option("--overwrite", is_flag=True, help="Replace a result that distinfluence wrote.")
-@click.option(
+_cluster_option = click.option(
     "--cluster",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="A file with what would be the job's `cluster:`, in its place.",
 )
+
+
+def _job(path: Path, cluster: Path | None) -> "Job":
+    from distinfluence.config import ClusterSection, Job
+
+    job = Job.read(path)
+    return job if cluster is None else job.on(ClusterSection.read(cluster))
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--resume", is_flag=True, help="Go on with a result that was begun with the same model, data and method.")
+@click.option("--overwrite", is_flag=True, help="Replace a result that distinfluence wrote.")
+@_cluster_option
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.option("--logs", type=click.Path(path_type=Path, file_okay=False), help="Folder for a log of each worker.")
 @click.option(
@@ -100,14 +113,11 @@ def run(
 
     In a batch job that the queue starts again, the run goes on with what its last start left.
     """
-    from distinfluence.config import ClusterSection, Job
     from distinfluence.job import program, run_job, summary
     from distinfluence.scaling import Progress, was_requeued
 
     with _clean_errors(resume=f"run {job}{'' if cluster is None else f' --cluster {cluster}'} --resume"):
-        described = Job.read(job)
-        if cluster is not None:
-            described = described.on(ClusterSection.read(cluster))
+        described = _job(job, cluster)
         if was_requeued():
             resume, overwrite = True, False
         result = run_job(
@@ -124,17 +134,17 @@ def run(
 
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
-def plan(job: Path) -> None:
+@_cluster_option
+def plan(job: Path, cluster: Path | None) -> None:
     """What running JOB will need: chunks, memory by stage, passes, bytes on disk, and about how long it takes.
 
     Loads the model and a few samples, measures some seconds, and computes nothing. Ends with status 1, and the change
     that would help, if the workers have too little memory.
     """
-    from distinfluence.config import Job
     from distinfluence.job import plan_job
 
     with _clean_errors():
-        click.echo(str(plan_job(Job.read(job))))
+        click.echo(str(plan_job(_job(job, cluster))))
 
 
 @main.command()
