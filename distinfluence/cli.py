@@ -85,6 +85,11 @@ def _job(path: Path, cluster: Path | None) -> "Job":
 @click.option("--resume", is_flag=True, help="Go on with a result that was begun with the same model, data and method.")
 @click.option("--overwrite", is_flag=True, help="Replace a result that distinfluence wrote.")
 @_cluster_option
+@click.option(
+    "--part",
+    metavar="K/N",
+    help="Make every N-th strip in this process, without a cluster, beside N - 1 others that make the others.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.option("--logs", type=click.Path(path_type=Path, file_okay=False), help="Folder for a log of each worker.")
 @click.option(
@@ -95,6 +100,7 @@ def run(
     resume: bool,
     overwrite: bool,
     cluster: Path | None,
+    part: str | None,
     quiet: bool,
     logs: Path | None,
     report: Path | None,
@@ -113,13 +119,18 @@ def run(
 
     In a batch job that the queue starts again, the run goes on with what its last start left.
     """
-    from distinfluence.job import program, run_job, summary
+    from distinfluence.job import program, run_job, run_part, summary
     from distinfluence.scaling import Progress, was_requeued
 
     with _clean_errors(resume=f"run {job}{'' if cluster is None else f' --cluster {cluster}'} --resume"):
         described = _job(job, cluster)
         if was_requeued():
             resume, overwrite = True, False
+        if part is not None:
+            if overwrite or cluster is not None:
+                raise click.UsageError("--part goes on with what is there, without a cluster: drop the other option.")
+            click.echo(summary(run_part(described, part, progress=Progress(not quiet))))
+            return
         result = run_job(
             described,
             overwrite=overwrite,

@@ -4,7 +4,7 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from distributed import performance_report
 
 from distinfluence.config import Job
-from distinfluence.errors import FingerprintError, MissingDependencyError, SettingError
+from distinfluence.errors import ConfigError, FingerprintError, MissingDependencyError, SettingError
 from distinfluence.evaluate import Verification, verify_entries
 from distinfluence.evaluate.verify import sampled
 from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
@@ -32,6 +32,7 @@ from distinfluence.scaling.clusters import ANSWER_SECONDS, planned_memory
 from distinfluence.scaling.executor import InProcess, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import fingerprint_module
+from distinfluence.scaling.share import Share
 from distinfluence.scaling.sources import InThisProcess, process_bytes
 from distinfluence.scaling.strips import look
 from distinfluence.scaling.worker import LocalContext, SourcePlane
@@ -57,7 +58,7 @@ def run_job(
     model, recipe = job.influence_model()
     output = job.path(job.output)
     check_output(output, overwrite=overwrite, resume=resume)
-    scratch = job.path(job.scratch) if job.scratch is not None else output.with_name(f".{output.name}.scratch")
+    scratch = _scratch(job, output)
     began = chunks_of(output) if resume else None
     folder = output.with_name(f"{output.name}.logs") if logs is None else logs.resolve()
     with connected(job.cluster_spec(), folder=folder, announce=progress.say) as client, reported(report):
@@ -66,25 +67,7 @@ def run_job(
         calculator = DaskInfluenceCalculator(
             model, client, recipe=recipe, scratch=scratch, timeout=job.cluster.timeout or ANSWER_SECONDS
         )
-        train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
-        test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
-        with progress.stage("plan", None, "samples"):
-            plan = _planned(job, calculator, train, test, began)
-        progress.say(str(plan))
-        train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
-        calculator.fit(train, certify=job.certify, progress=progress)
-        result = calculator.to_zarr(
-            output,
-            test,
-            mode=job.mode,
-            panel_size=plan.chunks.panel,
-            solve=job.solve,
-            top_k=job.top_k,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-            attributes={"job": job.model_dump(mode="json")},
-        )
+        result = _computed(job, calculator, began, progress, overwrite=overwrite, resume=resume)
     _remove(scratch)
     return result
 
@@ -99,6 +82,70 @@ def reported(file: Path | None) -> Iterator[None]:
         raise MissingDependencyError("a performance report needs bokeh, which is not here. Run `pip install bokeh`.")
     with performance_report(filename=str(file)):
         yield
+
+
+def run_part(job: Job, part: str, *, progress: Progress | None = None) -> InfluenceResult:
+    """Make a part of the job's strips in this process, beside other processes that make the others; no cluster.
+
+    part: "K/N" for the K-th of N such processes, counted from 0. They share the fit and the factors through `scratch`,
+    and the last one finishes the result. Safe to repeat: what is there is not made again. Raises SettingError for
+    another `part`, and ConfigError unless `chunks` says all three sizes: they must be the same everywhere.
+    """
+    progress = progress or Progress()
+    model, _ = job.influence_model()
+    output = job.path(job.output)
+    scratch = _scratch(job, output)
+    share = Share.parse(part, scratch)
+    check_output(output, overwrite=False, resume=True)
+    began = chunks_of(output)
+    if began is None and None in (job.chunks.train, job.chunks.test, job.chunks.panel):
+        raise ConfigError(
+            "`chunks` must say `train`, `test` and `panel` where several processes share a result, got "
+            f"{job.chunks.model_dump(exclude_none=True)}. `distinfluence plan` proposes them."
+        )
+    calculator = SequentialInfluenceCalculator(model, scratch=scratch)
+    result = _computed(job, calculator, began, progress, resume=True, share=share)
+    if result.complete:
+        _remove(scratch)
+    return result
+
+
+def _computed(
+    job: Job,
+    calculator: InfluenceCalculator,
+    began: Mapping[str, Any] | None,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    share: Share | None = None,
+) -> InfluenceResult:
+    train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
+    test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
+    with progress.stage("plan", None, "samples"):
+        plan = _planned(job, calculator, train, test, began)
+    progress.say(str(plan))
+    train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
+    # one fits, the others find the fit
+    with share.alone() if share is not None else nullcontext():
+        calculator.fit(train, certify=job.certify, progress=progress)
+    return calculator.to_zarr(
+        job.path(job.output),
+        test,
+        mode=job.mode,
+        panel_size=plan.chunks.panel,
+        solve=job.solve,
+        top_k=job.top_k,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+        attributes={"job": job.model_dump(mode="json")},
+        share=share,
+    )
+
+
+def _scratch(job: Job, output: Path) -> Path:
+    return job.path(job.scratch) if job.scratch is not None else output.with_name(f".{output.name}.scratch")
 
 
 def plan_job(job: Job) -> Plan:
@@ -237,10 +284,10 @@ def _damping(by_block: dict[str, float]) -> str:
 
 def _remove(scratch: Path) -> None:
     """The scratch folder, if the run left nothing of its own in it."""
-    for file in scratch.iterdir():
+    for file in scratch.iterdir() if scratch.is_dir() else ():  # another process may have been faster
         if file.is_dir() and file.name.startswith("fit-"):
             shutil.rmtree(file, ignore_errors=True)
-        elif file.is_file() and file.name.startswith(("state-", "array-", "model-")):
-            file.unlink()
-    if not any(scratch.iterdir()):
+        elif file.is_file() and file.name.startswith(("state-", "array-", "model-", "lock")):
+            file.unlink(missing_ok=True)
+    if scratch.is_dir() and not any(scratch.iterdir()):
         scratch.rmdir()

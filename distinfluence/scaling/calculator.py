@@ -31,6 +31,7 @@ from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.saved import load_fit, save_fit
+from distinfluence.scaling.share import Share
 from distinfluence.scaling.sources import Home
 from distinfluence.scaling.strips import Fitted, Request, look, write_influences
 from distinfluence.scaling.tasks import (
@@ -270,6 +271,7 @@ class InfluenceCalculator(ABC):
         resume: bool = False,
         progress: bool | Progress = True,
         attributes: Mapping[str, object] | None = None,
+        share: Share | None = None,
     ) -> InfluenceResult:
         """Compute the influence matrix and write it to a zarr group, strip by strip; returns the result, opened.
 
@@ -280,8 +282,9 @@ class InfluenceCalculator(ABC):
         "data" (each sweep over all workers) or "auto". top_k: most helpful and most harmful training points that are
         stored for each test point. overwrite: replace a result at `path`. resume: go on with it if it was begun with
         the same model, data and settings, begin if there is none. attributes: JSON values to keep in the result.
-        Raises StoreError if `path` cannot be used, NotFittedError before `fit`, and what the checks of data raise;
-        ChunkFailedError when all strips are written but some that failed every time they were tried.
+        share: make a part of the strips only, beside other runs that make the others. Raises StoreError if `path`
+        cannot be used, NotFittedError before `fit`, and what the checks of data raise; ChunkFailedError when all strips
+        are written but some that failed every time they were tried.
         """
         check_output(path, overwrite=overwrite, resume=resume)
         if overwrite and resume:
@@ -307,6 +310,7 @@ class InfluenceCalculator(ABC):
             overwrite=overwrite,
             resume=resume,
             attributes=attributes or {},
+            share=share,
         )
         return write_influences(Path(path), fitted, request, self._scratch.folder, _progress(progress))
 

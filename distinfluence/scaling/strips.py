@@ -12,6 +12,7 @@ A run that died goes on where it stopped: factors that are on disk are not solve
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from distinfluence.scaling.executor import Executor, Failures
 from distinfluence.scaling.plan import Plan
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import fingerprint_module
+from distinfluence.scaling.share import Share
 from distinfluence.scaling.tasks import (
     Inspection,
     Sample,
@@ -67,7 +69,7 @@ class Request:
 
     plan: chunk sizes, panel, and where is solved: "rows" solves each test chunk on one worker, which sweeps the
     training set by itself; "data" solves here and spreads each sweep over the workers. input_shape: of one training
-    input for mode "perturbation", else empty.
+    input for mode "perturbation", else empty. share: the part of the strips to make, of runs that work on one result.
     """
 
     test: ChunkedData
@@ -79,6 +81,7 @@ class Request:
     overwrite: bool
     resume: bool
     attributes: Mapping[str, object]
+    share: Share | None = None
 
 
 def look(executor: Executor, context: Context, data: ChunkedData, progress: Progress, what: str) -> str:
@@ -120,10 +123,12 @@ def write_influences(
         "mode": str(request.mode),
         "chunks": {"test": list(test.sizes), "train": layout.strip, "panel": panel},
     }
-    writer = _writer(path, layout, fingerprints, settings, fitted, request)
+    share = request.share
+    with share.alone() if share is not None else nullcontext():
+        writer = _writer(path, layout, fingerprints, settings, fitted, request)
     folder = scratch / f"factors-{combine({**fingerprints, 'settings': fingerprint_settings(settings)})[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    pending = writer.pending()
+    pending = writer.pending() if share is None else share.of(writer.pending())
     if pending:
         file = _write_factors(writer, fitted, request, folder, progress)
         with progress.stage("strips", len(pending), "strips") as bar:
@@ -134,8 +139,13 @@ def write_influences(
                 bar.advance()
         if failures:
             raise _quarantined(writer, {pending[position]: error for position, error in failures.items()})
-    writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
-    shutil.rmtree(folder, ignore_errors=True)
+    with share.alone() if share is not None else nullcontext():
+        if share is not None:
+            if writer.pending():
+                return open_influences(path)  # whoever makes the last strip finishes
+            _write_all_fields(writer, test, folder)
+        writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
+        shutil.rmtree(folder, ignore_errors=True)
     return open_influences(path)
 
 
@@ -183,11 +193,35 @@ def _quarantined(writer: InfluenceWriter, failures: Mapping[int, Exception]) -> 
     )
 
 
+def _write_all_fields(writer: InfluenceWriter, test: ChunkedData, folder: Path) -> None:
+    """What is known of the test points, which runs with a share of the strips leave to the last of them."""
+    for start, size in zip(test.starts, test.sizes, strict=True):
+        if fields_file(str(folder / "factors.npy"), start).is_file():  # else the last one was here before
+            writer.write_test(slice(start, start + size), **saved_fields(str(folder / "factors.npy"), start))
+
+
+def _share_factors(fitted: Fitted, request: Request, share: Share, file: str, progress: Progress) -> None:
+    """Factors that nobody has made yet, beginning elsewhere in each run, so that runs at the same time share them."""
+    test = request.test
+    with progress.stage("factors", test.n_samples, "test points") as bar:
+        for i in share.turned(range(len(test.sizes))):
+            if not fields_file(file, test.starts[i]).is_file():
+                item = (test.chunks[i], file, i, test.starts[i], test.sizes[i])
+                for _ in fitted.executor.run(solve_chunk, (fitted.context,), [item]):
+                    pass
+            bar.advance(test.sizes[i])
+
+
 def _write_factors(writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress) -> str:
     test, model = request.test, fitted.model
     file = folder / "factors.npy"
     dtype = to_numpy(torch.empty(0, dtype=model.risk.dtype)).dtype
-    make_factor_file(file, test.n_samples, model.n_parameters, dtype)
+    share = request.share
+    with share.alone() if share is not None else nullcontext():
+        make_factor_file(file, test.n_samples, model.n_parameters, dtype)
+    if share is not None:
+        _share_factors(fitted, request, share, str(file), progress)
+        return str(file)
     made = [fields_file(str(file), start).is_file() for start in test.starts]
     waiting = [i for i, there in enumerate(made) if not there]
     with progress.stage("factors", test.n_samples, "test points") as bar:

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distinfluence import open_influences
+from tests.reference import Reference
 from tests.slurm.conftest import queue
 from tests.slurm.host import SlurmHost
 from tests.slurm.runs import (
@@ -19,6 +21,7 @@ from tests.slurm.runs import (
     submitted,
     wait_for,
 )
+from tests.zoo import build
 
 pytestmark = pytest.mark.slurm
 
@@ -51,3 +54,16 @@ def test_one_allocation_with_a_scheduler_file_holds_everything(slurm: SlurmHost,
     assert states(slurm)[number] == "COMPLETED", log_of(tmp_path, number)
     assert open_influences(tmp_path / "influences.zarr").complete
     assert not list(tmp_path.glob(".influences-*"))
+
+
+def test_an_array_of_jobs_makes_one_matrix(slurm: SlurmHost, tmp_path: Path) -> None:
+    job = slow_job(tmp_path, chunks={"train": 1, "test": 2, "panel": 6})
+    submitted(slurm, tmp_path, "array.sbatch", job, options=("--array=0-2", "--cpus-per-task=1", "--mem=2G"))
+    wait_for(lambda: queue(slurm) == [], "the end of all jobs")
+    logs = "".join(log.read_text() for log in tmp_path.glob("influences-*.log"))
+    result = open_influences(tmp_path / "influences.zarr")
+    assert result.complete, logs
+    expected = Reference(build("mlp classification")).influences("hessian", 0.01).numpy()
+    np.testing.assert_allclose(result[:], expected, rtol=1e-6, atol=1e-4)  # stored in float32
+    assert np.isfinite(result.relative_residual).all()
+    assert not (tmp_path / ".influences.zarr.scratch").exists()
