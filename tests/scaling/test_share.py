@@ -1,4 +1,4 @@
-"""Processes that share one result: each makes its strips, all together make the matrix. At the same time: tests/slurm."""
+"""Processes that share one result: each makes its strips, together the matrix. At the same time: tests/slurm."""
 
 from pathlib import Path
 
