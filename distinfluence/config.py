@@ -150,6 +150,7 @@ class Job(Section):
     cluster: ClusterSection = ClusterSection()
     solve: Literal["auto", "rows", "data"] = "auto"
     top_k: PositiveInt = 50
+    mantissa_bits: Annotated[int, Field(ge=1, le=23)] = 23
     certify: bool = False
     scratch: Path | None = None
     _folder: Path = Path()

@@ -136,6 +136,7 @@ def _computed(
         panel_size=plan.chunks.panel,
         solve=job.solve,
         top_k=job.top_k,
+        mantissa_bits=job.mantissa_bits,
         overwrite=overwrite,
         resume=resume,
         progress=progress,

@@ -44,6 +44,7 @@ from distinfluence.scaling.tasks import (
 )
 from distinfluence.scaling.worker import Context, Scratch, SourcePlane
 from distinfluence.store import InfluenceResult, check_output, chunks_of, combine, fingerprint_settings
+from distinfluence.store.layout import FLOAT32_BITS
 
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
 STRATEGIES = ("auto", "rows", "data")
@@ -267,6 +268,7 @@ class InfluenceCalculator(ABC):
         panel_size: int | None = None,
         solve: str = "auto",
         top_k: int = 50,
+        mantissa_bits: int = FLOAT32_BITS,
         overwrite: bool = False,
         resume: bool = False,
         progress: bool | Progress = True,
@@ -280,11 +282,13 @@ class InfluenceCalculator(ABC):
         worker holds at a time, as many as take a quarter of its memory unless given; the training gradients are made
         once for each such panel. solve: "rows" (each test chunk on one worker),
         "data" (each sweep over all workers) or "auto". top_k: most helpful and most harmful training points that are
-        stored for each test point. overwrite: replace a result at `path`. resume: go on with it if it was begun with
-        the same model, data and settings, begin if there is none. attributes: JSON values to keep in the result.
-        share: make a part of the strips only, beside other runs that make the others. Raises StoreError if `path`
-        cannot be used, NotFittedError before `fit`, and what the checks of data raise; ChunkFailedError when all strips
-        are written but some that failed every time they were tried.
+        stored for each test point. mantissa_bits: fewer than float32's 23 round the stored values, with a relative
+        error of 2^-(bits + 1) that error bounds include, and compress them: 10 take about half the space. overwrite:
+        replace a result at `path`. resume: go on with it if it was begun with the same model, data and settings, begin
+        if there is none. attributes: JSON values to keep in the result. share: make a part of the strips only, beside
+        other runs that make the others. Raises StoreError if `path` cannot be used, NotFittedError before `fit`, and
+        what the checks of data raise; ChunkFailedError when all strips are written but some that failed every time they
+        were tried.
         """
         check_output(path, overwrite=overwrite, resume=resume)
         if overwrite and resume:
@@ -307,6 +311,7 @@ class InfluenceCalculator(ABC):
             plan=make_plan(work, self._machine(), asked),
             input_shape=shape,
             top_k=top_k,
+            mantissa_bits=mantissa_bits,
             overwrite=overwrite,
             resume=resume,
             attributes=attributes or {},

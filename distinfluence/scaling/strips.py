@@ -41,6 +41,7 @@ from distinfluence.scaling.tasks import (
     save_factors,
     saved_fields,
     solve_chunk,
+    stored_fields,
     write_strip,
 )
 from distinfluence.scaling.worker import Context
@@ -78,6 +79,7 @@ class Request:
     plan: Plan
     input_shape: tuple[int, ...]
     top_k: int
+    mantissa_bits: int
     overwrite: bool
     resume: bool
     attributes: Mapping[str, object]
@@ -107,6 +109,7 @@ def write_influences(
         strip=min(columns.strip, columns.n_samples),
         input_shape=request.input_shape,
         top_k=request.top_k,
+        mantissa_bits=request.mantissa_bits,
     )
     panel = request.plan.chunks.panel
     fingerprints = {
@@ -197,7 +200,8 @@ def _write_all_fields(writer: InfluenceWriter, test: ChunkedData, folder: Path) 
     """What is known of the test points, which runs with a share of the strips leave to the last of them."""
     for start, size in zip(test.starts, test.sizes, strict=True):
         if fields_file(str(folder / "factors.npy"), start).is_file():  # else the last one was here before
-            writer.write_test(slice(start, start + size), **saved_fields(str(folder / "factors.npy"), start))
+            fields = saved_fields(str(folder / "factors.npy"), start)
+            writer.write_test(slice(start, start + size), **stored_fields(fields, writer.layout))
 
 
 def _share_factors(fitted: Fitted, request: Request, share: Share, file: str, progress: Progress) -> None:
@@ -228,7 +232,7 @@ def _write_factors(writer: InfluenceWriter, fitted: Fitted, request: Request, fo
 
         def done(index: int, fields: Mapping[str, Array]) -> None:
             rows = slice(test.starts[index], test.starts[index] + test.sizes[index])
-            writer.write_test(rows, **fields)
+            writer.write_test(rows, **stored_fields(fields, writer.layout))
             bar.advance(test.sizes[index])
 
         for index, there in enumerate(made):

@@ -30,8 +30,9 @@ from distinfluence.scaling.logs import logged_task
 from distinfluence.scaling.plan import Rates
 from distinfluence.scaling.sources import ChunkSource, built_bytes
 from distinfluence.scaling.worker import Chunk, Context, load, named_samples, save_whole, torch_task
-from distinfluence.store import InfluenceWriter
+from distinfluence.store import InfluenceWriter, Layout
 from distinfluence.store.fingerprint import fingerprint_arrays
+from distinfluence.store.layout import FLOAT32_BITS
 
 RATE_SAMPLES, RATE_ROWS = 32, 8  # of a calibration
 
@@ -170,6 +171,7 @@ def factor_fields(factors: torch.Tensor, report: SolveReport, losses: Array, nor
         sizes = torch.linalg.vector_norm(factors, dim=1, dtype=torch.float64).cpu()
         bound = (report.error_bound + torch.finfo(torch.float32).eps * sizes).numpy()
     return {
+        "factor_norm": np.asarray(torch.linalg.vector_norm(factors, dim=1, dtype=torch.float64).cpu()),
         "loss": losses,
         "gradient_norm": norms,
         "relative_residual": report.relative_residual.numpy(),
@@ -180,7 +182,16 @@ def factor_fields(factors: torch.Tensor, report: SolveReport, losses: Array, nor
 
 
 FIELDS = {"loss": "f8", "gradient_norm": "f8", "relative_residual": "f8", "iterations": "i8", "converged": "?"}
-FIELDS |= {"error_bound": "f8"}
+FIELDS |= {"error_bound": "f8", "factor_norm": "f8"}
+
+
+def stored_fields(fields: Mapping[str, Array], layout: Layout) -> dict[str, Array]:
+    """What goes into the result: its error bounds hold for values that are rounded, too."""
+    kept = {name: values for name, values in fields.items() if name != "factor_norm"}
+    if layout.mantissa_bits < FLOAT32_BITS:
+        bound, norm = (np.asarray(fields[name], dtype=np.float64) for name in ("error_bound", "factor_norm"))
+        kept["error_bound"] = bound + layout.rounding_error * norm
+    return kept
 
 
 def make_factor_file(file: Path, n_test: int, p: int, dtype: np.dtype[Any]) -> None:

@@ -18,6 +18,7 @@ from distinfluence.store import overview
 CHUNK_ROWS = 32
 CHUNK_COLUMNS = 2048
 CHUNK_VALUES = 2**20  # 4 MiB of float32: bounds an inner chunk when every entry is a whole input
+FLOAT32_BITS = 23  # of a mantissa
 MAX_POINTS = 2**31 - 1  # indices are int32, because browsers read int64 as BigInt
 
 
@@ -27,7 +28,8 @@ class Layout:
 
     `strip`: training points per strip, at most n_train. `input_shape`: shape of one training input for mode
     `perturbation`, empty for mode `up`. `top_k`: how many most helpful and most harmful training points are kept for
-    each test point (mode `up` only). Raises ShapeError, ChunkError or SettingError for what cannot be laid out.
+    each test point (mode `up` only). `mantissa_bits`: of a stored value; fewer than 23 are rounded and compressed.
+    Raises ShapeError, ChunkError or SettingError for what cannot be laid out.
 
     >>> layout = Layout(n_test=100, n_train=10_000, strip=4096)
     >>> layout.n_strips, layout.chunk_shape, layout.shard_shape, layout.strip_slice(2)
@@ -39,6 +41,7 @@ class Layout:
     strip: int
     input_shape: tuple[int, ...] = ()
     top_k: int = 50
+    mantissa_bits: int = FLOAT32_BITS
 
     def __post_init__(self) -> None:
         for name in ("n_test", "n_train"):
@@ -54,6 +57,10 @@ class Layout:
             )
         object.__setattr__(self, "input_shape", _input_shape(self.input_shape))
         object.__setattr__(self, "top_k", _count("top_k", self.top_k, SettingError))
+        bits = _count("mantissa_bits", self.mantissa_bits, SettingError)
+        if bits > FLOAT32_BITS:
+            raise SettingError(f"`mantissa_bits` must be at most {FLOAT32_BITS}, those of float32, got {bits}.")
+        object.__setattr__(self, "mantissa_bits", bits)
         self._chunk_columns()
 
     @classmethod
@@ -79,6 +86,11 @@ class Layout:
     def strip_k(self) -> int:
         """How many training points one strip adds to a ranking at most: min(top_k, strip)."""
         return min(self.top_k, self.strip)
+
+    @property
+    def rounding_error(self) -> float:
+        """By how much a stored value may differ from what was computed, relative to it."""
+        return float(2.0 ** -(self.mantissa_bits + 1))
 
     @property
     def ranked(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from distinfluence.errors import (
     CorruptStoreError,
@@ -40,7 +40,7 @@ from distinfluence.store.folder import (
     sweep_unfinished_files,
     sync_to_disk,
 )
-from distinfluence.store.layout import Layout, array_specs
+from distinfluence.store.layout import FLOAT32_BITS, Layout, array_specs
 from distinfluence.store.overview import strip_cells
 from distinfluence.store.ranking import (
     Ranking,
@@ -177,7 +177,7 @@ class InfluenceWriter:
         returns whether this call wrote. Values are stored as float32. Raises IndexRangeError, ShapeError, DtypeError,
         NonFiniteError, or StoreError (disk full, no permission); the strip then stays unmarked.
         """
-        values = _strip_values(i, values, self.layout.strip_shape(i))
+        values = rounded(_strip_values(i, values, self.layout.strip_shape(i)), self.layout.mantissa_bits)
         loss = _per_point("loss", loss, values.shape[1], "fiu", np.float32)
         gradient_norm = _per_point("gradient_norm", gradient_norm, values.shape[1], "fiu", np.float32)
         _require_finite(f"loss of strip {i}", loss)
@@ -371,9 +371,27 @@ def _build(folder: Path, layout: Layout, attributes: dict[str, Any]) -> None:
             shards=spec.shards,
             dtype=spec.dtype,
             fill_value=spec.fill,
-            compressors=[Crc32cCodec()],
+            compressors=_codecs(spec.name, layout),
             dimension_names=spec.dims,
         )
+
+
+def _codecs(name: str, layout: Layout) -> list[Any]:
+    """Checksums, and compression where rounding makes it worth its time."""
+    if name == "influences" and layout.mantissa_bits < FLOAT32_BITS:
+        return [BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()]
+    return [Crc32cCodec()]
+
+
+def rounded(values: NDArray[np.float32], mantissa_bits: int) -> NDArray[np.float32]:
+    """The nearest float32 numbers with so many bits of mantissa, ties to even; relative error ≤ 2^-(bits + 1)."""
+    drop = FLOAT32_BITS - mantissa_bits
+    if drop == 0:
+        return values
+    raw = np.ascontiguousarray(values).view(np.uint32)
+    half = np.uint32((1 << (drop - 1)) - 1) + ((raw >> np.uint32(drop)) & np.uint32(1))
+    nearest: NDArray[np.float32] = ((raw + half) >> np.uint32(drop) << np.uint32(drop)).view(np.float32)
+    return nearest
 
 
 def _strip_values(i: int, values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:

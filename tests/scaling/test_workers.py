@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from distributed import Client, Nanny, Scheduler, SpecCluster
 
-from distinfluence import CgInfluence, DaskInfluenceCalculator, DirectInfluence, ModelRecipe, Recipe
+from distinfluence import (
+    CgInfluence,
+    DaskInfluenceCalculator,
+    DirectInfluence,
+    ModelRecipe,
+    Recipe,
+    SequentialInfluenceCalculator,
+)
 from distinfluence.errors import ClusterError
 from distinfluence.scaling import LogToFolder
 from distinfluence.scaling.executor import OnCluster
@@ -113,3 +120,15 @@ def test_one_solve_a_test_chunk_one_pass_a_panel_and_little_traffic(
     # what tasks share (the context, with its list of chunks) goes to each worker once; no data, no factors, no tiles
     assert transferred(client) - before < 200_000
     assert np.isfinite(result[:]).all()
+
+
+def test_error_bounds_hold_for_rounded_values(case: Case, tmp_path: Path) -> None:
+    calculator = SequentialInfluenceCalculator(direct(case)).fit(*case.train, chunk_size=5)
+    fine, coarse = (
+        calculator.to_zarr(tmp_path / f"{bits}.zarr", *case.test, mantissa_bits=bits, progress=False)
+        for bits in (23, 6)
+    )
+    norms = np.asarray(fine.train_gradient_norm)
+    difference = np.abs(coarse[:] - fine[:])
+    assert (difference <= np.asarray(coarse.error_bound)[:, None] * norms).all()
+    assert (difference > np.asarray(fine.error_bound)[:, None] * norms).any()

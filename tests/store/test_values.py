@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distinfluence.errors import DtypeError, IndexRangeError, NonFiniteError, SettingError, ShapeError
-from distinfluence.store import InfluenceWriter, open_influences
+from distinfluence.store import InfluenceWriter, Layout, open_influences
 
 from .conftest import matrix
 
@@ -93,3 +93,27 @@ def test_arguments_of_write_test_are_checked(
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})
     with pytest.raises(error, match=message):
         writer.write_test(rows, **given)
+
+
+@pytest.mark.parametrize("bits", [1, 7, 10, 22])
+def test_rounded_values_keep_their_bits_and_take_less_space(bits: int, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    values = (generator.standard_normal((32, 4096)) * 10.0 ** generator.integers(-12, 12, (32, 1))).astype(np.float32)
+    sizes = {}
+    for kept in (bits, 23):
+        layout = Layout(n_test=32, n_train=4096, strip=4096, top_k=5, mantissa_bits=kept)
+        writer = InfluenceWriter.create(tmp_path / f"{kept}.zarr", layout, {})
+        writer.write_strip(0, values)
+        writer.finish()
+        sizes[kept] = sum(f.stat().st_size for f in (tmp_path / f"{kept}.zarr/influences/c").rglob("*") if f.is_file())
+        stored = open_influences(tmp_path / f"{kept}.zarr")[:]
+        assert (np.abs(stored - values) <= layout.rounding_error * np.abs(values)).all()
+        assert not (stored.view(np.uint32) & np.uint32((1 << (23 - kept)) - 1)).any()
+    if bits <= 10:
+        assert sizes[bits] < 0.65 * sizes[23]
+
+
+@pytest.mark.parametrize("bits", [0, 24, 1.5])
+def test_mantissas_that_float32_does_not_have_are_refused(bits: float) -> None:
+    with pytest.raises(SettingError, match="mantissa_bits"):
+        Layout(n_test=1, n_train=1, strip=1, mantissa_bits=bits)
