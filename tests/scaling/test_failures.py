@@ -260,6 +260,76 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
     assert len(written) == 3  # each test chunk once, over both runs
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, leave: int) -> None:
+    """Take all space but so many bytes."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
+    (disk / "filler").write_bytes(b"x" * max(0, free - leave))
+
+
+def test_a_disk_that_is_full_again_and_again_loses_nothing(case: Case, small_disk: Path, tmp_path: Path) -> None:
+    calculator = SequentialInfluenceCalculator(direct(case), scratch=tmp_path / "scratch")
+    calculator.fit(*case.train, chunk_size=2)
+    quiet = calculator.to_zarr(tmp_path / "quiet.zarr", *case.test, test_chunk_size=2, progress=False)
+    output, seen, errors = small_disk / "i.zarr", dict[str, int](), list[str]()
+    for leave in (150_000, 60_000, 60_000, 60_000):
+        (small_disk / "filler").unlink(missing_ok=True)
+        fill(small_disk, leave)
+        try:
+            calculator.to_zarr(output, *case.test, test_chunk_size=2, resume=True, progress=False)
+        except StoreError as error:
+            errors.append(str(error))
+        now = marks(output)
+        assert seen.items() <= now.items()  # what was whole was left as it was
+        seen = now
+    assert len(errors) >= 2
+    assert all("space" in error for error in errors)
+    assert 0 < len(seen) < 12
+    (small_disk / "filler").unlink()
+    result = calculator.to_zarr(output, *case.test, test_chunk_size=2, resume=True, progress=False)
+    assert result.complete
+    assert seen.items() <= marks(output).items()
+    np.testing.assert_array_equal(result[:], quiet[:])
+
+
+def test_a_worker_that_is_stopped_and_continued_costs_nothing(own_cluster: Client, case: Case, tmp_path: Path) -> None:
+    recipe = ModelRecipe(Recipe("tests.scaling.sources:slow_model"))
+    model = DirectInfluence(sources.slow_model(), case.loss, 0.01, second_order_mode="ggn")
+    calculator = DaskInfluenceCalculator(model, own_cluster, recipe=recipe).fit(*case.train, chunk_size=1)
+    quiet = calculator.to_zarr(tmp_path / "quiet.zarr", *case.test, progress=False)
+    pid = sorted(own_cluster.run(os.getpid).values())[0]
+    output, ended = tmp_path / "i.zarr", threading.Event()
+
+    def stop_for_a_while() -> None:
+        wait_for(lambda: len(marks(output)) >= 3)
+        os.kill(pid, signal.SIGSTOP)
+        ended.wait(4.0)
+        os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=stop_for_a_while)
+    thread.start()
+    try:
+        result = calculator.to_zarr(output, *case.test, progress=False)
+    finally:
+        ended.set()
+        thread.join(DEADLINE)
+    assert result.complete
+    np.testing.assert_array_equal(result[:], quiet[:])
+
+
 class Killer:
     """Kills random workers, one after the other, while a run goes on. seed: of the choice and of the moments."""
 
