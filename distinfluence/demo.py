@@ -160,7 +160,7 @@ def _findings(result: InfluenceResult) -> list[str]:
 def trained_from(result: InfluenceResult) -> nn.Module:
     """The model whose checkpoint lies beside the result."""
     model = build_model()
-    model.load_state_dict(torch.load(result.path.parent / "model.pt", weights_only=True))
+    model.load_state_dict(torch.load(Path(result.path).parent / "model.pt", weights_only=True))
     return model
 
 

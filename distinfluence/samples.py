@@ -36,9 +36,10 @@ def annotate_job(
     """
     result = open_influences(job.path(job.output))
     home = InThisProcess()
+    cut = result.provenance["chunks"]
     data = {
-        "train_data": chunked(job.recipe(job.data.train), None, home, job.chunks.train),
-        "test_data": chunked(job.recipe(job.data.test), None, home, job.chunks.test),
+        "train_data": chunked(job.recipe(job.data.train), None, home, cut["train"]),
+        "test_data": chunked(job.recipe(job.data.test), None, home, cut["test"][0]),
     }
     require_same_inputs(result, job.influence_model()[0], data)
     renderer = None if render is None else _renderer(job, render)

@@ -45,7 +45,7 @@ LAYERS = {
         files=(r"store(\..*)?",),
         sees=("errors",),
         top=frozenset({"numpy", "zarr"}),
-        lazily=frozenset({"pandas", "xarray"}),
+        lazily=frozenset({"fsspec", "pandas", "xarray"}),
     ),
     "model": Layer(
         files=(

@@ -24,6 +24,7 @@ from distinfluence.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
+from distinfluence.store.remote import RemoteFolder
 
 FORMAT = "distinfluence"
 FORMAT_VERSION = 1
@@ -61,22 +62,27 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         raise SettingError(f"`path` must be a str or Path, got {path!r}. Pass the folder of the result.")
     if "://" in str(path):
         raise SettingError(
-            f"`path` must be a local folder, got {str(path)!r}. Mount the object store, or copy from it."
+            f"`path` must be a folder to be written to, got {str(path)!r}. URLs can be read; mount the object store, "
+            "or copy the finished result there."
         )
     with surfaced_errors("resolve", Path(path)):
         return Path(path).expanduser().resolve()
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
+def place_of(path: str | os.PathLike[str]) -> Path | RemoteFolder:
+    """Where a result is read from: a URL as it is, a path made absolute. Raises SettingError."""
+    return RemoteFolder(str(path)) if "://" in str(path) else local_path(path)
+
+
+def read_attributes(path: Path | RemoteFolder) -> dict[str, Any]:
     """The attributes of our result at `path`. Raises StoreNotFoundError, ForeignStoreError, or StoreError (too new)."""
     with surfaced_errors("read", path):
-        if not path.exists():
-            raise StoreNotFoundError(f"`path` {path} does not exist, expected a result. Check it for typing errors.")
         attributes = _our_attributes(path)
+        if attributes is None and (isinstance(path, RemoteFolder) or not path.exists()):
+            raise StoreNotFoundError(f"`path` {path} does not exist, expected a result. Check it for typing errors.")
     if attributes is None:
-        raise ForeignStoreError(
-            f"`path` {path} is not a result of distinfluence: {_looks_like(path)}. Pass another path."
-        )
+        found = "a URL" if isinstance(path, RemoteFolder) else _looks_like(path)
+        raise ForeignStoreError(f"`path` {path} is not a result of distinfluence: {found}. Pass another path.")
     version = attributes.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise StoreError(
@@ -158,7 +164,7 @@ def sweep_unfinished_files(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def surfaced_errors(action: str, path: Path) -> Iterator[None]:
+def surfaced_errors(action: str, path: Path | RemoteFolder) -> Iterator[None]:
     """Raise what the operating system and zarr's checksums say as StoreError with path and remedy."""
     try:
         yield
@@ -179,12 +185,15 @@ def surfaced_errors(action: str, path: Path) -> Iterator[None]:
         ) from error
 
 
-def _our_attributes(path: Path) -> dict[str, Any] | None:
-    metadata = path / "zarr.json"
-    if not metadata.is_file():
+def _our_attributes(path: Path | RemoteFolder) -> dict[str, Any] | None:
+    if isinstance(path, RemoteFolder):
+        metadata = path.read_bytes("zarr.json")
+    else:
+        metadata = (path / "zarr.json").read_bytes() if (path / "zarr.json").is_file() else None
+    if metadata is None:
         return None
     try:
-        content = json.loads(metadata.read_bytes())
+        content = json.loads(metadata)
         attributes = content["attributes"]
         ours = content["node_type"] == "group" and attributes["format"] == FORMAT
     except (ValueError, LookupError, TypeError):

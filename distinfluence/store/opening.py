@@ -14,6 +14,7 @@ from zarr.storage import LocalStore
 
 from distinfluence.errors import CorruptStoreError
 from distinfluence.store.layout import ArraySpec
+from distinfluence.store.remote import RemoteFolder, RemoteStore
 
 _CHUNK_BYTES = 2**26  # a chunk that a hostile result may have at most, where its layout does not say more
 
@@ -65,13 +66,13 @@ class GuardedStore(LocalStore):
         return buffer
 
 
-def open_to_read(path: Path) -> tuple[zarr.Group, GuardedStore]:
+def open_to_read(path: Path | RemoteFolder) -> tuple[zarr.Group, GuardedStore | RemoteStore]:
     """The group at `path` and the store that it reads from."""
-    store = GuardedStore(path)
+    store = path.store() if isinstance(path, RemoteFolder) else GuardedStore(path)
     return zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False), store
 
 
-def checked(array: object, spec: ArraySpec, path: Path) -> zarr.Array[Any]:
+def checked(array: object, spec: ArraySpec, path: Path | RemoteFolder) -> zarr.Array[Any]:
     """`array`, if it is what a result of this layout has under this name. Raises CorruptStoreError.
 
     Its chunks may be cut otherwise, but none may be larger than the layout's, nor than 64 MiB: a few bytes of metadata

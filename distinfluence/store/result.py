@@ -21,11 +21,12 @@ from distinfluence.errors import (
 )
 from distinfluence.store import analysis
 from distinfluence.store.annotations import Axis, StoredPoints, read_samples
-from distinfluence.store.folder import local_path, read_attributes, surfaced_errors
+from distinfluence.store.folder import place_of, read_attributes, surfaced_errors
 from distinfluence.store.html import result_as_html
 from distinfluence.store.layout import Layout, array_specs, whole_number
 from distinfluence.store.opening import checked, open_to_read
 from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
+from distinfluence.store.remote import RemoteFolder
 from distinfluence.store.writer import COMPLETE, RUNNING
 
 if TYPE_CHECKING:
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 
 
 def open_influences(path: str | os.PathLike[str]) -> InfluenceResult:
-    """Open the result at `path` for reading. Raises StoreNotFoundError, ForeignStoreError, StoreError (too new)."""
-    return InfluenceResult(local_path(path))
+    """Open the result at `path` for reading: a folder, or a URL that fsspec knows (s3://…, https://…).
+
+    Raises StoreNotFoundError, ForeignStoreError, StoreError (too new, or no answer), MissingDependencyError.
+    """
+    return InfluenceResult(place_of(path))
 
 
 class InfluenceResult:
@@ -45,7 +49,7 @@ class InfluenceResult:
     Indices count as in NumPy, so -1 is the last point.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | RemoteFolder) -> None:
         attributes = read_attributes(path)
         self.path = path
         self.layout = _layout_of(attributes, path)
@@ -248,11 +252,14 @@ class InfluenceResult:
 
     def lost_strips(self) -> list[int]:
         """The marked strips whose file is gone. Looks at the folder only; `damaged_strips` reads everything."""
-        shards = self.path / "influences" / "c" / "0"
-        tail = ["0"] * len(self.layout.input_shape)
-        return [
-            i for i in np.flatnonzero(self.finished_strips()).tolist() if not shards.joinpath(str(i), *tail).is_file()
-        ]
+        tail = "/0" * len(self.layout.input_shape)
+        path = self.path
+
+        def there(key: str) -> bool:
+            return path.has(key) if isinstance(path, RemoteFolder) else (path / key).is_file()
+
+        marked = np.flatnonzero(self.finished_strips()).tolist()
+        return [i for i in marked if not there(f"influences/c/0/{i}{tail}")]
 
     def damaged_strips(self) -> list[int]:
         """The marked strips whose bytes are not those that were written. Reads the whole result, a strip at a time."""
@@ -280,7 +287,7 @@ class InfluenceResult:
             ) from error
         with surfaced_errors("open", self.path):
             cut = dict(chunks) if isinstance(chunks, Mapping) else chunks
-            dataset: xarray.Dataset = xarray.open_zarr(str(self.path), consolidated=False, chunks=cut)
+            dataset: xarray.Dataset = xarray.open_zarr(self._store, consolidated=False, chunks=cut)
         known = {"train_self_influence": ("train", self.points("train").self_influence())}
         for axis in ("test", "train"):
             known[axis] = (axis, np.arange(dataset.sizes[axis], dtype=np.int32))
@@ -341,7 +348,7 @@ class InfluenceResult:
         return Ranking(ranking.indices[0], ranking.values[0])
 
 
-def _layout_of(attributes: Mapping[str, Any], path: Path) -> Layout:
+def _layout_of(attributes: Mapping[str, Any], path: Path | RemoteFolder) -> Layout:
     try:
         layout = Layout.from_attributes(attributes["layout"])
     except (LookupError, TypeError, DistinfluenceError) as error:

@@ -1,0 +1,77 @@
+"""Results that are read from elsewhere: any URL that fsspec knows, such as s3://, gs://, https:// or memory://."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import FsspecStore
+
+from distinfluence.errors import MissingDependencyError, StoreError
+
+
+class RemoteFolder(os.PathLike[str]):
+    """The folder of a result behind a URL, for reading only. name: its last part."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return self.url.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __fspath__(self) -> str:
+        return self.url
+
+    def store(self) -> RemoteStore:
+        """What zarr reads from."""
+        store = RemoteStore.from_url(self.url, read_only=True)
+        assert isinstance(store, RemoteStore)
+        return store
+
+    def read_bytes(self, key: str) -> bytes | None:
+        """A file of the folder, or None if there is none. Raises StoreError if the server does not answer."""
+        filesystem, root = self._place
+        try:
+            content: bytes = filesystem.cat_file(f"{root}/{key}")
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # every file system has errors of its own
+            raise StoreError(f"cannot read `path` {self.url}: {error}. Check the URL and your access.") from error
+        return content
+
+    def has(self, key: str) -> bool:
+        """Whether a file of the folder is there."""
+        filesystem, root = self._place
+        return bool(filesystem.isfile(f"{root}/{key}"))
+
+    @functools.cached_property
+    def _place(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs
+
+        try:
+            filesystem, root = url_to_fs(self.url)
+        except ImportError as error:
+            raise MissingDependencyError(f"`path` {self.url} needs another package: {error}. Install it.") from error
+        except ValueError as error:
+            raise StoreError(f"`path` {self.url} cannot be opened: {error}. Pass a URL that fsspec knows.") from error
+        return filesystem, str(root).rstrip("/")
+
+
+class RemoteStore(FsspecStore):
+    """Reads from a URL and counts. `bytes_read`: since it was opened, metadata included."""
+
+    bytes_read = 0
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """As the store's own, counted."""
+        buffer = await super().get(key, prototype, byte_range)
+        self.bytes_read += 0 if buffer is None else len(buffer)
+        return buffer
