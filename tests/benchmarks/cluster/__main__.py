@@ -115,6 +115,19 @@ def compare(name: str, python: Path, limit: float) -> None:
         strips(model, ours)
 
 
+def workers(limit: float) -> None:
+    """Strips of a second or more: two workers of one thread beside one process of one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(trained("mlp").state_dict(), f"{folder}/state.pt")
+        spec = {"model": "mlp", "method": "nystroem", "state": f"{folder}/state.pt", "damping": DAMPING, "rank": 10}
+        spec |= {"chunk": 2048, "test_chunk": 1024, "n_train": 16384, "n_test": 1024, "residual_rows": 0}
+        own = [sys.executable, "-m", "tests.benchmarks.cluster.runner_ours"]
+        found = {route: run(own, spec | {"route": route}, limit)["stages"] for route in ("sequential", "cluster")}
+    for stage in ("fit", "strips"):
+        one, two = (found[route][stage] for route in ("sequential", "cluster"))
+        print(f"1024 × 16384, {stage}: one process {one:.1f} s, two workers {two:.1f} s: {one / two:.2f}×", flush=True)
+
+
 def strips(model: nn.Module, ours: dict[str, Any]) -> None:
     """The strip stage against its floor on one core: per-sample gradients once, and one GEMM."""
     torch.set_num_threads(1)
@@ -145,6 +158,7 @@ def main() -> None:
         sys.exit(f"{python} is not there: run python -m tests.benchmarks.peers once, which makes it.")
     for name in given.models:
         compare(name, python, given.limit)
+    workers(given.limit)
 
 
 if __name__ == "__main__":

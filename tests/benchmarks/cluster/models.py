@@ -30,14 +30,14 @@ def samples(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return 0.3 * patterns[labels] + torch.randn(n, 784, generator=generator), labels
 
 
-def train() -> tuple[Tensor, Tensor]:
-    """4096 training samples."""
-    return samples(N_TRAIN, 1)
+def train(n: int = N_TRAIN) -> tuple[Tensor, Tensor]:
+    """Training samples."""
+    return samples(n, 1)
 
 
-def test() -> tuple[Tensor, Tensor]:
-    """256 test samples."""
-    return samples(N_TEST, 2)
+def test(n: int = N_TEST) -> tuple[Tensor, Tensor]:
+    """Test samples."""
+    return samples(n, 2)
 
 
 def trained(name: str) -> nn.Module:

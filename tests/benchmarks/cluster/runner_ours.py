@@ -14,7 +14,7 @@ from torch import nn
 
 import distinfluence as di
 from distinfluence.scaling import ClusterSpec, InfluenceCalculator, Progress, connected
-from tests.benchmarks.cluster.models import build, test, train
+from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, test, train
 
 
 def cpu_seconds() -> float:
@@ -33,9 +33,10 @@ def influence(spec: dict[str, Any], model: nn.Module) -> di.InfluenceFunctionMod
 
 def measure(calculator: InfluenceCalculator, spec: dict[str, Any], folder: str) -> dict[str, Any]:
     start, before, progress = time.perf_counter(), cpu_seconds(), Progress(False)
-    calculator.fit(*train(), chunk_size=spec["chunk"], progress=progress)
+    calculator.fit(*train(spec.get("n_train", N_TRAIN)), chunk_size=spec["chunk"], progress=progress)
     solve = {"test_chunk_size": spec["test_chunk"], "solve": spec.get("solve", "auto")}
-    result = calculator.to_zarr(Path(folder) / "i.zarr", *test(), **solve, progress=progress)
+    tests = test(spec.get("n_test", N_TEST))
+    result = calculator.to_zarr(Path(folder) / "i.zarr", *tests, **solve, progress=progress)
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
     np.save(spec["scores"], result[:])
     return {"seconds": seconds, "cpu": cpu, "stages": progress.seconds}
