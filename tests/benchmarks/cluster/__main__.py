@@ -26,7 +26,7 @@ from torch import nn
 
 import distinfluence as di
 from distinfluence.gradients import loss_gradients
-from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, test, train, trained
+from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, test_samples, train_samples, trained
 
 HERE = Path(__file__).parent
 DAMPING, RANK, CHUNK, TEST_CHUNK = 0.1, 50, 512, 64
@@ -51,7 +51,7 @@ def run(who: list[str], spec: dict[str, Any], limit: float) -> dict[str, Any]:
 def reference(name: str, state: dict[str, Any]) -> NDArray[np.float64]:
     model = build(name).double()
     model.load_state_dict(state)
-    (x, y), (xt, yt) = train(), test()
+    (x, y), (xt, yt) = train_samples(), test_samples()
     exact = di.CgInfluence(model.double(), nn.CrossEntropyLoss(), DAMPING, rtol=1e-8, atol=0.0, maxiter=2000)
     exact.fit([(x.double(), y)])
     factors, report = exact.influence_factors(xt.double(), yt, return_report=True)
@@ -132,7 +132,7 @@ def strips(model: nn.Module, ours: dict[str, Any]) -> None:
     """The strip stage against its floor on one core: per-sample gradients once, and one GEMM."""
     torch.set_num_threads(1)
     influence = di.CgInfluence(model, nn.CrossEntropyLoss(), DAMPING)
-    x, y = train()
+    x, y = train_samples()
     factors = torch.randn(N_TEST, influence.n_parameters)
     start = time.perf_counter()
     for begin in range(0, N_TRAIN, CHUNK):

@@ -30,19 +30,19 @@ def samples(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return 0.3 * patterns[labels] + torch.randn(n, 784, generator=generator), labels
 
 
-def train(n: int = N_TRAIN) -> tuple[Tensor, Tensor]:
+def train_samples(n: int = N_TRAIN) -> tuple[Tensor, Tensor]:
     """Training samples."""
     return samples(n, 1)
 
 
-def test(n: int = N_TEST) -> tuple[Tensor, Tensor]:
+def test_samples(n: int = N_TEST) -> tuple[Tensor, Tensor]:
     """Test samples."""
     return samples(n, 2)
 
 
 def trained(name: str) -> nn.Module:
     """The model after ten passes over the training samples."""
-    model, (x, y) = build(name), train()
+    model, (x, y) = build(name), train_samples()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(10):
         for part in torch.randperm(len(x), generator=torch.Generator().manual_seed(3)).split(128):
