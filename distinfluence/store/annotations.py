@@ -19,6 +19,7 @@ from zarr.codecs import Crc32cCodec
 from distinfluence.errors import CorruptStoreError, DtypeError, SettingError, ShapeError
 from distinfluence.store.folder import local_path, read_attributes, surfaced_errors
 from distinfluence.store.layout import Layout
+from distinfluence.store.opening import is_plain
 
 Axis = Literal["test", "train"]
 KINDS = ("image", "text", "table")
@@ -158,7 +159,7 @@ class StoredPoints:
             array = None
         if not isinstance(array, zarr.Array):
             raise self._corrupt(name, "an array", "nothing")
-        if array.dtype.kind not in "fiub" or _chunk_bytes(array) > 64 * 2**20 or not _plain(array):
+        if array.dtype.kind not in "fiub" or _chunk_bytes(array) > 64 * 2**20 or not is_plain(array):
             raise self._corrupt(name, "numbers in chunks of at most 64 MiB", f"{array.dtype} {array.chunks}")
         return array
 
@@ -230,8 +231,3 @@ def _ends(value: object) -> tuple[float, float]:
 
 def _chunk_bytes(array: zarr.Array[Any]) -> int:
     return int(np.prod(array.chunks, dtype=np.float64)) * array.dtype.itemsize
-
-
-def _plain(array: zarr.Array[Any]) -> bool:
-    """Whether chunks are bytes with a checksum: a codec that compresses could make a small file fill the memory."""
-    return all(type(codec) is Crc32cCodec for codec in array.compressors) and not array.filters

@@ -9,6 +9,7 @@ from typing import Any
 
 import zarr
 from zarr.abc.store import ByteRequest
+from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
@@ -16,11 +17,14 @@ from distinfluence.errors import CorruptStoreError
 from distinfluence.store.layout import ArraySpec
 from distinfluence.store.remote import RemoteFolder, RemoteStore
 
+_FILE_BYTES = 2**28  # a file that is read at once, where the layout does not say more
 _CHUNK_BYTES = 2**26  # a chunk that a hostile result may have at most, where its layout does not say more
 
 
 class GuardedStore(LocalStore):
     """A folder, read-only. `bytes_read`: what was read from its files since it was opened, metadata included.
+
+    largest: bytes of a file that may be read at once; a file with holes can say that it has any number.
 
     Raises CorruptStoreError for a key that a link leads out of the folder: a result that somebody sent must not show
     other files of this machine.
@@ -29,20 +33,21 @@ class GuardedStore(LocalStore):
     def __init__(self, root: Path | str, *, read_only: bool = True) -> None:
         super().__init__(root, read_only=read_only)
         self.bytes_read = 0
+        self.largest = _FILE_BYTES
         self._inside = os.path.join(os.path.realpath(root), "")
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """As the store's own, counted: this runs on zarr's one thread of input and output."""
-        self._guard(key)
+        self._guard(key, byte_range)
         return self._counted(await super().get(key, prototype, byte_range))
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """As the store's own, counted."""
-        self._guard(key)
+        self._guard(key, byte_range)
         return self._counted(super().get_sync(key, prototype=prototype, byte_range=byte_range))
 
     async def get_partial_values(
@@ -50,14 +55,21 @@ class GuardedStore(LocalStore):
     ) -> list[Buffer | None]:
         """As the store's own, counted."""
         key_ranges = list(key_ranges)
-        for key, _ in key_ranges:
-            self._guard(key)
+        for key, byte_range in key_ranges:
+            self._guard(key, byte_range)
         return [self._counted(buffer) for buffer in await super().get_partial_values(prototype, key_ranges)]
 
-    def _guard(self, key: str) -> None:
-        if not os.path.realpath(os.path.join(self.root, key)).startswith(self._inside):
+    def _guard(self, key: str, byte_range: ByteRequest | None) -> None:
+        path = os.path.realpath(os.path.join(self.root, key))
+        if not path.startswith(self._inside):
             raise CorruptStoreError(
                 f"`{key}` of {self.root} is a link that leads out of the result and is not followed. Copy the file."
+            )
+
+        if byte_range is None and os.path.isfile(path) and os.path.getsize(path) > self.largest:
+            raise CorruptStoreError(
+                f"`{key}` of {self.root} has {os.path.getsize(path)} bytes, at most {self.largest} are read at once. "
+                "Compute the result again."
             )
 
     def _counted(self, buffer: Buffer | None) -> Buffer | None:
@@ -90,6 +102,16 @@ def checked(array: object, spec: ArraySpec, path: Path | RemoteFolder) -> zarr.A
             f"`{spec.name}` of {path} must have chunks of at most {allowed} bytes, got {array.chunks}. Rechunk it."
         )
     return array
+
+
+def is_plain(array: zarr.Array[Any]) -> bool:
+    """Whether chunks are bytes with a checksum: a codec that expands lets a small file ask for all memory."""
+    return all(type(codec) is Crc32cCodec for codec in array.compressors) and not array.filters
+
+
+def largest_file(specs: Iterable[ArraySpec]) -> int:
+    """Bytes of the largest file of these arrays, with room for checksums and the index of a shard."""
+    return max(_FILE_BYTES, *(_size(spec.shards or spec.chunks) * 4 * 5 // 4 for spec in specs))
 
 
 def _size(shape: Iterable[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from distinfluence.store.annotations import Axis, StoredPoints, read_samples
 from distinfluence.store.folder import place_of, read_attributes, surfaced_errors
 from distinfluence.store.html import result_as_html
 from distinfluence.store.layout import Layout, array_specs, whole_number
-from distinfluence.store.opening import checked, open_to_read
+from distinfluence.store.opening import checked, is_plain, largest_file, open_to_read
 from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
 from distinfluence.store.remote import RemoteFolder
 from distinfluence.store.writer import COMPLETE, RUNNING
@@ -57,6 +58,7 @@ class InfluenceResult:
         self._specs = {spec.name: spec for spec in array_specs(self.layout)}
         with surfaced_errors("open", path):
             self._group, self._store = open_to_read(path)
+        self._store.largest = largest_file(self._specs.values())
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return (open_influences, (str(self.path),))
@@ -171,7 +173,7 @@ class InfluenceResult:
         results that do not have it are read a strip at a time. Raises ShapeError for mode `perturbation`.
         """
         analysis.require_ranked(self, "train_total")
-        if "train_total" in self._group:
+        if self._has("train_total"):
             return self._read("train_total")
         total = np.full(self.layout.n_train, np.nan, np.float32)
         for columns, values in analysis.strips(self):
@@ -261,6 +263,15 @@ class InfluenceResult:
         marked = np.flatnonzero(self.finished_strips()).tolist()
         return [i for i in marked if not there(f"influences/c/0/{i}{tail}")]
 
+    def compressed_arrays(self) -> list[str]:
+        """Arrays whose chunks are expanded when they are read; the writer makes none. Damaged ones do not count."""
+        found = []
+        for name in self._specs:
+            with contextlib.suppress(CorruptStoreError):  # which reading it raises
+                if self._has(name) and not is_plain(self._array(name)):
+                    found.append(name)
+        return found
+
     def damaged_strips(self) -> list[int]:
         """The marked strips whose bytes are not those that were written. Reads the whole result, a strip at a time."""
         damaged = []
@@ -293,6 +304,9 @@ class InfluenceResult:
             known[axis] = (axis, np.arange(dataset.sizes[axis], dtype=np.int32))
             known[f"{axis}_label"] = (axis, self.points(axis).labels())
         return dataset.assign_coords({name: value for name, value in known.items() if value[1] is not None})
+
+    def _has(self, name: str) -> bool:
+        return (self.path / name / "zarr.json").is_file()  # zarr's own look raises for metadata that are torn
 
     def _array(self, name: str) -> zarr.Array[Any]:
         with surfaced_errors("read", self.path):

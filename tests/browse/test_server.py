@@ -203,7 +203,7 @@ def test_a_link_within_the_result_shows_no_other_file(tmp_path: Path) -> None:
 def replaced(path: Path, name: str, **array: Any) -> None:
     group = zarr.open_group(str(path), mode="r+")
     del group[name]
-    group.create_array(name, **array)
+    group.create_array(name, compressors=None, **array)
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,9 @@ def test_hostile_arrays_are_an_answer_and_no_crash(tmp_path: Path, name: str, ar
 
 def test_missing_metadata_and_torn_json_are_an_answer_and_no_crash(tmp_path: Path) -> None:
     path = small(tmp_path / "i.zarr")
-    (path / "top_value/zarr.json").write_text('{"zarr_format": 3, "node_type": "arr')
-    (path / "train_total/zarr.json").unlink()
     with serving(path) as server:
+        (path / "top_value/zarr.json").write_text('{"zarr_format": 3, "node_type": "arr')
+        (path / "train_total/zarr.json").unlink()
         assert ask(server, "/api/test?index=0").status == 422
         assert ask(server, "/api/suspects").status == 200  # made from the matrix
 
@@ -296,3 +296,37 @@ def test_the_command_serves_until_it_is_stopped(tmp_path: Path, sent: signal.Sig
         process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize("codec", ["zstd", "gzip"])
+def test_compressed_arrays_are_refused_as_they_may_expand_to_anything(tmp_path: Path, codec: str) -> None:
+    path = small(tmp_path / "i.zarr")
+    file = path / "test_loss/zarr.json"
+    metadata = json.loads(file.read_text())
+    metadata["codecs"].append({"name": codec, "configuration": {"level": 1, "checksum": False}})
+    if codec == "gzip":
+        del metadata["codecs"][-1]["configuration"]["checksum"]
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(SettingError, match=r"compressed arrays \(test_loss\)"):
+        ResultApi(open_influences(path))
+
+
+@pytest.mark.parametrize("codec", ["evil", "numcodecs.pickle"])
+def test_codecs_that_could_run_code_are_not_known(tmp_path: Path, codec: str) -> None:
+    path = small(tmp_path / "i.zarr")
+    file = path / "test_loss/zarr.json"
+    metadata = json.loads(file.read_text())
+    metadata["codecs"].append({"name": codec, "configuration": {}})
+    file.write_text(json.dumps(metadata))
+    with serving(path) as server:
+        answer = ask(server, "/api/test?index=0")
+        assert answer.status == 422 and "Unknown codec" in answer.json()["error"]
+
+
+def test_a_file_that_says_it_is_enormous_is_not_read(tmp_path: Path) -> None:
+    path = small(tmp_path / "i.zarr")
+    with (path / "train_total/c/0").open("wb") as file:
+        file.truncate(2**40)
+    with serving(path) as server:
+        answer = ask(server, "/api/suspects")
+        assert answer.status == 422 and "are read at once" in answer.json()["error"]
