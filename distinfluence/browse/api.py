@@ -41,11 +41,11 @@ class ResultApi:
                 f"`path` {result.path} says that it has {layout.n_test} x {layout.n_train} points in {layout.n_strips} "
                 f"strips; at most {MAX_POINTS} points and {MAX_STRIPS} strips can be browsed. Use `open_influences`."
             )
-        expanding = result.compressed_arrays()
+        expanding = result.expanding_arrays()
         if expanding:
             raise SettingError(
-                f"`path` {result.path} has compressed arrays ({', '.join(expanding)}), which the page does not expand: "
-                "a small file could fill the memory. Copy it without compression, or use `open_influences`."
+                f"`path` {result.path} has arrays ({', '.join(expanding)}) with codecs that the page does not use: a "
+                "small file could fill the memory. Copy it without compression, or use `open_influences`."
             )
         self.result = result
         self.pictures = Pictures(result)

@@ -19,7 +19,7 @@ from zarr.codecs import Crc32cCodec
 from distinfluence.errors import CorruptStoreError, DtypeError, SettingError, ShapeError
 from distinfluence.store.folder import local_path, read_attributes, surfaced_errors
 from distinfluence.store.layout import Layout
-from distinfluence.store.opening import is_plain
+from distinfluence.store.opening import is_bounded
 
 Axis = Literal["test", "train"]
 KINDS = ("image", "text", "table")
@@ -159,7 +159,7 @@ class StoredPoints:
             array = None
         if not isinstance(array, zarr.Array):
             raise self._corrupt(name, "an array", "nothing")
-        if array.dtype.kind not in "fiub" or _chunk_bytes(array) > 64 * 2**20 or not is_plain(array):
+        if array.dtype.kind not in "fiub" or _chunk_bytes(array) > 64 * 2**20 or not is_bounded(array):
             raise self._corrupt(name, "numbers in chunks of at most 64 MiB", f"{array.dtype} {array.chunks}")
         return array
 

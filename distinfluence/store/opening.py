@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import zarr
 from zarr.abc.store import ByteRequest
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ShardingCodec
+from zarr.core.array_spec import ArraySpec as ChunkSpec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
@@ -101,12 +103,40 @@ def checked(array: object, spec: ArraySpec, path: Path | RemoteFolder) -> zarr.A
         raise CorruptStoreError(
             f"`{spec.name}` of {path} must have chunks of at most {allowed} bytes, got {array.chunks}. Rechunk it."
         )
-    return array
+    return _bounded(array)
 
 
-def is_plain(array: zarr.Array[Any]) -> bool:
-    """Whether chunks are bytes with a checksum: a codec that expands lets a small file ask for all memory."""
-    return all(type(codec) is Crc32cCodec for codec in array.compressors) and not array.filters
+class ExactBlosc(BloscCodec):
+    """Blosc that refuses a chunk whose header says other than the bytes of a chunk: it would be given that memory."""
+
+    def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ChunkSpec) -> Buffer:
+        expected = _size(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
+        said = int.from_bytes(chunk_bytes.as_numpy_array()[4:8].tobytes(), "little")  # of the 16 bytes of its header
+        if said != expected:
+            raise CorruptStoreError(
+                f"a chunk of the result says that it expands to {said} bytes, expected {expected}. Compute it again."
+            )
+        return super()._decode_sync(chunk_bytes, chunk_spec)
+
+
+def _bounded(array: zarr.Array[Any]) -> zarr.Array[Any]:
+    """`array` with its Blosc, also the one within shards, in the form that bounds what it expands to."""
+
+    def exact(codec: Any) -> Any:
+        if isinstance(codec, ShardingCodec):
+            return replace(codec, codecs=tuple(exact(inner) for inner in codec.codecs))
+        return ExactBlosc.from_dict(codec.to_dict()) if type(codec) is BloscCodec else codec
+
+    metadata: Any = array.metadata
+    if all(type(codec) is not BloscCodec for codec in array.compressors):
+        return array
+    bounded = replace(metadata, codecs=tuple(exact(codec) for codec in metadata.codecs))
+    return zarr.Array(zarr.AsyncArray(bounded, array.store_path, array.async_array.config))
+
+
+def is_bounded(array: zarr.Array[Any]) -> bool:
+    """Whether its codecs give as many bytes as a chunk has: one that expands lets a small file ask for all memory."""
+    return all(type(codec) in (Crc32cCodec, ExactBlosc) for codec in array.compressors) and not array.filters
 
 
 def largest_file(specs: Iterable[ArraySpec]) -> int:

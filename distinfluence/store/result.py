@@ -25,7 +25,7 @@ from distinfluence.store.annotations import Axis, StoredPoints, read_samples
 from distinfluence.store.folder import place_of, read_attributes, surfaced_errors
 from distinfluence.store.html import result_as_html
 from distinfluence.store.layout import Layout, array_specs, whole_number
-from distinfluence.store.opening import checked, is_plain, largest_file, open_to_read
+from distinfluence.store.opening import GuardedStore, checked, is_bounded, largest_file, open_to_read
 from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
 from distinfluence.store.remote import RemoteFolder
 from distinfluence.store.writer import COMPLETE, RUNNING
@@ -58,7 +58,8 @@ class InfluenceResult:
         self._specs = {spec.name: spec for spec in array_specs(self.layout)}
         with surfaced_errors("open", path):
             self._group, self._store = open_to_read(path)
-        self._store.largest = largest_file(self._specs.values())
+        if isinstance(self._store, GuardedStore):
+            self._store.largest = largest_file(self._specs.values())
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return (open_influences, (str(self.path),))
@@ -255,20 +256,15 @@ class InfluenceResult:
     def lost_strips(self) -> list[int]:
         """The marked strips whose file is gone. Looks at the folder only; `damaged_strips` reads everything."""
         tail = "/0" * len(self.layout.input_shape)
-        path = self.path
-
-        def there(key: str) -> bool:
-            return path.has(key) if isinstance(path, RemoteFolder) else (path / key).is_file()
-
         marked = np.flatnonzero(self.finished_strips()).tolist()
-        return [i for i in marked if not there(f"influences/c/0/{i}{tail}")]
+        return [i for i in marked if not self._is_file(f"influences/c/0/{i}{tail}")]
 
-    def compressed_arrays(self) -> list[str]:
-        """Arrays whose chunks are expanded when they are read; the writer makes none. Damaged ones do not count."""
+    def expanding_arrays(self) -> list[str]:
+        """Arrays with codecs that may expand to anything; the writer makes none. Damaged ones do not count."""
         found = []
         for name in self._specs:
             with contextlib.suppress(CorruptStoreError):  # which reading it raises
-                if self._has(name) and not is_plain(self._array(name)):
+                if self._has(name) and not is_bounded(self._array(name)):
                     found.append(name)
         return found
 
@@ -305,8 +301,12 @@ class InfluenceResult:
             known[f"{axis}_label"] = (axis, self.points(axis).labels())
         return dataset.assign_coords({name: value for name, value in known.items() if value[1] is not None})
 
+    def _is_file(self, key: str) -> bool:
+        path = self.path
+        return path.has(key) if isinstance(path, RemoteFolder) else (path / key).is_file()
+
     def _has(self, name: str) -> bool:
-        return (self.path / name / "zarr.json").is_file()  # zarr's own look raises for metadata that are torn
+        return self._is_file(f"{name}/zarr.json")  # zarr's own look raises for metadata that are torn
 
     def _array(self, name: str) -> zarr.Array[Any]:
         with surfaced_errors("read", self.path):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -47,8 +48,8 @@ def ask(server: BrowseServer, path: str, *, method: str = "GET", token: bool = T
         connection.close()
 
 
-def small(path: Path) -> Path:
-    writer = InfluenceWriter.create(path, Layout(3, 8, 4), {})
+def small(path: Path, **layout: Any) -> Path:
+    writer = InfluenceWriter.create(path, Layout(3, 8, 4, **layout), {})
     for i in range(2):
         writer.write_strip(i, np.random.default_rng(i).standard_normal((3, 4)))
     writer.finish()
@@ -307,8 +308,24 @@ def test_compressed_arrays_are_refused_as_they_may_expand_to_anything(tmp_path: 
     if codec == "gzip":
         del metadata["codecs"][-1]["configuration"]["checksum"]
     file.write_text(json.dumps(metadata))
-    with pytest.raises(SettingError, match=r"compressed arrays \(test_loss\)"):
+    with pytest.raises(SettingError, match=r"arrays \(test_loss\) with codecs"):
         ResultApi(open_influences(path))
+
+
+@pytest.mark.parametrize("said", [2**31 - 1, 0])
+def test_rounded_results_are_shown_and_a_chunk_that_says_it_is_larger_is_refused(tmp_path: Path, said: int) -> None:
+    path = small(tmp_path / "i.zarr", mantissa_bits=7)
+    api = ResultApi(open_influences(path))
+    assert np.isfinite(api.result[0]).all()
+    file = path / "influences/c/0/0"
+    content = bytearray(file.read_bytes())
+    offset = int.from_bytes(content[-20:-12], "little")  # of the first chunk: the index of a shard is at its end
+    content[offset + 4 : offset + 8] = said.to_bytes(4, "little")
+    stop = offset + int.from_bytes(content[-12:-4], "little") - 4
+    content[stop : stop + 4] = google_crc32c.value(bytes(content[offset:stop])).to_bytes(4, "little")
+    file.write_bytes(content)
+    with pytest.raises(CorruptStoreError, match=f"expands to {said} bytes"):
+        open_influences(path)[0]
 
 
 @pytest.mark.parametrize("codec", ["evil", "numcodecs.pickle"])

@@ -26,7 +26,7 @@ from torch import nn
 
 import distinfluence as di
 from distinfluence.gradients import loss_gradients
-from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, test_samples, train_samples, trained
+from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, query_samples, train_samples, trained
 
 HERE = Path(__file__).parent
 DAMPING, RANK, CHUNK, TEST_CHUNK = 0.1, 50, 512, 64
@@ -51,7 +51,7 @@ def run(who: list[str], spec: dict[str, Any], limit: float) -> dict[str, Any]:
 def reference(name: str, state: dict[str, Any]) -> NDArray[np.float64]:
     model = build(name).double()
     model.load_state_dict(state)
-    (x, y), (xt, yt) = train_samples(), test_samples()
+    (x, y), (xt, yt) = train_samples(), query_samples()
     exact = di.CgInfluence(model.double(), nn.CrossEntropyLoss(), DAMPING, rtol=1e-8, atol=0.0, maxiter=2000)
     exact.fit([(x.double(), y)])
     factors, report = exact.influence_factors(xt.double(), yt, return_report=True)

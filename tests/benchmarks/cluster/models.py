@@ -35,7 +35,7 @@ def train_samples(n: int = N_TRAIN) -> tuple[Tensor, Tensor]:
     return samples(n, 1)
 
 
-def test_samples(n: int = N_TEST) -> tuple[Tensor, Tensor]:
+def query_samples(n: int = N_TEST) -> tuple[Tensor, Tensor]:
     """Test samples."""
     return samples(n, 2)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import distinfluence as di
 from distinfluence.scaling import ClusterSpec, InfluenceCalculator, Progress, connected
-from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, test_samples, train_samples
+from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, query_samples, train_samples
 
 
 def cpu_seconds() -> float:
@@ -35,7 +35,7 @@ def measure(calculator: InfluenceCalculator, spec: dict[str, Any], folder: str) 
     start, before, progress = time.perf_counter(), cpu_seconds(), Progress(False)
     calculator.fit(*train_samples(spec.get("n_train", N_TRAIN)), chunk_size=spec["chunk"], progress=progress)
     solve = {"test_chunk_size": spec["test_chunk"], "solve": spec.get("solve", "auto")}
-    tests = test_samples(spec.get("n_test", N_TEST))
+    tests = query_samples(spec.get("n_test", N_TEST))
     result = calculator.to_zarr(Path(folder) / "i.zarr", *tests, **solve, progress=progress)
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
     np.save(spec["scores"], result[:])

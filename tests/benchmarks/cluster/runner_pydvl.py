@@ -32,7 +32,7 @@ def main() -> None:
     models = SourceFileLoader("models", spec["models"]).load_module()
     model = models.build(spec["model"])
     model.load_state_dict(torch.load(spec["state"], weights_only=True))
-    (x, y), (xt, yt) = models.train_samples(), models.test_samples()
+    (x, y), (xt, yt) = models.train_samples(), models.query_samples()
     loss, mode = torch.nn.functional.cross_entropy, peer.SecondOrderMode.HESSIAN
     if spec["method"] == "nystroem":
         influence = peer.NystroemSketchInfluence(
