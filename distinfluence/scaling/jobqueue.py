@@ -115,9 +115,12 @@ def _close(cluster: Any, watchdog: Watchdog, queue: SlurmQueue | None) -> None:
 
 def _scheduler(cluster_class: Any, arguments: dict[str, Any], refusals: list[str]) -> Any:
     """The cluster, with jobs that note refusals, and none of them submitted yet."""
+    cluster = cluster_class.__new__(cluster_class)
     try:
-        return cluster_class(job_cls=_noting(cluster_class.job_cls, refusals), **arguments)
+        cluster.__init__(job_cls=_noting(cluster_class.job_cls, refusals), **arguments)
+        return cluster
     except (ValueError, TypeError) as error:
+        cluster.status = Status.closed  # it never opened: nothing is left for its finalizer to warn of
         raise SettingError(f"`settings` of the cluster: {error}") from error
     except (OSError, RuntimeError) as error:
         raise ClusterError(f"the scheduler cannot start here: {error}. Correct `settings` of the cluster.") from error

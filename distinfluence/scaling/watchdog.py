@@ -107,8 +107,10 @@ class Watchdog:
         before: Jobs = self.cluster.sync(self._jobs)
         listed = self.queue.look() if self.queue is not None else {}
         jobs: Jobs = self.cluster.sync(self._jobs)  # workers that came in the meantime
-        if listed is None or self._stop.is_set():
-            return
+        submitted = any(number is not None for number in before.numbers.values())
+        if self._stop.is_set() or (listed is None and submitted):
+            return  # nothing is concluded from no answer; that no job could be submitted is known without one
+        listed = listed or {}
         jobs = Jobs(before.numbers, jobs.connected)
         ended = self._ended_by_queue(jobs, listed) if self.queue is not None else self._ended_by_workers(jobs)
         refused = [name for name, number in jobs.numbers.items() if number is None]
