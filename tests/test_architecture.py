@@ -73,7 +73,7 @@ LAYERS = {
     "scaling": Layer(
         files=(r"scaling(\..*)?",),
         sees=(*_CORE, "store"),
-        top=frozenset({"cloudpickle", "dask", "distributed", "numpy", "psutil", "torch", "tqdm", "zarr"}),
+        top=frozenset({"cloudpickle", "dask", "distributed", "numpy", "psutil", "torch", "tornado", "tqdm", "zarr"}),
         lazily=frozenset({"dask_cuda", "dask_jobqueue"}),
     ),
     "evaluate": Layer(

@@ -13,6 +13,7 @@ import dask
 import torch
 from distributed import Client, LocalCluster, Worker, WorkerPlugin
 from distributed.worker_memory import parse_memory_limit
+from tornado.ioloop import PeriodicCallback
 
 from distinfluence.errors import ClusterError, MissingDependencyError, SettingError
 from distinfluence.scaling.jobqueue import QUEUES, job_cluster, job_kind, job_memory
@@ -34,6 +35,7 @@ LOOPBACK = "127.0.0.1"
 RUNNING = ("address", "scheduler_file")
 KINDS = ("local", "cuda", *QUEUES, *RUNNING)
 LOCAL_WORKERS = 2
+KEEP_SECONDS = 5.0  # between two looks whether all workers of this host are there
 ANSWER_SECONDS = 60.0  # within which a running scheduler has to answer, where nobody says otherwise
 
 
@@ -131,7 +133,7 @@ def connected(
             f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in WORKER_ENVIRONMENT.items()
         }
         settings |= PATIENCE
-        with dask.config.set(settings), _on_this_host(spec) as cluster, Client(cluster) as client:
+        with dask.config.set(settings), _on_this_host(spec) as cluster, _kept(cluster), Client(cluster) as client:
             client.register_plugin(LeaveInterruptsToDriver())
             yield client
 
@@ -166,6 +168,22 @@ def _on_this_host(spec: ClusterSpec) -> LocalCluster:
         n_workers=spec.workers, threads_per_worker=1, memory_limit=spec.memory_limit, **{**common, **spec.settings}
     )
     return cluster
+
+
+@contextmanager
+def _kept(cluster: LocalCluster) -> Iterator[None]:
+    """Workers come back also when they died so early, or so slowly, that what watches over each of them gave it up.
+
+    A nanny restarts a worker that dies, but not one that dies before it has reported; the cluster forgets a worker that
+    is gone for `lost-worker-timeout`. Asked for the number that it should have, it starts those that it lacks.
+    """
+    assert cluster.loop is not None
+    keeper = PeriodicCallback(lambda: cluster.scale(len(cluster.worker_spec)), KEEP_SECONDS * 1000)
+    cluster.loop.add_callback(keeper.start)
+    try:
+        yield
+    finally:
+        cluster.loop.add_callback(keeper.stop)
 
 
 def _joined(spec: ClusterSpec) -> Client:

@@ -139,6 +139,15 @@ def test_a_task_that_kills_every_worker_is_set_apart(own_cluster: Client, monkey
     assert "memory" in str(failures[1])
 
 
+def test_a_worker_that_its_nanny_gave_up_comes_back(own_cluster: Client) -> None:
+    before = own_cluster.run(os.getpid)
+    for nanny in list(own_cluster.cluster.workers.values()):
+        own_cluster.cluster.sync(nanny.close)
+    assert own_cluster.submit(sum, (1, 2)).result(DEADLINE) == 3
+    own_cluster.wait_for_workers(2, timeout=DEADLINE)
+    assert not set(own_cluster.run(os.getpid).values()) & set(before.values())
+
+
 def test_a_worker_that_stands_still_is_backed_up_and_may_come_back(own_cluster: Client, tmp_path: Path) -> None:
     on_cluster = OnCluster(own_cluster, slow_seconds=1.0)
     try:
