@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
+import torch
 import yaml
 from pydantic import (
     BaseModel,
@@ -78,10 +79,14 @@ Referenced = Annotated[Reference, BeforeValidator(_expanded)]
 
 
 class ModelSection(Section):
-    """The model: a factory and the checkpoint with its weights, written by `torch.save(model.state_dict(), …)`."""
+    """The model: a factory and the checkpoint with its weights, written by `torch.save(model.state_dict(), …)`.
+
+    mixed_precision: what its passes run in where autocast does so; see `InfluenceFunctionModel.in_mixed_precision`.
+    """
 
     factory: Referenced
     checkpoint: Path | None = None
+    mixed_precision: Literal["bfloat16", "float16"] | None = None
 
 
 class DataSection(Section):
@@ -197,9 +202,11 @@ class Job(Section):
         if "hessian_regularization" in parameters:
             parameters["hessian_regularization"] = _damping(parameters["hessian_regularization"])
         try:
-            return self.method_class()(recipe.build(), loss=self._loss(), **parameters), recipe
+            influence = self.method_class()(recipe.build(), loss=self._loss(), **parameters)
         except TypeError as error:
             raise ConfigError(f"`method` {self.method} does not fit: {error}. Correct its parameters.") from error
+        mixed = self.model.mixed_precision
+        return influence if mixed is None else influence.in_mixed_precision(getattr(torch, mixed)), recipe
 
     def _loss(self) -> Loss | Objective:
         found = self.recipe(self.loss).resolve()

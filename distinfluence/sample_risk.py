@@ -7,8 +7,8 @@ stay as found. Everything that differentiates goes through `losses` and `measure
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,6 +70,8 @@ class SampleRisk:
     module's own unless given. dtype: float32 or float64 to evaluate in that whatever the module is in; by default in
     its own, and in float32 for bfloat16 and float16: derivatives and sums of theirs have two or three digits.
     Raises ModelModeError for a module in train mode with dropout or batch statistics.
+    autocast: bfloat16 or float16 to run the model itself under torch's autocast; parameters, what the loss sees,
+    gradients and every sum over samples stay in `dtype`. None: the model runs in `dtype` alone.
     measures: whether the fastest of several ways to a derivative is found by timing them on the first chunk. Off where
     several processes work on one sum, which must not depend on which of them took which part.
     """
@@ -81,6 +83,7 @@ class SampleRisk:
         blocks: ParameterBlocks,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         check_mode(module)
         self.module = module
@@ -90,6 +93,7 @@ class SampleRisk:
         self.dtype = dtype or (torch.float64 if first.dtype == torch.float64 else torch.float32)
         self.device = device or first.device
         self._asked_dtype = dtype
+        self.autocast = autocast
         with torch.inference_mode(False):
             self._take_tensors(module)
         self.measures = False
@@ -130,6 +134,9 @@ class SampleRisk:
         """What a report should say of how the module is evaluated."""
         kinds = sorted({str(p.dtype).removeprefix("torch.") for n, p, _ in self._versions if n in self.blocks.shapes})
         own = str(self.dtype).removeprefix("torch.")
+        if self.autocast is not None:
+            passes = str(self.autocast).removeprefix("torch.")
+            return (f"the model runs in {passes} under autocast, sums in {own}: scores have about its digits",)
         return () if kinds == [own] else (f"parameters in {' and '.join(kinds)} are evaluated in {own}",)
 
     @property
@@ -143,7 +150,9 @@ class SampleRisk:
             return self
         if block not in self._restricted:
             only = self.blocks.only(block)
-            self._restricted[block] = SampleRisk(self.module, self.objective, only, self.device, self._asked_dtype)
+            self._restricted[block] = SampleRisk(
+                self.module, self.objective, only, self.device, self._asked_dtype, self.autocast
+            )
             self._restricted[block].measures = self.measures
         return self._restricted[block]
 
@@ -154,7 +163,9 @@ class SampleRisk:
             shapes = {name: self.blocks.shapes[name] for name in names}
             left_out = tuple(name for name in self.blocks.shapes if name not in shapes)
             own = ParameterBlocks({key: names}, shapes, self.blocks.n_total, self.blocks.uncovered + left_out)
-            self._restricted[key] = SampleRisk(self.module, self.objective, own, self.device, self._asked_dtype)
+            self._restricted[key] = SampleRisk(
+                self.module, self.objective, own, self.device, self._asked_dtype, self.autocast
+            )
             self._restricted[key].measures = self.measures
         return self._restricted[key]
 
@@ -162,7 +173,7 @@ class SampleRisk:
         """The same risk evaluated on another device; the user's module stays where it is."""
         if device == self.device:
             return self
-        return SampleRisk(self.module, self.objective, self.blocks, device, self._asked_dtype)
+        return SampleRisk(self.module, self.objective, self.blocks, device, self._asked_dtype, self.autocast)
 
     def check_unchanged(self) -> None:
         """Raise NotFittedError if the module's parameters were written to since this risk was made.
@@ -180,10 +191,26 @@ class SampleRisk:
         """The module as a callable, with these parameters."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with untouched_attributes(self.module):
-                return functional_call(self.module, {**self._constants, **parameters}, args, kwargs)
+            with untouched_attributes(self.module), self._mixed():
+                outputs = functional_call(self.module, {**self._constants, **parameters}, args, kwargs)
+            return outputs if self.autocast is None else _widened_outputs(outputs, self.dtype)
 
         return call
+
+    def _mixed(self) -> AbstractContextManager[None]:
+        if self.autocast is None:
+            return nullcontext()
+        # without its cache of converted weights, which must not outlive a transform that they were made in
+        return torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False)
+
+    @contextmanager
+    def in_own_precision(self) -> Iterator[None]:
+        """The model runs in `dtype` alone meanwhile: for comparisons that are about more than rounding."""
+        autocast, self.autocast = self.autocast, None
+        try:
+            yield
+        finally:
+            self.autocast = autocast
 
     def outputs(self, parameters: Parameters, batch: Batch) -> Tensor:
         """Predictions [n, ...]."""
@@ -211,7 +238,7 @@ class SampleRisk:
         """
         stride = -(-batch_length(batch) // CHECKED_SAMPLES)  # from all over the batch: data may be sorted by class
         few = map_batch(lambda tensor: tensor[::stride].contiguous(), batch)
-        with untouched_randomness(), double_differentiable():
+        with untouched_randomness(), double_differentiable(), self.in_own_precision():
             forward = self.forward(self.parameters)
             outputs = self._first_outputs(forward, few)
             remarks = self.objective.check(outputs, few)
@@ -283,10 +310,12 @@ class SampleRisk:
         return self.choose(what, ways, small)
 
     def _measured(self, ways: Sequence[Way], small: Any, real: Any) -> int:
-        expected, failure = attempt(ways[-1], small)
+        with self.in_own_precision():
+            expected, failure = attempt(ways[-1], small)
         best, least = len(ways) - 1, math.inf
         for index, way in enumerate(ways):
-            value, _ = attempt(way, small)  # which also warms it up
+            with self.in_own_precision():
+                value, _ = attempt(way, small)  # which also warms it up
             if value is None or (expected is not None and not agree(value, expected)):
                 continue
             start = time.perf_counter()
@@ -299,14 +328,31 @@ class SampleRisk:
         return best
 
     def _first_valid(self, ways: Sequence[Way], small: Any) -> int:
-        expected, failure = attempt(ways[-1], small)
-        for index, way in enumerate(ways[:-1]):
-            value, _ = attempt(way, small)
-            if value is not None and (expected is None or agree(value, expected)):
-                return index
+        with self.in_own_precision():
+            expected, failure = attempt(ways[-1], small)
+            for index, way in enumerate(ways[:-1]):
+                value, _ = attempt(way, small)
+                if value is not None and (expected is None or agree(value, expected)):
+                    return index
         if failure is not None:
             raise failure
         return len(ways) - 1
+
+
+def _widened_outputs(outputs: Any, dtype: torch.dtype) -> Any:
+    """What a model returned, with its floating-point tensors in the dtype: a tensor, or a tuple, list or dict of them.
+
+    A dict keeps its type (transformers' outputs are dicts with attributes); it is the call's own, and changed in place.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs.to(dtype) if outputs.dtype in NARROW else outputs
+    if isinstance(outputs, MutableMapping):
+        for key, value in outputs.items():
+            outputs[key] = _widened_outputs(value, dtype)
+        return outputs
+    if type(outputs) in (tuple, list):
+        return type(outputs)(_widened_outputs(value, dtype) for value in outputs)
+    return outputs
 
 
 def attempt(way: Way, argument: Any) -> tuple[Tensor | None, Exception | None]:

@@ -33,6 +33,14 @@ def test_a_job_builds_the_influence_model_that_it_names(tmp_path: Path) -> None:
     assert len(model.damping) == 2
 
 
+def test_a_job_may_ask_for_mixed_precision(tmp_path: Path) -> None:
+    factory = {"target": "torch.nn:Linear", "arguments": {"in_features": 3, "out_features": 2}}
+    model, _ = Job.parse(content(model={"factory": factory, "mixed_precision": "bfloat16"}), tmp_path).influence_model()
+    assert model.settings()["mixed_precision"] == "bfloat16"
+    with pytest.raises(ConfigError, match="mixed_precision"):
+        Job.parse(content(model={"factory": factory, "mixed_precision": "half"}), tmp_path)
+
+
 def test_a_loss_can_be_a_class_with_arguments_or_a_function(tmp_path: Path) -> None:
     for loss in (
         {"target": "torch.nn:CrossEntropyLoss", "arguments": {"label_smoothing": 0.1}},

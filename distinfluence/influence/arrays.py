@@ -25,6 +25,29 @@ def to_numpy(tensor: Tensor) -> Array:
     return array
 
 
+class HostCopies:
+    """Tensors on their way to the host while their device goes on: from a GPU into pinned memory, waited for once."""
+
+    def __init__(self) -> None:
+        self._copies: list[Tensor] = []
+        self._devices: set[torch.device] = set()
+
+    def add(self, tensor: Tensor) -> None:
+        """Begin to copy; the tensor may be let go of."""
+        tensor = tensor.detach()
+        if tensor.device.type == "cuda":
+            self._devices.add(tensor.device)
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            tensor = pinned.copy_(tensor, non_blocking=True)
+        self._copies.append(tensor)
+
+    def arrays(self) -> list[Array]:
+        """All of them, in the order in which they were added."""
+        for device in self._devices:
+            torch.cuda.synchronize(device)
+        return [to_numpy(copy) for copy in self._copies]
+
+
 def to_tensor(array: Array) -> Tensor:
     """A tensor of the array's values, sharing memory where the array is writable. Raises DtypeError for other kinds."""
     array = np.asarray(array)

@@ -51,6 +51,7 @@ class InfluenceFunctionModel(ABC):
     is_thread_safe = False
     solves_over_data = True  # whether a solve sweeps over the training data
     refine = False  # whether residuals are brought to float64 quality
+    _autocast: torch.dtype | None = None  # what the model's passes run in, if not in the risk's own dtype
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class InfluenceFunctionModel(ABC):
     def _bind(self, model: nn.Module, device: torch.device | None = None) -> None:
         blocks = ParameterBlocks.of(model, self.block_structure)
         self._asked = damping_by_block(blocks, self.hessian_regularization)
-        self._risk = SampleRisk(model, self.objective, blocks, device)
+        self._risk = SampleRisk(model, self.objective, blocks, device, autocast=self._autocast)
 
     @abstractmethod
     def solver(self, damping: float) -> Solver[Any]:
@@ -102,7 +103,8 @@ class InfluenceFunctionModel(ABC):
             else structure,
             "hessian_regularization": self.damping if self.is_fitted or not rules else rules,
         }
-        return common | ({"damping_rule": rules} if rules else {})
+        mixed = {} if self._autocast is None else {"mixed_precision": str(self._autocast).removeprefix("torch.")}
+        return common | mixed | ({"damping_rule": rules} if rules else {})
 
     @property
     def damping(self) -> dict[str, float]:
@@ -188,6 +190,28 @@ class InfluenceFunctionModel(ABC):
         other._fit = fitted.adapted(other._solvers(resolved(other._asked, fitted.operators)))
         return other
 
+    def in_mixed_precision(self, dtype: torch.dtype = torch.bfloat16) -> Self:
+        """A copy, not fitted, whose passes through the model run in bfloat16 or float16 where torch's autocast does so.
+
+        Parameters, losses, gradients and all sums stay in float32, so do the solver and the scores' products. Scores
+        then have about two digits; no error bounds are given, since those know nothing of the passes' rounding. Faster
+        on GPUs with matrix units for these types, slower on most CPUs. Raises SettingError for another dtype.
+        """
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise SettingError(
+                f"`dtype` of mixed precision must be torch.bfloat16 or torch.float16, got {dtype}. Take bfloat16: its "
+                "range is float32's."
+            )
+        if self.risk.dtype != torch.float32:
+            raise SettingError(
+                f"mixed precision is for a `model` that is evaluated in float32, got {self.risk.dtype}. Convert it, or "
+                "leave mixed precision out."
+            )
+        other = self.unbound()
+        other._autocast = dtype
+        other._bind(self.risk.module, self.risk.device)
+        return other
+
     def spectrum(self) -> dict[str, Extremes]:
         """Both ends of the spectrum of A, block by block, by Lanczos: 5 to 40 passes of 4 rows, once.
 
@@ -259,6 +283,11 @@ class InfluenceFunctionModel(ABC):
         training data for each step, whatever the method of this model. A memory of four rows [p] for each sample.
         Raises SettingError unless A + λI is known to be positive definite: for a Hessian, call `spectrum()` first.
         """
+        if self._autocast is not None:
+            raise SettingError(
+                "`self_influences` brackets values by products that must be exact to rounding; this `model` runs in "
+                "mixed precision. Make the influence model without it."
+            )
         gradients = self.loss_gradients(self.place(x, y)).rows
         fitted = self._fitted()
         bounds = fitted.lower_bounds(fitted.damping)

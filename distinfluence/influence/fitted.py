@@ -104,7 +104,9 @@ class Fitted:
         ]
 
     def lower_bounds(self, damping: Mapping[str, float]) -> dict[str, LowerBound | None]:
-        """Block → μ with A + λI ⪰ μI, as far as it is known."""
+        """Block → μ with A + λI ⪰ μI, as far as it is known, and products are exact enough to bound errors with."""
+        if self.plane.risk.autocast is not None:
+            return dict.fromkeys(self.operators)
         return {
             block: lower_bound(operator, self.states[block], damping[block], self.report.spectrum.get(block))
             for block, operator in self.operators.items()

@@ -107,7 +107,7 @@ class Record:
         parts = torch.autograd.grad(
             value, outputs, vector, retain_graph=keep, allow_unused=True, materialize_grads=True
         )
-        return [part.detach().unsqueeze(0) for part in parts]
+        return [part.detach().unsqueeze(0).to(value.dtype) for part in parts]  # which autocast makes narrower
 
 
 def _forward(

@@ -18,6 +18,7 @@ from distinfluence.errors import DistinfluenceError, StoreError
 from distinfluence.influence.arrays import (
     Array,
     ArrayBatch,
+    HostCopies,
     named_arrays,
     to_numpy,
     to_tensor,
@@ -258,10 +259,11 @@ def write_strip(
         return index
     with logged_task("strip", chunk=index), torch_task(context) as model, named_samples(index, start, size):
         batch = model.place(to_tensor_batch(load(chunk)))
-        tiles = []
+        copies = HostCopies()
         for factors in resident_panels(file, panel, model.risk.device):
             tile = model.tile(factors, batch, InfluenceMode(mode))
-            tiles.append(to_numpy(tile.values))
+            copies.add(tile.values)
+        tiles = copies.arrays()
         values = tiles[0] if len(tiles) == 1 else np.concatenate(tiles)
         losses, norms = to_numpy(tile.losses), to_numpy(tile.gradient_norms)
     with logged_task("write", chunk=index, bytes=values.nbytes):
