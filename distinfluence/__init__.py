@@ -1,44 +1,52 @@
-"""Exact, resumable, distributed influence functions for PyTorch models."""
+"""Exact, resumable, distributed influence functions for PyTorch models.
 
-from distinfluence.blocks import BlockMode, ParameterBlocks
-from distinfluence.curvature import (
-    EmpiricalFisherOperator,
-    GGNOperator,
-    HessianOperator,
-    SecondOrderMode,
-)
-from distinfluence.errors import DistinfluenceError
-from distinfluence.influence import (
-    ArnoldiInfluence,
-    AutoInfluence,
-    CgInfluence,
-    ChebyshevInfluence,
-    DirectInfluence,
-    EkfacInfluence,
-    FitReport,
-    InfluenceFunctionModel,
-    InfluenceMode,
-    InverseHarmonicMeanInfluence,
-    KrylovInfluence,
-    LissaInfluence,
-    NystroemSketchInfluence,
-    RelativeDamping,
-    SelfInfluences,
-    SolveReport,
-)
-from distinfluence.language import LanguageModelObjective
-from distinfluence.objective import Objective, SupervisedObjective
-from distinfluence.risk import EmpiricalRisk
-from distinfluence.scaling import (
-    DaskInfluenceCalculator,
-    ModelRecipe,
-    Recipe,
-    SequentialInfluenceCalculator,
-    load_fit,
-    save_fit,
-)
-from distinfluence.solvers import EkfacPreConditioner, JacobiPreConditioner, NystroemPreConditioner
-from distinfluence.store import InfluenceResult, annotate, open_influences
+Importing this package loads nothing else: each public name brings its module when it is first used, so that nobody
+waits for what they do not need (dask, zarr, even torch).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distinfluence.blocks import BlockMode, ParameterBlocks
+    from distinfluence.curvature import (
+        EmpiricalFisherOperator,
+        GGNOperator,
+        HessianOperator,
+        SecondOrderMode,
+    )
+    from distinfluence.errors import DistinfluenceError
+    from distinfluence.influence import (
+        ArnoldiInfluence,
+        AutoInfluence,
+        CgInfluence,
+        ChebyshevInfluence,
+        DirectInfluence,
+        EkfacInfluence,
+        FitReport,
+        InfluenceFunctionModel,
+        InfluenceMode,
+        InverseHarmonicMeanInfluence,
+        KrylovInfluence,
+        LissaInfluence,
+        NystroemSketchInfluence,
+        RelativeDamping,
+        SelfInfluences,
+        SolveReport,
+    )
+    from distinfluence.language import LanguageModelObjective
+    from distinfluence.objective import Objective, SupervisedObjective
+    from distinfluence.risk import EmpiricalRisk
+    from distinfluence.scaling import (
+        DaskInfluenceCalculator,
+        ModelRecipe,
+        Recipe,
+        SequentialInfluenceCalculator,
+        load_fit,
+        save_fit,
+    )
+    from distinfluence.solvers import EkfacPreConditioner, JacobiPreConditioner, NystroemPreConditioner
+    from distinfluence.store import InfluenceResult, annotate, open_influences
 
 __version__ = "0.1.0"
 
@@ -83,3 +91,56 @@ __all__ = [
     "open_influences",
     "save_fit",
 ]
+
+# module → the public names that it brings, as for the type checker above
+_NAMES = {
+    "blocks": ("BlockMode", "ParameterBlocks"),
+    "curvature": ("EmpiricalFisherOperator", "GGNOperator", "HessianOperator", "SecondOrderMode"),
+    "errors": ("DistinfluenceError",),
+    "influence": (
+        "ArnoldiInfluence",
+        "AutoInfluence",
+        "CgInfluence",
+        "ChebyshevInfluence",
+        "DirectInfluence",
+        "EkfacInfluence",
+        "FitReport",
+        "InfluenceFunctionModel",
+        "InfluenceMode",
+        "InverseHarmonicMeanInfluence",
+        "KrylovInfluence",
+        "LissaInfluence",
+        "NystroemSketchInfluence",
+        "RelativeDamping",
+        "SelfInfluences",
+        "SolveReport",
+    ),
+    "language": ("LanguageModelObjective",),
+    "objective": ("Objective", "SupervisedObjective"),
+    "risk": ("EmpiricalRisk",),
+    "scaling": (
+        "DaskInfluenceCalculator",
+        "ModelRecipe",
+        "Recipe",
+        "SequentialInfluenceCalculator",
+        "load_fit",
+        "save_fit",
+    ),
+    "solvers": ("EkfacPreConditioner", "JacobiPreConditioner", "NystroemPreConditioner"),
+    "store": ("InfluenceResult", "annotate", "open_influences"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name in _NAMES:
+        return import_module(f"distinfluence.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(import_module(f"distinfluence.{_HOMES[name]}"), name)
+    globals()[name] = found  # found at once the next time
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

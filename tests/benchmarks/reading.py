@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distinfluence.browse import ResultApi
+from distinfluence.browse.api import ResultApi
 from distinfluence.store import open_influences
 from tests.browse.results import WIDE, wide, wide_strip
 
