@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ def main() -> None:
       distinfluence browse influences.zarr  look at it on a page, in the browser
       distinfluence top influences.zarr 0   the training samples that matter most for test sample 0
     """
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # of torch.func's first use
 
 
 @main.command()
