@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test slurm-test lint format browser docs clean
+.PHONY: help demo test slurm-test lint format browser docs bench clean
 
 help: ## Say what can be made.
 	@echo 'distinfluence: influence functions of PyTorch models. Needs Python 3.11 or newer; the rest installs into $(VENV).'
@@ -42,6 +42,9 @@ browser: ## Install Debian's Chromium, if there is none, for the tests of the pa
 docs: $(VENV)/.dev ## Build the documentation into docs/_build/html; warnings are errors.
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	@echo 'The documentation is in docs/_build/html/index.html.'
+
+bench: $(VENV)/.dev ## Run the benchmarks, or those named in ONLY="…", and keep their tables in docs/benchmarks (hours).
+	$(BIN)/python -m tests.benchmarks $(ONLY)
 
 clean: ## Remove the environment, caches and built documentation; results stay.
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache

@@ -1,11 +1,10 @@
 """Exact, resumable, distributed influence functions for PyTorch models.
 
-Names are imported when they are first used: whoever opens a result does not wait for torch, whoever asks a model in
-memory does not wait for dask and zarr.
+Importing this package loads nothing else: each public name brings its module when it is first used, so that nobody
+waits for what they do not need (dask, zarr, even torch).
 """
 
-import importlib
-import importlib.util
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -93,20 +92,12 @@ __all__ = [
     "save_fit",
 ]
 
-# where each public name is at home; a test compares it with what type checkers see above
-_HOMES = {
-    "distinfluence.blocks": (
-        "BlockMode",
-        "ParameterBlocks",
-    ),
-    "distinfluence.curvature": (
-        "EmpiricalFisherOperator",
-        "GGNOperator",
-        "HessianOperator",
-        "SecondOrderMode",
-    ),
-    "distinfluence.errors": ("DistinfluenceError",),
-    "distinfluence.influence": (
+# module → the public names that it brings, as for the type checker above
+_NAMES = {
+    "blocks": ("BlockMode", "ParameterBlocks"),
+    "curvature": ("EmpiricalFisherOperator", "GGNOperator", "HessianOperator", "SecondOrderMode"),
+    "errors": ("DistinfluenceError",),
+    "influence": (
         "ArnoldiInfluence",
         "AutoInfluence",
         "CgInfluence",
@@ -124,13 +115,10 @@ _HOMES = {
         "SelfInfluences",
         "SolveReport",
     ),
-    "distinfluence.language": ("LanguageModelObjective",),
-    "distinfluence.objective": (
-        "Objective",
-        "SupervisedObjective",
-    ),
-    "distinfluence.risk": ("EmpiricalRisk",),
-    "distinfluence.scaling": (
+    "language": ("LanguageModelObjective",),
+    "objective": ("Objective", "SupervisedObjective"),
+    "risk": ("EmpiricalRisk",),
+    "scaling": (
         "DaskInfluenceCalculator",
         "ModelRecipe",
         "Recipe",
@@ -138,28 +126,20 @@ _HOMES = {
         "load_fit",
         "save_fit",
     ),
-    "distinfluence.solvers": (
-        "EkfacPreConditioner",
-        "JacobiPreConditioner",
-        "NystroemPreConditioner",
-    ),
-    "distinfluence.store": (
-        "InfluenceResult",
-        "annotate",
-        "open_influences",
-    ),
+    "solvers": ("EkfacPreConditioner", "JacobiPreConditioner", "NystroemPreConditioner"),
+    "store": ("InfluenceResult", "annotate", "open_influences"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    for module, names in _HOMES.items():
-        if name in names:
-            value = getattr(importlib.import_module(module), name)
-            globals()[name] = value
-            return value
-    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _NAMES:
+        return import_module(f"distinfluence.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(import_module(f"distinfluence.{_HOMES[name]}"), name)
+    globals()[name] = found  # found at once the next time
+    return found
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,10 @@ import click
 import distinfluence
 from distinfluence.browse.commands import condition, register
 from distinfluence.errors import DistinfluenceError, SettingError
-from distinfluence.store import InfluenceResult, Ranking, open_influences
-from distinfluence.store.html import facts
 
 if TYPE_CHECKING:
     from distinfluence.config import Job
+    from distinfluence.store import InfluenceResult, Ranking
 
 Kind = Literal["image", "text", "table"]
 INTERRUPTED = 130  # the shell's exit status for a command that Ctrl-C ended
@@ -43,6 +43,7 @@ def main() -> None:
       distinfluence browse influences.zarr  look at it on a page, in the browser
       distinfluence top influences.zarr 0   the training samples that matter most for test sample 0
     """
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")  # of torch.func's first use
 
 
 @main.command()
@@ -119,8 +120,9 @@ def run(
 
     In a batch job that the queue starts again, the run goes on with what its last start left.
     """
-    from distinfluence.job import program, run_job, run_part, summary
+    from distinfluence.job import run_job, run_part
     from distinfluence.scaling import Progress, was_requeued
+    from distinfluence.summary import program, summary
 
     with _clean_errors(resume=f"run {job}{'' if cluster is None else f' --cluster {cluster}'} --resume"):
         described = _job(job, cluster)
@@ -212,7 +214,9 @@ def _sizes(shape: str) -> tuple[int, ...]:
 @click.option("--json", "as_json", is_flag=True, help="Everything that is recorded, as JSON.")
 def info(path: Path, check: bool, as_json: bool) -> None:
     """What the result at PATH holds, what made it, and how far it converged."""
-    from distinfluence.job import summary
+    from distinfluence.store import open_influences
+    from distinfluence.store.html import facts
+    from distinfluence.summary import summary
 
     with _clean_errors():
         result = open_influences(path)
@@ -240,6 +244,8 @@ def info(path: Path, check: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def top(path: Path, test_index: int, k: int, partial: bool, as_json: bool) -> None:
     """The training samples that help and harm test sample TEST_INDEX most."""
+    from distinfluence.store import open_influences
+
     with _clean_errors():
         result = open_influences(path)
         helpful = result.top(test_index, k, partial=partial)
@@ -247,7 +253,7 @@ def top(path: Path, test_index: int, k: int, partial: bool, as_json: bool) -> No
         click.echo(_ranking_json(helpful, harmful) if as_json else _ranking_table(result, test_index, helpful, harmful))
 
 
-def _ranking_json(helpful: Ranking, harmful: Ranking) -> str:
+def _ranking_json(helpful: "Ranking", harmful: "Ranking") -> str:
     return json.dumps(
         {
             name: [{"train": int(i), "influence": float(v)} for i, v in zip(*ranking, strict=True)]
@@ -257,7 +263,7 @@ def _ranking_json(helpful: Ranking, harmful: Ranking) -> str:
     )
 
 
-def _ranking_table(result: InfluenceResult, test_index: int, helpful: Ranking, harmful: Ranking) -> str:
+def _ranking_table(result: "InfluenceResult", test_index: int, helpful: "Ranking", harmful: "Ranking") -> str:
     row = int(test_index) % result.shape[0]
     lines = [
         f"test sample {row}: loss {float(result.test_loss[row]):.4g}, relative residual "
@@ -285,7 +291,7 @@ def _clean_errors(resume: str = "") -> Iterator[None]:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        from distinfluence.job import program
+        from distinfluence.summary import program
 
         hint = f" Go on with: {program()} {resume}" if resume else ""
         click.echo(f"stopped; what was written stays.{hint}", err=True)

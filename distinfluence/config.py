@@ -6,6 +6,7 @@ it names, and nothing is unpickled. Relative paths and modules are looked up bes
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -181,9 +182,7 @@ class Job(Section):
         """The influence model that `method` names. Raises ConfigError for an unknown name or parameter."""
         name = str(self.method.get("name"))
         if name not in METHODS:
-            raise ConfigError(
-                f"`method.name` must be one of {sorted(METHODS)}, got {name!r}.{_suggestion(name, list(METHODS))}"
-            )
+            raise ConfigError(f"`method.name` must name a method, got {name!r}.{_suggestion(name, sorted(METHODS))}")
         known = [
             p
             for p in inspect.signature(METHODS[name]).parameters
@@ -237,15 +236,30 @@ def _damping(value: Any) -> Any:
     return {block: _damping(own) for block, own in value.items()}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML reads 1e-4 as a text, because it has no dot."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
 def _yaml(path: Path, kind: str) -> Mapping[str, object]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = _Loader(path.read_text()).get_single_data()
     except OSError as error:
         raise ConfigError(f"`{path}` cannot be read: {error.strerror}. Pass the path of a {kind}.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"`{path}` is no YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"`{path}` is no text. Pass the path of a {kind}.") from error
+    if content is None:
+        raise ConfigError(f"`{path}` is empty. Pass the path of a {kind}.")
     if not isinstance(content, dict):
-        raise ConfigError(f"`{path}` must hold a mapping, got {type(content).__name__}. See the docs for an example.")
+        raise ConfigError(
+            f"`{path}` must hold a mapping, got {type(content).__name__}. `distinfluence run --help` shows one."
+        )
     return content
 
 
@@ -254,7 +268,9 @@ def _validated(section: type[SectionT], content: Mapping[str, object], name: str
         return section.model_validate(content)
     except ValidationError as error:
         lines = [_explain(section, problem, kind) for problem in error.errors()]
-        raise ConfigError(f"`{name}` has {len(lines)} mistakes:\n  " + "\n  ".join(lines)) from None
+        raise ConfigError(
+            f"`{name}` has {len(lines)} mistake{'s' if len(lines) > 1 else ''}:\n  " + "\n  ".join(lines)
+        ) from None
 
 
 def _explain(job: type[Section], problem: Any, kind: str) -> str:
@@ -267,6 +283,10 @@ def _explain(job: type[Section], problem: Any, kind: str) -> str:
         return f"`{where}` is missing."
     if problem["type"] == "value_error":
         return f"`{where}`: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        keys = _keys(job, problem["loc"])
+        of = f" with keys among {', '.join(keys)}" if keys else ""
+        return f"`{where}` must be a mapping{of}, got {problem['input']!r}."
     return f"`{where}`: {problem['msg']}, got {problem['input']!r}."
 
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from distinfluence.config import Job
 from distinfluence.errors import ForeignStoreError, MissingDependencyError
 from distinfluence.evaluate import mislabel_recall, net_harm
-from distinfluence.job import program, run_job, summary
+from distinfluence.job import run_job
 from distinfluence.samples import annotate_job
 from distinfluence.scaling import Progress
 from distinfluence.store import InfluenceResult
+from distinfluence.summary import program, summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -268,7 +268,8 @@ class SupervisedObjective(Objective):
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise DtypeError(
                 f"`loss` cannot take outputs {outputs.dtype} {list(outputs.shape)} with targets `y` {y.dtype} "
-                f"{list(y.shape)}: {error}. Convert the targets to the dtype and shape that the loss expects."
+                f"{list(y.shape)}: {str(error).rstrip('.')}. Convert the targets to the dtype and shape that the loss "
+                "expects."
             ) from error
 
     def _one_by_one(self, outputs: Tensor, y: Tensor) -> Tensor:

@@ -266,7 +266,7 @@ class SampleRisk:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             raise DtypeError(
-                f"`model` ({self.dtype}) cannot take this batch ({describe(batch)}): {error}. "
+                f"`model` ({self.dtype}) cannot take this batch ({describe(batch)}): {str(error).rstrip('.')}. "
                 "Pass batches of the shape and dtype that the model was trained with."
             ) from error
 

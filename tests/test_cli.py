@@ -118,6 +118,17 @@ def test_errors_are_one_message_and_exit_status_1(tmp_path: Path) -> None:
     assert command("run", tmp_path / "nothing.yaml").exit_code == 2
 
 
+def test_what_fails_on_a_worker_is_said_once_and_without_a_trace(tmp_path: Path) -> None:
+    job = job_file(tmp_path, data={"train": "ragged:samples", "test": "ragged:samples"})
+    source = "import torch\n\n\ndef samples():\n    return torch.zeros(5, 4), torch.zeros(6).long()\n"
+    (tmp_path / "ragged.py").write_text(source)
+    line = [sys.executable, "-m", "distinfluence", "run", str(job)]
+    outcome = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert outcome.returncode == 1
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stderr.count("`x` and `y` must have as many samples") == 1
+
+
 def test_info_says_what_a_result_holds_and_how_far_it_converged(tmp_path: Path) -> None:
     a_result(tmp_path / "i.zarr")
     text = command("info", tmp_path / "i.zarr").output

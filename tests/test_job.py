@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping
 from distinfluence.config import METHODS, Job
@@ -77,6 +78,12 @@ def test_paths_and_modules_are_looked_up_beside_the_file(tmp_path: Path) -> None
         ({"cluster": {"settings": {"queue": "cpu"}}}, "`settings` are for clusters of jobs and GPUs"),
         ({"mode": "down"}, "`mode`: Input should be 'up' or 'perturbation', got 'down'."),
         ({"cluster": {"worker": 3}}, "Did you mean `workers`?"),
+        (
+            {"model": "my_model:build"},
+            "`model` must be a mapping with keys among factory, checkpoint, mixed_precision, got 'my_model",
+        ),
+        ({"method": "cg"}, "`method` must be a mapping, got 'cg'."),
+        ({"mode": "down"}, "has 1 mistake:"),
     ],
 )
 def test_a_mistake_in_a_job_is_named_with_what_was_meant(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -95,6 +102,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     [
         ("- a\n- b\n", "must hold a mapping, got list"),
         ("a: [1", "is no YAML"),
+        ("", "is empty. Pass the path of a job file"),
         ("!!python/object:os.system {}", "YAML"),
     ],
 )
@@ -133,3 +141,11 @@ def test_every_method_has_a_name_in_job_files(name: str, tmp_path: Path) -> None
 
 
 OF_TESTS = {kind for kind in InfluenceFunctionModel.__subclasses__() if not kind.__module__.startswith("distinfluence")}
+
+
+def test_numbers_need_no_dot(tmp_path: Path) -> None:
+    text = yaml.safe_dump(content(method={})).replace("method: {}", "method: {name: cg, rtol: 1e-4, atol: +1E-12}")
+    (tmp_path / "job.yaml").write_text(text.replace("output:", "scratch: '1e-4'\noutput:"))
+    job = Job.read(tmp_path / "job.yaml")
+    assert job.method == {"name": "cg", "rtol": 1e-4, "atol": 1e-12}
+    assert job.scratch == Path("1e-4")

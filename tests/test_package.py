@@ -1,96 +1,102 @@
-"""The first minutes: what an import loads, which names there are, what a wheel holds."""
+"""What an import loads, and what a wheel holds: the first minutes of someone who has just installed the package."""
 
 import ast
-import json
 import subprocess
 import sys
-import zipfile
-from collections.abc import Sequence
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
 import distinfluence
 
-ROOT = Path(distinfluence.__file__).parents[1]
-SLOW = ("torch", "dask", "distributed", "zarr", "tornado", "xarray", "pandas", "matplotlib", "pydantic")
+ROOT = Path(__file__).parents[1]
+SLOW = ("dask", "distributed", "matplotlib", "pandas", "pydantic", "tornado", "torch", "xarray", "zarr")
 
 
-def loaded_by(code: str, watched: Sequence[str] = SLOW) -> set[str]:
-    """Which of the watched packages a fresh interpreter has loaded after this code."""
-    code = f"{code}\nimport json, sys\nprint(json.dumps([m for m in {list(watched)!r} if m in sys.modules]))"
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
-    return set(json.loads(run.stdout.splitlines()[-1]))
+def loaded_by(code: str) -> set[str]:
+    """Names of the modules that a fresh interpreter has after running `code`."""
+    command = [sys.executable, "-c", f"{code}\nimport sys\nprint('\\n'.join(sys.modules), file=sys.stderr)"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stderr.split())
 
 
-def test_the_package_by_itself_loads_nothing_slow() -> None:
-    assert not loaded_by("import distinfluence")
+HELP = "from distinfluence.cli import main\nmain(['--help'], standalone_mode=False)"
 
 
-def test_a_model_in_memory_needs_torch_alone() -> None:
-    names = "CgInfluence, EkfacInfluence, EmpiricalRisk, LanguageModelObjective, NystroemPreConditioner"
-    assert loaded_by(f"from distinfluence import {names}") == {"torch"}
+@pytest.mark.parametrize(
+    ("code", "needed"),
+    [
+        ("import distinfluence", set()),
+        (HELP, set()),
+        (HELP.replace("'--help'", "'run', '--help'"), set()),
+        ("from distinfluence import DistinfluenceError", set()),
+        ("from distinfluence import CgInfluence, EkfacPreConditioner, EmpiricalRisk, HessianOperator", {"torch"}),
+        ("from distinfluence import open_influences", {"zarr"}),
+        ("import distinfluence.summary", {"zarr"}),
+    ],
+)
+def test_an_import_loads_only_what_it_needs(code: str, needed: set[str]) -> None:
+    assert loaded_by(code) & set(SLOW) == needed
 
 
-def test_whoever_opens_a_result_does_not_wait_for_torch() -> None:
-    assert loaded_by("from distinfluence import open_influences") <= {"zarr", "tornado"}
+def test_the_page_is_loaded_by_no_import() -> None:
+    assert not {m for m in loaded_by("from distinfluence import *") if m.startswith("distinfluence.browse")}
 
 
-def test_the_command_line_does_not_wait_for_torch_to_say_what_it_can_do() -> None:
-    code = (
-        "from click.testing import CliRunner\nfrom distinfluence.cli import main\nCliRunner().invoke(main, ['--help'])"
-    )
-    assert not loaded_by(code) & {"torch", "dask", "distributed", "xarray", "pandas", "matplotlib", "pydantic"}
-
-
-def test_names_are_the_same_to_users_and_to_type_checkers() -> None:
-    tree = ast.parse(Path(distinfluence.__file__).read_text())
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {n.name: i.module for i in block.body if isinstance(i, ast.ImportFrom) for n in i.names}
-    homes = {name: module for module, names in distinfluence._HOMES.items() for name in names}
-    assert seen == homes
-    assert sorted(homes) == distinfluence.__all__
+def test_every_public_name_is_found_listed_and_known_to_the_type_checker() -> None:
+    tree = ast.parse(Path(str(distinfluence.__file__)).read_text())
+    guarded = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    typed = {
+        alias.name: node.module for node in guarded.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert {name: f"distinfluence.{module}" for name, module in distinfluence._HOMES.items()} == typed
+    assert sorted(typed) == sorted(distinfluence.__all__)
     assert set(distinfluence.__all__) <= set(dir(distinfluence))
-    for name in distinfluence.__all__:
-        assert getattr(distinfluence, name).__name__ == name
+    assert [name for name in distinfluence.__all__ if getattr(distinfluence, name, None) is None] == []
 
 
-def test_parts_are_found_without_an_import_of_their_own_and_what_is_none_is_named() -> None:
-    code = "import distinfluence\nprint(distinfluence.errors.DistinfluenceError, distinfluence.store.Layout)"
-    loaded_by(code)  # fails if it does not run
-    with pytest.raises(AttributeError, match="'distinfluence' has no attribute 'Influence'"):
-        distinfluence.Influence  # noqa: B018
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'distinfluence' has no attribute 'CGInfluence'"):
+        getattr(distinfluence, "CGInfluence")  # noqa: B009
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel as it is built from this checkout."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)], check=True)
-    (file,) = folder.glob("distinfluence-*.whl")
-    return zipfile.ZipFile(file)
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (made,) = folder.iterdir()
+    return made
 
 
-def test_a_wheel_holds_all_of_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    package = ROOT / "distinfluence"
-    there = {
-        str(file.relative_to(ROOT))
-        for file in package.rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith(".")
-    }
-    assert names == there
-    assert {"distinfluence/py.typed", "distinfluence/browse/page/index.html"} <= names
-    assert {Path(name).suffix for name in names} <= {".py", ".typed", ".html", ".css", ".js", ".md", ".txt", ""}
+def metadata(wheel: Path) -> Message:
+    with ZipFile(wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(files.read(name).decode())
 
 
-def test_a_wheel_is_for_any_machine_and_says_what_it_needs(wheel: zipfile.ZipFile) -> None:
-    (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
-    assert "Tag: py3-none-any" in wheel.read(f"{info}/WHEEL").decode()
-    metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
-    assert metadata["Version"] == distinfluence.__version__
-    assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) >= {"slurm", "cuda", "browse", "demo"}
-    assert "distinfluence = distinfluence.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+def test_a_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None:
+    with ZipFile(wheel) as files:
+        held = {name for name in files.namelist() if ".dist-info/" not in name}
+    kept = {".py", ".html", ".css", ".js", ".typed"}
+    package = (
+        path for path in (ROOT / "distinfluence").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    )
+    expected = {path.relative_to(ROOT).as_posix() for path in package if path.suffix in kept or path.name == "py.typed"}
+    assert held == expected
+    assert {"distinfluence/py.typed", "distinfluence/browse/page/index.html"} <= held
+
+
+def test_a_wheel_is_for_every_platform_and_says_what_it_is(wheel: Path) -> None:
+    assert wheel.name == f"distinfluence-{distinfluence.__version__}-py3-none-any.whl"
+    found = metadata(wheel)
+    assert found["Name"] == "distinfluence"
+    assert found["Requires-Python"] == ">=3.11"
+    assert found["License-Expression"] == "Apache-2.0"
+    assert set(found.get_all("Provides-Extra", [])) == {"browse", "cuda", "demo", "docs", "slurm", "test"}
+    assert "# distinfluence" in str(found.get_payload())
+    with ZipFile(wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith("entry_points.txt"))
+        assert "distinfluence = distinfluence.cli:main" in files.read(name).decode()

@@ -1,6 +1,6 @@
-"""Looking at a result: tables, plots, one file of HTML to send, and a page in the browser."""
+"""Looking at a result: tables, plots, one file of HTML to send, and a page in the browser.
 
-from distinfluence.browse.api import ResultApi
-from distinfluence.browse.rendering import PointSource, Shown
+Imports nothing: the command line asks for `browse.commands` to print its help, and must not wait for the rest.
+"""
 
-__all__ = ["PointSource", "ResultApi", "Shown"]
+__all__: list[str] = []

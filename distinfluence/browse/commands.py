@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, ParamSpec
 import click
 
 from distinfluence.errors import DistinfluenceError, SettingError
-from distinfluence.store import InfluenceResult, open_influences
 
 if TYPE_CHECKING:
     from distinfluence.browse.server import BrowseServer
+    from distinfluence.store import InfluenceResult
 
 P = ParamSpec("P")
 _result = click.argument("path", type=click.Path(path_type=Path))
@@ -73,6 +73,7 @@ def browse(path: Path, host: str, port: int, opened: bool | None) -> None:
     """
     from distinfluence.browse.api import ResultApi
     from distinfluence.browse.server import LOOPBACK, BrowseServer
+    from distinfluence.store import open_influences
 
     server = BrowseServer(ResultApi(open_influences(path)), host, port)
     if host not in LOOPBACK:
@@ -127,6 +128,7 @@ def export(
     from distinfluence.browse.api import ResultApi
     from distinfluence.browse.report import write_report
     from distinfluence.browse.tables import entries, rankings, write_csv, write_parquet
+    from distinfluence.store import open_influences
 
     if csv is None and parquet is None and html is None:
         raise SettingError("`export` needs a file to write: pass --csv, --parquet or --html.")
@@ -150,6 +152,7 @@ def export(
 def plot(path: Path, file: Path, what: str) -> None:
     """Draw the result at PATH to the PNG file FILE: the matrix, the spectrum of its scores, or the residuals."""
     from distinfluence.browse.plots import plot as draw
+    from distinfluence.store import open_influences
 
     draw(open_influences(path), what, file)
     click.echo(str(file))

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 import dask
 import torch
 from distributed import Client, LocalCluster, Worker, WorkerPlugin
+from distributed.comm.core import CommClosedError
 from distributed.worker_memory import parse_memory_limit
 from tornado.ioloop import PeriodicCallback
 
@@ -30,6 +32,9 @@ PATIENCE: Mapping[str, object] = {
     # workers that may die on a task, or beside it, before it is suspected
     "distributed.scheduler.allowed-failures": 10,
 }
+
+# of torch.func's first use
+TORCHS_OWN = r"`torch\.jit\.script` is deprecated"
 
 LOOPBACK = "127.0.0.1"
 RUNNING = ("address", "scheduler_file")
@@ -108,6 +113,21 @@ class LeaveInterruptsToDriver(WorkerPlugin):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+class LeaveErrorsToDriver(WorkerPlugin):
+    """What a task raises is raised again at the driver, which says it once, without a trace for each try."""
+
+    name = "distinfluence-leave-errors-to-driver"
+
+    def setup(self, worker: Worker) -> None:
+        """Have this process's log leave them out, with a deprecation that is torch's own."""
+        logging.getLogger("distributed.worker").addFilter(_raised_nowhere_else)
+        warnings.filterwarnings("ignore", message=TORCHS_OWN)
+
+
+def _raised_nowhere_else(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Compute Failed")
+
+
 def _quiet(_text: str) -> None:
     """Where nobody wants to know."""
 
@@ -134,7 +154,14 @@ def connected(
         }
         settings |= PATIENCE
         with dask.config.set(settings), _on_this_host(spec) as cluster, _kept(cluster), Client(cluster) as client:
-            client.register_plugin(LeaveInterruptsToDriver())
+            try:
+                client.register_plugin(LeaveInterruptsToDriver())
+                client.register_plugin(LeaveErrorsToDriver())
+            except (CommClosedError, TimeoutError) as error:
+                raise ClusterError(
+                    f"the workers on this host end as they start, with `memory_limit` {spec.memory_limit!r}: {error}. "
+                    "Give them the memory that Python with torch takes alone, half a gigabyte."
+                ) from error
             yield client
 
 

@@ -98,7 +98,13 @@ class Scratch:
         self.temporary = folder is None
         if folder is not None:
             self.folder = Path(folder).expanduser().resolve()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(
+                    f"`scratch` {self.folder} cannot be made: {error.strerror}. Pass a folder that can, or an output "
+                    "beside which it can."
+                ) from error
         else:
             self.folder = Path(
                 tempfile.mkdtemp(prefix="distinfluence-", dir=dask.config.get("temporary-directory", None))

@@ -107,8 +107,7 @@ def require_free(path: Path, overwrite: bool) -> None:
             )
         if not overwrite:
             raise StoreExistsError(
-                f"`path` {path} holds a result already. Use `resume` to go on with it, or pass overwrite=True "
-                "to delete it."
+                f"`path` {path} holds a result already. Pass `resume` to go on with it, or `overwrite` to delete it."
             )
         strangers = sorted({entry.name for entry in path.iterdir()} - _OWN_ENTRIES)
     if strangers:

@@ -1,6 +1,6 @@
 """What looking into 2000 x 1,000,000 influences (8 GB) costs: rows, columns, tiles, rankings, pictures of the page.
 
-Run: python -m tests.benchmarks.reading --folder FOLDER [--memmap]
+Run: python -m tests.benchmarks.reading [--folder FOLDER] [--memmap]
 
 The strips of the result are one file, linked 245 times, so that it takes 400 MB of disk. With --memmap, 8 GB of plain
 float32 are written beside it, row by row as NumPy has them, and read the same way; the bytes of it are those of the
@@ -10,13 +10,14 @@ pages that are touched. Before each read the operating system is asked to forget
 import argparse
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from distinfluence.browse import ResultApi
+from distinfluence.browse.api import ResultApi
 from distinfluence.store import open_influences
 from tests.browse.results import WIDE, wide, wide_strip
 
@@ -97,19 +98,25 @@ def from_memmap(path: Path) -> None:
 def main() -> None:
     """Make, read, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, help="a temporary one if left out")
     parser.add_argument("--memmap", action="store_true")
     options = parser.parse_args()
-    path = options.folder / "wide.zarr"
+    with tempfile.TemporaryDirectory() as temporary:
+        compare(options.folder or Path(temporary), options.memmap)
+
+
+def compare(folder: Path, memmap: bool) -> None:
+    """Both tables, from files in this folder."""
+    path = folder / "wide.zarr"
     shutil.rmtree(path, ignore_errors=True)
     wide(path)
     print("result, strips of 4096, chunks of 32 x 2048, crc32c")
     from_result(path)
     shutil.rmtree(path)
-    if options.memmap:
+    if memmap:
         print("memmap, row by row")
-        from_memmap(options.folder / "plain.npy")
-        (options.folder / "plain.npy").unlink()
+        from_memmap(folder / "plain.npy")
+        (folder / "plain.npy").unlink()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Progress for people: lines where there is no terminal, and the seconds of each stage."""
 
+import re
+
 import pytest
 
 from distinfluence.scaling import Progress, progress
@@ -36,3 +38,9 @@ def test_quiet_means_quiet_and_times_are_kept_also_of_what_fails(capsys: pytest.
     assert capsys.readouterr().err == ""
     assert list(bars.seconds) == ["strips"]
     assert bars.seconds["strips"] > 0
+
+
+def test_a_stage_that_counts_nothing_does_not_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress().stage("fit", None, "passes"):
+        pass
+    assert re.fullmatch(r"fit: \d+\.\d s\n", capsys.readouterr().err)

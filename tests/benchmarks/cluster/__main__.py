@@ -27,6 +27,7 @@ from torch import nn
 import distinfluence as di
 from distinfluence.gradients import loss_gradients
 from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, query_samples, train_samples, trained
+from tests.benchmarks.environments import FOLDER, python_of
 
 HERE = Path(__file__).parent
 DAMPING, RANK, CHUNK, TEST_CHUNK = 0.1, 50, 512, 64
@@ -151,11 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"])
     parser.add_argument("--limit", type=float, default=900)
-    parser.add_argument("--venvs", type=Path, default=Path(".bench"), help="made by tests.benchmarks.peers")
+    parser.add_argument("--venvs", type=Path, default=FOLDER, help="folder of the peer's environment")
     given = parser.parse_args()
-    python = given.venvs.absolute() / "pydvl" / "bin" / "python"
-    if not python.is_file():
-        sys.exit(f"{python} is not there: run python -m tests.benchmarks.peers once, which makes it.")
+    python = python_of("pydvl", given.venvs)
     for name in given.models:
         compare(name, python, given.limit)
     workers(given.limit)

@@ -24,20 +24,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests.benchmarks.environments import FOLDER, PEERS, python_of
 from tests.benchmarks.kronecker.models import SIZES, build
 
 HERE = Path(__file__).parent
-REQUIREMENTS = ["kronfluence==1.0.1", "torch==2.13.0"]
-
-
-def peers_python(folder: str) -> Path:
-    """The interpreter of kronfluence's own environment, made if it is not there."""
-    venv = Path(folder).absolute() / "kronfluence"
-    python = venv / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
-    return python
 
 
 def measured(who: str, command: list[str], spec: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -92,18 +82,18 @@ def main() -> None:
     parser.add_argument("--fishers", nargs="+", default=["sampled", "empirical"], choices=["sampled", "empirical"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--venvs", default=".bench", help="folder of the peer's environment")
+    parser.add_argument("--venvs", type=Path, default=FOLDER, help="folder of the peer's environment")
     parser.add_argument("--output", default="", help="a JSON file for the results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     commands = {
         "ours": [sys.executable, "-m", "tests.benchmarks.kronecker.runner_ours"],
-        "kronfluence": [str(peers_python(arguments.venvs)), str(HERE / "runner_kronfluence.py")],
+        "kronfluence": [str(python_of("kronfluence", arguments.venvs)), str(HERE / "runner_kronfluence.py")],
     }
     rate = gemm_rate()
     print(
         f"{datetime.date.today()}, {platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, "
-        f"{REQUIREMENTS[0]}, float32, medians of {arguments.repeats}; torch.mm {rate / 1e9:.0f} GFLOP/s"
+        f"{PEERS['kronfluence'][0]}, float32, medians of {arguments.repeats}; torch.mm {rate / 1e9:.0f} GFLOP/s"
     )
     print(f"{'':32}{'ours':>9} {'MiB':>6} {'floor':>8} {'kronfluence':>13} {'MiB':>6} {'ratio':>7} {'correlation':>12}")
     rows: list[dict[str, Any]] = []

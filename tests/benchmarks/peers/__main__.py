@@ -28,13 +28,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from distinfluence.demo import test_data, train_data
+from tests.benchmarks.environments import FOLDER, PEERS, python_of
 from tests.benchmarks.peers.models import build
 
 HERE = Path(__file__).parent
-PEERS = {
-    "pydvl": ["pyDVL[influence]==0.10.0", "torch==2.13.0", "numpy<2"],
-    "curvlinops": ["curvlinops-for-pytorch==3.0.1", "torch==2.13.0"],
-}
+RIVALS = ("pydvl", "curvlinops")
 LADDER = (0.3, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 WRONG = 0.5  # relative error above which a result is no approximation any more
 
@@ -131,20 +129,10 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, folder
         self.rows: list[dict[str, Any]] = []
-        self._pythons = {"ours": Path(sys.executable)}
 
     def python(self, who: str) -> Path:
         """The interpreter of a peer's environment, made if it is not there."""
-        if who not in self._pythons:
-            venv = Path(self.arguments.venvs).absolute() / who
-            python = venv / "bin" / "python"
-            if not (venv / ".made").is_file():
-                print(f"making {venv} …", flush=True)
-                subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
-                subprocess.run([str(python), "-m", "pip", "install", "-q", *PEERS[who]], check=True)
-                (venv / ".made").touch()
-            self._pythons[who] = python
-        return self._pythons[who]
+        return Path(sys.executable) if who == "ours" else python_of(who, self.arguments.venvs)
 
     def measure(self, who: str, problem: Problem, spec: dict[str, Any]) -> dict[str, Any]:
         """Seconds (the least of the repeats), relative error, and what the runner counted; or why there is nothing."""
@@ -281,18 +269,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
     parser.add_argument("--dampings", nargs="+", type=float, default=[1e-1, 1e-2, 1e-3])
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--peers", nargs="+", default=RIVALS, choices=RIVALS)
     parser.add_argument("--methods", nargs="+", default=[], help="for instance direct, 'block cg'; all if left out")
     parser.add_argument("--limit", type=int, default=300, help="seconds for one measurement")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--venvs", default=".bench", help="folder of the peers' environments")
+    parser.add_argument("--venvs", type=Path, default=FOLDER, help="folder of the peers' environments")
     parser.add_argument("--output", default="", help="a JSON file for the results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {arguments.threads} threads, torch "
-        f"{torch.__version__}, {', '.join(packages[0] for packages in PEERS.values())}; 64 × 1500, float32"
+        f"{torch.__version__}, {', '.join(PEERS[peer][0] for peer in RIVALS)}; 64 × 1500, float32"
     )
     print(f"{'':<47}{'':<11}{'ours':>10} {'passes':>5} {'error':>8}   {'peer':>10} {'error':>8} {'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:

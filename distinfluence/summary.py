@@ -1,0 +1,51 @@
+"""A result in a few lines, for the terminal. Loads neither torch nor dask, for which nobody should wait to look."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from distinfluence.store import InfluenceResult
+
+
+def program() -> str:
+    """How to call this command from the shell: by name where that is found, else by its path."""
+    if shutil.which("distinfluence") is not None:
+        return "distinfluence"
+    beside = Path(sys.executable).with_name("distinfluence")
+    if not beside.is_file():
+        return f"{sys.executable} -m distinfluence"
+    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
+
+
+def summary(result: InfluenceResult) -> str:
+    """What a run made and what it cost, for the terminal."""
+    provenance = result.provenance
+    solver, covered = provenance["solver"], provenance["parameters"]
+    lines = [
+        f"{' × '.join(map(str, result.shape))} influences (test × train) in {result.path}",
+        f"{solver['method']} on the {solver['second_order_mode']}, "
+        f"damping {_damping(solver['hessian_regularization'])}, "
+        f"{covered['covered']} of {covered['total']} parameters covered ({covered['coverage']:.1%})",
+        f"{int(np.sum(result.converged))} of {result.shape[0]} rows converged, {_residuals(result)}, at most "
+        f"{int(np.max(result.iterations))} iterations",
+    ]
+    if not result.complete:
+        lines.append(f"running: {result.progress:.0%} of the strips are written")
+    seconds = provenance.get("summary", {}).get("seconds", {})
+    if seconds:
+        lines.append("time: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    return "\n".join([*lines, *provenance.get("remarks", [])])
+
+
+def _residuals(result: InfluenceResult) -> str:
+    known = result.relative_residual[~np.isnan(result.relative_residual)]
+    if not known.size:
+        return "residuals not measured"
+    return f"worst relative residual {float(known.max()):.1e}"
+
+
+def _damping(by_block: dict[str, float]) -> str:
+    values = sorted(set(by_block.values()))
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g} by block"
