@@ -94,7 +94,7 @@ def test_a_job_joins_a_cluster_that_is_running_and_leaves_it_running(tmp_path: P
         assert command("run", path, "--quiet").exit_code == 0
         again = command("run", path, "--quiet")
         assert again.exit_code == 1
-        assert "overwrite=True" in again.output
+        assert "`overwrite`" in again.output
         assert command("run", path, "--quiet", "--resume").exit_code == 0
         assert client.submit(sum, [1, 2]).result() == 3
 
