@@ -5,9 +5,10 @@ Run: python -m tests.benchmarks.cluster [--models mlp cnn] [--limit 900]
 256 × 4096 influences, float32, Hessian: a Nyström sketch for an MLP 784-64-10 (p = 50,890), conjugate gradients for a
 small CNN (p = 9,098). pyDVL by its two routes: `influences`, which its documentation begins with, and factors first.
 Times hold fit, solves and scores, and for ours the writing of the result; CPU seconds are those of all processes.
-Errors are ‖Î − I‖/‖I‖ against float64 conjugate gradients with a residual of 1e-8; for conjugate gradients ours take
-the loosest tolerance whose error is not larger than pyDVL's. Then our own run in one process of one thread against two
-workers of one thread, and the strips against a bare gradient pass and `torch.mm` of the same shapes.
+Errors are ‖Î − I‖/‖I‖ of the first 32 rows against float64 conjugate gradients with a residual of 1e-6; for
+conjugate gradients ours take the loosest tolerance whose error is not larger than pyDVL's. Then our own run in one
+process of one thread against two workers of one thread, and the strips against a bare gradient pass and `torch.mm` of
+the same shapes.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from tests.benchmarks.environments import FOLDER, python_of
 
 HERE = Path(__file__).parent
 DAMPING, RANK, CHUNK, TEST_CHUNK = 0.1, 50, 512, 64
+REFERENCE_ROWS = 32  # test points that errors are measured for: exact solves of all would take longer than the rest
 LADDER = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
 
 
@@ -53,16 +55,17 @@ def reference(name: str, state: dict[str, Any]) -> NDArray[np.float64]:
     model = build(name).double()
     model.load_state_dict(state)
     (x, y), (xt, yt) = train_samples(), query_samples()
-    exact = di.CgInfluence(model.double(), nn.CrossEntropyLoss(), DAMPING, rtol=1e-8, atol=0.0, maxiter=2000)
+    exact = di.CgInfluence(model.double(), nn.CrossEntropyLoss(), DAMPING, rtol=1e-6, atol=0.0, maxiter=2000)
     exact.fit([(x.double(), y)])
-    factors, report = exact.influence_factors(xt.double(), yt, return_report=True)
+    few = slice(0, REFERENCE_ROWS)
+    factors, report = exact.influence_factors(xt[few].double(), yt[few], return_report=True)
     assert bool(report.converged.all())
     scores: NDArray[np.float64] = exact.influences_from_factors(factors, x.double(), y).numpy()
     return scores
 
 
 def error(found: dict[str, Any], exact: NDArray[np.float64]) -> float:
-    return float(np.linalg.norm(found["scores"] - exact) / np.linalg.norm(exact))
+    return float(np.linalg.norm(found["scores"][: len(exact)] - exact) / np.linalg.norm(exact))
 
 
 def line(what: str, found: dict[str, Any], exact: NDArray[np.float64], ours: dict[str, Any] | None = None) -> None:
