@@ -1,5 +1,7 @@
 """Models and data of the comparisons with peers; imported by every peer's environment, so torch only."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +25,8 @@ def convolution(groups: int = 1, padding_mode: str = "zeros") -> nn.Module:
     return nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(128, 3))
 
 
-MODELS = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,)),
-    "without bias": (
-        lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False)),
-        (4,),
-    ),
     "twice": (Twice, (4,)),
     "one group": (convolution, (4, 4, 4)),
     "two groups": (lambda: convolution(groups=2), (4, 4, 4)),

@@ -44,16 +44,15 @@ class Runs:
         few = [part[:tests] for part in test]
         return made.fit(self.loader(train, batch)).influences(*few, *train)
 
+    def factors(self, tests: int, damping: float, **settings: Any) -> Any:
+        model, train, test = self.parts()
+        made = peer.CgInfluence(model, LOSS, regularization=damping, **settings)
+        return made.fit(self.loader(train, 23)).influence_factors(*(part[:tests] for part in test))
+
     def harmonic(self, tests: int) -> Any:
         model, train, test = self.parts()
         made = peer.InverseHarmonicMeanInfluence(model, LOSS, regularization=self.damping)
         return made.fit(self.loader(train, 7)).influence_factors(*(part[:tests] for part in test))[:1]
-
-    def shape_from_factors(self) -> Any:
-        model, train, test = self.parts()
-        made = peer.DirectInfluence(model, LOSS, regularization=self.damping).fit(self.loader(train, 23))
-        factors = made.influence_factors(*test)
-        return torch.tensor(made.influences_from_factors(factors, *train, mode=InfluenceMode.Up).shape)
 
     def perturbation(self) -> Any:
         model, train, test = self.parts()
@@ -76,15 +75,14 @@ class Runs:
             "fisher, one batch": lambda: self.direct(23, FISHER),
             "fisher, four batches": lambda: self.direct(7, FISHER),
             "cg, ragged batches": lambda: self.cg(7, HESSIAN, 6, **tight),
-            "row cg, many tests": lambda: self.cg(23, HESSIAN, **tight),
-            "block cg, one test": lambda: self.cg(23, HESSIAN, 1, solve_simultaneously=True),
+            "row cg, many tests": lambda: self.factors(78, self.damping, **tight),
+            "block cg, one test": lambda: self.factors(1, self.spec["sharp"], solve_simultaneously=True),
             "without preconditioner": lambda: self.cg(23, HESSIAN, 6, **few),
             "with preconditioner": lambda: self.cg(
                 23, HESSIAN, 6, **few, preconditioner=JacobiPreconditioner(num_samples_estimator=10)
             ),
             "datainf alone": lambda: self.harmonic(1),
             "datainf together": lambda: self.harmonic(12),
-            "shape from factors": self.shape_from_factors,
             "perturbation": self.perturbation,
             "gradients left": lambda: self.ekfac(torch.float32),
             "ekfac in float64": lambda: self.ekfac(torch.float64),
