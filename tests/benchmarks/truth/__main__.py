@@ -5,7 +5,7 @@ Run: python -m tests.benchmarks.truth [dense retraining peers]
 `dense`: every solver × curvature matrix × kind of layer × dtype against dense float64 matrices that plain autograd
 makes one sample at a time (tests/reference.py, which shares no code with the package). `retraining`: what the scores
 predict on a convex model against training again. `peers`: what released peers return for the same question, each run
-by its own environment (tests/benchmarks/environments.py). Each table is a file in docs/truth, which docs/truth.md shows.
+by its own environment (tests/benchmarks/environments.py). Each table is a file in docs/truth for docs/truth.md.
 """
 
 import argparse
