@@ -5,14 +5,18 @@ import re
 import pytest
 
 from tests.benchmarks.truth import __main__ as truth
+from tests.influence import test_truth as convex
 from tests.zoo import BUILDERS
 
 
 def rows(name: str) -> list[list[str]]:
     """The cells of a table's lines, without heads and rules."""
     text = (truth.TABLES / f"{name}.md").read_text()
-    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|") and "---" not in line]
-    return [[cell.strip() for cell in line] for line in lines]
+    return [cells_of(line) for line in text.splitlines() if line.startswith("|") and "---" not in line]
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def dense_cells() -> dict[tuple[str, str, str, str], float]:
@@ -21,9 +25,7 @@ def dense_cells() -> dict[tuple[str, str, str, str], float]:
     parts = re.split(r"^\*\*(\w+), ([\w ]+)\*\*$", text, flags=re.MULTILINE)
     found = {}
     for dtype, mode, table in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        lines = [
-            [c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")
-        ]
+        lines = [cells_of(line) for line in table.splitlines() if line.startswith("| ")]
         for name, *cells in lines[1:]:
             for solver, cell in zip(lines[0][1:], cells, strict=True):
                 found[dtype, mode.replace(" ", "_"), name, solver] = float(cell)
@@ -65,11 +67,11 @@ def test_a_slice_of_the_dense_tables_comes_out_again(dtype: str, mode: str, name
 def test_the_retraining_table_is_what_training_again_gives() -> None:
     head, weight, rank, slope = rows("retraining")
     assert head[2:] == ["direct", "cg"]
-    matrix = truth.convex.influence_matrix("direct")
+    matrix = convex.influence_matrix("direct")
     assert truth.reweighting_error(matrix) <= 1e-6
     assert max(map(float, weight[2:])) <= 1e-6
     left = truth.leaving_out()
-    found = float((left * matrix).sum() / (matrix * matrix).sum()) * truth.convex.N
+    found = float((left * matrix).sum() / (matrix * matrix).sum()) * convex.N
     assert [float(cell) for cell in slope[2:]] == pytest.approx([found, found], abs=2e-3)
     assert min(map(float, rank[2:])) >= 0.99
 
