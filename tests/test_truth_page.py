@@ -4,14 +4,22 @@ import re
 
 import pytest
 
+from tests.benchmarks.__main__ import NOT_RUN
 from tests.benchmarks.truth import __main__ as truth
 from tests.influence import test_truth as convex
 from tests.zoo import BUILDERS
 
 
+def written(name: str) -> str:
+    text = (truth.TABLES / f"{name}.md").read_text()
+    if text.startswith(NOT_RUN):
+        pytest.skip(f"the table {name} has not been made yet")
+    return text
+
+
 def rows(name: str) -> list[list[str]]:
     """The cells of a table's lines, without heads and rules."""
-    text = (truth.TABLES / f"{name}.md").read_text()
+    text = written(name)
     return [cells_of(line) for line in text.splitlines() if line.startswith("|") and "---" not in line]
 
 
@@ -21,7 +29,7 @@ def cells_of(line: str) -> list[str]:
 
 def dense_cells() -> dict[tuple[str, str, str, str], float]:
     """(dtype, mode, case, solver) → what the page says."""
-    text = (truth.TABLES / "dense.md").read_text()
+    text = written("dense")
     parts = re.split(r"^\*\*(\w+), ([\w ]+)\*\*$", text, flags=re.MULTILINE)
     found = {}
     for dtype, mode, table in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
@@ -58,6 +66,7 @@ def test_the_dense_tables_are_whole_and_within_their_tolerances() -> None:
 )
 def test_a_slice_of_the_dense_tables_comes_out_again(dtype: str, mode: str, name: str, solver: str) -> None:
     error = truth.error_of(solver, mode, name, dtype)
+    assert error <= truth.TOLERANCES[dtype][solver]
     said = dense_cells()[dtype, mode, name, solver]
     # rounding differs from processor to processor, what an iteration leaves does not by more than this
     assert error <= max(10 * said, 0.01 * truth.TOLERANCES[dtype][solver])
@@ -90,10 +99,13 @@ def test_the_peers_table_has_a_row_for_each_question_and_ours_are_right() -> Non
 @pytest.mark.parametrize("defect", [d for defects in truth.DEFECTS.values() for d in defects], ids=lambda d: d.question)
 def test_ours_is_right_and_as_the_page_says(defect: truth.Defect) -> None:
     ours = defect.ours()
+    assert_right(ours, defect)
     said = next(line[4] for line in rows("peers") if line[1] == defect.question)
+    assert_right(said, defect)
+
+
+def assert_right(text: str, defect: truth.Defect) -> None:
     if bound := re.fullmatch(r"error ≤ (\S+)", defect.right):
-        for text in (ours, said):
-            assert float(text.removeprefix("error ")) <= float(bound[1])
+        assert float(text.removeprefix("error ")) <= float(bound[1])
     else:
-        assert ours == said
-        assert ours.split()[0] == defect.right.split()[0]
+        assert text.split()[0] == defect.right.split()[0]

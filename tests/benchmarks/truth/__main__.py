@@ -124,6 +124,7 @@ def dense() -> list[str]:
             lines += [f"**{dtype}, {mode.replace('_', ' ')}**", "", f"| | {' | '.join(SOLVERS)} |"]
             lines.append("|---" * (len(SOLVERS) + 1) + "|")
             for name in BUILDERS:
+                print(f"{dtype}, {mode}, {name}", file=sys.stderr, flush=True)
                 cells = [error_of(solver, mode, name, dtype) for solver in SOLVERS]
                 lines.append(f"| {name} | {' | '.join(f'{cell:.1e}' for cell in cells)} |")
             lines.append(f"| *tolerance* | {' | '.join(f'{tolerances[solver]:.0e}' for solver in SOLVERS)} |")
