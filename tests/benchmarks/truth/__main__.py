@@ -431,7 +431,7 @@ def _signless(name: str) -> Callable[[Answers], str]:
 
 DATTRI = tuple(
     Defect(
-        f"{'conjugate gradients' if method == 'cg' else 'the dense inverse'}, {kind}",
+        f"{'conjugate gradients, 40 iterations' if method == 'cg' else 'the dense inverse'}, {kind}",
         "error ≤ 1e-3",
         _signless(f"{method}, batches of {batch}"),
         (lambda b=batch: off(scores_of(_cg(), b, 6), right(tests=6)))  # type: ignore[misc]

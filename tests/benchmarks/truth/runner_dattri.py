@@ -31,7 +31,7 @@ def scores(models: Any, spec: dict[str, Any], batch: int, method: str) -> Any:
 
     task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
     if method == "cg":
-        made = IFAttributorCG(task, max_iter=100, tol=1e-4, regularization=spec["damping"])
+        made = IFAttributorCG(task, max_iter=40, tol=1e-4, regularization=spec["damping"])
     else:
         made = IFAttributorExplicit(task, regularization=spec["damping"])
     train = DataLoader(TensorDataset(x[:n], y[:n]), batch_size=batch, shuffle=False)
