@@ -12,7 +12,7 @@ copyright = "the distinfluence developers"
 version = release = distinfluence.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "truth/*"]  # tables that truth.md includes
 nitpicky = False
 default_role = "code"
 

@@ -1,0 +1,1 @@
+"""The tables of the truth page: `python -m tests.benchmarks.truth`."""
