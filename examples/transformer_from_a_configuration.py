@@ -83,7 +83,9 @@ def transformer() -> torch.nn.Module:
     """Two layers of width 32, random weights."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise  # it is there, and something that it needs is not
         sys.exit("This example needs transformers, which is not installed. Run: pip install transformers")
     torch.manual_seed(0)
     config = GPT2Config(
