@@ -69,7 +69,7 @@ def main(out: Path) -> Findings:
 def draw(path: Path, by_class: xarray.DataArray) -> None:
     """Mean influence of each class on each class."""
     figure = Figure(figsize=(4.8, 4), layout="constrained")
-    by_class.plot(ax=figure.subplots(), cmap="PuOr", cbar_kwargs={"label": "mean influence"})
+    by_class.plot.imshow(ax=figure.subplots(), cmap="PuOr", cbar_kwargs={"label": "mean influence"})
     figure.axes[0].set(xticks=range(10), yticks=range(10), xlabel="training digits", ylabel="test digits")
     figure.savefig(path, dpi=100)
 

@@ -1,7 +1,7 @@
 """How do I score a Hugging Face model?
 
-A GPT-2 made from a configuration, small and with random weights, so that nothing is downloaded; one of your own goes the
-same way. Batches are dicts, as tokenizers make them: token ids, attention mask, and labels of -100 where padding
+A GPT-2 made from a configuration, small and with random weights, so that nothing is downloaded; one of your own goes
+the same way. Batches are dicts, as tokenizers make them: token ids, attention mask, and labels of -100 where padding
 stands. The embedding and the head share a weight, which counts once.
 
 What can a model with random weights show? That a sequence which differs from a query in one token is the one that
@@ -91,7 +91,8 @@ def transformer() -> torch.nn.Module:
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=PADDED, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     )
-    return GPT2LMHeadModel(config).eval()  # eval: no dropout
+    model: torch.nn.Module = GPT2LMHeadModel(config)
+    return model.eval()  # no dropout
 
 
 def batch(ids: torch.Tensor, length: int) -> dict[str, torch.Tensor]:

@@ -68,7 +68,7 @@ def main(out: Path) -> Findings:
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor, NDArray[np.int64]]:
-    """Training digits [1500, 64] with labels, test digits [297, 64] with labels, and which training labels are wrong."""
+    """Training digits [1500, 64] with labels, test digits [297, 64] with labels, and which of the former are wrong."""
     images, labels = load_digits(return_X_y=True)
     random = np.random.default_rng(0)
     order = random.permutation(len(labels))

@@ -2,8 +2,9 @@
 
 Regression on a table. Real sales of houses would have to be downloaded, so the table here is made up, by a rule that is
 written down in `houses()`: 800 sales in a town, of which 40 lie at the lake, and only those teach what the lake adds to
-a price. A linear model on seven features learns log prices from it. The question is not "which sales change the loss" but "which sales
-push *the predicted price* of this lakeside house up, and which down": a measurement of one's own, as an `Objective`.
+a price. A linear model on seven features learns log prices from it. The question is not "which sales change the loss"
+but "which sales push *the predicted price* of this lakeside house up, and which down": a measurement of one's own, as
+an `Objective`.
 
 The model is at the minimum of its loss with a ridge, where scores are predictions that can be tested: the script leaves
 out one sale after the other, fits again, and compares the change of the price with the predicted one.
@@ -18,6 +19,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,15 +55,15 @@ class PredictedPrice(Objective):
 
     convex = True
 
-    def outputs(self, model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    def outputs(self, model: Callable[..., Tensor], batch: Any) -> Tensor:
         """Log prices [n]."""
         return model(batch[0])[:, 0]
 
-    def losses(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
         """Half the squared error of each sale."""
         return (outputs - batch[1]) ** 2 / 2
 
-    def measurements(self, model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    def measurements(self, model: Callable[..., Tensor], batch: Any) -> Tensor:
         """The predicted log price; the known one, if any, is not looked at."""
         return self.outputs(model, batch)
 

@@ -61,7 +61,8 @@ class Transformer(nn.Module):
         x = self.characters(input_ids) + self.places(torch.arange(input_ids.shape[1])).expand(len(input_ids), -1, -1)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 class Block(nn.Module):
@@ -76,15 +77,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, T, width] → the same."""
-        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self._parts(x))
+        query, key, value = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.mixed(self.first(x)).chunk(3, dim=2)
+        )
         weights = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         attended = weights.masked_fill(future, -math.inf).softmax(dim=3) @ value
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.narrow(nn.functional.gelu(self.wide(self.second(x))))
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.mixed(self.first(x)).chunk(3, dim=2)
+        further: Tensor = self.narrow(nn.functional.gelu(self.wide(self.second(x))))
+        return x + further
 
 
 def main(out: Path) -> Findings:
