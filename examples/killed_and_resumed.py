@@ -1,8 +1,8 @@
 """What is lost when a run is killed?
 
 A run in a process of its own writes a matrix of 200 × 1200 in 120 strips. The script kills it (SIGKILL, which no
-program can catch) when at least ten strips are marked as whole, starts it again with `resume=True`, kills it once more, and
-lets the third run finish. Beside it, a run that nobody disturbed. No strip that was marked is made again, and the bits
+program can catch) when at least ten strips are marked as whole, starts it again with `resume=True`, kills it once more,
+and lets the third run finish. Beside it, a run that nobody disturbed. No strip that was marked is made again, and the bits
 of the two matrices are equal.
 
 About 20 seconds on two cores. Prints what was there after each kill, and whether the bits are equal.

@@ -83,7 +83,7 @@ def main(out: Path) -> Findings:
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor, np.ndarray]:
-    """Training digits [1000, 64] with labels, test digits [200, 64] with labels, and which training labels are wrong."""
+    """Training digits [1000, 64] with labels, test digits [200, 64] with labels, and which of the former are wrong."""
     images, labels = load_digits(return_X_y=True)
     random = np.random.default_rng(0)
     order = random.permutation(len(labels))[: N_TRAIN + N_TEST]

@@ -57,11 +57,13 @@ class PredictedPrice(Objective):
 
     def outputs(self, model: Callable[..., Tensor], batch: Any) -> Tensor:
         """Log prices [n]."""
-        return model(batch[0])[:, 0]
+        prices: Tensor = model(batch[0])
+        return prices[:, 0]
 
     def losses(self, outputs: Tensor, batch: Any) -> Tensor:
         """Half the squared error of each sale."""
-        return (outputs - batch[1]) ** 2 / 2
+        errors: Tensor = outputs - batch[1]
+        return errors**2 / 2
 
     def measurements(self, model: Callable[..., Tensor], batch: Any) -> Tensor:
         """The predicted log price; the known one, if any, is not looked at."""

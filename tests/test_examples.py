@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import subprocess
@@ -58,7 +59,7 @@ def run(name: str, out: Path) -> Outcome:
 
 def beyond_chance(found: int, expected: float, drawn: int) -> bool:
     """Whether a count of `drawn` draws is five standard deviations above what chance gives."""
-    return found > expected + 5 * (expected * (1 - expected / drawn)) ** 0.5
+    return found > expected + 5 * math.sqrt(expected * (1 - expected / drawn))
 
 
 def is_picture(path: Path) -> bool:
