@@ -2,10 +2,11 @@
 
 A run in a process of its own writes a matrix of 200 × 1200 in 120 strips. The script kills it (SIGKILL, which no
 program can catch) when at least ten strips are marked as whole, starts it again with `resume=True`, kills it once more,
-and lets the third run finish. Beside it, a run that nobody disturbed. No strip that was marked is made again, and the bits
-of the two matrices are equal.
+and lets the third run finish. Beside it, a run that nobody disturbed. No strip that was marked is made again, and the
+bits of the two matrices are equal.
 
-About 20 seconds on two cores. Prints what was there after each kill, and whether the bits are equal.
+About 30 seconds on one core. Prints what was there after each kill, and whether the bits are equal. The folder must be
+without the results of an earlier run.
 
     python examples/killed_and_resumed.py --out .
 """

@@ -68,7 +68,6 @@ def main(out: Path) -> Findings:
         n_in_model=sum(p.numel() for p in model.parameters()),
         difference=float(np.abs(scores - unpadded).max() / np.abs(scores).max()),
     )
-    print(influence.fit_report)
     print(f"{found.n_parameters} of {found.n_in_model} parameters are covered, the shared weight once.")
     print(
         f"For {found.n_found} of {N_TEST} queries the training sequence that differs in one token comes first among "
