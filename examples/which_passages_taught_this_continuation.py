@@ -124,7 +124,7 @@ def main(out: Path) -> Findings:
     print(f"{PROMPT!r} → {CONTINUATION!r}. Of {len(texts)} passages, these helped most:")
     for i in order[:SHOWN]:
         print(f"  {whole[i]:9.3f}  {texts[i]!r}")
-    print(f"The passage that holds the continuation has rank {found.rank}; {found.share_in_continuation:.0%} of what ")
+    print(f"The passage that holds the continuation has rank {found.rank}; {found.share_in_continuation:.0%} of what")
     print(f"helps in it falls on the {len(CONTINUATION)} characters of the continuation, of {LENGTH}.")
     draw(out / "passages.png", [texts[i] for i in order[:SHOWN]], by_token[order[:SHOWN]])
     return found
@@ -163,7 +163,8 @@ def draw(path: Path, texts: list[str], scores: np.ndarray) -> None:
     axes.imshow(shifted, cmap="PuOr", vmin=-edge, vmax=edge, aspect="auto")
     for row, text in enumerate(texts):
         for place, character in enumerate(text):
-            axes.text(place, row, character, ha="center", va="center", family="monospace", fontsize=9)
+            ink = "white" if abs(shifted[row, place]) > edge / 2 else "black"
+            axes.text(place, row, character, color=ink, ha="center", va="center", family="monospace", fontsize=9)
     axes.set(xticks=[], yticks=[])
     axes.set_title(f"“{PROMPT}” → “{CONTINUATION}”: purple characters helped, orange ones harmed", fontsize=10)
     figure.savefig(path, dpi=100)
