@@ -76,8 +76,8 @@ def main(out: Path) -> Findings:
     )
     print(f"Mean loss on the {asked.sum()} test images of the class, for {len(STARTS)} starts:")
     print(f"  with all training images            {shown(found.loss_with_all)}")
-    print(f"  without {len(others)} others of the class        {shown(found.loss_without_others)}")
-    print(f"  without the {TAKEN} that teach it most    {shown(found.loss_without_teachers)}")
+    print(f"  without {len(others)} others of the class      {shown(found.loss_without_others)}")
+    print(f"  without the {TAKEN} that teach it most   {shown(found.loss_without_teachers)}")
     draw(out / "teaching.png", x, y, order)
     return found
 
