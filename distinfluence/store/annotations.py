@@ -79,7 +79,7 @@ def annotate(
         group = zarr.open_group(str(folder), mode="r+", zarr_format=3, use_consolidated=False)
         own = group.require_group("samples").create_group(axis, overwrite=True, attributes=attributes)
         for name, values in arrays.items():
-            _store(own, name, values)
+            _store(own, name, values, axis)
 
 
 def read_samples(group: zarr.Group, axis: Axis, n: int) -> StoredPoints:
@@ -213,10 +213,13 @@ def _names(name: str, values: Sequence[str], expected: int | None) -> list[str]:
     return names
 
 
-def _store(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
+def _store(group: zarr.Group, name: str, values: NDArray[Any], axis: Axis) -> None:
+    # named for readers such as xarray; text and its offsets have no entry for each point
+    first_name = f"{name}_0" if name in ("text", "offsets") else axis
+    names = (first_name, *(f"{name}_{i}" for i in range(1, values.ndim)))
     first = _BYTES_PER_CHUNK if values.ndim == 1 else _SAMPLES_PER_CHUNK
     chunks = (min(first, values.shape[0]), *values.shape[1:])
-    group.create_array(name, data=values, chunks=chunks, compressors=[Crc32cCodec()])
+    group.create_array(name, data=values, chunks=chunks, compressors=[Crc32cCodec()], dimension_names=names)
 
 
 def _strings(value: object) -> list[str]:

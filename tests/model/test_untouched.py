@@ -225,7 +225,10 @@ def test_fit_takes_parameters_and_buffers_as_they_are_then() -> None:
         norm.running_mean.add_(1.0)
         case.model[0].weight.mul_(2.0)
     late = DirectInfluence(case.model, case.loss, 0.1, second_order_mode="ggn").fit(case.train)
-    assert torch.equal(early.fit(case.train).influences(*case.test), late.influences(*case.test))
+    # to rounding, which depends on where tensors happen to lie; the changes are of the order of the values
+    torch.testing.assert_close(
+        early.fit(case.train).influences(*case.test), late.influences(*case.test), rtol=1e-10, atol=1e-12
+    )
     with torch.no_grad():
         case.model[0].weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="finite parameters"):
