@@ -1,0 +1,38 @@
+"""The pages that take a reader by the hand, followed to the letter in an empty folder."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.walkthrough import follow, same
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_tutorial_gives_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "digits", raising=False)
+    steps = list(follow(DOCS / "tutorial.md", tmp_path))
+    wrong = [f"{s.done}\n--- the page shows\n{s.shown}\n--- came\n{s.came}" for s in steps if not s.agrees]
+    assert not wrong, "\n\n".join(wrong)
+    assert {"influences.zarr", "top.csv", "highlights.html", "map.png"} <= {file.name for file in tmp_path.iterdir()}
+    sys.modules.pop("digits", None)
+
+
+@pytest.mark.parametrize(
+    ("shown", "came", "agree"),
+    [
+        ("6 of 6 strips, 0.3 s", "6 of 6 strips, 12.1 s", True),
+        ("6 of 6 strips, 0.3 s", "5 of 6 strips, 0.3 s", False),
+        ("loss -1.234", "loss -1.236", True),
+        ("loss -1.234", "loss 1.234", False),
+        ("residual 3.1e-15", "residual 7.0e-15", True),
+        ("residual 3.1e-15", "residual 3.1e-01", False),
+        ("…\nstopped", "anything\nat all\nstopped", True),
+        ("…\nstopped", "anything\nat all", False),
+        ("state: complete", "state: running", False),
+    ],
+)
+def test_what_differs_between_machines_is_let_pass_and_nothing_else(shown: str, came: str, agree: bool) -> None:
+    assert same(shown, came) is agree
