@@ -78,7 +78,6 @@ def browse(path: Path, host: str, port: int, opened: bool | None) -> None:
     server = BrowseServer(ResultApi(open_influences(path)), host, port)
     if host not in LOOPBACK:
         click.echo(f"note: {host} may be reached from other machines; the address below lets anyone in.", err=True)
-    click.echo(server.url)
     asyncio.run(_serve(server, _has_browser() if opened is None else opened))
 
 
@@ -87,6 +86,7 @@ async def _serve(server: BrowseServer, opened: bool) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(each, stop.set)
     server.start()
+    click.echo(server.url)  # not before: whoever reads it may connect, or press Ctrl-C, at once
     if opened:
         webbrowser.open(server.url)
     await stop.wait()

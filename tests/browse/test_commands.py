@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +150,19 @@ def test_png_files_are_read_by_others() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(encode(pixels)))), pixels)
     np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(encode(pixels[..., 0])))), pixels[..., 0])
+
+
+def test_the_page_ends_cleanly_at_ctrl_c_as_soon_as_its_address_is_there(
+    result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def interrupting(text: str, **_options: object) -> None:
+        said.append(text)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("distinfluence.browse.commands.click.echo", interrupting)
+    outcome = command("browse", result, "--no-open")
+    assert outcome.exit_code == 0, outcome.output
+    assert len(said) == 1
+    assert said[0].startswith("http://127.0.0.1:")
