@@ -143,7 +143,7 @@ class Job(Section):
     method: `name` (a key of `METHODS`) and the parameters of that influence model. loss: a torch loss of (outputs,
     targets) or an `Objective`. mode: up or perturbation. output: the folder of the result. certify: find the ends of
     the spectrum for error bounds (several passes). scratch: a folder that every worker sees, beside the output if left
-    out.
+    out. device: where tasks compute; auto takes a GPU on every worker that sees one.
     """
 
     model: ModelSection
@@ -159,6 +159,7 @@ class Job(Section):
     mantissa_bits: Annotated[int, Field(ge=1, le=23)] = 23
     certify: bool = False
     scratch: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     _folder: Path = Path()
 
     @classmethod

@@ -18,7 +18,7 @@ from distributed.worker_memory import parse_memory_limit
 from tornado.ioloop import PeriodicCallback
 
 from distinfluence.errors import ClusterError, MissingDependencyError, SettingError
-from distinfluence.scaling.jobqueue import QUEUES, job_cluster, job_kind, job_memory
+from distinfluence.scaling.jobqueue import QUEUES, job_cluster, job_kind, job_memory, job_processes
 from distinfluence.solvers.auto import free_bytes
 
 # Dask has its workers give memory back to the system at once, so that every large tensor costs page faults anew: ten
@@ -89,7 +89,7 @@ class ClusterSpec:
     @property
     def n_workers(self) -> int:
         """Worker processes, where they are started by us and their number is known before."""
-        return self.workers or LOCAL_WORKERS
+        return (self.workers or LOCAL_WORKERS) * (job_processes(self.settings) if job_kind(self.kind) else 1)
 
 
 def planned_memory(spec: ClusterSpec) -> int | None:
@@ -100,6 +100,11 @@ def planned_memory(spec: ClusterSpec) -> int | None:
         return None
     limit = parse_memory_limit(spec.memory_limit, 1, os.cpu_count() or 1, logger=logging.getLogger(__name__))
     return int(limit or free_bytes(torch.device("cpu")))
+
+
+def planned_workers(spec: ClusterSpec) -> int | None:
+    """Worker processes that a cluster will have, however few have come by now; None if they are not ours to say."""
+    return spec.n_workers if spec.kind == "local" or job_kind(spec.kind) else None
 
 
 class LeaveInterruptsToDriver(WorkerPlugin):

@@ -164,13 +164,21 @@ def _cluster_class(kind: str) -> Any:
     return getattr(dask_jobqueue, QUEUES[kind])
 
 
+def job_processes(settings: Mapping[str, object]) -> int:
+    """Worker processes of each job. Raises SettingError if the settings say no number of them."""
+    given = settings.get("processes") or 1
+    if not isinstance(given, int) or given < 1:
+        raise SettingError(f"`processes` of the cluster must be a whole number of at least 1, got {given!r}.")
+    return given
+
+
 def job_memory(settings: Mapping[str, object]) -> int | None:
     """Bytes that each worker will be given, None where the settings leave that to dask-jobqueue's own files."""
     given = {name.replace("-", "_"): value for name, value in settings.items()}
     if given.get("memory") is None:
         return None
     try:
-        return int(parse_bytes(str(given["memory"])) // int(str(given.get("processes") or 1)))
+        return int(parse_bytes(str(given["memory"])) // job_processes(settings))
     except ValueError as error:
         raise SettingError(f"`memory` of the cluster must be bytes such as '16GB', got {given['memory']!r}.") from error
 
