@@ -117,6 +117,7 @@ class ClusterSection(Section):
     memory_limit: str = "auto"
     address: str = ""
     timeout: float | None = Field(default=None, gt=0)
+    on_death: Literal["cancel", "leave"] = "cancel"
     settings: dict[str, Any] = {}
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ import numpy as np
 from distributed import performance_report
 
 from distinfluence.config import Job
-from distinfluence.errors import ConfigError, FingerprintError, MissingDependencyError, SettingError
+from distinfluence.errors import ConfigError, FingerprintError, MissingDependencyError, SettingError, StoreError
 from distinfluence.evaluate import Verification, verify_entries
 from distinfluence.evaluate.verify import sampled
 from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
@@ -33,6 +33,7 @@ from distinfluence.scaling.executor import InProcess, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.share import Share
+from distinfluence.scaling.slurm import batch_job
 from distinfluence.scaling.sources import InThisProcess, process_bytes
 from distinfluence.scaling.strips import look
 from distinfluence.scaling.worker import LocalContext, SourcePlane
@@ -76,6 +77,15 @@ def run_job(
         result = _computed(job, calculator, began, progress, overwrite=overwrite, resume=resume)
     _remove(scratch)
     return result
+
+
+def begun_here(job: Job) -> bool:
+    """Whether the result of a job was begun by the batch job that this process runs in, at an earlier start of it."""
+    try:
+        recorded = open_influences(job.path(job.output)).provenance.get("batch_job")
+    except StoreError:  # there is none, or none of ours
+        return False
+    return recorded is not None and recorded == batch_job()
 
 
 @contextmanager
@@ -146,7 +156,7 @@ def _computed(
         overwrite=overwrite,
         resume=resume,
         progress=progress,
-        attributes={"job": job.model_dump(mode="json")},
+        attributes={"job": job.model_dump(mode="json"), "batch_job": batch_job()},
         share=share,
     )
 
