@@ -1,12 +1,13 @@
 """The command line: `distinfluence demo`, `plan`, `run`, `verify`, `info`, `top`."""
 
 import json
+import os
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from distinfluence.store import InfluenceResult, Ranking
 
 Kind = Literal["image", "text", "table"]
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130  # the shell's exit status for a command that Ctrl-C ended
 
 
@@ -120,14 +122,14 @@ def run(
 
     In a batch job that the queue starts again, the run goes on with what its last start left.
     """
-    from distinfluence.job import run_job, run_part
+    from distinfluence.job import begun_here, run_job, run_part
     from distinfluence.scaling import Progress, was_requeued
     from distinfluence.summary import program, summary
 
     with _clean_errors(resume=f"run {job}{'' if cluster is None else f' --cluster {cluster}'} --resume"):
         described = _job(job, cluster)
-        if was_requeued():
-            resume, overwrite = True, False
+        if was_requeued() and not (overwrite and not begun_here(described)):
+            resume, overwrite = True, False  # what this job's last start left
         if part is not None:
             if overwrite or cluster is not None:
                 raise click.UsageError("--part goes on with what is there, without a cluster: drop the other option.")
@@ -283,8 +285,11 @@ register(main)
 
 @contextmanager
 def _clean_errors(resume: str = "") -> Iterator[None]:
-    """Our errors as one message, Ctrl-C and SIGTERM as a clean stop; anything else is a defect and keeps its trace."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    """Our errors as one message, Ctrl-C and its like as a clean stop; anything else is a defect and keeps its trace."""
+    before = {each: signal.getsignal(each) for each in STOPPING}
+    for each, found in before.items():
+        if found is not signal.SIG_IGN:  # nohup, or a job in the background of a shell: meant to be left alone
+            signal.signal(each, _interrupt)
     try:
         yield
     except DistinfluenceError as error:
@@ -294,13 +299,22 @@ def _clean_errors(resume: str = "") -> Iterator[None]:
         from distinfluence.summary import program
 
         hint = f" Go on with: {program()} {resume}" if resume else ""
-        click.echo(f"stopped; what was written stays.{hint}", err=True)
+        with suppress(OSError):  # the terminal may be what has gone
+            click.echo(f"stopped; what was written stays.{hint}", err=True)
         sys.exit(INTERRUPTED)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, found in before.items():
+            signal.signal(each, found)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     # who ends a job says so more than once; what is being put in order meanwhile must not be interrupted
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in STOPPING:
+        if signal.getsignal(each) is _interrupt:
+            signal.signal(each, _say_still_stopping)
     raise KeyboardInterrupt
+
+
+def _say_still_stopping(_signal: int, _frame: FrameType | None) -> None:
+    with suppress(OSError):  # not by the stream, in whose midst the signal may have come
+        os.write(2, b"still stopping: workers are being ended and jobs cancelled\n")

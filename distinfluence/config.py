@@ -117,6 +117,7 @@ class ClusterSection(Section):
     memory_limit: str = "auto"
     address: str = ""
     timeout: float | None = Field(default=None, gt=0)
+    on_death: Literal["cancel", "leave"] = "cancel"
     settings: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -143,7 +144,7 @@ class Job(Section):
     method: `name` (a key of `METHODS`) and the parameters of that influence model. loss: a torch loss of (outputs,
     targets) or an `Objective`. mode: up or perturbation. output: the folder of the result. certify: find the ends of
     the spectrum for error bounds (several passes). scratch: a folder that every worker sees, beside the output if left
-    out.
+    out. device: where tasks compute; auto takes a GPU on every worker that sees one.
     """
 
     model: ModelSection
@@ -159,6 +160,7 @@ class Job(Section):
     mantissa_bits: Annotated[int, Field(ge=1, le=23)] = 23
     certify: bool = False
     scratch: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     _folder: Path = Path()
 
     @classmethod

@@ -11,7 +11,7 @@ import numpy as np
 from distributed import performance_report
 
 from distinfluence.config import Job
-from distinfluence.errors import ConfigError, FingerprintError, MissingDependencyError, SettingError
+from distinfluence.errors import ConfigError, FingerprintError, MissingDependencyError, SettingError, StoreError
 from distinfluence.evaluate import Verification, verify_entries
 from distinfluence.evaluate.verify import sampled
 from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
@@ -27,11 +27,13 @@ from distinfluence.scaling import (
     connected,
 )
 from distinfluence.scaling.chunks import chunked, recut, take_samples
-from distinfluence.scaling.clusters import ANSWER_SECONDS, planned_memory
+from distinfluence.scaling.clusters import ANSWER_SECONDS, planned_memory, planned_workers
+from distinfluence.scaling.device import task_device
 from distinfluence.scaling.executor import InProcess, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.share import Share
+from distinfluence.scaling.slurm import batch_job
 from distinfluence.scaling.sources import InThisProcess, process_bytes
 from distinfluence.scaling.strips import look
 from distinfluence.scaling.worker import LocalContext, SourcePlane
@@ -64,11 +66,26 @@ def run_job(
         if logs is not None:
             client.register_plugin(LogToFolder(folder))
         calculator = DaskInfluenceCalculator(
-            model, client, recipe=recipe, scratch=scratch, timeout=job.cluster.timeout or ANSWER_SECONDS
+            model,
+            client,
+            recipe=recipe,
+            scratch=scratch,
+            timeout=job.cluster.timeout or ANSWER_SECONDS,
+            device=job.device,
+            workers=planned_workers(job.cluster_spec()),
         )
         result = _computed(job, calculator, began, progress, overwrite=overwrite, resume=resume)
     _remove(scratch)
     return result
+
+
+def begun_here(job: Job) -> bool:
+    """Whether the result of a job was begun by the batch job that this process runs in, at an earlier start of it."""
+    try:
+        recorded = open_influences(job.path(job.output)).provenance.get("batch_job")
+    except StoreError:  # there is none, or none of ours
+        return False
+    return recorded is not None and recorded == batch_job()
 
 
 @contextmanager
@@ -102,7 +119,7 @@ def run_part(job: Job, part: str, *, progress: Progress | None = None) -> Influe
             "`chunks` must say `train`, `test` and `panel` where several processes share a result, got "
             f"{job.chunks.model_dump(exclude_none=True)}. `distinfluence plan` proposes them."
         )
-    calculator = SequentialInfluenceCalculator(model, scratch=scratch)
+    calculator = SequentialInfluenceCalculator(model.to(task_device(job.device)), scratch=scratch)
     result = _computed(job, calculator, began, progress, resume=True, share=share)
     if result.complete:
         _remove(scratch)
@@ -139,7 +156,7 @@ def _computed(
         overwrite=overwrite,
         resume=resume,
         progress=progress,
-        attributes={"job": job.model_dump(mode="json")},
+        attributes={"job": job.model_dump(mode="json"), "batch_job": batch_job()},
         share=share,
     )
 
@@ -158,7 +175,8 @@ def plan_job(job: Job) -> Plan:
         machine = Machine(spec.n_workers, memory, process_bytes())
     else:
         with connected(spec) as client:
-            machine = Machine(max(1, len(client.nthreads())), worker_memory(client), process_bytes())
+            workers = max(planned_workers(spec) or 1, len(client.nthreads()))
+            machine = Machine(workers, worker_memory(client), process_bytes())
     train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
     test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
     return _planned(job, calculator, train, test, chunks_of(job.path(job.output)), machine, True)

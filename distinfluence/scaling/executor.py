@@ -337,13 +337,20 @@ def check_workers(client: Client, folder: str, timeout: float) -> WorkersSeen:
     folder: a file in it must be visible to every worker. Raises ClusterError without workers after `timeout` seconds,
     or if a worker does not see the folder.
     """
-    try:
-        client.wait_for_workers(1, timeout=timeout)
-    except TimeoutError:
-        raise ClusterError(
-            f"the cluster has no workers after {timeout:g} s: {client}. Start workers, or look at their logs."
-        ) from None
-    seen = client.run(_look_around, folder)
+    end = time.monotonic() + timeout
+    seen: dict[str, tuple[str, int, bool, int]] = {}
+    while not seen:  # those that were there may all have gone again before they answered
+        try:
+            client.wait_for_workers(1, timeout=max(0.1, end - time.monotonic()))
+        except TimeoutError:
+            raise ClusterError(
+                f"the cluster has no workers after {timeout:g} s: {client}. Start workers, or look at their logs."
+            ) from None
+        # one that dies at this moment is replaced, and no reason to end the run
+        answers = client.run(_look_around, folder, on_error="return")
+        seen = {address: answer for address, answer in answers.items() if not isinstance(answer, Exception)}
+        if not seen and answers and time.monotonic() > end:
+            raise ClusterError(f"no worker of {client} answers: {next(iter(answers.values()))}. Look at their logs.")
     blind = [address for address, (_, _, sees, _) in seen.items() if not sees]
     if blind:
         raise ClusterError(

@@ -40,6 +40,7 @@ from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.chunks import ChunkedData
+from distinfluence.scaling.device import task_device
 from distinfluence.scaling.plan import kept_bytes
 from distinfluence.scaling.recipe import ModelRecipe
 from distinfluence.scaling.sources import ChunkSource
@@ -120,8 +121,8 @@ class WorkerContext:
     """A model as a recipe, with the settings, the fitted state's files and the training set's chunks.
 
     scratch: where its files are, None once it has travelled. unbound: the pickled influence model without its module.
-    state: array name → .npy file. n_threads: of torch, in a task. device: "cpu" or "cuda"; which GPU is decided where
-    the task runs.
+    state: array name → .npy file. n_threads: of torch, in a task. device: "auto", "cpu" or "cuda", see `task_device`:
+    what it comes to, and which GPU that is, is decided where the task runs.
     """
 
     key: str
@@ -137,7 +138,8 @@ class WorkerContext:
     def influence(self) -> InfluenceFunctionModel:
         """Build, restore, and keep for the next task; the oldest of several is dropped."""
         if self.key not in _models:
-            model = cloudpickle.loads(self.unbound).bound_to(_module(self.recipe), torch.device(self.device))
+            module = _module(self.recipe)
+            model = cloudpickle.loads(self.unbound).bound_to(module, task_device(self.device))
             if self.report is not None and self.train is not None:
                 plane = SourcePlane(model.risk, self.train)
                 arrays = {name: to_tensor(np.load(path, mmap_mode="c")) for name, path in self.state.items()}
@@ -148,14 +150,20 @@ class WorkerContext:
         return _models[self.key]
 
 
-def travelling(model: InfluenceFunctionModel, recipe: ModelRecipe, scratch: Scratch, n_threads: int) -> WorkerContext:
-    """An influence model that is not fitted, for tasks in other processes."""
+def travelling(
+    model: InfluenceFunctionModel,
+    recipe: ModelRecipe,
+    scratch: Scratch,
+    n_threads: int,
+    device: str | None = None,
+) -> WorkerContext:
+    """An influence model that is not fitted, for tasks in other processes; device: the caller's own unless given."""
     return WorkerContext(
         key=uuid.uuid4().hex,
         scratch=scratch,
         unbound=bytes(cloudpickle.dumps(model.unbound())),
         recipe=recipe,
-        device=model.risk.device.type,
+        device=device or model.risk.device.type,
         n_threads=n_threads,
         state={},
         report=None,

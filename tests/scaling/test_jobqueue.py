@@ -1,5 +1,6 @@
 """What dask-jobqueue is asked for by a cluster file, without a queue: arguments, time limits, the watch's judgement."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,8 @@ import pytest
 
 from distinfluence.errors import ClusterError, SettingError
 from distinfluence.scaling import ClusterSpec, connected
-from distinfluence.scaling.jobqueue import _arguments, _cluster_class
+from distinfluence.scaling.job_settings import cluster_class, job_arguments
 from distinfluence.scaling.slurm import walltime_seconds, was_requeued
-from distinfluence.scaling.watchdog import Jobs, Watchdog
 
 pytest.importorskip("dask_jobqueue")
 
@@ -23,11 +23,11 @@ def _own_dask_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def script(kind: str, folder: Path, **settings: Any) -> str:
     """The job's script, as dask-jobqueue writes it."""
-    cluster_class = _cluster_class(kind)
-    arguments = _arguments(cluster_class, {**BASE, **settings}, {"COLOUR": "blue"}, folder)
+    cluster = cluster_class(kind)
+    arguments = job_arguments(cluster, {**BASE, **settings}, {"COLOUR": "blue"}, folder)
     for name in ("scheduler_options", "shared_temp_directory"):
         arguments.pop(name)
-    return str(cluster_class.job_cls("tls://host:1", name="worker", **arguments).job_script())
+    return str(cluster.job_cls("tls://host:1", name="worker", **arguments).job_script())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_the_file_says_goes_before_what_is_chosen_here(tmp_path: Path) -> N
     own = script("slurm", tmp_path, worker_extra_args=["--lifetime", "5m"], processes=2, job_name="mine")
     assert own.count("--lifetime") == 1
     assert "--nworkers 2" in own
-    assert "#SBATCH -J mine" in own
+    assert re.search(r"#SBATCH -J mine-[0-9a-f]{8}$", own, re.MULTILINE)
     assert "--lifetime" not in script("slurm", tmp_path, walltime="UNLIMITED")
     assert "--lifetime" not in script("pbs", tmp_path, walltime="10:00:00")
 
@@ -77,6 +77,8 @@ def test_what_the_file_says_goes_before_what_is_chosen_here(tmp_path: Path) -> N
         ({"wall-time": "1"}, "Did you mean `walltime`?"),
         ({"n_workers": 3}, "`settings.n_workers` of the cluster is set by distinfluence"),
         ({"walltime": "two hours"}, "`walltime` of the cluster must be a time as sbatch reads it"),
+        ({"job-extra-directives": ["--job-name=x"]}, "`settings.job-extra-directives` must not name the jobs"),
+        ({"processes": "two"}, "`processes` of the cluster must be a whole number"),
         ({"memory": None}, "You must specify how much cores and memory"),
     ],
 )
@@ -100,17 +102,3 @@ def test_a_job_that_was_started_before_is_known(monkeypatch: pytest.MonkeyPatch)
     assert not was_requeued()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert was_requeued()
-
-
-def judged(refusal: str, numbers: dict[str, str | None], connected: frozenset[str] = frozenset()) -> Watchdog:
-    """A watch that has judged a refusal, beside these jobs."""
-    said: list[str] = []
-    watch = Watchdog(None, None, 2, [refusal], said.append)
-    watch._judge_refusals(Jobs(numbers, connected), [], [name for name, number in numbers.items() if number is None])
-    return watch
-
-
-def test_a_refusal_ends_the_run_unless_it_may_pass_or_others_work() -> None:
-    assert "invalid account" in str(judged("sbatch: error: invalid account", {"a": None, "b": None}).failure)
-    assert judged("sbatch: error: invalid account", {"a": None, "b": "5"}).failure is None
-    assert judged("Unable to contact slurm controller", {"a": None}).failure is None
