@@ -339,7 +339,7 @@ class InfluenceResult:
         if k < 1:
             raise SettingError(f"`k` must be at least 1, got {k}. Leave it out for what is stored ({self.layout.k}).")
         if self.complete and k <= self.layout.k:
-            return Ranking(self._read(f"{end}_index", row)[:k], self._read(f"{end}_value", row)[:k])
+            return self._stored_ranking(end, row, k)
         if not self.complete and not partial:
             raise IncompleteResultError(
                 f"`{end}` needs a complete result, got {self.layout.n_strips - self.n_missing} of "
@@ -347,6 +347,15 @@ class InfluenceResult:
                 "finished strips."
             )
         return self._rank_row(end, row, k)
+
+    def _stored_ranking(self, end: str, row: int, k: int) -> Ranking:
+        ranking = Ranking(self._read(f"{end}_index", row)[:k], self._read(f"{end}_value", row)[:k])
+        if not analysis.is_ranking(ranking, slice(0, self.layout.n_train)):
+            raise CorruptStoreError(
+                f"the ranking `{end}` of test point {row} in {self.path} is missing or damaged, expected training "
+                f"points 0 to {self.layout.n_train - 1} with finite influences. `reopen` a strip and finish again."
+            )
+        return ranking
 
     def _rank_row(self, end: str, row: int, k: int) -> Ranking:
         # The marks are read before the row: a strip that is marked then has its values in the row read afterwards.
