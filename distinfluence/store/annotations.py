@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from zarr.codecs import Crc32cCodec
 
 from distinfluence.errors import CorruptStoreError, DtypeError, SettingError, ShapeError
-from distinfluence.store.folder import local_path, read_attributes, surfaced_errors
+from distinfluence.store.folder import COMPLETE, consolidate, local_path, read_attributes, surfaced_errors
 from distinfluence.store.layout import Layout
 from distinfluence.store.opening import is_bounded
 
@@ -80,6 +80,8 @@ def annotate(
         own = group.require_group("samples").create_group(axis, overwrite=True, attributes=attributes)
         for name, values in arrays.items():
             _store(own, name, values, axis)
+        if group.attrs.get("state") == COMPLETE:
+            consolidate(folder)  # readers take what is consolidated for all that there is
 
 
 def read_samples(group: zarr.Group, axis: Axis, n: int) -> StoredPoints:

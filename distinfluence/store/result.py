@@ -22,13 +22,12 @@ from distinfluence.errors import (
 )
 from distinfluence.store import analysis
 from distinfluence.store.annotations import Axis, StoredPoints, read_samples
-from distinfluence.store.folder import place_of, read_attributes, surfaced_errors
+from distinfluence.store.folder import COMPLETE, RUNNING, place_of, read_attributes, surfaced_errors
 from distinfluence.store.html import result_as_html
 from distinfluence.store.layout import Layout, array_specs, whole_number
 from distinfluence.store.opening import GuardedStore, checked, is_bounded, largest_file, open_to_read
 from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
 from distinfluence.store.remote import RemoteFolder
-from distinfluence.store.writer import COMPLETE, RUNNING
 
 if TYPE_CHECKING:
     import pandas

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray
 import zarr
 
 from distinfluence.errors import CorruptStoreError, IncompleteResultError, IndexRangeError, SettingError, ShapeError
@@ -152,6 +153,18 @@ def test_what_is_known_of_points_is_stored_and_read(make: Any, layout: Any) -> N
     again = open_influences(writer.path)
     assert again.points("train").sample(0) is None
     assert again.self_influence.tolist() == list(range(23))
+
+
+@pytest.mark.parametrize("finish_first", [True, False])
+def test_plain_zarr_and_xarray_see_what_was_stored_of_points(make: Any, layout: Any, finish_first: bool) -> None:
+    writer, _ = make(layout, finish=finish_first)
+    annotate(writer.path, "train", np.zeros((23, 2)), kind="table", labels=np.arange(23))
+    if not finish_first:
+        writer.finish()
+    group = zarr.open_group(str(writer.path), mode="r")
+    assert group["samples/train"]["label"][:].tolist() == list(range(23))
+    labels = xarray.open_zarr(str(writer.path), group="samples/train")["label"]
+    assert labels.dims == ("train",) and labels.values.tolist() == list(range(23))
 
 
 @pytest.mark.parametrize(

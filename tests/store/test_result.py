@@ -195,7 +195,9 @@ def test_without_xarray_one_is_told_what_to_install(make: Any, layout: Any, monk
 
 @pytest.mark.parametrize("end", ["top", "bottom"])
 @pytest.mark.parametrize("what", ["missing", -5, 23, 10**6, np.nan, np.inf])
-def test_a_stored_ranking_that_cannot_be_one_is_damage_and_no_answer(make: Any, layout: Any, end: str, what: Any) -> None:
+def test_a_stored_ranking_that_cannot_be_one_is_damage_and_no_answer(
+    make: Any, layout: Any, end: str, what: Any
+) -> None:
     writer, _ = make(layout)
     group = zarr.open_group(str(writer.path), mode="r+", use_consolidated=False)
     if what == "missing":
