@@ -25,6 +25,7 @@ Axis = Literal["test", "train"]
 KINDS = ("image", "text", "table")
 _SAMPLES_PER_CHUNK = 256
 _BYTES_PER_CHUNK = 2**20
+MAX_NAME = 200  # characters of a class, a column or a block that are read
 MAX_TEXT = 2**16  # bytes of one text that are read; the rest is cut
 MAX_SAMPLE = 2**22  # values of one sample that are read
 
@@ -104,8 +105,8 @@ class StoredPoints:
         attributes: dict[str, Any] = {} if group is None else dict(group.attrs)
         kind = attributes.get("kind")
         self.kind = kind if kind in KINDS else None
-        self.classes = _strings(attributes.get("classes"))
-        self.columns = _strings(attributes.get("columns"))
+        self.classes = names_of(attributes.get("classes"))
+        self.columns = names_of(attributes.get("columns"))
         self.range = _ends(attributes.get("range"))
 
     def labels(self) -> NDArray[Any] | None:
@@ -224,8 +225,12 @@ def _store(group: zarr.Group, name: str, values: NDArray[Any], axis: Axis) -> No
     group.create_array(name, data=values, chunks=chunks, compressors=[Crc32cCodec()], dimension_names=names)
 
 
-def _strings(value: object) -> list[str]:
-    return [str(each) for each in value[: 2**16]] if isinstance(value, list) else []
+def names_of(value: object) -> list[str]:
+    """Names as an attribute holds them, each of at most `MAX_NAME` characters: a hostile one could have any number."""
+    if not isinstance(value, list):
+        return []
+    names = [str(each) for each in value[: 2**16]]
+    return [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…" for name in names]
 
 
 def _ends(value: object) -> tuple[float, float]:

@@ -54,6 +54,7 @@ _OWN_ENTRIES = frozenset(
         "bottom_value",
         "strips",
         "overview",
+        "contributions",
         "samples",
     }
 )

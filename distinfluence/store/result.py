@@ -21,7 +21,8 @@ from distinfluence.errors import (
     SettingError,
 )
 from distinfluence.store import analysis
-from distinfluence.store.annotations import Axis, StoredPoints, read_samples
+from distinfluence.store.annotations import Axis, StoredPoints, names_of, read_samples
+from distinfluence.store.contributions import Contributions, contribution_specs, read_contributions
 from distinfluence.store.folder import COMPLETE, RUNNING, place_of, read_attributes, surfaced_errors
 from distinfluence.store.html import result_as_html
 from distinfluence.store.layout import Layout, array_specs, whole_number
@@ -248,6 +249,42 @@ class InfluenceResult:
         rows = None if tests is None else np.atleast_1d(np.asarray(tests, np.int64))
         return pandas.DataFrame(analysis.ranking_table(self, rows, k, partial))
 
+    @property
+    def contribution_blocks(self) -> list[str]:
+        """Names of the blocks (layers) that `contributions` tells apart; none if the run kept none."""
+        if not self.layout.ranked or not self._has("contributions"):
+            return []
+        return names_of(self._own_group("contributions").attrs.get("blocks"))
+
+    @property
+    def has_token_contributions(self) -> bool:
+        """Whether `contributions` tells the positions of the training samples apart as well."""
+        return self._has("contributions/top_tokens")
+
+    def contributions(self, test_index: int) -> Contributions | None:
+        """What the influences of a test point's most helpful and harmful training points are made of.
+
+        By block (layer), and by position of the training sample where the method knows it; for the first few of each
+        ranking. None if the run kept none: ask it with `contributions=True`. Raises IndexRangeError, ShapeError for a
+        result of mode `perturbation`, IncompleteResultError, CorruptStoreError.
+        """
+        analysis.require_ranked(self, "contributions")
+        return read_contributions(self, analysis.checked_index("test_index", test_index, self.layout.n_test))
+
+    def contribution_array(self, name: str) -> zarr.Array[Any]:
+        """`top`, `bottom`, `top_tokens` or `bottom_tokens` of the group `contributions`, checked."""
+        array, blocks = self._own_array(f"contributions/{name}"), self.contribution_blocks
+        k = int(array.shape[1]) if array.ndim == 3 else 0
+        try:
+            specs = contribution_specs(self.layout, k, len(blocks), array if name.endswith("_tokens") else None)
+        except SettingError as error:
+            raise CorruptStoreError(f"`contributions/{name}` of {self.path} cannot be: {error}") from error
+        if not 1 <= k <= self.layout.k:
+            raise CorruptStoreError(
+                f"`contributions/{name}` of {self.path} must be of ranked pairs, got {array.shape}."
+            )
+        return checked(array, specs[f"contributions/{name}"], self.path)
+
     def overview(self, name: str, columns: slice) -> NDArray[np.float32]:
         """Cells of the overview `name` (see `layout.levels`), all rows of them, `columns` counted in cells."""
         return self._read(f"overview/{name}", (slice(None), columns))
@@ -308,18 +345,31 @@ class InfluenceResult:
         return self._is_file(f"{name}/zarr.json")  # zarr's own look raises for metadata that are torn
 
     def _array(self, name: str) -> zarr.Array[Any]:
+        return checked(self._node(name), self._specs[name], self.path)
+
+    def _node(self, name: str) -> zarr.Array[Any] | zarr.Group:
         with surfaced_errors("read", self.path):
             try:
-                array = self._group[name]
+                return self._group[name]
             except KeyError:
-                raise CorruptStoreError(
-                    f"`{name}` of {self.path} is missing, expected {list(self._specs[name].shape)}. Compute it again."
-                ) from None
+                expected = f", expected {list(self._specs[name].shape)}" if name in self._specs else ""
+                raise CorruptStoreError(f"`{name}` of {self.path} is missing{expected}. Compute it again.") from None
             except (TypeError, ValueError) as error:
                 raise CorruptStoreError(
                     f"`{name}` of {self.path} cannot be read: {error}. Compute it again."
                 ) from error
-        return checked(array, self._specs[name], self.path)
+
+    def _own_group(self, name: str) -> zarr.Group:
+        node = self._node(name)
+        if not isinstance(node, zarr.Group):
+            raise CorruptStoreError(f"`{name}` of {self.path} must be a group, got an array. Compute it again.")
+        return node
+
+    def _own_array(self, name: str) -> zarr.Array[Any]:
+        node = self._node(name)
+        if not isinstance(node, zarr.Array):
+            raise CorruptStoreError(f"`{name}` of {self.path} must be an array, got a group. Compute it again.")
+        return node
 
     def _read(self, name: str, key: Any = slice(None)) -> NDArray[Any]:
         array = self._array(name)

@@ -213,6 +213,8 @@ class InfluenceWriter:
             return
         with surfaced_errors("write to", self.path):
             self._group.attrs["state"] = RUNNING
+            if "contributions" in self._group:  # of rankings that may change
+                del self._group["contributions"]
             for i in strips:
                 self._mark(i, 0)
                 self._delete_chunks(i)
