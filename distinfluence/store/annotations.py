@@ -123,6 +123,15 @@ class StoredPoints:
         self.columns = names_of(attributes.get("columns"))
         self.range = _ends(attributes.get("range"))
 
+    def names(self) -> list[str]:
+        """The arrays that are stored."""
+        return [] if self._group is None else sorted(self._group.keys())
+
+    def check(self) -> None:
+        """Raise CorruptStoreError if one of them cannot be read without risk."""
+        for name in self.names():
+            self._array(name)
+
     def labels(self) -> NDArray[Any] | None:
         """[n], None if not stored."""
         return self._per_point("label")

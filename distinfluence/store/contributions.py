@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from distinfluence.errors import CorruptStoreError, SettingError, ShapeError
 from distinfluence.store.folder import COMPLETE, consolidate, local_path, read_attributes, surfaced_errors
 from distinfluence.store.layout import CHUNK_ROWS, ArraySpec, Layout
 from distinfluence.store.ranking import Ranking
+from distinfluence.store.remote import RemoteFolder
 
 if TYPE_CHECKING:
     from distinfluence.store.result import InfluenceResult
@@ -115,6 +117,17 @@ def contribution_specs(
             name = f"contributions/{end}{suffix}"
             specs[name] = ArraySpec(name, shape, (rows, k, width), None, "float32", _NAN, ("test", "pair", dim))
     return specs
+
+
+def spec_of(name: str, array: zarr.Array[Any], n_blocks: int, layout: Layout, path: Path | RemoteFolder) -> ArraySpec:
+    """What an array of contributions must be, going by its own k' and length. Raises CorruptStoreError."""
+    k = int(array.shape[1]) if array.ndim == 3 else 0
+    if not 1 <= k <= layout.k:
+        raise CorruptStoreError(f"`{name}` of {path} must be of at most {layout.k} ranked pairs, got {array.shape}.")
+    try:
+        return contribution_specs(layout, k, n_blocks, array if name.endswith("_tokens") else None)[name]
+    except SettingError as error:
+        raise CorruptStoreError(f"`{name}` of {path} cannot be: {error}") from error
 
 
 def read_contributions(result: InfluenceResult, row: int) -> Contributions | None:

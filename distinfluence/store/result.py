@@ -22,13 +22,14 @@ from distinfluence.errors import (
 )
 from distinfluence.store import analysis
 from distinfluence.store.annotations import Axis, StoredPoints, names_of, read_samples
-from distinfluence.store.contributions import Contributions, contribution_specs, read_contributions
+from distinfluence.store.contributions import Contributions, read_contributions, spec_of
 from distinfluence.store.folder import COMPLETE, RUNNING, place_of, read_attributes, surfaced_errors
 from distinfluence.store.html import result_as_html
+from distinfluence.store.labelled import Chunks, as_dataset, as_datatree
 from distinfluence.store.layout import Layout, array_specs, whole_number
 from distinfluence.store.opening import GuardedStore, checked, is_bounded, largest_file, open_to_read
 from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
-from distinfluence.store.remote import RemoteFolder
+from distinfluence.store.remote import RemoteFolder, RemoteStore
 
 if TYPE_CHECKING:
     import pandas
@@ -273,17 +274,9 @@ class InfluenceResult:
 
     def contribution_array(self, name: str) -> zarr.Array[Any]:
         """`top`, `bottom`, `top_tokens` or `bottom_tokens` of the group `contributions`, checked."""
-        array, blocks = self._own_array(f"contributions/{name}"), self.contribution_blocks
-        k = int(array.shape[1]) if array.ndim == 3 else 0
-        try:
-            specs = contribution_specs(self.layout, k, len(blocks), array if name.endswith("_tokens") else None)
-        except SettingError as error:
-            raise CorruptStoreError(f"`contributions/{name}` of {self.path} cannot be: {error}") from error
-        if not 1 <= k <= self.layout.k:
-            raise CorruptStoreError(
-                f"`contributions/{name}` of {self.path} must be of ranked pairs, got {array.shape}."
-            )
-        return checked(array, specs[f"contributions/{name}"], self.path)
+        name = f"contributions/{name}"
+        spec = spec_of(name, self._own_array(name), len(self.contribution_blocks), self.layout, self.path)
+        return checked(self._own_array(name), spec, self.path)
 
     def overview(self, name: str, columns: slice) -> NDArray[np.float32]:
         """Cells of the overview `name` (see `layout.levels`), all rows of them, `columns` counted in cells."""
@@ -315,27 +308,33 @@ class InfluenceResult:
                 damaged.append(int(i))
         return damaged
 
-    def to_xarray(self, *, chunks: Mapping[str, int] | Literal["auto"] | None = None) -> xarray.Dataset:
+    def to_xarray(self, *, chunks: Chunks = None) -> xarray.Dataset:
         """The result as a lazy xarray Dataset with dimensions test and train.
 
-        Coordinates: test and train indices, and the labels and self-influences that are known. chunks: None for lazy
-        arrays that read what is indexed; {} for dask arrays in the chunks of the disk, a mapping for others.
-        Raises MissingDependencyError.
+        Coordinates: test and train indices, `test_id`, `train_id`, labels and self-influences where they are known, and
+        `damping`: a number, or one for each `block`. chunks: None for lazy arrays that read what is indexed; {} for
+        dask arrays in the chunks of the disk, a mapping for others. Raises MissingDependencyError, CorruptStoreError.
         """
-        try:
-            import xarray
-        except ImportError as error:
-            raise MissingDependencyError(
-                "`to_xarray` needs xarray, which is not installed. Run pip install 'distinfluence[browse]'."
-            ) from error
-        with surfaced_errors("open", self.path):
-            cut = dict(chunks) if isinstance(chunks, Mapping) else chunks
-            dataset: xarray.Dataset = xarray.open_zarr(self._store, consolidated=False, chunks=cut)
-        known = {"train_self_influence": ("train", self.points("train").self_influence())}
-        for axis in ("test", "train"):
-            known[axis] = (axis, np.arange(dataset.sizes[axis], dtype=np.int32))
-            known[f"{axis}_label"] = (axis, self.points(axis).labels())
-        return dataset.assign_coords({name: value for name, value in known.items() if value[1] is not None})
+        return as_dataset(self, chunks)
+
+    def to_datatree(self, *, chunks: Chunks = None) -> xarray.DataTree:
+        """All that is known, as an xarray DataTree: `to_xarray` at its root, below it what else is stored.
+
+        `/test_samples` and `/train_samples` are what `annotate` stored, `/contributions` what rankings are made of,
+        with the coordinate `block` (layers). chunks: as `to_xarray`. Raises MissingDependencyError, CorruptStoreError.
+        """
+        return as_datatree(self, chunks)
+
+    @property
+    def store(self) -> GuardedStore | RemoteStore:
+        """What zarr reads the result from, read-only."""
+        return self._store
+
+    def check_arrays(self) -> None:
+        """Raise CorruptStoreError if an array at the root is not what the layout says."""
+        for name in self._specs:
+            if "/" not in name and self._has(name):
+                self._array(name)
 
     def _is_file(self, key: str) -> bool:
         path = self.path
