@@ -211,10 +211,10 @@ def _sizes(shape: str) -> tuple[int, ...]:
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @click.option("--check", is_flag=True, help="Read everything and compare the checksums.")
 @click.option("--json", "as_json", is_flag=True, help="Everything that is recorded, as JSON.")
-def info(path: Path, check: bool, as_json: bool) -> None:
+def info(path: str, check: bool, as_json: bool) -> None:
     """What the result at PATH holds, what made it, and how far it converged."""
     from distinfluence.store import open_influences
     from distinfluence.store.html import facts
@@ -239,12 +239,12 @@ def info(path: Path, check: bool, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @click.argument("test_index", type=int)
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many of each.")
 @click.option("--partial", is_flag=True, help="Rank what is there of a result that is still running.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def top(path: Path, test_index: int, k: int, partial: bool, as_json: bool) -> None:
+def top(path: str, test_index: int, k: int, partial: bool, as_json: bool) -> None:
     """The training samples that help and harm test sample TEST_INDEX most."""
     from distinfluence.store import open_influences
 

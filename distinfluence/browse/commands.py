@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distinfluence.store import InfluenceResult
 
 P = ParamSpec("P")
-_result = click.argument("path", type=click.Path(path_type=Path))
+_result = click.argument("path")  # a folder or a URL
 _file = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -65,7 +65,7 @@ def _clean(command: Callable[P, None]) -> Callable[P, None]:
     "--open/--no-open", "opened", default=None, help="Open a browser, or do not. By default, where there is one."
 )
 @_clean
-def browse(path: Path, host: str, port: int, opened: bool | None) -> None:
+def browse(path: str, host: str, port: int, opened: bool | None) -> None:
     """Look at the result at PATH on a page in the browser.
 
     The page is served by this machine to this machine, to whoever has the token in the address; nothing is loaded from
@@ -109,7 +109,7 @@ def _has_browser() -> bool:
 @click.option("--partial", is_flag=True, help="What is there of a result that is still running.")
 @_clean
 def export(
-    path: Path,
+    path: str,
     csv: Path | None,
     parquet: Path | None,
     html: Path | None,
@@ -149,7 +149,7 @@ def export(
 @click.argument("file", type=_file)
 @click.option("--what", type=click.Choice(["heatmap", "scores", "residuals"]), default="heatmap", show_default=True)
 @_clean
-def plot(path: Path, file: Path, what: str) -> None:
+def plot(path: str, file: Path, what: str) -> None:
     """Draw the result at PATH to the PNG file FILE: the matrix, the spectrum of its scores, or the residuals."""
     from distinfluence.browse.plots import plot as draw
     from distinfluence.store import open_influences

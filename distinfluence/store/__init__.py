@@ -2,6 +2,7 @@
 
 from distinfluence.store.analysis import Grouped
 from distinfluence.store.annotations import Sample, StoredPoints, annotate
+from distinfluence.store.contributions import Contributions, Shares, write_contributions
 from distinfluence.store.fingerprint import combine, fingerprint_array, fingerprint_arrays, fingerprint_settings
 from distinfluence.store.layout import Layout
 from distinfluence.store.ranking import Ranking
@@ -10,12 +11,14 @@ from distinfluence.store.resuming import check_output, check_resumable, chunks_o
 from distinfluence.store.writer import InfluenceWriter
 
 __all__ = [
+    "Contributions",
     "Grouped",
     "InfluenceResult",
     "InfluenceWriter",
     "Layout",
     "Ranking",
     "Sample",
+    "Shares",
     "StoredPoints",
     "annotate",
     "check_output",
@@ -26,4 +29,5 @@ __all__ = [
     "fingerprint_arrays",
     "fingerprint_settings",
     "open_influences",
+    "write_contributions",
 ]

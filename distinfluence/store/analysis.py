@@ -121,6 +121,12 @@ def checked_index(name: str, index: int, n: int) -> int:
     return index % n
 
 
+def is_ranking(ranking: Ranking, columns: slice) -> bool:
+    """Whether it names training points of `columns` only, with finite influences: what a missing chunk does not."""
+    inside = (ranking.indices >= columns.start) & (ranking.indices < columns.stop)
+    return bool(inside.all() and np.isfinite(ranking.values).all())
+
+
 def _groups(axis: str, labels: ArrayLike | None, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     if labels is None:
         return np.arange(n), np.arange(n)

@@ -12,9 +12,12 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import zarr
 
 from distinfluence.errors import (
     CorruptStoreError,
@@ -28,6 +31,7 @@ from distinfluence.store.remote import RemoteFolder
 
 FORMAT = "distinfluence"
 FORMAT_VERSION = 1
+RUNNING, COMPLETE = "running", "complete"  # states of a result
 
 _OWN_ENTRIES = frozenset(
     {
@@ -50,6 +54,7 @@ _OWN_ENTRIES = frozenset(
         "bottom_value",
         "strips",
         "overview",
+        "contributions",
         "samples",
     }
 )
@@ -152,6 +157,13 @@ def sync_to_disk(files: list[Path]) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def consolidate(path: Path) -> None:
+    """Note the metadata of all arrays in the group's own, so that readers need one look: of a complete result."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # consolidated metadata is no part of the v3 specification, yet
+        zarr.consolidate_metadata(str(path))
 
 
 def sweep_unfinished_files(path: Path) -> None:

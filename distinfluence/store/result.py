@@ -21,14 +21,15 @@ from distinfluence.errors import (
     SettingError,
 )
 from distinfluence.store import analysis
-from distinfluence.store.annotations import Axis, StoredPoints, read_samples
-from distinfluence.store.folder import place_of, read_attributes, surfaced_errors
+from distinfluence.store.annotations import Axis, StoredPoints, names_of, read_samples
+from distinfluence.store.contributions import Contributions, read_contributions, spec_of
+from distinfluence.store.folder import COMPLETE, RUNNING, place_of, read_attributes, surfaced_errors
 from distinfluence.store.html import result_as_html
+from distinfluence.store.labelled import Chunks, as_dataset, as_datatree
 from distinfluence.store.layout import Layout, array_specs, whole_number
 from distinfluence.store.opening import GuardedStore, checked, is_bounded, largest_file, open_to_read
 from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
-from distinfluence.store.remote import RemoteFolder
-from distinfluence.store.writer import COMPLETE, RUNNING
+from distinfluence.store.remote import RemoteFolder, RemoteStore
 
 if TYPE_CHECKING:
     import pandas
@@ -249,6 +250,34 @@ class InfluenceResult:
         rows = None if tests is None else np.atleast_1d(np.asarray(tests, np.int64))
         return pandas.DataFrame(analysis.ranking_table(self, rows, k, partial))
 
+    @property
+    def contribution_blocks(self) -> list[str]:
+        """Names of the blocks (layers) that `contributions` tells apart; none if the run kept none."""
+        if not self.layout.ranked or not self._has("contributions"):
+            return []
+        return names_of(self._own_group("contributions").attrs.get("blocks"))
+
+    @property
+    def has_token_contributions(self) -> bool:
+        """Whether `contributions` tells the positions of the training samples apart as well."""
+        return self._has("contributions/top_tokens")
+
+    def contributions(self, test_index: int) -> Contributions | None:
+        """What the influences of a test point's most helpful and harmful training points are made of.
+
+        By block (layer), and by position of the training sample where the method knows it; for the first few of each
+        ranking. None if the run kept none: ask it with `contributions=True`. Raises IndexRangeError, ShapeError for a
+        result of mode `perturbation`, IncompleteResultError, CorruptStoreError.
+        """
+        analysis.require_ranked(self, "contributions")
+        return read_contributions(self, analysis.checked_index("test_index", test_index, self.layout.n_test))
+
+    def contribution_array(self, name: str) -> zarr.Array[Any]:
+        """`top`, `bottom`, `top_tokens` or `bottom_tokens` of the group `contributions`, checked."""
+        name = f"contributions/{name}"
+        spec = spec_of(name, self._own_array(name), len(self.contribution_blocks), self.layout, self.path)
+        return checked(self._own_array(name), spec, self.path)
+
     def overview(self, name: str, columns: slice) -> NDArray[np.float32]:
         """Cells of the overview `name` (see `layout.levels`), all rows of them, `columns` counted in cells."""
         return self._read(f"overview/{name}", (slice(None), columns))
@@ -279,27 +308,33 @@ class InfluenceResult:
                 damaged.append(int(i))
         return damaged
 
-    def to_xarray(self, *, chunks: Mapping[str, int] | Literal["auto"] | None = None) -> xarray.Dataset:
+    def to_xarray(self, *, chunks: Chunks = None) -> xarray.Dataset:
         """The result as a lazy xarray Dataset with dimensions test and train.
 
-        Coordinates: test and train indices, and the labels and self-influences that are known. chunks: None for lazy
-        arrays that read what is indexed; {} for dask arrays in the chunks of the disk, a mapping for others.
-        Raises MissingDependencyError.
+        Coordinates: test and train indices, `test_id`, `train_id`, labels and self-influences where they are known, and
+        `damping`: a number, or one for each `block`. chunks: None for lazy arrays that read what is indexed; {} for
+        dask arrays in the chunks of the disk, a mapping for others. Raises MissingDependencyError, CorruptStoreError.
         """
-        try:
-            import xarray
-        except ImportError as error:
-            raise MissingDependencyError(
-                "`to_xarray` needs xarray, which is not installed. Run pip install 'distinfluence[browse]'."
-            ) from error
-        with surfaced_errors("open", self.path):
-            cut = dict(chunks) if isinstance(chunks, Mapping) else chunks
-            dataset: xarray.Dataset = xarray.open_zarr(self._store, consolidated=False, chunks=cut)
-        known = {"train_self_influence": ("train", self.points("train").self_influence())}
-        for axis in ("test", "train"):
-            known[axis] = (axis, np.arange(dataset.sizes[axis], dtype=np.int32))
-            known[f"{axis}_label"] = (axis, self.points(axis).labels())
-        return dataset.assign_coords({name: value for name, value in known.items() if value[1] is not None})
+        return as_dataset(self, chunks)
+
+    def to_datatree(self, *, chunks: Chunks = None) -> xarray.DataTree:
+        """All that is known, as an xarray DataTree: `to_xarray` at its root, below it what else is stored.
+
+        `/test_samples` and `/train_samples` are what `annotate` stored, `/contributions` what rankings are made of,
+        with the coordinate `block` (layers). chunks: as `to_xarray`. Raises MissingDependencyError, CorruptStoreError.
+        """
+        return as_datatree(self, chunks)
+
+    @property
+    def store(self) -> GuardedStore | RemoteStore:
+        """What zarr reads the result from, read-only."""
+        return self._store
+
+    def check_arrays(self) -> None:
+        """Raise CorruptStoreError if an array at the root is not what the layout says."""
+        for name in self._specs:
+            if "/" not in name and self._has(name):
+                self._array(name)
 
     def _is_file(self, key: str) -> bool:
         path = self.path
@@ -309,18 +344,31 @@ class InfluenceResult:
         return self._is_file(f"{name}/zarr.json")  # zarr's own look raises for metadata that are torn
 
     def _array(self, name: str) -> zarr.Array[Any]:
+        return checked(self._node(name), self._specs[name], self.path)
+
+    def _node(self, name: str) -> zarr.Array[Any] | zarr.Group:
         with surfaced_errors("read", self.path):
             try:
-                array = self._group[name]
+                return self._group[name]
             except KeyError:
-                raise CorruptStoreError(
-                    f"`{name}` of {self.path} is missing, expected {list(self._specs[name].shape)}. Compute it again."
-                ) from None
+                expected = f", expected {list(self._specs[name].shape)}" if name in self._specs else ""
+                raise CorruptStoreError(f"`{name}` of {self.path} is missing{expected}. Compute it again.") from None
             except (TypeError, ValueError) as error:
                 raise CorruptStoreError(
                     f"`{name}` of {self.path} cannot be read: {error}. Compute it again."
                 ) from error
-        return checked(array, self._specs[name], self.path)
+
+    def _own_group(self, name: str) -> zarr.Group:
+        node = self._node(name)
+        if not isinstance(node, zarr.Group):
+            raise CorruptStoreError(f"`{name}` of {self.path} must be a group, got an array. Compute it again.")
+        return node
+
+    def _own_array(self, name: str) -> zarr.Array[Any]:
+        node = self._node(name)
+        if not isinstance(node, zarr.Array):
+            raise CorruptStoreError(f"`{name}` of {self.path} must be an array, got a group. Compute it again.")
+        return node
 
     def _read(self, name: str, key: Any = slice(None)) -> NDArray[Any]:
         array = self._array(name)
@@ -339,7 +387,7 @@ class InfluenceResult:
         if k < 1:
             raise SettingError(f"`k` must be at least 1, got {k}. Leave it out for what is stored ({self.layout.k}).")
         if self.complete and k <= self.layout.k:
-            return Ranking(self._read(f"{end}_index", row)[:k], self._read(f"{end}_value", row)[:k])
+            return self._stored_ranking(end, row, k)
         if not self.complete and not partial:
             raise IncompleteResultError(
                 f"`{end}` needs a complete result, got {self.layout.n_strips - self.n_missing} of "
@@ -347,6 +395,15 @@ class InfluenceResult:
                 "finished strips."
             )
         return self._rank_row(end, row, k)
+
+    def _stored_ranking(self, end: str, row: int, k: int) -> Ranking:
+        ranking = Ranking(self._read(f"{end}_index", row)[:k], self._read(f"{end}_value", row)[:k])
+        if not analysis.is_ranking(ranking, slice(0, self.layout.n_train)):
+            raise CorruptStoreError(
+                f"the ranking `{end}` of test point {row} in {self.path} is missing or damaged, expected training "
+                f"points 0 to {self.layout.n_train - 1} with finite influences. `reopen` a strip and finish again."
+            )
+        return ranking
 
     def _rank_row(self, end: str, row: int, k: int) -> Ranking:
         # The marks are read before the row: a strip that is marked then has its values in the row read afterwards.

@@ -8,7 +8,6 @@ strip is whole, and a run that died goes on with the strips in `pending`. Costs:
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +29,11 @@ from distinfluence.errors import (
 )
 from distinfluence.store.fingerprint import to_json
 from distinfluence.store.folder import (
+    COMPLETE,
     FORMAT,
     FORMAT_VERSION,
+    RUNNING,
+    consolidate,
     local_path,
     put_in_place,
     read_attributes,
@@ -56,7 +58,6 @@ SIGN_CONVENTION = (
     "positive: the training point helps (without it the test measurement rises by about influence / n_train); "
     "negative: it harms"
 )
-RUNNING, COMPLETE = "running", "complete"
 QUARANTINED = 2  # in `strip_status`: tried and failed; 1 is whole, 0 not made yet
 
 _DRIVER_CHUNKS = [
@@ -212,6 +213,8 @@ class InfluenceWriter:
             return
         with surfaced_errors("write to", self.path):
             self._group.attrs["state"] = RUNNING
+            if "contributions" in self._group:  # of rankings that may change
+                del self._group["contributions"]
             for i in strips:
                 self._mark(i, 0)
                 self._delete_chunks(i)
@@ -245,9 +248,7 @@ class InfluenceWriter:
                     self._group.attrs["summary"] = to_json(summary, "summary")
                 self._group.attrs["quarantined"] = {}
                 self._group.attrs["state"] = COMPLETE
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # consolidated metadata is no part of the v3 specification, yet
-                zarr.consolidate_metadata(str(self.path))
+            consolidate(self.path)
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -166,3 +167,22 @@ def test_the_page_ends_cleanly_at_ctrl_c_as_soon_as_its_address_is_there(
     assert outcome.exit_code == 0, outcome.output
     assert len(said) == 1
     assert said[0].startswith("http://127.0.0.1:")
+
+
+def test_every_command_that_looks_opens_urls_too(result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "memory://shared/i.zarr"
+    fsspec.filesystem("memory").put(str(result), url, recursive=True)
+    assert "state: complete, 3 of 3 strips" in command("info", url).output
+    here = command("top", result, 1, "--json").output
+    assert json.loads(command("top", url, 1, "--json").output) == json.loads(here)
+    for arguments in (("export", url, "--csv", tmp_path / "t.csv"), ("plot", url, tmp_path / "p.png")):
+        outcome = command(*arguments)
+        assert outcome.exit_code == 0, outcome.output
+    outcome = command("info", "memory://shared/nothing.zarr")
+    assert outcome.exit_code == 1 and "does not exist" in outcome.output
+    # Ctrl-C as soon as the address is there
+    monkeypatch.setattr(
+        "distinfluence.browse.commands.click.echo", lambda _text, **_options: os.kill(os.getpid(), signal.SIGINT)
+    )
+    outcome = command("browse", url, "--no-open")
+    assert outcome.exit_code == 0, outcome.output

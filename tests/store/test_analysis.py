@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray
 import zarr
 
 from distinfluence.errors import CorruptStoreError, IncompleteResultError, IndexRangeError, SettingError, ShapeError
@@ -150,8 +151,66 @@ def test_what_is_known_of_points_is_stored_and_read(make: Any, layout: Any) -> N
     assert dataset["influences"].chunks is not None
     annotate(writer.path, "train", self_influence=np.arange(23.0))
     again = open_influences(writer.path)
-    assert again.points("train").sample(0) is None
+    assert again.points("train").sample(0).values == "naïve text 0"
     assert again.self_influence.tolist() == list(range(23))
+
+
+def test_what_is_not_passed_stays_and_samples_of_another_kind_replace_the_old(make: Any, layout: Any) -> None:
+    writer, _ = make(layout)
+    annotate(writer.path, "train", labels=np.arange(23) % 2, classes=["no", "yes"])
+    annotate(writer.path, "train", ["a"] * 23, kind="text")
+    annotate(writer.path, "train", ids=[f"photo {i}.png" for i in range(23)])
+    points = open_influences(writer.path).points("train")
+    assert points.labels().tolist() == (np.arange(23) % 2).tolist() and points.name_of(1) == "yes"
+    assert points.sample(4).values == "a" and points.id_of(4) == "photo 4.png"
+    annotate(writer.path, "train", np.ones((23, 2)), kind="table", columns=["x", "y"], ids=np.arange(23) + 100)
+    annotate(writer.path, "train", columns=["age", "weight"])
+    points = open_influences(writer.path).points("train")
+    assert points.kind == "table" and points.columns == ["age", "weight"] and points.classes == ["no", "yes"]
+    assert points.id_of(4) == "104" and points.ids().tolist() == list(range(100, 123))
+    assert set(zarr.open_group(str(writer.path), mode="r")["samples/train"].keys()) == {"values", "label", "id"}
+    annotate(writer.path, "train", labels=np.zeros(23), replace=True)
+    points = open_influences(writer.path).points("train")
+    assert (points.kind, points.ids(), points.classes, points.id_of(0)) == (None, None, [], None)
+
+
+def test_ids_are_strings_or_whole_numbers_and_all_different(make: Any, layout: Any) -> None:
+    writer, _ = make(layout)
+    names = [f"ünit {i}" for i in range(4)] + [""]
+    annotate(writer.path, "test", ids=names)
+    points = open_influences(writer.path).points("test")
+    assert points.ids().tolist() == names and [points.id_of(i) for i in range(5)] == names
+    for ids, error, said in (
+        (["a"] * 5, SettingError, "all be different"),
+        ([1, 2], ShapeError, r"`ids` must be \(5,\)"),
+        (["x" * 2000, *"abcd"], SettingError, "at most 1000 bytes"),
+    ):
+        with pytest.raises(error, match=said):
+            annotate(writer.path, "test", ids=ids)
+    group = zarr.open_group(str(writer.path), mode="r+", use_consolidated=False)
+    group["samples/test/id_offsets"][2] = 10**9
+    with pytest.raises(CorruptStoreError, match="ascending offsets"):
+        open_influences(writer.path).points("test").ids()
+    with pytest.raises(CorruptStoreError, match="ascending offsets"):
+        open_influences(writer.path).points("test").id_of(2)
+
+
+def test_names_of_any_length_are_cut_when_they_are_read(make: Any, layout: Any) -> None:
+    writer, _ = make(layout)
+    annotate(writer.path, "train", labels=np.zeros(23, int), classes=["x" * 10**6])
+    assert len(open_influences(writer.path).points("train").name_of(0)) == 200
+
+
+@pytest.mark.parametrize("finish_first", [True, False])
+def test_plain_zarr_and_xarray_see_what_was_stored_of_points(make: Any, layout: Any, finish_first: bool) -> None:
+    writer, _ = make(layout, finish=finish_first)
+    annotate(writer.path, "train", np.zeros((23, 2)), kind="table", labels=np.arange(23))
+    if not finish_first:
+        writer.finish()
+    group = zarr.open_group(str(writer.path), mode="r")
+    assert group["samples/train"]["label"][:].tolist() == list(range(23))
+    labels = xarray.open_zarr(str(writer.path), group="samples/train")["label"]
+    assert labels.dims == ("train",) and labels.values.tolist() == list(range(23))
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,22 @@ def test_without_xarray_one_is_told_what_to_install(make: Any, layout: Any, monk
     monkeypatch.setitem(sys.modules, "xarray", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'distinfluence\[browse\]'"):
         open_influences(writer.path).to_xarray()
+
+
+@pytest.mark.parametrize("end", ["top", "bottom"])
+@pytest.mark.parametrize("what", ["missing", -5, 23, 10**6, np.nan, np.inf])
+def test_a_stored_ranking_that_cannot_be_one_is_damage_and_no_answer(
+    make: Any, layout: Any, end: str, what: Any
+) -> None:
+    writer, _ = make(layout)
+    group = zarr.open_group(str(writer.path), mode="r+", use_consolidated=False)
+    if what == "missing":
+        shutil.rmtree(writer.path / f"{end}_index/c")
+    else:
+        group[f"{end}_{'index' if isinstance(what, int) else 'value'}"][2, 1] = what
+    result = open_influences(writer.path)
+    with pytest.raises(CorruptStoreError, match=f"ranking `{end}` of test point 2 .* missing or damaged"):
+        getattr(result, end)(2)
+    with pytest.raises(CorruptStoreError, match="missing or damaged"):
+        result.to_dataframe()
+    assert getattr(result, end)(1).indices.min() >= 0 if what != "missing" else True
