@@ -29,6 +29,8 @@ KEPT_SHARE, KEPT_MOST = 0.125, 2**30  # of a worker's memory for loaded chunks t
 MOST_STRIPS = 4000  # tasks that scheduler and client carry easily
 STRIPS_PER_WORKER = 4  # at least, so that a slow one does not hold up the end
 SMALLEST, LARGEST = 16, 8192  # training points in a strip, where nobody says better
+GROUPS, FAN_IN = 256, 4  # parts, at most, in which a pass sums the chunks; and how many of such sums one task adds
+PER_WORKER = 2  # of these parts that are under way on a worker: one runs, one waits
 TEST_CHUNK = 1024  # test points that are solved together, where memory allows
 
 
@@ -230,6 +232,18 @@ def make_plan(work: Work, machine: Machine, asked: Asked | None = None, rates: R
 def kept_bytes(memory: int) -> int:
     """Bytes of loaded chunks that a process which may take `memory` bytes keeps between tasks."""
     return min(KEPT_MOST, int(KEPT_SHARE * memory))
+
+
+def results_held(n_chunks: int, workers: int) -> int:
+    """Results of a kernel that a worker has at most while chunks are summed, those of which it makes one not counted.
+
+    FAN_IN that are being added and what comes of them, one that is done in the meantime for each other task under way,
+    and at every level above what waits for its neighbours.
+    """
+    own, levels = _ceil(min(n_chunks, GROUPS), workers), 0
+    while own > 1:
+        own, levels = _ceil(own, FAN_IN), levels + 1
+    return FAN_IN + 1 + (PER_WORKER - 1) + (FAN_IN - 1) * max(0, levels - 1) if levels else 1
 
 
 def _stages(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rates | None) -> tuple[Stage, ...]:

@@ -25,7 +25,8 @@ from distinfluence.influence.arrays import Array, to_numpy, to_tensor
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.scores import InfluenceMode
 from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.executor import Executor, Failures
+from distinfluence.scaling.executor import Executor
+from distinfluence.scaling.flight import Failures
 from distinfluence.scaling.plan import Plan
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import fingerprint_module

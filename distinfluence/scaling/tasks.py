@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from distinfluence.batch import batch_length, take
 from distinfluence.curvature import operator_class
-from distinfluence.dataplane import Kernel, LocalPlane
+from distinfluence.dataplane import Kernel, LocalPlane, add
 from distinfluence.errors import DistinfluenceError, StoreError
 from distinfluence.influence.arrays import (
     Array,
@@ -290,14 +290,24 @@ def resident_panels(file: str, panel: int, device: torch.device) -> Iterator[tor
     yield _factors[key]
 
 
-def run_kernel(context: Context, kernel: Kernel, broadcast: tuple[str, ...], chunk: Chunk) -> tuple[Array, ...]:
-    """A kernel on one chunk; broadcast: .npy files of the tensors that every chunk gets."""
-    with logged_task("pass", kernel=type(kernel).__name__), torch_task(context) as model:
+def run_kernel(
+    context: Context, kernel: Kernel, broadcast: tuple[str, ...], chunks: Sequence[tuple[Chunk, int, int, int]]
+) -> tuple[Array, ...]:
+    """Sum of a kernel's results over chunks, one after the other.
+
+    broadcast: .npy files of the tensors that every chunk gets. chunks: each with its index, first sample and size.
+    """
+    doing = {"kernel": type(kernel).__name__, "chunks": len(chunks)}
+    with logged_task("pass", **doing), torch_task(context) as model:
         tensors = [
             to_tensor(np.load(path, mmap_mode="c", allow_pickle=False)).to(model.risk.device) for path in broadcast
         ]
-        batch = model.place(to_tensor_batch(load(chunk)))
-        return tuple(to_numpy(part) for part in kernel(model.risk, batch, *tensors))
+        total: tuple[torch.Tensor, ...] = ()
+        for chunk, index, start, size in chunks:
+            with named_samples(index, start, size):
+                batch = model.place(to_tensor_batch(load(chunk)))
+                total = add(total, kernel(model.risk, batch, *tensors))
+        return tuple(to_numpy(part) for part in total)
 
 
 def add_parts(*parts: tuple[Array, ...]) -> tuple[Array, ...]:

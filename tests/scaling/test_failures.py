@@ -31,7 +31,7 @@ from distinfluence import (
     open_influences,
 )
 from distinfluence.errors import ChunkFailedError, SettingError, StoreError
-from distinfluence.scaling import ClusterSpec, connected, executor
+from distinfluence.scaling import ClusterSpec, connected, flight
 from distinfluence.scaling.executor import InProcess, OnCluster
 from distinfluence.store import InfluenceWriter
 from tests.scaling import sources
@@ -75,7 +75,7 @@ def marks(path: Path) -> dict[str, int]:
 def fails_at_first(folder: str, index: int) -> int:
     file = Path(folder) / f"{index}-{time.monotonic_ns()}"
     file.touch()
-    if index == 3 and len(list(Path(folder).glob("3-*"))) <= executor.RETRIES:
+    if index == 3 and len(list(Path(folder).glob("3-*"))) <= flight.RETRIES:
         raise RuntimeError("not yet")
     return index
 
@@ -104,13 +104,13 @@ def test_a_task_that_fails_is_tried_again(client: Client, tmp_path: Path) -> Non
     on_cluster = OnCluster(client)
     found = dict(on_cluster.run(fails_at_first, (str(tmp_path),), [(i,) for i in range(6)]))
     assert found == {i: i for i in range(6)}
-    assert on_cluster.events == {"submitted": 6 + executor.RETRIES, "retried": executor.RETRIES}
+    assert on_cluster.events == {"submitted": 6 + flight.RETRIES, "retried": flight.RETRIES}
 
 
 @pytest.mark.parametrize("where", ["in process", "on cluster"])
 def test_a_task_that_always_fails_is_set_apart_and_the_others_go_on(where: str, request: pytest.FixtureRequest) -> None:
     run = InProcess() if where == "in process" else OnCluster(request.getfixturevalue("client"))
-    failures: executor.Failures = {}
+    failures: flight.Failures = {}
     found = dict(run.run(fails_always, (), [(i,) for i in range(6)], failures))
     assert found == {i: i for i in range(6) if i != 3}
     assert list(failures) == [3]
@@ -127,13 +127,13 @@ def own_cluster() -> Iterator[Client]:
 
 
 def test_a_task_that_kills_every_worker_is_set_apart(own_cluster: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "RETRIES", 1)  # tasks that waited on the same worker are blamed too, the first time
+    monkeypatch.setattr(flight, "RETRIES", 1)  # tasks that waited on the same worker are blamed too, the first time
 
     def unforgiving(dask_scheduler: Any) -> None:
         dask_scheduler.allowed_failures = 0
 
     own_cluster.run_on_scheduler(unforgiving)
-    failures: executor.Failures = {}
+    failures: flight.Failures = {}
     found = dict(OnCluster(own_cluster).run(kills_its_worker, (), [(i,) for i in range(4)], failures))
     assert found == {0: 0, 2: 2, 3: 3}
     assert "memory" in str(failures[1])
