@@ -293,7 +293,7 @@ def _clean_errors(resume: str = "") -> Iterator[None]:
     try:
         yield
     except DistinfluenceError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"Error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         from distinfluence.summary import program

@@ -64,6 +64,11 @@ def test_a_run_whose_residuals_are_not_measured_says_so(tmp_path: Path) -> None:
     assert "residuals not measured" in command("info", tmp_path / "influences.zarr").output
 
 
+def test_our_errors_and_the_command_lines_own_begin_alike(tmp_path: Path) -> None:
+    for outcome in (command("run", tmp_path / "nothing.yaml"), command("info", tmp_path / "nothing.zarr")):
+        assert [line for line in outcome.output.splitlines() if line.startswith("Error: ")]
+
+
 def test_help_says_what_each_command_is_for() -> None:
     text = command("--help").output
     assert "Which training examples made the model do that?" in text

@@ -51,7 +51,7 @@ def _clean(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except DistinfluenceError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"Error: {error}", err=True)
             sys.exit(1)
 
     return run

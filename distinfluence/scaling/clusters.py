@@ -204,9 +204,7 @@ def _on_this_host(spec: ClusterSpec) -> LocalCluster:
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
-        raise MissingDependencyError(
-            "a cluster of kind 'cuda' needs dask-cuda. Run: pip install 'distinfluence[cuda]'"
-        ) from error
+        raise MissingDependencyError("a cluster of kind 'cuda' needs dask-cuda. Run: pip install dask-cuda") from error
     cluster: LocalCluster = LocalCUDACluster(
         n_workers=spec.workers, threads_per_worker=1, memory_limit=spec.memory_limit, **{**common, **spec.settings}
     )

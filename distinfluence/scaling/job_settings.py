@@ -44,7 +44,7 @@ def cluster_class(kind: str) -> Any:
         import dask_jobqueue
     except ImportError as error:
         raise MissingDependencyError(
-            f"a cluster of kind {kind!r} needs dask-jobqueue. Run: pip install 'distinfluence[slurm]'"
+            f"a cluster of kind {kind!r} needs dask-jobqueue. Run: pip install 'dask-jobqueue>=0.9' cryptography"
         ) from error
     return getattr(dask_jobqueue, QUEUES[kind])
 
@@ -141,7 +141,7 @@ def _security(wanted: object) -> Any:
         return Security.temporary()
     except ImportError as error:
         raise MissingDependencyError(
-            "certificates between scheduler and workers need `cryptography`. Run: pip install 'distinfluence[slurm]', "
+            "certificates between scheduler and workers need `cryptography`. Run: pip install cryptography, "
             "or set `security: false` where only you can reach this host's ports."
         ) from error
 

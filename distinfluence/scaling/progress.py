@@ -48,7 +48,8 @@ class Bar:
     def _print(self) -> None:
         self._printed = (self.count, self._note)
         of = "" if self.total is None else f" of {self.total}"
-        done = f"{self.count}{of} {self.unit}, " if self.count or of else ""  # nothing is counted in some stages
+        unit = "pass" if (self.count, of, self.unit) == (1, "", "passes") else self.unit
+        done = f"{self.count}{of} {unit}, " if self.count or of else ""  # nothing is counted in some stages
         note = f"{self._note}, " if self._note else ""
         elapsed = time.monotonic() - self._start
         print(f"{self.name}: {done}{note}{elapsed:.1f} s", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ def test_long_stages_say_where_they_are_and_do_not_repeat_themselves(
         bar.advance()
         bar.advance()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.rpartition(",")[0] for line in lines] == ["fit: 1 passes", "fit: 2 passes"]
+    assert [line.rpartition(",")[0] for line in lines] == ["fit: 1 pass", "fit: 2 passes"]
 
 
 def test_quiet_means_quiet_and_times_are_kept_also_of_what_fails(capsys: pytest.CaptureFixture[str]) -> None:

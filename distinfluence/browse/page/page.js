@@ -84,7 +84,7 @@ async function viewPoint(axis, at) {
   const title = axis === "test" ? "Test point" : "Training point";
   const known = axis === "test"
     ? { label: point.label ?? "not known", loss: shown(point.loss), "gradient norm": shown(point.test_gradient_norm),
-        solve: `${point.converged ? "converged" : "did not converge"}${point.iterations < 0 ? "" : ` in ${point.iterations} iterations`}, relative residual ${shown(point.relative_residual, 2)}`,
+        solve: `${point.converged ? "converged" : "did not converge"}${point.iterations < 1 ? "" : ` in ${point.iterations} iterations`}, relative residual ${shown(point.relative_residual, 2)}`,
         "error bound": point.error_bound === null ? "none" : `${shown(point.error_bound, 2)} × gradient norm of the training point` }
     : { label: point.label ?? "not known", loss: shown(point.loss), "gradient norm": shown(point.train_gradient_norm),
         "net harm": shown(point.net_harm), "self-influence": shown(point.self_influence) };
