@@ -20,8 +20,9 @@ from distinfluence.influence.arrays import to_numpy, to_tensor
 from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import RETRIES, OnCluster, able_workers, killed, scheduler_is_gone
+from distinfluence.scaling.files import save_whole
 from distinfluence.scaling.tasks import add_parts, run_kernel
-from distinfluence.scaling.worker import WorkerContext, save_whole
+from distinfluence.scaling.worker import WorkerContext
 
 FAN_IN = 8  # partial sums that one task adds
 

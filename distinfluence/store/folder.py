@@ -7,6 +7,7 @@ and only what distinfluence wrote is ever deleted.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 from distinfluence.errors import (
     CorruptStoreError,
+    DiskFullError,
     ForeignStoreError,
     SettingError,
     StoreError,
@@ -54,6 +56,7 @@ _OWN_ENTRIES = frozenset(
     }
 )
 _STALE_SECONDS = 900.0
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nobody can write any more; others may pass
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -170,7 +173,7 @@ def surfaced_errors(action: str, path: Path | RemoteFolder) -> Iterator[None]:
     except StoreError:
         raise
     except OSError as error:
-        surfaced = StoreError(
+        surfaced = (DiskFullError if error.errno in FULL else StoreError)(
             f"cannot {action} `path` {path}: {error.strerror or error}. Free space or correct the permissions, then "
             "run again with `resume`; strips that are marked are kept."
         )
