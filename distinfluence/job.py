@@ -75,7 +75,7 @@ def run_job(
             workers=planned_workers(job.cluster_spec()),
         )
         result = _computed(job, calculator, began, progress, overwrite=overwrite, resume=resume)
-    _remove(scratch)
+    _remove(job, scratch, calculator)
     return result
 
 
@@ -122,7 +122,7 @@ def run_part(job: Job, part: str, *, progress: Progress | None = None) -> Influe
     calculator = SequentialInfluenceCalculator(model.to(task_device(job.device)), scratch=scratch)
     result = _computed(job, calculator, began, progress, resume=True, share=share)
     if result.complete:
-        _remove(scratch)
+        _remove(job, scratch, calculator)
     return result
 
 
@@ -141,6 +141,7 @@ def _computed(
     with progress.stage("plan", None, "samples"):
         plan = _planned(job, calculator, train, test, began)
     progress.say(str(plan))
+    calculator.require_space(plan, job.path(job.output), job.mantissa_bits)
     train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
     # one fits, the others find the fit
     with share.alone() if share is not None else nullcontext():
@@ -193,7 +194,7 @@ def _planned(
 ) -> Plan:
     """The plan; a run that goes on keeps the chunks it began with, wherever it goes on."""
     asked = job.chunks
-    before: Mapping[str, Any] = began or {"train": None, "test": [None], "panel": None}
+    before: Mapping[str, Any] = {"train": None, "test": [None], "panel": None, "solve": "auto"} | dict(began or {})
     return calculator.plan(
         train,
         None,
@@ -202,7 +203,7 @@ def _planned(
         chunk_size=asked.train or before["train"],
         test_chunk_size=asked.test or before["test"][0],
         panel_size=asked.panel or before["panel"],
-        solve=job.solve,
+        solve=before["solve"] if job.solve == "auto" else job.solve,
         top_k=job.top_k,
         machine=machine,
         calibrate=calibrate,
@@ -258,12 +259,10 @@ def require_same_inputs(
         )
 
 
-def _remove(scratch: Path) -> None:
-    """The scratch folder, if the run left nothing of its own in it."""
-    for file in scratch.iterdir() if scratch.is_dir() else ():  # another process may have been faster
-        if file.is_dir() and file.name.startswith("fit-"):
-            shutil.rmtree(file, ignore_errors=True)
-        elif file.is_file() and file.name.startswith(("state-", "array-", "model-", "lock")):
-            file.unlink(missing_ok=True)
-    if scratch.is_dir() and not any(scratch.iterdir()):
-        scratch.rmdir()
+def _remove(job: Job, scratch: Path, calculator: InfluenceCalculator) -> None:
+    """The scratch folder where it is the job's own; of one that it names, and may share, what this run left there."""
+    if job.scratch is None:
+        shutil.rmtree(scratch, ignore_errors=True)  # another process may be faster
+        return
+    calculator.forget_fit()
+    (scratch / "lock").unlink(missing_ok=True)

@@ -8,6 +8,7 @@ Leaving the loop early (an error, Ctrl-C) cancels what is in flight.
 
 import os
 import socket
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -19,8 +20,8 @@ import torch
 from dask.delayed import Delayed
 from distributed import Client
 
-from distinfluence.errors import ClusterError, StoreError
-from distinfluence.scaling.flight import SLOW_SECONDS, Agenda, Failures, Flight, Queue, Task, able_workers
+from distinfluence.errors import ClusterError, DiskFullError
+from distinfluence.scaling.flight import RETRIES, SLOW_SECONDS, Agenda, Failures, Flight, Queue, Task, able_workers
 from distinfluence.scaling.sources import process_bytes
 from distinfluence.solvers.auto import free_bytes
 
@@ -45,7 +46,7 @@ class Executor(ABC):
         """Yield (number of the item, result) as results come, in any order.
 
         failures: given, items that fail for good are put there by number and the others go on; left out, the first
-        one raises. What stops every task alike (a StoreError, a lost scheduler) always raises.
+        one raises. What stops every task alike (a full disk, a lost scheduler) always raises.
         """
 
 
@@ -61,16 +62,25 @@ class InProcess(Executor):
     ) -> Iterator[tuple[int, Any]]:
         """In the order of the items."""
         for index, item in enumerate(items):
-            self.events["submitted"] += 1
             try:
-                result = task(*shared, *(part.compute() if isinstance(part, Delayed) else part for part in item))
+                result = self._attempted(task, shared, item)
             except Exception as error:
-                if failures is None or isinstance(error, StoreError):
+                if failures is None or isinstance(error, DiskFullError):
                     raise
                 self.events["set apart"] += 1
                 failures[index] = error
                 continue
             yield index, result
+
+    def _attempted(self, task: Task, shared: tuple[object, ...], item: tuple[object, ...]) -> Any:
+        for left in reversed(range(RETRIES + 1)):
+            self.events["submitted"] += 1
+            try:
+                return task(*shared, *(part.compute() if isinstance(part, Delayed) else part for part in item))
+            except Exception as error:
+                if not left or isinstance(error, DiskFullError):
+                    raise
+                self.events["retried"] += 1
 
 
 class OnCluster(Executor):

@@ -21,7 +21,7 @@ from typing import Any
 from dask.delayed import Delayed
 from distributed import Client, Future, KilledWorker
 
-from distinfluence.errors import ClusterError, StoreError
+from distinfluence.errors import ClusterError, DiskFullError
 
 TASKS_PER_THREAD = 3  # in flight; two keep a worker busy, the third covers the way to the scheduler
 RETRIES = 2  # of a task that raised, or whose workers died time after time
@@ -265,7 +265,7 @@ class Flight:
         else:
             found = future.exception()
             error = found if isinstance(found, Exception) else RuntimeError(str(found))
-        if isinstance(error, StoreError):
+        if isinstance(error, DiskFullError):
             raise error  # a full disk is full for all
         del self.under_way[index][str(future.key)]
         future.release()

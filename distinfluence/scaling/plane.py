@@ -19,10 +19,11 @@ from distinfluence.influence.arrays import Array, to_numpy, to_tensor
 from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import OnCluster
+from distinfluence.scaling.files import save_whole
 from distinfluence.scaling.flight import Queue
 from distinfluence.scaling.sums import Tree, groups
 from distinfluence.scaling.tasks import run_kernel
-from distinfluence.scaling.worker import WorkerContext, save_whole
+from distinfluence.scaling.worker import WorkerContext
 
 
 class DaskPlane(DataPlane):

@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -67,6 +68,13 @@ class Progress:
         if self.show:
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
+
+    def warn(self, text: str) -> None:
+        """What people should know even of a run that says nothing: then a warning of Python's."""
+        if self.show:
+            self.say(f"warning: {text}")
+        else:
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Bar]:

@@ -7,6 +7,7 @@ and only what distinfluence wrote is ever deleted.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import zarr
 
 from distinfluence.errors import (
     CorruptStoreError,
+    DiskFullError,
     ForeignStoreError,
     SettingError,
     StoreError,
@@ -59,6 +61,7 @@ _OWN_ENTRIES = frozenset(
     }
 )
 _STALE_SECONDS = 900.0
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nobody can write any more; others may pass
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -182,7 +185,7 @@ def surfaced_errors(action: str, path: Path | RemoteFolder) -> Iterator[None]:
     except StoreError:
         raise
     except OSError as error:
-        surfaced = StoreError(
+        surfaced = (DiskFullError if error.errno in FULL else StoreError)(
             f"cannot {action} `path` {path}: {error.strerror or error}. Free space or correct the permissions, then "
             "run again with `resume`; strips that are marked are kept."
         )

@@ -60,12 +60,10 @@ SIGN_CONVENTION = (
 )
 QUARANTINED = 2  # in `strip_status`: tried and failed; 1 is whole, 0 not made yet
 
+_TEST_ARRAYS = ("test_loss", "test_gradient_norm", "relative_residual", "iterations", "converged", "error_bound")
 _DRIVER_CHUNKS = [
     *((f"{end}_{what}", "0/0") for end in ("top", "bottom") for what in ("index", "value")),
-    *(
-        (name, "0")
-        for name in ("test_loss", "test_gradient_norm", "relative_residual", "iterations", "converged", "error_bound")
-    ),
+    *((name, "0") for name in _TEST_ARRAYS),
 ]
 _RESERVED = frozenset(
     {"quarantined", "format", "format_version", "state", "layout", "sign_convention", "created", "summary"}
@@ -145,6 +143,7 @@ class InfluenceWriter:
         """Write what is known of the test points `rows`; each array is [rows]. One process at a time.
 
         `loss` and `gradient_norm` must be finite; `relative_residual` (to the norm of the right-hand side) need not be.
+        An array whose file was torn loses its other rows: write all of them again.
         `error_bound`: c_i with |stored − exact| ≤ c_i·‖g_j‖ for every training point j; rounded up to float32.
         Raises IndexRangeError, ShapeError, DtypeError, NonFiniteError, StoreError.
         """
@@ -159,10 +158,28 @@ class InfluenceWriter:
         }
         for name in ("test_loss", "test_gradient_norm"):
             _require_finite(f"{name} of test points {rows.start or 0}…", given[name])
-        with surfaced_errors("write to", self.path):
-            for name, values in given.items():
-                if values is not None:
+        for name, values in given.items():
+            if values is None:
+                continue
+            try:
+                with surfaced_errors("write to", self.path):
                     self._array(name)[rows] = values
+            except CorruptStoreError:  # torn by a power failure: zarr reads what lies there before it replaces a part
+                with surfaced_errors("write to", self.path):
+                    (self.path / name / "c" / "0").unlink(missing_ok=True)
+                    self._array(name)[rows] = values
+
+    def knows_tests(self) -> bool:
+        """Whether what `write_test` was given is there for every test point, as it was written."""
+        try:
+            with surfaced_errors("read", self.path):
+                for name in _TEST_ARRAYS:
+                    known = np.asarray(self._array(name)[:])
+                    if name == "iterations" and (known < 0).any():
+                        return False
+        except CorruptStoreError:
+            return False
+        return True
 
     def write_strip(
         self,

@@ -30,7 +30,7 @@ from distinfluence import (
     SequentialInfluenceCalculator,
     open_influences,
 )
-from distinfluence.errors import ChunkFailedError, SettingError, StoreError
+from distinfluence.errors import ChunkFailedError, DiskFullError, SettingError, StoreError
 from distinfluence.scaling import ClusterSpec, connected, flight
 from distinfluence.scaling.executor import InProcess, OnCluster
 from distinfluence.store import InfluenceWriter
@@ -203,11 +203,11 @@ def test_a_strip_that_always_fails_is_named_when_all_others_are_written(
         return calculator.to_zarr(tmp_path / "i.zarr", *case.test, resume=True, progress=False)
 
     monkeypatch.setattr(InfluenceWriter, "write_strip", broken)
-    with pytest.raises(ChunkFailedError, match="strip 1: RuntimeError: cannot be read"):
+    with pytest.raises(ChunkFailedError, match=r"chunk 1 \(samples 5 to 9\): RuntimeError: cannot be read"):
         run()
     half = open_influences(tmp_path / "i.zarr")
     assert half.n_missing == 1
-    assert half.provenance["quarantined"] == {"1": "RuntimeError: cannot be read"}
+    assert half.provenance["quarantined"] == {"1": "chunk 1 (samples 5 to 9): RuntimeError: cannot be read"}
     before = marks(half.path)
     monkeypatch.setattr(InfluenceWriter, "write_strip", write)
     result = run()
@@ -238,7 +238,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
 ) -> None:
     from distinfluence.scaling import tasks
 
-    full = StoreError("`scratch`: No space left on device")
+    full = DiskFullError("`scratch`: No space left on device")
     save = tasks.save_factors
     written: list[Any] = []
 
@@ -256,7 +256,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
         )
 
     monkeypatch.setattr(tasks, "save_factors", filling)
-    with pytest.raises(StoreError, match="No space"):
+    with pytest.raises(DiskFullError, match="No space"):
         run()
     assert len(list((tmp_path / "scratch").rglob("fields-*.npy"))) == 1
 

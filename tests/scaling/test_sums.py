@@ -72,7 +72,7 @@ def test_few_results_are_held_whatever_the_order_in_which_tasks_end(n_workers: i
         additions = [index for index in under_way if index >= 256]  # of higher priority: before another group ends
         index = chance.choice(additions or under_way)
         under_way.remove(index)
-        tree.finished(index, Done(str(index)))  # type: ignore[arg-type]
+        tree.finished(index, Done(str(index)))
         ended.add(index)
         most = max(most, len(tree.kept()))
     assert ended == set(range(tree.n_tasks))
@@ -89,7 +89,7 @@ def test_results_that_cannot_be_had_are_made_again_from_the_chunks_if_need_be() 
         index = tree.next(0, 3)
         assert index is not None
         begun.append(index)
-        tree.finished(index, Done(str(index)))  # type: ignore[arg-type]
+        tree.finished(index, Done(str(index)))
         if not lost and len(begun) == 12:
             lost = True
             assert 16 in tree.kept()  # the sum of the first four
