@@ -1,5 +1,6 @@
 """What dask-jobqueue is asked for by a cluster file, and jobs that are processes of this host; all without a queue."""
 
+import asyncio
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,7 +140,7 @@ def here(workers: int, folder: Path, minimum: int | None = None, **settings: obj
 
 def names(client: Client) -> list[str]:
     """Of the workers that are there."""
-    workers = client.sync(client.scheduler.identity, n_workers=-1)["workers"]  # type: ignore[union-attr]
+    workers = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
     return sorted(worker["name"] for worker in workers.values())
 
 
@@ -214,3 +216,24 @@ os.kill(os.getpid(), signal.SIGKILL) if {dies} else guard.release()
         asked = done.read_text().splitlines()
         assert asked[0] == ("17 18" if name is None else f"--user={os.getuid()} --name={name}")
     assert done.exists() is log.exists() is dies
+
+
+def test_adaptive_scaling_counts_jobs_and_holds_still_while_the_watch_waits() -> None:
+    asked: dict[str, Any] = {}
+    cluster = SimpleNamespace(adapt=lambda **options: asked.update(options), scale=asked.update, plan={"a", "b"})
+    watch = watchdog.Watchdog(cluster, None, None, [], print)
+    jobqueue._adapt(cluster, watch, 1, 3)
+    assert {name: asked[name] for name in ("minimum_jobs", "maximum_jobs", "jobs")} == {
+        "minimum_jobs": 1,
+        "maximum_jobs": 3,
+        "jobs": 1,
+    }
+    adaptive = asked["Adaptive"](cluster, minimum=1, maximum=3, interval=0)
+
+    async def target() -> int:
+        return 9
+
+    adaptive.target = target
+    assert asyncio.run(adaptive.safe_target()) == 3
+    watch._not_before = time.monotonic() + 60
+    assert asyncio.run(adaptive.safe_target()) == 2  # those that are there
