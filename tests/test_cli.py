@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import distinfluence
 from distinfluence import open_influences
-from distinfluence.cli import main
+from distinfluence.cli import STOPPING, _clean_errors, main
 from distinfluence.scaling import ClusterSpec, connected
 from distinfluence.store import InfluenceWriter, Layout
 from tests.reference import Reference
@@ -198,3 +198,64 @@ def test_an_interrupt_or_termination_stops_cleanly_and_the_run_can_be_resumed(
     assert outcome.exit_code == 0, outcome.output
     expected = Reference(build("mlp classification")).influences("hessian", 0.01).numpy()
     np.testing.assert_allclose(open_influences(tmp_path / "influences.zarr")[:], expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("sent", STOPPING)
+def test_who_sends_a_second_signal_is_told_to_wait_and_what_is_put_in_order_goes_on(
+    sent: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {each: signal.getsignal(each) for each in STOPPING}
+    in_order = []
+
+    def stopped() -> None:
+        try:
+            os.kill(os.getpid(), sent)
+            time.sleep(5)
+        finally:
+            for again in STOPPING:
+                os.kill(os.getpid(), again)
+            in_order.append(True)
+
+    with pytest.raises(SystemExit) as caught, _clean_errors("run job.yaml --resume"):
+        stopped()
+    assert in_order
+    assert caught.value.code == 130
+    errors = capfd.readouterr().err
+    assert errors.count("still stopping: workers are being ended and jobs cancelled") == 3
+    assert "job.yaml --resume" in errors
+    assert {each: signal.getsignal(each) for each in STOPPING} == before
+
+
+def test_a_signal_that_is_ignored_on_purpose_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with _clean_errors():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_job_that_is_started_again_goes_on_with_its_own_result_and_overwrites_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, bool]] = []
+
+    def run(*_: object, overwrite: bool, resume: bool, **__: object) -> None:
+        asked.append((overwrite, resume))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distinfluence.job.run_job", run)
+    path = job_file(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    command("run", path, "--overwrite")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    command("run", path, "--overwrite")  # nothing there yet
+    a_result(tmp_path / "influences.zarr")
+    command("run", path, "--overwrite")  # the old one: it was not reached before the job was put back
+    assert asked == [(True, False)] * 3
+    asked.clear()
+    command("run", path)
+    layout = Layout(n_test=2, n_train=6, strip=6)
+    InfluenceWriter.create(tmp_path / "influences.zarr", layout, {"batch_job": "7"}, overwrite=True)
+    command("run", path, "--overwrite")
+    assert asked == [(False, True)] * 2

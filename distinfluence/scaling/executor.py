@@ -21,7 +21,17 @@ from dask.delayed import Delayed
 from distributed import Client
 
 from distinfluence.errors import ClusterError, DiskFullError
-from distinfluence.scaling.flight import RETRIES, SLOW_SECONDS, Agenda, Failures, Flight, Queue, Task, able_workers
+from distinfluence.scaling.flight import (
+    RETRIES,
+    SLOW_SECONDS,
+    Agenda,
+    Failures,
+    Flight,
+    Queue,
+    Task,
+    able_workers,
+    all_workers,
+)
 from distinfluence.scaling.sources import process_bytes
 from distinfluence.solvers.auto import free_bytes
 
@@ -167,7 +177,9 @@ def check_resources(client: Client, resources: Mapping[str, float]) -> None:
 
 def worker_memory(client: Client) -> int:
     """Bytes that the smallest worker may take; its share of the free memory here where it has no limit."""
-    limits = [int(worker["memory_limit"] or 0) for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+    limits = [int(worker["memory_limit"] or 0) for worker in all_workers(client).values()]
+    if not limits:
+        raise ClusterError(f"the cluster has no workers any more: {client}. Look at their logs.")
     return min(limit or free_bytes(torch.device("cpu")) // max(1, len(limits)) for limit in limits)
 
 

@@ -354,12 +354,20 @@ def able_workers(client: Client, resources: Mapping[str, float]) -> dict[str, in
     """Address → threads of the workers that have these resources; with resources, one task each at a time."""
     if not resources:
         return dict(client.nthreads())
-    workers = client.scheduler_info(n_workers=-1)["workers"]
     return {
         address: 1
-        for address, worker in workers.items()
+        for address, worker in all_workers(client).items()
         if all(worker["resources"].get(name, 0) >= amount for name, amount in resources.items())
     }
+
+
+def all_workers(client: Client) -> Mapping[str, Any]:
+    """Address → what the scheduler says of that worker.
+
+    Not from `scheduler_info`: the client itself replaces what that returns every two seconds, by one without workers.
+    """
+    found: Mapping[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]  # type: ignore[union-attr]
+    return found
 
 
 def send(client: Client, value: object, key: str, workers: list[str] | None = None) -> "Future[Any]":

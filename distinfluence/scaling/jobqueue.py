@@ -180,7 +180,7 @@ def _noting(job_class: Any, refusals: list[str], guard: Guard | None) -> Any:
             except RuntimeError as error:
                 refusals.append(str(error).rpartition("stderr:\n")[2].strip() or str(error))
             except OSError as error:
-                command = (shlex.split(str(self.submit_command)) or ["the job"])[0]
+                command = shlex.split(self.submit_command)[0] if self.submit_command else "the job's command"
                 refusals.append(f"{command}: {error.strerror or error}. Run this where jobs can be submitted.")
             except Exception as error:  # a class of clusters that is not dask-jobqueue's own may raise anything
                 refusals.append(f"{type(error).__name__}: {error}")
@@ -195,8 +195,9 @@ def _noting(job_class: Any, refusals: list[str], guard: Guard | None) -> Any:
             return await job_class._call(cmd, **{**own, **options})
 
         async def close(self) -> None:
-            with suppress(RuntimeError, OSError):  # it has gone already
-                await super().close()
+            if self.job_id:
+                with suppress(RuntimeError, OSError):  # it has gone already
+                    await super().close()
             self.status = Status.closed  # what the cluster asserts of it at the end
 
     NotingJob.__name__ = job_class.__name__

@@ -146,7 +146,8 @@ class Watchdog:
             except Exception as error:  # a watch that ends silently would leave the run waiting for ever
                 if not self._stop.is_set():
                     self.announce(f"watching the jobs failed, trying again: {type(error).__name__}: {error}")
-            seconds = min(QUIET_SECONDS, seconds * SLOWER) if seen == before else LOOK_SECONDS
+            quiet = seen == before and not self._away
+            seconds = min(QUIET_SECONDS, seconds * SLOWER) if quiet else LOOK_SECONDS
         self.on_failure()
 
     def _look(self) -> object:

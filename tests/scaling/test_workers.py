@@ -28,7 +28,7 @@ from distinfluence.errors import ClusterError, SettingError
 from distinfluence.scaling import ClusterSpec, LogToFolder
 from distinfluence.scaling.clusters import planned_workers
 from distinfluence.scaling.device import check_device, task_device
-from distinfluence.scaling.executor import OnCluster
+from distinfluence.scaling.executor import OnCluster, check_workers
 from distinfluence.scaling.worker import Scratch, travelling
 from tests.test_job import content
 from tests.zoo import Case, build
@@ -199,3 +199,22 @@ def test_a_run_plans_for_the_workers_that_will_come(case: Case, client: Client, 
     jobs = ClusterSpec("slurm", workers=4, settings={"memory": "8GB", "processes": 2})
     assert planned_workers(jobs) == 8
     assert planned_workers(ClusterSpec("address", address="tcp://host:1")) is None
+
+
+def test_a_worker_that_dies_as_it_is_looked_at_does_not_end_the_run() -> None:
+    answer = ("host", 4, True, 2**28)
+    answers = [{"a": OSError("gone")}, {}, {"a": OSError("gone"), "b": answer}]
+
+    class Dying:
+        def wait_for_workers(self, n_workers: int, timeout: float) -> None:
+            assert n_workers == 1
+
+        def run(self, *_: object, on_error: str) -> dict[str, object]:
+            assert on_error == "return"
+            return answers.pop(0)  # type: ignore[return-value]
+
+    seen = check_workers(Dying(), "folder", 60.0)  # type: ignore[arg-type]
+    assert (seen.n_threads, seen.process) == (4, 2**28)
+    answers += [{"a": OSError("cannot be reached")}]
+    with pytest.raises(ClusterError, match="cannot be reached"):
+        check_workers(Dying(), "folder", 0.0)  # type: ignore[arg-type]
