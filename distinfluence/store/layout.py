@@ -180,6 +180,8 @@ def array_specs(layout: Layout) -> list[ArraySpec]:
         ArraySpec("error_bound", tests, tests, None, "float32", nan, ("test",)),
         ArraySpec("train_loss", trains, (layout.strip,), None, "float32", nan, ("train",)),
         ArraySpec("train_gradient_norm", trains, (layout.strip,), None, "float32", nan, ("train",)),
+        ArraySpec("self_influence", trains, (layout.strip,), None, "float32", nan, ("train",)),
+        ArraySpec("self_influence_error", trains, (layout.strip,), None, "float32", nan, ("train",)),
         ArraySpec("strip_status", strips, (1,), None, "uint8", 0, ("strip",)),
     ]
     if layout.ranked:

@@ -184,9 +184,19 @@ class InfluenceResult:
 
     @property
     def self_influence(self) -> NDArray[np.float32]:
-        """[n_train], what `annotate` stored; NaN where it is not known."""
+        """[n_train], what `annotate` stored, else what the run computed; NaN where it is not known."""
         known = self.points("train").self_influence()
         return np.full(self.layout.n_train, np.nan, np.float32) if known is None else known
+
+    @property
+    def self_influence_error(self) -> NDArray[np.float32]:
+        """[n_train], by how much a self-influence that the run computed may be wrong; NaN where nothing is known.
+
+        `provenance["self_influence"]` says how it was computed. Rigorous or heuristic as `error_bound` is.
+        """
+        if self._has("self_influence_error"):
+            return self._read("self_influence_error")
+        return np.full(self.layout.n_train, np.nan, np.float32)
 
     def points(self, axis: Axis) -> StoredPoints:
         """Labels and samples of the test or the training points, as `annotate` stored them."""
@@ -256,6 +266,11 @@ class InfluenceResult:
         if not self.layout.ranked or not self._has("contributions"):
             return []
         return names_of(self._own_group("contributions").attrs.get("blocks"))
+
+    @property
+    def n_contributions(self) -> int:
+        """How many pairs at each end of a ranking `contributions` tells apart; 0 if the run kept none."""
+        return int(self.contribution_array("top").shape[1]) if self.contribution_blocks else 0
 
     @property
     def has_token_contributions(self) -> bool:
