@@ -27,6 +27,7 @@ from distinfluence.store.folder import COMPLETE, RUNNING, place_of, read_attribu
 from distinfluence.store.html import result_as_html
 from distinfluence.store.labelled import Chunks, as_dataset, as_datatree
 from distinfluence.store.layout import Layout, array_specs, whole_number
+from distinfluence.store.listing import ranking_table
 from distinfluence.store.opening import GuardedStore, checked, is_bounded, largest_file, open_to_read
 from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
 from distinfluence.store.remote import RemoteFolder, RemoteStore
@@ -84,6 +85,14 @@ class InfluenceResult:
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
         """A tile, as `result[i]`, `result[i, a:b]`; read from disk, NaN where strips are missing."""
         return self._read("influences", key)
+
+    def rows(self, rows: NDArray[np.int64], columns: slice) -> NDArray[np.float32]:
+        """Some rows of some columns, [n, m, *input_shape]; rows: sorted, from 0. Reads the chunks that hold them."""
+        if rows[-1] - rows[0] + 1 == rows.size:
+            return self[int(rows[0]) : int(rows[-1]) + 1, columns]
+        array = self.influences
+        with surfaced_errors("read", self.path):
+            return np.asarray(array.oindex[rows, columns])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -228,6 +237,32 @@ class InfluenceResult:
         """The k test points that a training point harms most, smallest first. Otherwise as `top_for_train`."""
         return analysis.rank_column(self, "bottom", train_index, k)
 
+    def top_of(
+        self,
+        tests: ArrayLike | slice,
+        k: int | None = None,
+        how: Literal["mean", "sum"] = "mean",
+        *,
+        partial: bool = False,
+    ) -> Ranking:
+        """The k training points that help a set of test points most, by the mean or sum of their influences.
+
+        tests: a slice, indices, or a mask [n_test], such as `result.points("test").labels() == 3`. k: as `top`. Reads
+        the rows of these test points, a strip at a time. Raises what `top` raises.
+        """
+        return analysis.rank_set(self, "top", tests, k, how, partial)
+
+    def bottom_of(
+        self,
+        tests: ArrayLike | slice,
+        k: int | None = None,
+        how: Literal["mean", "sum"] = "mean",
+        *,
+        partial: bool = False,
+    ) -> Ranking:
+        """The k training points that harm a set of test points most, smallest influence first. As `top_of`."""
+        return analysis.rank_set(self, "bottom", tests, k, how, partial)
+
     def group(
         self,
         test: ArrayLike | None = None,
@@ -248,8 +283,9 @@ class InfluenceResult:
     ) -> pandas.DataFrame:
         """The most helpful and harmful training points of `tests` (indices; all if None), one per line.
 
-        Columns: test, rank, end, train, influence. k: all that are stored if None. Raises MissingDependencyError, and
-        what `top` raises.
+        Columns: test, rank, end, train, influence, bound (by how much the influence may be wrong, NaN where that is
+        not known), and ids and names of labels where `annotate` stored them. k: all that are stored if None. Raises
+        MissingDependencyError, and what `top` raises.
         """
         try:
             import pandas
@@ -258,7 +294,7 @@ class InfluenceResult:
                 "`to_dataframe` needs pandas, which is not installed. Run pip install 'distinfluence[browse]'."
             ) from error
         rows = None if tests is None else np.atleast_1d(np.asarray(tests, np.int64))
-        return pandas.DataFrame(analysis.ranking_table(self, rows, k, partial))
+        return pandas.DataFrame(ranking_table(self, rows, k, partial))
 
     @property
     def contribution_blocks(self) -> list[str]:
