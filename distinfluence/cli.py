@@ -20,7 +20,6 @@ from distinfluence.errors import DistinfluenceError, SettingError
 
 if TYPE_CHECKING:
     from distinfluence.config import Job
-    from distinfluence.store import InfluenceResult, Ranking
 
 Kind = Literal["image", "text", "table"]
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -240,44 +239,29 @@ def info(path: str, check: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("path")
-@click.argument("test_index", type=int)
+@click.argument("test_index", type=int, required=False)
+@click.option("--tests", help="A set of test samples instead, by the mean of their influences: 0:100, or 3,7,12.")
+@click.option("--label", help="The test samples of a class instead, by its name or number.")
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many of each.")
 @click.option("--partial", is_flag=True, help="Rank what is there of a result that is still running.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def top(path: str, test_index: int, k: int, partial: bool, as_json: bool) -> None:
-    """The training samples that help and harm test sample TEST_INDEX most."""
+def top(
+    path: str, test_index: int | None, tests: str | None, label: str | None, k: int, partial: bool, as_json: bool
+) -> None:
+    """The training samples that help and harm test sample TEST_INDEX most, or a set of test samples.
+
+    \b
+      distinfluence top influences.zarr 0
+      distinfluence top influences.zarr --tests 0:100
+      distinfluence top influences.zarr --label cat
+    """
+    from distinfluence.browse.rankings import asked_tests, ranked, ranking_json, ranking_table
     from distinfluence.store import open_influences
 
     with _clean_errors():
         result = open_influences(path)
-        helpful = result.top(test_index, k, partial=partial)
-        harmful = result.bottom(test_index, k, partial=partial)
-        click.echo(_ranking_json(helpful, harmful) if as_json else _ranking_table(result, test_index, helpful, harmful))
-
-
-def _ranking_json(helpful: "Ranking", harmful: "Ranking") -> str:
-    return json.dumps(
-        {
-            name: [{"train": int(i), "influence": float(v)} for i, v in zip(*ranking, strict=True)]
-            for name, ranking in (("helpful", helpful), ("harmful", harmful))
-        },
-        indent=2,
-    )
-
-
-def _ranking_table(result: "InfluenceResult", test_index: int, helpful: "Ranking", harmful: "Ranking") -> str:
-    row = int(test_index) % result.shape[0]
-    lines = [
-        f"test sample {row}: loss {float(result.test_loss[row]):.4g}, relative residual "
-        f"{float(result.relative_residual[row]):.1e}",
-        f"{'most helpful':>26}   {'most harmful':>26}",
-        f"{'train':>10}{'influence':>16}   {'train':>10}{'influence':>16}",
-    ]
-    lines += [
-        f"{i:>10}{v:>16.5g}   {j:>10}{w:>16.5g}"
-        for i, v, j, w in zip(helpful.indices, helpful.values, harmful.indices, harmful.values, strict=True)
-    ]
-    return "\n".join(lines)
+        found = ranked(result, asked_tests(result, test_index, tests, label), k, partial)
+        click.echo(ranking_json(found) if as_json else ranking_table(result, found))
 
 
 register(main)

@@ -143,8 +143,9 @@ class Job(Section):
 
     method: `name` (a key of `METHODS`) and the parameters of that influence model. loss: a torch loss of (outputs,
     targets) or an `Objective`. mode: up or perturbation. output: the folder of the result. certify: find the ends of
-    the spectrum for error bounds (several passes). scratch: a folder that every worker sees, beside the output if left
-    out. device: where tasks compute; auto takes a GPU on every worker that sees one.
+    the spectrum for error bounds (several passes). contributions, self_influence: see `InfluenceCalculator.to_zarr`.
+    scratch: a folder that every worker sees, beside the output if left out. device: where tasks compute; auto takes a
+    GPU on every worker that sees one.
     """
 
     model: ModelSection
@@ -158,6 +159,8 @@ class Job(Section):
     solve: Literal["auto", "rows", "data"] = "auto"
     top_k: PositiveInt = 50
     mantissa_bits: Annotated[int, Field(ge=1, le=23)] = 23
+    contributions: bool | PositiveInt = False
+    self_influence: bool = False
     certify: bool = False
     scratch: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"

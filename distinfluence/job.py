@@ -154,6 +154,8 @@ def _computed(
         solve=job.solve,
         top_k=job.top_k,
         mantissa_bits=job.mantissa_bits,
+        contributions=job.contributions,
+        self_influence=job.self_influence,
         overwrite=overwrite,
         resume=resume,
         progress=progress,

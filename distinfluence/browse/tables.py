@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.errors import IncompleteResultError, MissingDependencyError, StoreError
-from distinfluence.store import InfluenceResult, StoredPoints
-from distinfluence.store.analysis import ranking_table, require_ranked
+from distinfluence.store import InfluenceResult
+from distinfluence.store.analysis import require_ranked
+from distinfluence.store.listing import KnownPoints, ranking_table
 
 Table = Mapping[str, NDArray[Any]]
 _ROWS_AT_ONCE = 64
@@ -23,19 +24,21 @@ _ROWS_AT_ONCE = 64
 def rankings(result: InfluenceResult, tests: slice, k: int, partial: bool) -> Iterator[Table]:
     """The k most helpful and most harmful training points of test points, some test points at a time.
 
-    Columns: test, rank, end, train, influence, and the labels that are known. Raises IncompleteResultError.
+    Columns: those of `InfluenceResult.to_dataframe`. Raises IncompleteResultError.
     """
+    known = KnownPoints(result)
     for start in range(tests.start, tests.stop, _ROWS_AT_ONCE):
         rows = np.arange(start, min(start + _ROWS_AT_ONCE, tests.stop))
-        yield _with_labels(result, ranking_table(result, rows, k, partial))
+        yield ranking_table(result, rows, k, partial, known)
 
 
 def entries(result: InfluenceResult, tests: slice, trains: slice, partial: bool) -> Iterator[Table]:
-    """The entries of a slice, strip by strip: test, train, influence, and the labels that are known.
+    """The entries of a slice, strip by strip: test, train, influence, bound, and ids and labels that are known.
 
     Raises IncompleteResultError if a strip is missing, unless `partial`, which leaves its entries out.
     """
     require_ranked(result, "export")
+    known = KnownPoints(result)
     rows, finished, strip = np.arange(tests.start, tests.stop), result.finished_strips(), result.layout.strip
     for i in range(trains.start // strip, -(-trains.stop // strip)):
         if not finished[i]:
@@ -54,7 +57,7 @@ def entries(result: InfluenceResult, tests: slice, trains: slice, partial: bool)
                 "train": np.tile(columns, some.size),
                 "influence": values.ravel(),
             }
-            yield _with_labels(result, table)
+            yield known.beside(table)
 
 
 def write_csv(path: Path, tables: Iterator[Table]) -> int:
@@ -116,23 +119,9 @@ class _WholeOrNot:
             raise StoreError(f"cannot write `{self._path}`: {error.strerror or error}. Pass another path.") from error
 
 
-def _with_labels(result: InfluenceResult, table: Table) -> Table:
-    known: dict[str, NDArray[Any]] = dict(table)
-    for points, name in ((result.points("test"), "test"), (result.points("train"), "train")):
-        labels = points.labels()
-        if labels is not None:
-            known[f"{name}_label"] = _names(points, labels[table[name]])
-    return known
-
-
-def _names(points: StoredPoints, labels: NDArray[Any]) -> NDArray[Any]:
-    values, places = np.unique(labels, return_inverse=True)
-    return np.array([points.name_of(float(value)) for value in values], dtype=object)[places]
-
-
 def _harmless(values: NDArray[Any]) -> list[Any]:
     if values.dtype.kind == "f":
         return [f"{value:.9g}" for value in values.tolist()]
-    if values.dtype.kind != "O":
+    if values.dtype.kind not in "OU":
         return list(values.tolist())
     return [f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text for text in values.tolist()]

@@ -50,6 +50,7 @@ class InfluenceFunctionModel(ABC):
 
     is_thread_safe = False
     solves_over_data = True  # whether a solve sweeps over the training data
+    brackets_self_influence = True  # whether `self_influences` has bounds on the curvature's own values
     refine = False  # whether residuals are brought to float64 quality
     _autocast: torch.dtype | None = None  # what the model's passes run in, if not in the risk's own dtype
 
@@ -294,6 +295,24 @@ class InfluenceFunctionModel(ABC):
         return self_influences_of(
             self._by_block(gradients), fitted.operators, fitted.damping, bounds, rtol=rtol, maxiter=maxiter
         )
+
+    def self_influences_by_solve(self, x: object, y: Tensor | None = None) -> SelfInfluences:
+        """As `self_influences`, by this model's own solver: what it gives a training sample that is a test sample too.
+
+        One solve for each sample. The bounds are those of its report, infinite where it has none. Memory: the
+        gradients and factors [n, p], and what the solve takes.
+        """
+        gradients = self.loss_gradients(self.place(x, y))
+        factors, report = self.solve(gradients.rows)
+        pairs = zip(factors, gradients.rows, strict=True)
+        values = torch.stack([torch.dot(own.double(), g.double()) for own, g in pairs]).cpu()
+        bound = (
+            torch.full_like(values, torch.inf)
+            if report.error_bound is None
+            else report.error_bound.nan_to_num(nan=torch.inf)
+        )
+        half = bound * gradients.norms.double().cpu()
+        return SelfInfluences(values, values - half, values + half, report.iterations, report.rigorous)
 
     def influences(
         self,

@@ -83,6 +83,8 @@ class EkfacInfluence(InfluenceFunctionModel):
     tensor([1., 1.], dtype=torch.float64)
     """
 
+    brackets_self_influence = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -406,10 +408,13 @@ class EkfacInfluence(InfluenceFunctionModel):
         A position's share is that of the gradient that its activations and their gradients make in each layer. Raises
         UnsupportedOperatorError where layers do not share the same positions (pooling, parameters without a layer).
         """
-        factors = self.influence_factors(x_test, y_test)
         train = (x_test, y_test) if x is None else (x, y)
-        queries = QueryFactors.of(self.risk, self.layout, factors)
-        return token_scores(self.risk, self.layout, queries, self.place(*train))
+        return self.influences_from_factors_by_token(self.influence_factors(x_test, y_test), *train)
+
+    def influences_from_factors_by_token(self, factors: Tensor, x: object, y: Tensor | None = None) -> Tensor:
+        """As `influences_by_token`, from factors [n_test, p]."""
+        rows = self._check_factors(factors, slice(0, self.n_parameters))
+        return token_scores(self.risk, self.layout, QueryFactors.of(self.risk, self.layout, rows), self.place(x, y))
 
     def query_error(self, factors: Tensor) -> Tensor:
         """‖M − M̃‖ / ‖M‖ of each query's factor [n_test] that `query_energy` costs: |ΔI_ij| ≤ ‖M_i − M̃_i‖·‖g_j‖."""

@@ -350,8 +350,9 @@ def _by_position(unit: Unit, m: Tensor, record: Record, deltas: Sequence[Tensor]
     if unit.one_hot:
         by_use = torch.stack([torch.einsum("nti,nti->nt", own[sides.left], right[:, :, 0]) for own in m[:, 0]])
     else:
-        inner = torch.einsum("qgoi,ntgi->qntgo", m, right)
-        by_use = torch.einsum("qntgo,ntgo->qnt", inner, sides.left[0])
+        left = sides.left[0]
+        step = max(1, SCORE_BYTES // (left.numel() * left.element_size()))
+        by_use = torch.cat([torch.einsum("qgoi,ntgi,ntgo->qnt", part, right, left) for part in m.split(step)])
     return by_use.reshape(*by_use.shape[:2], len(unit.uses), -1).sum(dim=2)
 
 

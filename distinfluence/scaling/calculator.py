@@ -37,6 +37,7 @@ from distinfluence.scaling.saved import VERSION, load_fit, save_fit
 from distinfluence.scaling.share import Share
 from distinfluence.scaling.sources import Home
 from distinfluence.scaling.strips import Fitted, Request, look, write_influences
+from distinfluence.scaling.taking_apart import SHOWN
 from distinfluence.scaling.tasks import (
     Sample,
     check_model,
@@ -284,6 +285,8 @@ class InfluenceCalculator(ABC):
         solve: str = "auto",
         top_k: int = 50,
         mantissa_bits: int = FLOAT32_BITS,
+        contributions: bool | int = False,
+        self_influence: bool = False,
         overwrite: bool = False,
         resume: bool = False,
         progress: bool | Progress = True,
@@ -298,17 +301,22 @@ class InfluenceCalculator(ABC):
         once for each such panel. solve: "rows" (each test chunk on one worker),
         "data" (each sweep over all workers) or "auto". top_k: most helpful and most harmful training points that are
         stored for each test point. mantissa_bits: fewer than float32's 23 round the stored values, with a relative
-        error of 2^-(bits + 1) that error bounds include, and compress them: 10 take about half the space. overwrite:
-        replace a result at `path`. resume: go on with it if it was begun with the same model, data and settings, begin
-        if there is none. attributes: JSON values to keep in the result. share: make a part of the strips only, beside
-        other runs that make the others. Raises StoreError if `path` cannot be used, NotFittedError before `fit`, and
-        what the checks of data raise; ChunkFailedError when all strips are written but some that failed every time they
-        were tried.
+        error of 2^-(bits + 1) that error bounds include, and compress them: 10 take about half the space.
+        contributions: for so many pairs at each end of a ranking (10 if True), keep what each layer contributes, and
+        each position of a sequence where the method knows it; gradients of ranked points are made once more.
+        self_influence: keep what each training point does to its own loss, for as much work as solving for n_train
+        test points: little where solves sweep over no data, more than all else where they do. overwrite: replace a
+        result at `path`. resume: go on with it if it was begun with the same model, data and settings, begin if there
+        is none; extras can be asked for then as well. attributes: JSON values to keep in the result. share: make a
+        part of the strips only, beside other runs that make the others. Raises StoreError if `path` cannot be used,
+        NotFittedError before `fit`, and what the checks of data raise; ChunkFailedError when all strips are written but
+        some that failed every time they were tried.
         """
         check_output(path, overwrite=overwrite, resume=resume)
         if overwrite and resume:
             raise SettingError("`overwrite` and `resume` exclude each other, got both. Pass one of them.")
         fitted, mode = self._stages(), influence_mode(mode)
+        n_shown = _n_shown(contributions, mode)
         recorded = chunks_of(path) if resume else None
         if recorded is not None:
             panel_size = recorded["panel"] if panel_size is None else panel_size
@@ -333,6 +341,8 @@ class InfluenceCalculator(ABC):
             overwrite=overwrite,
             resume=resume,
             attributes=attributes or {},
+            contributions=n_shown,
+            self_influence=self_influence,
             share=share,
         )
         return write_influences(Path(path), fitted, request, self._scratch.kept, _progress(progress))
@@ -411,6 +421,14 @@ def _asked(train: int | None, test: int | None, panel: int | None, solve: str) -
     if panel is not None and (not isinstance(panel, int) or panel < 1):
         raise SettingError(f"`panel_size` must be a whole number of test points ≥ 1, got {panel!r}.")
     return Asked(train, test, panel, solve)
+
+
+def _n_shown(contributions: bool | int, mode: InfluenceMode) -> int:
+    if not isinstance(contributions, int) or contributions < 0:
+        raise SettingError(f"`contributions` must be True, False or how many, got {contributions!r}.")
+    if contributions and mode is not InfluenceMode.UP:
+        raise SettingError("`contributions` are of influences of mode 'up', got mode 'perturbation'. Leave them out.")
+    return SHOWN if contributions is True else int(contributions)
 
 
 def _input_shape(sample: Sample, mode: InfluenceMode) -> tuple[int, ...]:

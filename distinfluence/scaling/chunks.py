@@ -87,17 +87,18 @@ def take_samples(data: ChunkedData, index: NDArray[np.int64]) -> ArrayBatch:
     """The samples of these sorted indices as one batch, loading only the chunks that hold them."""
     chunk_of = np.searchsorted(np.array(data.starts), index, side="right") - 1
     parts = [
-        _take(data.sources[chunk].load(), index[chunk_of == chunk] - data.starts[chunk])
+        taken(data.sources[chunk].load(), index[chunk_of == chunk] - data.starts[chunk])
         for chunk in np.unique(chunk_of).tolist()
     ]
     return _joined(parts)
 
 
-def _take(batch: ArrayBatch, index: NDArray[np.int64]) -> ArrayBatch:
+def taken(batch: ArrayBatch, index: NDArray[np.int64]) -> ArrayBatch:
+    """The samples of a batch with these indices."""
     if isinstance(batch, dict):
-        return {key: _take(value, index) for key, value in batch.items()}
+        return {key: taken(value, index) for key, value in batch.items()}
     if isinstance(batch, tuple):
-        return tuple(_take(value, index) for value in batch)
+        return tuple(taken(value, index) for value in batch)
     chosen: Array = np.asarray(batch)[index]
     return chosen
 

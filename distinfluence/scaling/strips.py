@@ -6,6 +6,8 @@
    of all test points, and writes one shard, its ranking and its mark. Factors that exceed the resident budget are taken
    in panels, P = ⌈n_test / panel⌉, and the gradients made once for each.
 
+4. *Extras*, if asked for: self-influences, and what ranked influences are made of (`own_influence`, `taking_apart`).
+
 A run that died goes on where it stopped: factors that are on disk are not solved again, marked strips not made again.
 Factors have checksums; those that are not as they were written are solved again.
 """
@@ -29,10 +31,12 @@ from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import Executor
 from distinfluence.scaling.files import scratch_errors
 from distinfluence.scaling.flight import Failures
+from distinfluence.scaling.own_influence import write_self_influences
 from distinfluence.scaling.plan import Plan
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.share import Share
+from distinfluence.scaling.taking_apart import RankedPairs, take_apart
 from distinfluence.scaling.tasks import (
     Inspection,
     Sample,
@@ -88,6 +92,8 @@ class Request:
     overwrite: bool
     resume: bool
     attributes: Mapping[str, object]
+    contributions: int = 0
+    self_influence: bool = False
     share: Share | None = None
 
 
@@ -184,8 +190,23 @@ def write_influences(
             return open_influences(path)  # whoever makes the last strip finishes
         _write_all_fields(writer, fitted, replace(request, share=None), folder, progress)
         writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
+        _write_extras(writer, fitted, request, folder, progress)
         shutil.rmtree(folder, ignore_errors=True)
     return open_influences(path)
+
+
+def _write_extras(writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress) -> None:
+    """What is asked for beyond the matrix, after it: a failure here leaves a complete result, and can be resumed."""
+    if request.self_influence:
+        group = min(request.plan.chunks.test, request.columns.strip)
+        write_self_influences(fitted, writer, request.columns, group, progress)
+    k = min(request.contributions, writer.layout.k)
+    if k and open_influences(writer.path).n_contributions != k:
+        file = folder / "factors.npy"
+        if not all(fields_file(str(file), start).is_file() for start in request.test.starts):
+            _write_factors(writer, fitted, replace(request, share=None), folder, progress)  # a lock is held already
+        take_apart(fitted, writer, request.columns, RankedPairs.of(writer, k), str(file), progress)
+        writer.note(progress.seconds)
 
 
 def _writer(

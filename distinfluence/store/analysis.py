@@ -10,7 +10,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from distinfluence.errors import CorruptStoreError, IncompleteResultError, IndexRangeError, SettingError, ShapeError
 from distinfluence.store.layout import whole_number
-from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
+from distinfluence.store.ranking import (
+    Ranking,
+    empty_ranking,
+    merge_harmful,
+    merge_helpful,
+    most_harmful,
+    most_helpful,
+)
 
 if TYPE_CHECKING:
     from distinfluence.store.result import InfluenceResult
@@ -53,26 +60,45 @@ def group(
 ) -> Grouped:
     """Influences added up, or averaged, over groups; see `InfluenceResult.group`."""
     require_ranked(result, "group")
-    if how not in ("mean", "sum"):
-        raise SettingError(f"`how` must be 'mean' or 'sum', got {how!r}.")
-    if result.n_missing and not partial:
-        raise IncompleteResultError(
-            f"`group` needs all strips, {result.n_missing} of {result.layout.n_strips} are missing. Finish the run, or "
-            "pass partial=True for those that are there."
-        )
+    _check_how(how)
+    _require_strips(result, "group", partial)
     test_groups, of_test = _groups("test", test, result.layout.n_test)
     train_groups, of_train = _groups("train", train, result.layout.n_train)
-    members = np.zeros((test_groups.size, result.layout.n_test))
-    members[of_test, np.arange(result.layout.n_test)] = 1.0
     total = np.zeros((test_groups.size, train_groups.size))
     counted = np.zeros(train_groups.size)
     for columns, values in strips(result):
-        np.add.at(total.T, of_train[columns], (members @ values.astype(np.float64)).T)
-        np.add.at(counted, of_train[columns], 1.0)
+        # points alone are their own groups: only axes that were asked for are summed
+        by_test = values.astype(np.float64) if test is None else _summed(values, of_test)[1]
+        present, sums = (np.arange(train_groups.size)[columns], by_test.T)
+        if train is not None:
+            present, sums = _summed(by_test.T, of_train[columns])
+        total[:, present] += sums.T
+        counted += np.bincount(of_train[columns], minlength=train_groups.size)
     if how == "mean":
+        sizes = np.bincount(of_test, minlength=test_groups.size)
         with np.errstate(invalid="ignore", divide="ignore"):  # a group without a finished strip has no mean
-            total /= members.sum(axis=1)[:, np.newaxis] * counted
+            total /= sizes[:, np.newaxis] * counted
     return Grouped(test_groups, train_groups, total)
+
+
+def _summed(values: NDArray[Any], groups: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The groups that have rows, sorted, and the sums of their rows; values: [n, m], groups: [n]."""
+    order = np.argsort(groups, kind="stable")
+    present, starts = np.unique(groups[order], return_index=True)
+    return present, np.add.reduceat(values[order], starts, axis=0, dtype=np.float64)
+
+
+def _check_how(how: str) -> None:
+    if how not in ("mean", "sum"):
+        raise SettingError(f"`how` must be 'mean' or 'sum', got {how!r}.")
+
+
+def _require_strips(result: InfluenceResult, what: str, partial: bool) -> None:
+    if result.n_missing and not partial:
+        raise IncompleteResultError(
+            f"`{what}` needs all strips, {result.n_missing} of {result.layout.n_strips} are missing. Finish the run, "
+            "or pass partial=True for those that are there."
+        )
 
 
 def strips(result: InfluenceResult) -> Iterator[tuple[slice, NDArray[np.float32]]]:
@@ -82,25 +108,52 @@ def strips(result: InfluenceResult) -> Iterator[tuple[slice, NDArray[np.float32]
         yield columns, result[:, columns]
 
 
-def ranking_table(
-    result: InfluenceResult, rows: NDArray[np.int64] | None, k: int | None, partial: bool
-) -> dict[str, NDArray[Any]]:
-    """The most helpful and most harmful training points of test points as columns of equal length.
+def rank_set(
+    result: InfluenceResult,
+    end: Literal["top", "bottom"],
+    tests: ArrayLike | slice,
+    k: int | None,
+    how: Literal["mean", "sum"],
+    partial: bool,
+) -> Ranking:
+    """The training points that help (top) or harm (bottom) a set of test points most; see `InfluenceResult.top_of`."""
+    require_ranked(result, f"{end}_of")
+    _check_how(how)
+    rows = checked_rows(tests, result.layout.n_test)
+    k = result.layout.k if k is None else whole_number("k", k)
+    if k < 1:
+        raise SettingError(f"`k` must be at least 1, got {k}. Leave it out for {result.layout.k}.")
+    _require_strips(result, f"{end}_of", partial)
+    rank, merge = (most_helpful, merge_helpful) if end == "top" else (most_harmful, merge_harmful)
+    found = empty_ranking(1)
+    for i in np.flatnonzero(result.finished_strips()).tolist():
+        columns = result.layout.strip_slice(i)
+        values = result.rows(rows, columns)
+        if not np.isfinite(values).all():
+            raise CorruptStoreError(f"strip {i} of {result.path} has missing values. See `damaged_strips`.")
+        total = values.sum(axis=0, dtype=np.float64) / (rows.size if how == "mean" else 1)
+        points = np.arange(columns.start, columns.stop, dtype=np.int32)
+        found = merge(found, rank(total.astype(np.float32)[np.newaxis], points, k), k)
+    return Ranking(found.indices[0], found.values[0])
 
-    rows: test points, all if None. Columns: test, rank (from 1), end ("helpful" or "harmful"), train, influence.
-    """
-    require_ranked(result, "to_dataframe")
-    rows = np.arange(result.layout.n_test) if rows is None else rows
-    parts: list[tuple[Any, ...]] = []
-    for end, name in (("top", "helpful"), ("bottom", "harmful")):
-        for row in rows.tolist():
-            ranking = result.top(row, k, partial=partial) if end == "top" else result.bottom(row, k, partial=partial)
-            n = ranking.indices.size
-            parts.append((np.full(n, row), np.arange(1, n + 1), np.full(n, name), ranking.indices, ranking.values))
-    names = ("test", "rank", "end", "train", "influence")
-    table = {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(names)}
-    order = np.lexsort((table["rank"], table["end"] != "helpful", table["test"]))
-    return {name: values[order] for name, values in table.items()}
+
+def checked_rows(tests: ArrayLike | slice, n_test: int) -> NDArray[np.int64]:
+    """The test points that are meant, sorted: a slice, indices, or a mask [n_test]. Raises IndexRangeError."""
+    if isinstance(tests, slice):
+        rows = np.arange(n_test)[tests]
+    else:
+        array = np.atleast_1d(np.asarray(tests))
+        if array.dtype == np.bool_:
+            if array.shape != (n_test,):
+                raise ShapeError(f"`tests` must be ({n_test},) as a mask, got {array.shape}. Pass one for each point.")
+            rows = np.flatnonzero(array)
+        elif array.size and (array.dtype.kind not in "iu" or array.ndim != 1):
+            raise SettingError(f"`tests` must be a slice, whole numbers or a mask, got {array.dtype} {array.shape}.")
+        else:
+            rows = np.unique([checked_index("tests", int(i), n_test) for i in array.tolist()]).astype(np.int64)
+    if not rows.size:
+        raise IndexRangeError("`tests` must name at least one test point, got none.")
+    return rows
 
 
 def require_ranked(result: InfluenceResult, what: str) -> None:

@@ -49,6 +49,7 @@ _OWN_ENTRIES = frozenset(
         "train_gradient_norm",
         "train_total",
         "self_influence",
+        "self_influence_error",
         "strip_status",
         "top_index",
         "top_value",

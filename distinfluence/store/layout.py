@@ -180,20 +180,27 @@ def array_specs(layout: Layout) -> list[ArraySpec]:
         ArraySpec("error_bound", tests, tests, None, "float32", nan, ("test",)),
         ArraySpec("train_loss", trains, (layout.strip,), None, "float32", nan, ("train",)),
         ArraySpec("train_gradient_norm", trains, (layout.strip,), None, "float32", nan, ("train",)),
+        ArraySpec("self_influence", trains, (layout.strip,), None, "float32", nan, ("train",)),
+        ArraySpec("self_influence_error", trains, (layout.strip,), None, "float32", nan, ("train",)),
         ArraySpec("strip_status", strips, (1,), None, "uint8", 0, ("strip",)),
     ]
     if layout.ranked:
-        rank = (layout.n_test, layout.k)
-        partial, one = (layout.n_strips, 2, layout.n_test, layout.strip_k), (1, 2, layout.n_test, layout.strip_k)
+        # rankings are read a test point at a time, so inner chunks hold few of them; a shard is still one file
+        rows = layout.chunk_shape[0]
+        whole = layout.shard_shape[0]
+        rank, some, all_ = ((n, layout.k) for n in (layout.n_test, rows, whole))
+        partial = (layout.n_strips, 2, layout.n_test, layout.strip_k)
+        one, strip = (1, 2, rows, layout.strip_k), (1, 2, whole, layout.strip_k)
         for end in ("top", "bottom"):
-            specs.append(ArraySpec(f"{end}_index", rank, rank, None, "int32", -1, ("test", "rank")))
-            specs.append(ArraySpec(f"{end}_value", rank, rank, None, "float32", nan, ("test", "rank")))
+            specs.append(ArraySpec(f"{end}_index", rank, some, all_, "int32", -1, ("test", "rank")))
+            specs.append(ArraySpec(f"{end}_value", rank, some, all_, "float32", nan, ("test", "rank")))
         specs.append(ArraySpec("train_total", trains, (layout.strip,), None, "float32", nan, ("train",)))
         for level in layout.levels:
             cut, dims = (level.shape[0], level.cells_per_strip), ("test_block", "train_block")
             specs.append(ArraySpec(f"overview/{level.name}", level.shape, cut, None, "float32", nan, dims))
-        specs.append(ArraySpec("strips/index", partial, one, None, "int32", -1, ("strip", "end", "test", "rank")))
-        specs.append(ArraySpec("strips/value", partial, one, None, "float32", nan, ("strip", "end", "test", "rank")))
+        by_strip = ("strip", "end", "test", "rank")
+        specs.append(ArraySpec("strips/index", partial, one, strip, "int32", -1, by_strip))
+        specs.append(ArraySpec("strips/value", partial, one, strip, "float32", nan, by_strip))
     return specs
 
 

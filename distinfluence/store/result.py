@@ -27,6 +27,7 @@ from distinfluence.store.folder import COMPLETE, RUNNING, place_of, read_attribu
 from distinfluence.store.html import result_as_html
 from distinfluence.store.labelled import Chunks, as_dataset, as_datatree
 from distinfluence.store.layout import Layout, array_specs, whole_number
+from distinfluence.store.listing import ranking_table
 from distinfluence.store.opening import GuardedStore, checked, is_bounded, largest_file, open_to_read
 from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
 from distinfluence.store.remote import RemoteFolder, RemoteStore
@@ -84,6 +85,14 @@ class InfluenceResult:
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
         """A tile, as `result[i]`, `result[i, a:b]`; read from disk, NaN where strips are missing."""
         return self._read("influences", key)
+
+    def rows(self, rows: NDArray[np.int64], columns: slice) -> NDArray[np.float32]:
+        """Some rows of some columns, [n, m, *input_shape]; rows: sorted, from 0. Reads the chunks that hold them."""
+        if rows[-1] - rows[0] + 1 == rows.size:
+            return self[int(rows[0]) : int(rows[-1]) + 1, columns]
+        array = self.influences
+        with surfaced_errors("read", self.path):
+            return np.asarray(array.oindex[rows, columns])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -184,9 +193,19 @@ class InfluenceResult:
 
     @property
     def self_influence(self) -> NDArray[np.float32]:
-        """[n_train], what `annotate` stored; NaN where it is not known."""
+        """[n_train], what `annotate` stored, else what the run computed; NaN where it is not known."""
         known = self.points("train").self_influence()
         return np.full(self.layout.n_train, np.nan, np.float32) if known is None else known
+
+    @property
+    def self_influence_error(self) -> NDArray[np.float32]:
+        """[n_train], by how much a self-influence that the run computed may be wrong; NaN where nothing is known.
+
+        `provenance["self_influence"]` says how it was computed. Rigorous or heuristic as `error_bound` is.
+        """
+        if self._has("self_influence_error"):
+            return self._read("self_influence_error")
+        return np.full(self.layout.n_train, np.nan, np.float32)
 
     def points(self, axis: Axis) -> StoredPoints:
         """Labels and samples of the test or the training points, as `annotate` stored them."""
@@ -218,6 +237,32 @@ class InfluenceResult:
         """The k test points that a training point harms most, smallest first. Otherwise as `top_for_train`."""
         return analysis.rank_column(self, "bottom", train_index, k)
 
+    def top_of(
+        self,
+        tests: ArrayLike | slice,
+        k: int | None = None,
+        how: Literal["mean", "sum"] = "mean",
+        *,
+        partial: bool = False,
+    ) -> Ranking:
+        """The k training points that help a set of test points most, by the mean or sum of their influences.
+
+        tests: a slice, indices, or a mask [n_test], such as `result.points("test").labels() == 3`. k: as `top`. Reads
+        the rows of these test points, a strip at a time. Raises what `top` raises.
+        """
+        return analysis.rank_set(self, "top", tests, k, how, partial)
+
+    def bottom_of(
+        self,
+        tests: ArrayLike | slice,
+        k: int | None = None,
+        how: Literal["mean", "sum"] = "mean",
+        *,
+        partial: bool = False,
+    ) -> Ranking:
+        """The k training points that harm a set of test points most, smallest influence first. As `top_of`."""
+        return analysis.rank_set(self, "bottom", tests, k, how, partial)
+
     def group(
         self,
         test: ArrayLike | None = None,
@@ -238,8 +283,9 @@ class InfluenceResult:
     ) -> pandas.DataFrame:
         """The most helpful and harmful training points of `tests` (indices; all if None), one per line.
 
-        Columns: test, rank, end, train, influence. k: all that are stored if None. Raises MissingDependencyError, and
-        what `top` raises.
+        Columns: test, rank, end, train, influence, bound (by how much the influence may be wrong, NaN where that is
+        not known), and ids and names of labels where `annotate` stored them. k: all that are stored if None. Raises
+        MissingDependencyError, and what `top` raises.
         """
         try:
             import pandas
@@ -248,7 +294,7 @@ class InfluenceResult:
                 "`to_dataframe` needs pandas, which is not installed. Run pip install pandas."
             ) from error
         rows = None if tests is None else np.atleast_1d(np.asarray(tests, np.int64))
-        return pandas.DataFrame(analysis.ranking_table(self, rows, k, partial))
+        return pandas.DataFrame(ranking_table(self, rows, k, partial))
 
     @property
     def contribution_blocks(self) -> list[str]:
@@ -256,6 +302,11 @@ class InfluenceResult:
         if not self.layout.ranked or not self._has("contributions"):
             return []
         return names_of(self._own_group("contributions").attrs.get("blocks"))
+
+    @property
+    def n_contributions(self) -> int:
+        """How many pairs at each end of a ranking `contributions` tells apart; 0 if the run kept none."""
+        return int(self.contribution_array("top").shape[1]) if self.contribution_blocks else 0
 
     @property
     def has_token_contributions(self) -> bool:
@@ -394,7 +445,25 @@ class InfluenceResult:
                 f"{self.layout.n_strips} strips. Resume the run and finish it, or pass partial=True to rank the "
                 "finished strips."
             )
+        if k <= self.layout.strip_k or self.layout.strip_k == self.layout.strip:
+            return self._folded_ranking(end, row, k)
         return self._rank_row(end, row, k)
+
+    def _folded_ranking(self, end: str, row: int, k: int) -> Ranking:
+        """From the rankings of the finished strips, a few hundredths of the row's bytes."""
+        # the marks are read before the rankings, as in `_rank_row`
+        finished = np.flatnonzero(self.finished_strips())
+        side = 0 if end == "top" else 1
+        indices, values = (self._read(f"strips/{name}", (slice(None), side, row)) for name in ("index", "value"))
+        for i in finished.tolist():
+            columns = self.layout.strip_slice(i)
+            width = min(self.layout.strip_k, columns.stop - columns.start)
+            if not analysis.is_ranking(Ranking(indices[i, :width], values[i, :width]), columns):
+                return self._rank_row(end, row, k)
+        there = indices[finished] >= 0  # a last strip may be narrower
+        rank = most_helpful if end == "top" else most_harmful
+        ranking = rank(values[finished][there][np.newaxis], indices[finished][there], k)
+        return Ranking(ranking.indices[0], ranking.values[0])
 
     def _stored_ranking(self, end: str, row: int, k: int) -> Ranking:
         ranking = Ranking(self._read(f"{end}_index", row)[:k], self._read(f"{end}_value", row)[:k])

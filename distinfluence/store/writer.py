@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from distinfluence.errors import (
     CorruptStoreError,
@@ -27,11 +25,10 @@ from distinfluence.errors import (
     SettingError,
     ShapeError,
 )
+from distinfluence.store.creating import build, create_array, stored_attributes
 from distinfluence.store.fingerprint import to_json
 from distinfluence.store.folder import (
     COMPLETE,
-    FORMAT,
-    FORMAT_VERSION,
     RUNNING,
     consolidate,
     local_path,
@@ -54,10 +51,6 @@ from distinfluence.store.ranking import (
 )
 from distinfluence.store.resuming import check_resumable
 
-SIGN_CONVENTION = (
-    "positive: the training point helps (without it the test measurement rises by about influence / n_train); "
-    "negative: it harms"
-)
 QUARANTINED = 2  # in `strip_status`: tried and failed; 1 is whole, 0 not made yet
 
 _TEST_ARRAYS = ("test_loss", "test_gradient_norm", "relative_residual", "iterations", "converged", "error_bound")
@@ -65,9 +58,7 @@ _DRIVER_CHUNKS = [
     *((f"{end}_{what}", "0/0") for end in ("top", "bottom") for what in ("index", "value")),
     *((name, "0") for name in _TEST_ARRAYS),
 ]
-_RESERVED = frozenset(
-    {"quarantined", "format", "format_version", "state", "layout", "sign_convention", "created", "summary"}
-)
+_BY_STRIP = ("train_loss", "train_gradient_norm", "train_total", "self_influence", "self_influence_error")
 
 
 class InfluenceWriter:
@@ -100,9 +91,9 @@ class InfluenceWriter:
         and not `overwrite`, SettingError if `attributes` are no JSON or use a reserved name.
         """
         folder = local_path(path)
-        stored = _stored_attributes(layout, attributes)
+        stored = stored_attributes(layout, attributes)
         require_free(folder, overwrite)
-        put_in_place(folder, overwrite, lambda beside: _build(beside, layout, stored))
+        put_in_place(folder, overwrite, lambda beside: build(beside, layout, stored))
         return cls(folder, layout)
 
     @classmethod
@@ -215,6 +206,48 @@ class InfluenceWriter:
             self._mark(i, 1)
         return True
 
+    def write_self_influence(self, i: int, values: NDArray[Any], error: NDArray[Any]) -> None:
+        """Write the self-influences of strip i's training points, [n_i], and by how much they may be wrong, [n_i].
+
+        error: NaN where nothing is known. Raises IndexRangeError, ShapeError, DtypeError, NonFiniteError, StoreError.
+        """
+        columns = self.layout.strip_slice(i)
+        n = columns.stop - columns.start
+        values = np.asarray(_per_point("values", values, n, "f", np.float32))
+        _require_finite(f"self-influences of strip {i}", values)
+        error = np.asarray(_rounded_up(_per_point("error", error, n, "f", np.float64)))
+        with surfaced_errors(f"write self-influences of strip {i} to", self.path):
+            self._array("self_influence_error")[columns] = error
+            self._array("self_influence")[columns] = values  # last: it says that both are there
+            sync_to_disk([self.path / name / "c" / str(i) for name in ("self_influence_error", "self_influence")])
+
+    def without_self_influence(self) -> list[int]:
+        """The strips whose training points have no self-influences yet."""
+        folder = self.path / "self_influence" / "c"
+        return [i for i in range(self.layout.n_strips) if not (folder / str(i)).is_file()]
+
+    def rankings(self, k: int) -> tuple[Ranking, Ranking]:
+        """The first k of the stored rankings, helpful and harmful, [n_test, k] each. The result must be finished."""
+        with surfaced_errors("read", self.path):
+            top, bottom = (
+                Ranking(np.asarray(self._array(f"{end}_index")[:, :k]), np.asarray(self._array(f"{end}_value")[:, :k]))
+                for end in ("top", "bottom")
+            )
+        for ranking in (top, bottom):
+            if (ranking.indices < 0).any() or (ranking.indices >= self.layout.n_train).any():
+                raise CorruptStoreError(f"the rankings of {self.path} are missing or damaged. Call `finish` again.")
+        return top, bottom
+
+    def note(self, seconds: Mapping[str, float], **attributes: object) -> None:
+        """Add what was done after `finish` to the summary: seconds by stage, and attributes of its own."""
+        with surfaced_errors("write to", self.path):
+            summary = dict(read_attributes(self.path).get("summary") or {})
+            before = summary.get("seconds") or {}
+            summary["seconds"] = {**{name: round(value, 3) for name, value in seconds.items()}, **before}
+            for name, value in {"summary": summary, **attributes}.items():
+                self._group.attrs[name] = to_json(value, name)
+            consolidate(self.path)
+
     def pending(self) -> list[int]:
         """The strips that are still to be written: not marked, or marked but with their shard gone from the disk."""
         with surfaced_errors("read", self.path):
@@ -269,7 +302,9 @@ class InfluenceWriter:
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            array = self._group[name]
+            spec = next(spec for spec in array_specs(self.layout) if spec.name == name)
+            # a result that an older version began may not have it
+            array = self._group[name] if name in self._group else create_array(self._group, spec, self.layout)
             if not isinstance(array, zarr.Array):
                 raise CorruptStoreError(
                     f"`{name}` of {self.path} must be an array, got a group. Compute the result again."
@@ -306,7 +341,7 @@ class InfluenceWriter:
         return self.path.joinpath("influences", "c", "0", str(i), *("0" for _ in self.layout.input_shape))
 
     def _files_of(self, i: int) -> list[Path]:
-        per_point = [self.path / name / "c" / str(i) for name in ("train_loss", "train_gradient_norm", "train_total")]
+        per_point = [self.path / name / "c" / str(i) for name in _BY_STRIP]
         overviews = [self.path / "overview" / level.name / "c" / "0" / str(i) for level in self.layout.levels]
         partials = [self.path / "strips" / name / "c" / str(i) / "0/0/0" for name in ("index", "value")]
         return [self._shard_of(i), *per_point, *partials, *overviews]
@@ -355,50 +390,6 @@ class InfluenceWriter:
                 f"{columns.start} to {columns.stop - 1}. Call reopen([{i}]) and write the strip again."
             )
         return Ranking(indices[0], values[0]), Ranking(indices[1], values[1])
-
-
-def _stored_attributes(layout: Layout, attributes: Mapping[str, object]) -> dict[str, Any]:
-    taken = sorted(_RESERVED & set(attributes))
-    if taken:
-        raise SettingError(f"`attributes` must not use the store's own names, got {', '.join(taken)}. Rename them.")
-    plain = to_json(attributes, "attributes")
-    assert isinstance(plain, dict)
-    own: dict[str, Any] = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "state": RUNNING,
-        "layout": layout.to_attributes(),
-        "sign_convention": SIGN_CONVENTION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    return {**own, **plain}
-
-
-def _build(folder: Path, layout: Layout, attributes: dict[str, Any]) -> None:
-    group = zarr.open_group(str(folder), mode="w-", zarr_format=3, attributes=attributes)
-    if layout.ranked:
-        group.create_group("strips")
-    if layout.levels:
-        group.create_group("overview")
-    for spec in array_specs(layout):
-        # All-fill chunks are not stored, which loses nothing: influences are finite, their fill is NaN.
-        group.create_array(
-            spec.name,
-            shape=spec.shape,
-            chunks=spec.chunks,
-            shards=spec.shards,
-            dtype=spec.dtype,
-            fill_value=spec.fill,
-            compressors=_codecs(spec.name, layout),
-            dimension_names=spec.dims,
-        )
-
-
-def _codecs(name: str, layout: Layout) -> list[Any]:
-    """Checksums, and compression where rounding makes it worth its time."""
-    if name == "influences" and layout.mantissa_bits < FLOAT32_BITS:
-        return [BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()]
-    return [Crc32cCodec()]
 
 
 def rounded(values: NDArray[np.float32], mantissa_bits: int) -> NDArray[np.float32]:

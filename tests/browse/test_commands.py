@@ -186,3 +186,41 @@ def test_every_command_that_looks_opens_urls_too(result: Path, tmp_path: Path, m
     )
     outcome = command("browse", url, "--no-open")
     assert outcome.exit_code == 0, outcome.output
+
+
+def test_top_says_bounds_labels_and_ids_where_they_are_known(result: Path) -> None:
+    writer = InfluenceWriter.open(result)
+    writer.write_test(slice(0, 3), error_bound=np.array([0.5, 1.0, 2.0]))
+    for i in range(3):
+        writer._array("train_gradient_norm")[writer.layout.strip_slice(i)] = 1.0
+    annotate(result, "train", ids=[f"photo {i}" if i else "\x1b[31mred" for i in range(10)])
+    lines = command("top", result, 1, "-k", 10).output.splitlines()
+    assert lines[2].split() == ["train", "influence", "±", "id", "label"] * 2
+    assert {line.split()[2] for line in lines[3:]} == {"1"}
+    assert "\x1b" not in "".join(lines) and "photo 3" in "".join(lines)
+    first = json.loads(command("top", result, 1, "-k", 1, "--json").output)["helpful"][0]
+    best = int(open_influences(result).top(1, 1).indices[0])
+    assert first["train"] == best and first["bound"] == 1.0 and first["train_label"] == ("=1+1", "b")[best % 2]
+
+
+def test_top_ranks_a_set_of_test_samples_or_a_class(result: Path) -> None:
+    annotate(result, "test", labels=[0, 1, 1], classes=["cat", "dog"])
+    ranking = open_influences(result).top_of([1, 2], 3)
+    for options in (("--tests", "1:3"), ("--tests", "2,1"), ("--label", "dog"), ("--label", "1")):
+        outcome = command("top", result, *options, "-k", 3, "--json")
+        assert [line["train"] for line in json.loads(outcome.output)["helpful"]] == ranking.indices.tolist()
+    assert (
+        "2 test samples, by the mean of their influences: mean loss 2.5"
+        in command("top", result, "--label", "dog").output
+    )
+    assert "label cat" in command("top", result, "--label", "cat").output  # one sample: its own ranking
+    for asked, said in (
+        ("", "pass one of them"),
+        ("0 --tests 0:2", "pass one of them"),
+        ("--label cow", "must be a label of the test samples"),
+        ("--tests a:b", "must be a range"),
+        ("--tests 0,9", "must be from -3 to 2"),
+        ("--tests 2:2", "must name at least one"),
+    ):
+        outcome = command("top", result, *asked.split())
+        assert outcome.exit_code == 1 and said in outcome.output, outcome.output

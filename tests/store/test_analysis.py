@@ -1,6 +1,7 @@
 """Questions beyond the row: columns, groups, tables, overviews, and what is known of the points."""
 
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,62 @@ def test_a_table_holds_both_ends_of_each_row(make: Any, layout: Any) -> None:
     writer, _ = make(layout)
     result = open_influences(writer.path)
     table = result.to_dataframe([3, 1], k=2)
-    assert list(table.columns) == ["test", "rank", "end", "train", "influence"]
+    assert list(table.columns) == ["test", "rank", "end", "train", "influence", "bound"]
+    assert table["bound"].isna().all()
     assert table["test"].tolist() == [1] * 4 + [3] * 4
     three = table[table["test"] == 3]
     assert three["train"].tolist() == [*result.top(3, 2).indices, *result.bottom(3, 2).indices]
     assert three["end"].tolist() == ["helpful"] * 2 + ["harmful"] * 2
     assert len(result.to_dataframe()) == 5 * 2 * 4
+
+
+def test_a_table_says_by_how_much_it_may_be_wrong_and_how_points_are_called(make: Any, layout: Any) -> None:
+    writer, _ = make(layout)
+    writer.write_test(slice(0, 5), error_bound=np.arange(5) + 1.0)
+    annotate(writer.path, "train", ids=[f"p{i}" for i in range(23)], labels=np.arange(23) % 2, classes=["no", "yes"])
+    table = open_influences(writer.path).to_dataframe([2], k=2)
+    np.testing.assert_allclose(table["bound"], 3.0 * (table["train"] + 0.5))
+    assert table["train_id"].tolist() == [f"p{j}" for j in table["train"]]
+    assert table["train_label"].tolist() == [("no", "yes")[j % 2] for j in table["train"]]
+
+
+@pytest.mark.parametrize("how", ["mean", "sum"])
+@pytest.mark.parametrize("tests", [slice(1, 4), [0, 3], [True, False, False, True, True], 2, [-1]])
+def test_a_set_of_test_points_is_ranked_as_their_sum(make: Any, layout: Any, how: Any, tests: Any) -> None:
+    writer, values = make(layout)
+    result = open_influences(writer.path)
+    rows = np.atleast_2d(values[tests]).astype(np.float64)
+    expected = getattr(rows, how)(axis=0).astype(np.float32)
+    order = np.argsort(-expected, kind="stable")
+    assert result.top_of(tests, 7, how).indices.tolist() == order[:7].tolist()
+    assert result.bottom_of(tests, 7, how).indices.tolist() == order[::-1][:7].tolist()
+    np.testing.assert_array_equal(result.top_of(tests, None, how).values, expected[order[:4]])
+
+
+def test_a_set_that_is_none_is_refused_and_a_running_result_counts_if_told(make: Any, layout: Any) -> None:
+    writer, values = make(layout, finish=False, skip=(1,))
+    result = open_influences(writer.path)
+    for tests, error in (([], IndexRangeError), ([5], IndexRangeError), ([0.5], SettingError), ([True], ShapeError)):
+        with pytest.raises(error, match="`tests`"):
+            result.top_of(tests, partial=True)
+    with pytest.raises(IncompleteResultError, match="1 of 3 are missing"):
+        result.top_of([0, 1])
+    there = np.array([*range(8), *range(16, 23)])
+    mean = values[:2, there].astype(np.float64).mean(axis=0)
+    assert result.top_of([0, 1], 3, partial=True).indices.tolist() == there[np.argsort(-mean)[:3]].tolist()
+
+
+def test_groups_of_training_points_alone_take_no_matrix_of_tests_by_tests(tmp_path: Path) -> None:
+    writer = InfluenceWriter.create(tmp_path / "r", Layout(20_000, 8, 8), {})
+    values = matrix(writer.layout)
+    write_all(writer, values)
+    result = open_influences(tmp_path / "r")
+    tracemalloc.start()
+    found = result.group(train=np.arange(8) % 2, partial=True).values
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(found[:, 1], values[:, 1::2].astype(np.float64).mean(axis=1))
+    assert peak < 50 * 20_000 * 8
 
 
 def test_totals_are_written_with_the_strips_and_computed_where_they_are_not(make: Any, layout: Any) -> None:

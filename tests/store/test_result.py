@@ -210,3 +210,46 @@ def test_a_stored_ranking_that_cannot_be_one_is_damage_and_no_answer(
     with pytest.raises(CorruptStoreError, match="missing or damaged"):
         result.to_dataframe()
     assert getattr(result, end)(1).indices.min() >= 0 if what != "missing" else True
+
+
+@pytest.mark.parametrize("top_k", [3, 8, 50])
+@pytest.mark.parametrize("k", [1, 3, 8, 23])
+def test_a_running_result_folds_the_rankings_of_its_strips(tmp_path: Path, top_k: int, k: int) -> None:
+    layout = Layout(n_test=40, n_train=23, strip=8, top_k=top_k)
+    values = np.random.default_rng(1).integers(-2, 3, layout.shape).astype(np.float32)
+    writer = InfluenceWriter.create(tmp_path / "r", layout, {})
+    write_all(writer, values, skip=(1,))
+    result = open_influences(tmp_path / "r")
+    finished = [*range(8), *range(16, 23)]
+    for i in (0, 35):
+        assert_ranked(result.top(i, k, partial=True), reference(values[i], "top", k, finished))
+        assert_ranked(result.bottom(i, k, partial=True), reference(values[i], "bottom", k, finished))
+
+
+def test_a_ranking_reads_little_also_while_the_run_goes_on(tmp_path: Path) -> None:
+    layout = Layout(n_test=512, n_train=16_384, strip=4096, top_k=10)
+    values = matrix(layout)
+    writer = InfluenceWriter.create(tmp_path / "r", layout, {})
+    write_all(writer, values, skip=(2,))
+
+    def cost(ask: Any) -> int:
+        result = open_influences(tmp_path / "r")
+        before = result.bytes_read
+        ask(result)
+        return result.bytes_read - before
+
+    row = cost(lambda result: result[300])
+    assert cost(lambda result: result.top(300, partial=True)) < row / 20
+    write_all(writer, values)
+    writer.finish()
+    assert cost(lambda result: result.top(300)) < row / 100
+    assert_ranked(open_influences(tmp_path / "r").top(300), reference(values[300], "top", 10))
+    assert [len(list((tmp_path / "r" / name / "c").rglob("0"))) for name in ("top_index", "top_value")] == [2, 2]
+
+
+def test_a_strip_whose_ranking_is_gone_is_ranked_from_its_values(make: Any, layout: Any) -> None:
+    writer, values = make(layout, finish=False, skip=(1,))
+    shutil.rmtree(writer.path / "strips/index/c/0")
+    finished = [*range(8), *range(16, 23)]
+    result = open_influences(writer.path)
+    assert_ranked(result.top(2, 3, partial=True), reference(values[2], "top", 3, finished))

@@ -66,6 +66,8 @@ def test_any_zarr_reader_opens_the_result(make: Any, layout: Any) -> None:
         "train_loss": "float32",
         "train_gradient_norm": "float32",
         "train_total": "float32",
+        "self_influence": "float32",
+        "self_influence_error": "float32",
         "strip_status": "uint8",
         "top_index": "int32",
         "top_value": "float32",
