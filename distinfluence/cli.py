@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from distinfluence.errors import DistinfluenceError, SettingError
 
 if TYPE_CHECKING:
     from distinfluence.config import Job
+    from distinfluence.job_points import Axis, JobPoints
     from distinfluence.store import InfluenceResult, Ranking
 
 Kind = Literal["image", "text", "table"]
@@ -278,7 +279,15 @@ def _ranking_table(result: "InfluenceResult", test_index: int, helpful: "Ranking
     return "\n".join(lines)
 
 
-register(main)
+def _sources_of_job(
+    job: Path, result: "InfluenceResult", render: str | None, compared: bool
+) -> "Mapping[Axis, JobPoints]":
+    from distinfluence.job_points import points_of_job
+
+    return points_of_job(job, result, render, compared)
+
+
+register(main, _sources_of_job)
 
 
 @contextmanager
