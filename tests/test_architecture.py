@@ -110,7 +110,7 @@ LAYERS = {
     ),
     "application": Layer(
         about="job files and the command line",
-        files=("config", "job", "samples", "summary", "demo", "cli", "__main__"),
+        files=("config", "job", "job_points", "samples", "summary", "demo", "cli", "__main__"),
         sees=(*_CORE, "store", "scaling", "evaluate", "package", "browse"),
         top=frozenset({"click", "distributed", "numpy", "pydantic", "torch", "yaml"}),
         lazily=frozenset({"matplotlib", "sklearn"}),

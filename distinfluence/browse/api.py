@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distinfluence.browse.convergence import drawn_rows, recorded, strip_runs, worst_rows
+from distinfluence.browse.known import SUSPICIONS, Axis, Json, KnownPoints, number
 from distinfluence.browse.picture import Permutation, Picture, Pictures, check_window, cluster_order, orders_of
-from distinfluence.browse.rendering import PointSource, show
-from distinfluence.errors import CorruptStoreError, IndexRangeError, SettingError
+from distinfluence.browse.rendering import PointSource
+from distinfluence.browse.saliency import check_pair, saliency, strongest
+from distinfluence.browse.sets import (
+    MAX_CLASSES,
+    ClassTable,
+    Totals,
+    class_table,
+    largest,
+    totals,
+)
+from distinfluence.browse.shares import on_tokens, strongest_blocks
+from distinfluence.errors import IndexRangeError, SettingError
 from distinfluence.store import InfluenceResult, open_influences
 from distinfluence.store.analysis import require_ranked
 from distinfluence.store.html import facts
 
 MAX_POINTS, MAX_STRIPS = 2**27, 200_000
 MAX_LISTED = 500
+SHOWN_OF_SET = 12
+KEPT_SETS = 4
 WORST = 4  # test points of the largest loss that are shown beside the matrix
 MAX_CELL = 2**22  # entries that are read to find the largest one of a cell
-SUSPICIONS = ("net_harm", "self_influence", "train_loss")
-Json = dict[str, Any]
-Axis = Literal["test", "train"]
 
 
 class ResultApi:
@@ -34,7 +43,6 @@ class ResultApi:
     """
 
     def __init__(self, result: InfluenceResult, sources: Mapping[Axis, PointSource] | None = None) -> None:
-        require_ranked(result, "browse")
         layout = result.layout
         if max(layout.n_test, layout.n_train) > MAX_POINTS or layout.n_strips > MAX_STRIPS:
             raise SettingError(
@@ -51,13 +59,15 @@ class ResultApi:
         self.pictures = Pictures(result)
         stored: dict[Axis, PointSource] = {"test": result.points("test"), "train": result.points("train")}
         self.sources: dict[Axis, PointSource] = {**stored, **(sources or {})}
-        self._kept: dict[str, NDArray[Any]] = {}
+        self.known = KnownPoints(result, self.sources)
+        self._sets: dict[bytes, Totals] = {}
+        self._tables: dict[str, ClassTable] = {}
         self._read_before = 0
 
     def summary(self) -> Json:
         """What it is, how far it is, what can be asked."""
         self._look_again()
-        n_test, n_train = self.result.shape
+        n_test, n_train = self.result.shape[:2]
         status = self.result.finished_strips()
         return {
             "path": self.result.path.name,
@@ -70,8 +80,10 @@ class ResultApi:
             "k": self.result.layout.k,
             "facts": facts(self.result),
             "orders": {"test": self._order_names("test"), "train": self._order_names("train")},
-            "suspicions": list(SUSPICIONS),
-            "worst": [self._point("test", i) for i in self._worst_tests()],
+            "input_shape": list(self.result.layout.input_shape),
+            "classes": {"test": self.known.class_list("test"), "train": self.known.class_list("train")},
+            "suspicions": [name for name in SUSPICIONS if self.known.is_known(name)],
+            "worst": [self.known.point("test", i) for i in self._worst_tests()],
             "samples": {axis: source.kind for axis, source in self.sources.items()},
         }
 
@@ -81,6 +93,7 @@ class ResultApi:
             before = self.result.bytes_read
             self.result = open_influences(self.result.path)
             self.pictures = Pictures(self.result)
+            self.known.result = self.result
             self._read_before += before
             self.__dict__.pop("_orders", None)
 
@@ -91,10 +104,12 @@ class ResultApi:
 
     def picture(self, rows: slice, columns: slice, height: int, width: int, orders: tuple[str, str]) -> Picture:
         """A window of the matrix; orders: names for rows and columns."""
+        require_ranked(self.result, "picture")
         return self.pictures.picture(rows, columns, height, width, self._permutations(orders))
 
     def cell(self, rows: slice, columns: slice, orders: tuple[str, str]) -> Json:
-        """The entry of largest magnitude in a window: which test and training point, and its value."""
+        """The entry of largest magnitude in a window: which test and training point, its value, and its place."""
+        require_ranked(self.result, "cell")
         check_window("rows", rows, self.result.shape[0])
         check_window("columns", columns, self.result.shape[1])
         if (rows.stop - rows.start) * (columns.stop - columns.start) > MAX_CELL:
@@ -103,12 +118,28 @@ class ResultApi:
         values, _ = self.pictures.ordered(rows, columns, permutations)
         known = np.where(np.isfinite(values), np.abs(values), -1.0)
         r, c = (int(i) for i in np.unravel_index(int(known.argmax()), known.shape))
+        places = (rows.start + r, columns.start + c)
         test, train = (
-            int(place if order is None else order[place])
-            for place, order in zip((rows.start + r, columns.start + c), permutations, strict=True)
+            int(place if order is None else order[place]) for place, order in zip(places, permutations, strict=True)
         )
-        found = {"test": test, "train": train, "value": number(values[r, c])}
-        return {**found, "test_point": self._point("test", test), "train_point": self._point("train", train)}
+        return {**self._pair(test, train, values[r, c]), "place": list(places)}
+
+    def pair(self, test: int, train: int, orders: tuple[str, str]) -> Json:
+        """As `cell`, of a test and a training point, wherever they stand in these orders."""
+        require_ranked(self.result, "pair")
+        _check_index("test", test, self.result.shape[0])
+        _check_index("train", train, self.result.shape[1])
+        permutations = self._permutations(orders)
+        places = [
+            index if order is None else int(np.flatnonzero(order == index)[0])
+            for index, order in zip((test, train), permutations, strict=True)
+        ]
+        values, _ = self.pictures.ordered(slice(test, test + 1), slice(train, train + 1), (None, None))
+        return {**self._pair(test, train, values[0, 0]), "place": places}
+
+    def _pair(self, test: int, train: int, value: np.float32) -> Json:
+        found = {"test": test, "train": train, "value": number(value)}
+        return {**found, "test_point": self.known.point("test", test), "train_point": self.known.point("train", train)}
 
     def test_point(self, index: int, k: int) -> Json:
         """A test point with the training points that help and harm it most."""
@@ -117,28 +148,30 @@ class ResultApi:
         partial = not self.result.complete
         helpful = self.result.top(index, k, partial=partial)
         harmful = self.result.bottom(index, k, partial=partial)
-        bound = float(self._column("error_bound")[index])
+        bound = float(self.known.column("error_bound")[index])
         ends = {}
         for name, ranking in (("helpful", helpful), ("harmful", harmful)):
             ends[name] = [
-                {**self._point("train", j), "value": number(v), "bound": number(bound * self._norm(j))}
+                {**self.known.point("train", j), "value": number(v), "bound": number(bound * self.known.norm(j))}
                 for j, v in zip(ranking.indices.tolist(), ranking.values.tolist(), strict=True)
             ]
+        if not partial:
+            self._take_apart(index, ends)
         names = ("test_gradient_norm", "relative_residual", "error_bound")
-        own = {name: number(self._column(name)[index]) for name in names}
+        own = {name: number(self.known.column(name)[index]) for name in names}
         how = {
-            "iterations": int(self._column("iterations")[index]),
-            "converged": bool(self._column("converged")[index]),
+            "iterations": int(self.known.column("iterations")[index]),
+            "converged": bool(self.known.column("converged")[index]),
         }
-        return {**self._point("test", index, small=False), **own, **how, **ends, "partial": partial}
+        return {**self.known.point("test", index, small=False), **own, **how, **ends, "partial": partial}
 
     def train_point(self, index: int, k: int) -> Json:
         """A training point with the test points that it helps and harms most. Reads one column."""
         _check_index("train", index, self.result.shape[1])
-        found = self._point("train", index, small=False)
-        found["train_gradient_norm"] = number(self._norm(index))
+        found = self.known.point("train", index, small=False)
+        found["train_gradient_norm"] = number(self.known.norm(index))
         for name in ("net_harm", "self_influence"):
-            values = self._suspicion(name)
+            values = self.known.suspicion(name)
             found[name] = None if values is None else number(values[index])
         found.update(helpful=[], harmful=[], partial=True)
         if self.result.finished_strips()[index // self.result.layout.strip]:
@@ -147,12 +180,12 @@ class ResultApi:
             for name, rank in ends.items():
                 ranking = rank(index, _listed(k))
                 pairs = zip(ranking.indices.tolist(), ranking.values.tolist(), strict=True)
-                found[name] = [{**self._point("test", i), "value": number(v)} for i, v in pairs]
+                found[name] = [{**self.known.point("test", i), "value": number(v)} for i, v in pairs]
         return found
 
     def suspects(self, by: str, k: int) -> Json:
         """The training points that are most suspicious of a wrong label: by net_harm, self_influence or train_loss."""
-        values = self._suspicion(by) if by in SUSPICIONS else None
+        values = self.known.suspicion(by) if by in SUSPICIONS else None
         if values is None:
             raise SettingError(
                 f"`by` must be what is known of {', '.join(SUSPICIONS)}; {by[:40]!r} is not recorded. Self-influences "
@@ -163,73 +196,123 @@ class ResultApi:
         first = np.argpartition(-numbers, k - 1)[:k]
         order = first[np.lexsort((first, -numbers[first]))]
         listed = [j for j in order.tolist() if np.isfinite(numbers[j])]
-        return {"by": by, "points": [{**self._point("train", j), "score": number(values[j])} for j in listed]}
+        return {"by": by, "points": [{**self.known.point("train", j), "score": number(values[j])} for j in listed]}
 
-    def convergence(self) -> Json:
-        """Residuals and bounds of the rows, at most 4096 of them, and the state of every strip (runs of equal ones)."""
-        n_test = self.result.shape[0]
-        rows = np.unique(np.linspace(0, n_test - 1, min(n_test, 4096)).astype(np.int64))
-        status = self.result.finished_strips().astype(np.int8)
-        status[self.result.lost_strips()] = 2
-        apart = {i: reason for i, reason in self.result.quarantined.items() if i < status.size}
-        status[list(apart)] = 3
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(status)) + 1])
-        lengths = np.diff(np.concatenate([starts, [status.size]]))
-        runs = [[int(status[s]), int(n)] for s, n in zip(starts, lengths, strict=True)]
-        known = {name: self._column(name)[rows] for name in ("relative_residual", "error_bound", "converged")}
-        recorded = json.dumps(dict(self.result.provenance), indent=2, default=str)
-        columns = {name: [number(v) for v in values.tolist()] for name, values in known.items()}
+    def test_set(self, tests: slice | None, of: float | None, among: float | None, k: int) -> Json:
+        """The training points that help and harm a set of test points most: a range of them, or those of a class.
+
+        of: the label of the test points; among: only training points of this label are ranked. Reads the set's rows.
+        """
+        rows = self._rows(tests, of)
+        found = self._totals(rows)
+        means = found.values / rows.size
+        eligible = np.ones(means.size, np.bool_) if among is None else self.known.of_class("train", among)
+        bound = float(np.mean(self.known.column("error_bound")[rows], dtype=np.float64))
+        ends = {
+            name: [
+                {**self.known.point("train", j), "value": number(means[j]), "bound": number(bound * self.known.norm(j))}
+                for j in largest(sign * means, eligible, _listed(k))
+            ]
+            for name, sign in (("helpful", 1.0), ("harmful", -1.0))
+        }
+        losses = self.known.column("test_loss")[rows]
         return {
-            "rows": rows.tolist(),
-            **columns,
-            "strips": runs,
-            "set_apart": apart,
-            "provenance": recorded,
+            "n": int(rows.size),
+            "first": [self.known.point("test", i) for i in rows[:SHOWN_OF_SET].tolist()],
+            "loss": number(np.mean(losses, dtype=np.float64)),
+            "names": {"of": self.known.name("test", of), "among": self.known.name("train", among)},
+            "n_among": int(eligible.sum()),
+            "partial": bool(self.result.n_missing),
+            "damaged": found.damaged[:100],
+            **ends,
         }
 
-    def _point(self, axis: Axis, index: int, *, small: bool = True) -> Json:
-        source = self.sources[axis]
-        labels = self._labels(axis)
-        label = None if labels is None else source.name_of(float(labels[index]))
-        loss = number(self._column(f"{axis}_loss")[index])
-        return {"index": index, "label": label, "loss": loss, "sample": show(source, index, small=small)}
+    def class_table(self, everything: bool) -> Json:
+        """Mean influences of classes on classes; everything: from all strips, not from some."""
+        require_ranked(self.result, "classes")
+        tests, trains = self.known.classes("test"), self.known.classes("train")
+        if tests is None or trains is None:
+            raise SettingError(
+                "classes are shown of test and training points with labels. Store them with `distinfluence annotate`, "
+                f"at most {MAX_CLASSES} classes."
+            )
+        key = f"table {everything}"
+        table = self._tables.get(key) or class_table(self.result, tests, trains, everything)
+        if self.result.complete:
+            self._tables[key] = table
+        return {
+            "values": [[number(v) for v in row] for row in table.values.tolist()],
+            "n_read": table.n_strips,
+            "damaged": table.damaged[:100],
+        }
+
+    def saliency(self, test: int, train: int, k: int) -> Json:
+        """Influences by input of a pair, in a result of mode `perturbation`, and whose inputs move the test point."""
+        check_pair(self.result)
+        _check_index("test", test, self.result.shape[0])
+        _check_index("train", train, self.result.shape[1])
+        ranked = strongest(self.result, test, _listed(k))
+        values = self.result[test, train]
+        return {
+            "test_point": self.known.point("test", test, small=False),
+            "train_point": self.known.point("train", train, small=False),
+            "known": bool(np.isfinite(values).all()),
+            **saliency(values),
+            "strongest": None if ranked is None else [{**self.known.point("train", j), "norm": v} for j, v in ranked],
+        }
+
+    def convergence(self) -> Json:
+        """Residuals and bounds of the rows, the worst of them, and the state of every strip (runs of equal ones)."""
+        names = ("relative_residual", "error_bound", "converged", "iterations")
+        known = {name: self.known.column(name) for name in names}
+        rows = drawn_rows(known["relative_residual"], known["error_bound"])
+        runs, apart = strip_runs(self.result)
+        worst = [
+            {"index": row, **{name: number(known[name][row]) for name in names}, "label": self.known.label("test", row)}
+            for row in worst_rows(known)
+        ]
+        return {
+            "rows": rows.tolist(),
+            **{name: [number(v) for v in known[name][rows].tolist()] for name in names[:3]},
+            "worst": worst,
+            "strips": runs,
+            "set_apart": apart,
+            "provenance": recorded(self.result),
+        }
+
+    def _take_apart(self, index: int, ends: Mapping[str, list[Json]]) -> None:
+        """Add to what is ranked what it is made of, by block and by position, where the run kept it."""
+        found = self.result.contributions(index)
+        if found is None:
+            return
+        for name, shares in (("helpful", found.helpful), ("harmful", found.harmful)):
+            for r, (point, by_block) in enumerate(zip(ends[name], shares.by_block, strict=False)):
+                point["blocks"] = strongest_blocks(found.blocks, by_block)
+                if shares.by_token is not None:
+                    point["tokens"] = on_tokens(self.sources["train"], point["index"], shares.by_token[r])
+
+    def _rows(self, tests: slice | None, of: float | None) -> NDArray[np.int64]:
+        if of is not None:
+            return np.flatnonzero(self.known.of_class("test", of))
+        tests = slice(0, self.result.shape[0]) if tests is None else tests
+        check_window("tests", tests, self.result.shape[0])
+        return np.arange(tests.start, tests.stop)
+
+    def _totals(self, rows: NDArray[np.int64]) -> Totals:
+        """Of the last sets that were asked for, kept once the result does not change any more."""
+        require_ranked(self.result, "test sets")
+        key = rows.tobytes()
+        found = self._sets.pop(key, None) or totals(self.result, rows)
+        if self.result.complete:
+            self._sets[key] = found
+            while len(self._sets) > KEPT_SETS:
+                self._sets.pop(next(iter(self._sets)), None)
+        return found
 
     def _worst_tests(self) -> list[int]:
-        losses = self._column("test_loss")
+        losses = self.known.column("test_loss")
         order = np.argsort(-np.nan_to_num(losses, nan=-np.inf), kind="stable")[:WORST]
         return [row for row in order.tolist() if np.isfinite(losses[row])]
-
-    def _norm(self, train_index: int) -> float:
-        return float(self._column("train_gradient_norm")[train_index])
-
-    def _column(self, name: str) -> NDArray[Any]:
-        """A per-point array; kept once the result does not change any more."""
-        if name not in self._kept:
-            values = np.asarray(getattr(self.result, name))
-            if not self.result.complete:
-                return values
-            self._kept[name] = values
-        return self._kept[name]
-
-    def _labels(self, axis: Axis) -> NDArray[Any] | None:
-        key = f"{axis} labels"
-        if key not in self._kept:
-            labels = self.sources[axis].labels()
-            if labels is None:
-                return None
-            n = self.result.shape[0 if axis == "test" else 1]
-            if labels.shape != (n,):
-                raise CorruptStoreError(f"labels of {axis} points must be ({n},), got {labels.shape}.")
-            self._kept[key] = labels
-        return self._kept[key]
-
-    def _suspicion(self, name: str) -> NDArray[Any] | None:
-        if name == "net_harm":
-            return -self._column("train_total")
-        if name == "self_influence":
-            return self.sources["train"].self_influence()
-        losses = self._column("train_loss")
-        return None if np.isnan(losses).all() else losses
 
     def _order_names(self, axis: Axis) -> list[str]:
         return ["stored", *self._orders[axis]] if self.pictures.can_be_ordered else ["stored"]
@@ -241,12 +324,12 @@ class ResultApi:
         found: dict[Axis, dict[str, Permutation]] = {}
         for axis in ("test", "train"):
             known: dict[str, NDArray[Any] | None] = {
-                "class": self._labels(axis),
-                "norm": self._column(f"{axis}_gradient_norm"),
-                "loss": self._column(f"{axis}_loss"),
+                "class": self.known.labels(axis),
+                "norm": self.known.column(f"{axis}_gradient_norm"),
+                "loss": self.known.column(f"{axis}_loss"),
             }
             if axis == "train":
-                known["net harm"] = self._suspicion("net_harm")
+                known["net harm"] = self.known.suspicion("net_harm")
             found[axis] = orders_of(known)
         if self.result.complete and min(self.result.shape) <= 1024:
             found["test"]["cluster"] = found["train"]["cluster"] = np.empty(0, np.int64)  # made when it is asked for
@@ -266,12 +349,6 @@ class ResultApi:
             matrix = self.result[:]
             own[name] = cluster_order(matrix if axis == "test" else matrix.T)
         return own[name]
-
-
-def number(value: Any) -> float | None:
-    """A number as JSON has it: None where there is none."""
-    value = float(value)
-    return value if math.isfinite(value) else None
 
 
 def _listed(k: int) -> int:
