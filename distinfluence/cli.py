@@ -86,6 +86,7 @@ def _job(path: Path, cluster: Path | None) -> "Job":
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--resume", is_flag=True, help="Go on with a result that was begun with the same model, data and method.")
+@click.option("--check", is_flag=True, help="With --resume: read what is there first, and make anew what is damaged.")
 @click.option("--overwrite", is_flag=True, help="Replace a result that distinfluence wrote.")
 @_cluster_option
 @click.option(
@@ -101,6 +102,7 @@ def _job(path: Path, cluster: Path | None) -> "Job":
 def run(
     job: Path,
     resume: bool,
+    check: bool,
     overwrite: bool,
     cluster: Path | None,
     part: str | None,
@@ -130,8 +132,10 @@ def run(
         described = _job(job, cluster)
         if was_requeued() and not (overwrite and not begun_here(described)):
             resume, overwrite = True, False  # what this job's last start left
+        if check and not resume:
+            raise click.UsageError("--check is for a result that is there: add --resume.")
         if part is not None:
-            if overwrite or cluster is not None:
+            if overwrite or check or cluster is not None:
                 raise click.UsageError("--part goes on with what is there, without a cluster: drop the other option.")
             click.echo(summary(run_part(described, part, progress=Progress(not quiet))))
             return
@@ -139,6 +143,7 @@ def run(
             described,
             overwrite=overwrite,
             resume=resume,
+            check=check,
             progress=Progress(not quiet),
             logs=logs,
             report=report,
@@ -168,16 +173,16 @@ def plan(job: Path, cluster: Path | None) -> None:
 @click.option("--trains", default=64, show_default=True, type=click.IntRange(min=1), help="Training samples.")
 @click.option("--seed", default=0, show_default=True, help="Of the random sample.")
 def verify(job: Path, tests: int, trains: int, seed: int) -> None:
-    """Compute a random sample of the result of JOB again, by another method and in float64.
+    """Read the whole result of JOB, and compute a random sample of it again, by another method and in float64.
 
-    Ends with status 1 if an error is larger than its bound.
+    Ends with status 1 if a byte is not as it was written, or an error is larger than its bound.
     """
     from distinfluence.config import Job
     from distinfluence.job import verify_job
 
     with _clean_errors():
         found = verify_job(Job.read(job), n_test=tests, n_train=trains, seed=seed)
-        click.echo(str(found))
+        click.echo(f"every byte as it was written; {found}")
         if found.within_bounds is False:
             sys.exit(1)
 

@@ -36,7 +36,7 @@ def condition(result: InfluenceResult, *, check: bool = False) -> str:
     damaged = result.damaged_strips() if check else result.lost_strips()
     if damaged:
         some = ", ".join(map(str, damaged[:10])) + (", …" if len(damaged) > 10 else "")
-        return f"damaged: strips {some}; `reopen` them and resume the run"
+        return f"damaged: strips {some}; `run JOB --resume --check` makes them again"
     done = f"{result.layout.n_strips - result.n_missing} of {result.layout.n_strips} strips"
     checked = ", every byte as it was written" if check else ""
     apart = "".join(f"; strip {i} was set apart: {reason}" for i, reason in result.quarantined.items())

@@ -286,6 +286,7 @@ class InfluenceCalculator(ABC):
         mantissa_bits: int = FLOAT32_BITS,
         overwrite: bool = False,
         resume: bool = False,
+        check: bool = False,
         progress: bool | Progress = True,
         attributes: Mapping[str, object] | None = None,
         share: Share | None = None,
@@ -300,7 +301,8 @@ class InfluenceCalculator(ABC):
         stored for each test point. mantissa_bits: fewer than float32's 23 round the stored values, with a relative
         error of 2^-(bits + 1) that error bounds include, and compress them: 10 take about half the space. overwrite:
         replace a result at `path`. resume: go on with it if it was begun with the same model, data and settings, begin
-        if there is none. attributes: JSON values to keep in the result. share: make a part of the strips only, beside
+        if there is none. check: of a result that is gone on with, read everything first, and make anew what is damaged.
+        attributes: JSON values to keep in the result. share: make a part of the strips only, beside
         other runs that make the others. Raises StoreError if `path` cannot be used, NotFittedError before `fit`, and
         what the checks of data raise; ChunkFailedError when all strips are written but some that failed every time they
         were tried.
@@ -333,9 +335,12 @@ class InfluenceCalculator(ABC):
             overwrite=overwrite,
             resume=resume,
             attributes=attributes or {},
+            check=check,
             share=share,
         )
-        return write_influences(Path(path), fitted, request, self._scratch.kept, _progress(progress))
+        bars, output = _progress(progress), Path(path).expanduser().absolute()
+        with bars.beside(output):
+            return write_influences(output, fitted, request, self._scratch.kept, bars)
 
     def require_space(self, plan: Plan, path: str | Path, mantissa_bits: int = FLOAT32_BITS) -> None:
         """Pass if the disks of `path` and of the scratch folder have room for what the plan will write.
