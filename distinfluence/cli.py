@@ -6,8 +6,9 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -16,11 +17,12 @@ import click
 
 import distinfluence
 from distinfluence.browse.commands import condition, register
-from distinfluence.errors import DistinfluenceError, SettingError
+from distinfluence.errors import DistinfluenceError, SettingError, StoreNotFoundError
 
 if TYPE_CHECKING:
     from distinfluence.config import Job
     from distinfluence.store import InfluenceResult, Ranking
+    from distinfluence.store.manifest import RunState
 
 Kind = Literal["image", "text", "table"]
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -220,16 +222,30 @@ def _sizes(shape: str) -> tuple[int, ...]:
 @click.option("--check", is_flag=True, help="Read everything and compare the checksums.")
 @click.option("--json", "as_json", is_flag=True, help="Everything that is recorded, as JSON.")
 def info(path: str, check: bool, as_json: bool) -> None:
-    """What the result at PATH holds, what made it, and how far it converged."""
+    """What the result at PATH holds, what made it, and how far it converged.
+
+    Of a result that is not complete also the run: at which stage it is, how fast, and whether it lives or died; from
+    the run's first moment, when there is no result yet. Asks no scheduler.
+    """
     from distinfluence.store import open_influences
     from distinfluence.store.html import facts
+    from distinfluence.store.manifest import read_runs
     from distinfluence.summary import summary
 
     with _clean_errors():
-        result = open_influences(path)
+        runs = [] if "://" in path else read_runs(Path(path).expanduser().absolute())
+        known_runs = [{**asdict(run), "condition": run.condition()} for run in runs]
+        try:
+            result = open_influences(path)
+        except StoreNotFoundError:
+            if not runs:
+                raise
+            click.echo(json.dumps({"runs": known_runs}, indent=2) if as_json else _runs(runs))
+            return
         if as_json:
             bad = result.damaged_strips() if check else result.lost_strips()
-            click.echo(json.dumps({**result.provenance, "progress": result.progress, "damaged_strips": bad}, indent=2))
+            found = {"progress": result.progress, "damaged_strips": bad, "runs": known_runs}
+            click.echo(json.dumps({**result.provenance, **found}, indent=2))
             return
         provenance = result.provenance
         known = {"solver", "parameters"} <= set(provenance)
@@ -238,9 +254,15 @@ def info(path: str, check: bool, as_json: bool) -> None:
             f"state: {condition(result, check=check)}, created {provenance.get('created')}, "
             f"sign: {provenance.get('sign_convention')}"
         )
+        if not result.complete:
+            click.echo(_runs(runs))
         for name, value in provenance.get("fingerprints", {}).items():
             click.echo(f"sha256 of {name.replace('_', ' ')}: {value[:16]}…")
         click.echo("versions: " + ", ".join(f"{k} {v}" for k, v in provenance.get("versions", {}).items()))
+
+
+def _runs(runs: "Sequence[RunState]") -> str:
+    return "\n".join(map(str, runs)) or "no run is at work on it: go on with `distinfluence run JOB --resume`"
 
 
 @main.command()

@@ -35,7 +35,7 @@ from distinfluence.scaling import (
 )
 from distinfluence.scaling.chunks import chunked, recut, take_samples
 from distinfluence.scaling.clusters import ANSWER_SECONDS, planned_memory, planned_workers
-from distinfluence.scaling.device import task_device
+from distinfluence.scaling.device import smallest_device, task_device
 from distinfluence.scaling.executor import InProcess, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import fingerprint_module
@@ -157,7 +157,8 @@ def _computed(
     train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
     test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
     with progress.stage("plan", None, "samples"):
-        plan = _planned(job, calculator, train, test, began)
+        # parts would all measure the same, at the same time
+        plan = _planned(job, calculator, train, test, began, calibrate=share is None)
     progress.say(str(plan))
     calculator.require_space(plan, job.path(job.output), job.mantissa_bits)
     train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
@@ -196,7 +197,7 @@ def plan_job(job: Job) -> Plan:
     else:
         with connected(spec) as client:
             workers = max(planned_workers(spec) or 1, len(client.nthreads()))
-            machine = Machine(workers, worker_memory(client), process_bytes())
+            machine = Machine(workers, worker_memory(client), process_bytes(), smallest_device(client, job.device))
     train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
     test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
     return _planned(job, calculator, train, test, chunks_of(job.path(job.output)), machine, True)

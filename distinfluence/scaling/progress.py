@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +79,7 @@ class Progress:
         self._file: Path | None = None
         self._state = RunState.here()
         self._bar: Bar | None = None
+        self._one_at_a_time = threading.Lock()
 
     @contextmanager
     def beside(self, output: Path, part: str = "") -> Iterator[None]:
@@ -105,7 +106,8 @@ class Progress:
             heart.join()
             self._tell()
             if not self._state.ended:
-                self._file.unlink(missing_ok=True)
+                with suppress(OSError):
+                    self._file.unlink(missing_ok=True)
             self._file = None
 
     def _beat(self, ended: threading.Event) -> None:
@@ -114,13 +116,14 @@ class Progress:
 
     def _tell(self) -> None:
         bar = self._bar
-        if bar is not None:
-            self._state = replace(
-                self._state, stage=bar.name, done=bar.count, total=bar.total, unit=bar.unit, seconds=bar.elapsed
-            )
-        self._state = replace(self._state, heard=time.time())
-        if self._file is not None:
-            write_state(self._file, self._state)
+        with self._one_at_a_time:
+            if bar is not None:
+                self._state = replace(
+                    self._state, stage=bar.name, done=bar.count, total=bar.total, unit=bar.unit, seconds=bar.elapsed
+                )
+            self._state = replace(self._state, heard=time.time())
+            if self._file is not None:
+                write_state(self._file, self._state)
 
     def say(self, text: str) -> None:
         """A line that people should read, above the bar if there is one."""
