@@ -1,14 +1,16 @@
 """Job files: every mistake is named with its remedy, before anything runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping
+from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping, job
 from distinfluence.config import METHODS, Job
-from distinfluence.errors import ConfigError, RecipeError
+from distinfluence.errors import ConfigError, MissingDependencyError, RecipeError
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -149,3 +151,23 @@ def test_numbers_need_no_dot(tmp_path: Path) -> None:
     job = Job.read(tmp_path / "job.yaml")
     assert job.method == {"name": "cg", "rtol": 1e-4, "atol": 1e-12}
     assert job.scratch == Path("1e-4")
+
+
+def test_a_performance_report_is_dasks_own_and_wants_bokeh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    @contextmanager
+    def recorded(filename: str) -> Iterator[None]:
+        asked.append(filename)
+        yield
+
+    monkeypatch.setattr(job, "performance_report", recorded)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with job.reported(None):
+        pass
+    with pytest.raises(MissingDependencyError, match="pip install bokeh"), job.reported(tmp_path / "report.html"):
+        pass
+    assert asked == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with job.reported(tmp_path / "report.html"):
+        assert asked == [str(tmp_path / "report.html")]

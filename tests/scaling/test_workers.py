@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from distributed import Client, Nanny, Scheduler, SpecCluster
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
 from distinfluence import (
     CgInfluence,
@@ -199,3 +199,13 @@ def test_a_run_plans_for_the_workers_that_will_come(case: Case, client: Client, 
     jobs = ClusterSpec("slurm", workers=4, settings={"memory": "8GB", "processes": 2})
     assert planned_workers(jobs) == 8
     assert planned_workers(ClusterSpec("address", address="tcp://host:1")) is None
+
+
+def test_several_threads_in_a_worker_take_turns(case: Case, tmp_path: Path) -> None:
+    influence = DirectInfluence(case.model, case.loss, 0.01, second_order_mode="ggn")
+    one = LocalCluster(n_workers=1, threads_per_worker=3, processes=False, dashboard_address=":0")
+    with one as cluster, Client(cluster) as client:
+        calculator = DaskInfluenceCalculator(influence, client).fit(*case.train, chunk_size=2)
+        result = calculator.to_zarr(tmp_path / "i.zarr", *case.test, test_chunk_size=1, progress=False)
+    here = SequentialInfluenceCalculator(influence).fit(*case.train, chunk_size=2)
+    np.testing.assert_allclose(result[:], here.influences(*case.test).compute(), rtol=1e-6, atol=1e-9)
