@@ -86,6 +86,8 @@ def test_paths_and_modules_are_looked_up_beside_the_file(tmp_path: Path) -> None
         ),
         ({"method": "cg"}, "`method` must be a mapping, got 'cg'."),
         ({"mode": "down"}, "has 1 mistake:"),
+        ({"output": "s3://bucket/i.zarr"}, "`output`: must be a folder to be written to, got 's3://bucket/i.zarr'."),
+        ({"scratch": "gs://bucket/x"}, "`scratch`: must be a folder to be written to"),
     ],
 )
 def test_a_mistake_in_a_job_is_named_with_what_was_meant(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -171,3 +173,8 @@ def test_a_performance_report_is_dasks_own_and_wants_bokeh(tmp_path: Path, monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with job.reported(tmp_path / "report.html"):
         assert asked == [str(tmp_path / "report.html")]
+
+
+def test_an_output_may_be_named_as_a_url_of_a_file(tmp_path: Path) -> None:
+    made = Job.parse(content(output=f"file://{tmp_path}/i.zarr"), tmp_path)
+    assert made.path(made.output) == (tmp_path / "i.zarr").resolve()

@@ -47,6 +47,7 @@ from distinfluence.scaling.tasks import (
 )
 from distinfluence.scaling.worker import Context, Scratch, SourcePlane
 from distinfluence.store import InfluenceResult, check_output, chunks_of, combine, fingerprint_settings
+from distinfluence.store.folder import local_path
 from distinfluence.store.layout import FLOAT32_BITS
 
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
@@ -338,7 +339,7 @@ class InfluenceCalculator(ABC):
             check=check,
             share=share,
         )
-        bars, output = _progress(progress), Path(path).expanduser().absolute()
+        bars, output = _progress(progress), local_path(path)
         with bars.beside(output):
             return write_influences(output, fitted, request, self._scratch.kept, bars)
 
@@ -348,7 +349,7 @@ class InfluenceCalculator(ABC):
         Raises DiskFullError, saying how much to free.
         """
         stored = (mantissa_bits + SIGN_AND_EXPONENT) / (FLOAT32_BITS + SIGN_AND_EXPONENT)
-        require_space(plan, Path(path).expanduser().absolute(), self._scratch.kept, stored)
+        require_space(plan, local_path(path), self._scratch.kept, stored)
 
     @property
     def fit_report(self) -> FitReport:
