@@ -6,8 +6,9 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -16,12 +17,13 @@ import click
 
 import distinfluence
 from distinfluence.browse.commands import condition, register
-from distinfluence.errors import DistinfluenceError, SettingError
+from distinfluence.errors import DistinfluenceError, SettingError, StoreNotFoundError
 
 if TYPE_CHECKING:
     from distinfluence.config import Job
     from distinfluence.job_points import Axis, JobPoints
     from distinfluence.store import InfluenceResult
+    from distinfluence.store.manifest import RunState
 
 Kind = Literal["image", "text", "table"]
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -87,6 +89,7 @@ def _job(path: Path, cluster: Path | None) -> "Job":
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--resume", is_flag=True, help="Go on with a result that was begun with the same model, data and method.")
+@click.option("--check", is_flag=True, help="With --resume: read what is there first, and make anew what is damaged.")
 @click.option("--overwrite", is_flag=True, help="Replace a result that distinfluence wrote.")
 @_cluster_option
 @click.option(
@@ -102,6 +105,7 @@ def _job(path: Path, cluster: Path | None) -> "Job":
 def run(
     job: Path,
     resume: bool,
+    check: bool,
     overwrite: bool,
     cluster: Path | None,
     part: str | None,
@@ -131,8 +135,10 @@ def run(
         described = _job(job, cluster)
         if was_requeued() and not (overwrite and not begun_here(described)):
             resume, overwrite = True, False  # what this job's last start left
+        if check and not resume:
+            raise click.UsageError("--check is for a result that is there: add --resume.")
         if part is not None:
-            if overwrite or cluster is not None:
+            if overwrite or check or cluster is not None:
                 raise click.UsageError("--part goes on with what is there, without a cluster: drop the other option.")
             click.echo(summary(run_part(described, part, progress=Progress(not quiet))))
             return
@@ -140,6 +146,7 @@ def run(
             described,
             overwrite=overwrite,
             resume=resume,
+            check=check,
             progress=Progress(not quiet),
             logs=logs,
             report=report,
@@ -169,16 +176,16 @@ def plan(job: Path, cluster: Path | None) -> None:
 @click.option("--trains", default=64, show_default=True, type=click.IntRange(min=1), help="Training samples.")
 @click.option("--seed", default=0, show_default=True, help="Of the random sample.")
 def verify(job: Path, tests: int, trains: int, seed: int) -> None:
-    """Compute a random sample of the result of JOB again, by another method and in float64.
+    """Read the whole result of JOB, and compute a random sample of it again, by another method and in float64.
 
-    Ends with status 1 if an error is larger than its bound.
+    Ends with status 1 if a byte is not as it was written, or an error is larger than its bound.
     """
     from distinfluence.config import Job
     from distinfluence.job import verify_job
 
     with _clean_errors():
         found = verify_job(Job.read(job), n_test=tests, n_train=trains, seed=seed)
-        click.echo(str(found))
+        click.echo(f"every byte as it was written; {found}")
         if found.within_bounds is False:
             sys.exit(1)
 
@@ -216,16 +223,30 @@ def _sizes(shape: str) -> tuple[int, ...]:
 @click.option("--check", is_flag=True, help="Read everything and compare the checksums.")
 @click.option("--json", "as_json", is_flag=True, help="Everything that is recorded, as JSON.")
 def info(path: str, check: bool, as_json: bool) -> None:
-    """What the result at PATH holds, what made it, and how far it converged."""
+    """What the result at PATH holds, what made it, and how far it converged.
+
+    Of a result that is not complete also the run: at which stage it is, how fast, and whether it lives or died; from
+    the run's first moment, when there is no result yet. Asks no scheduler.
+    """
     from distinfluence.store import open_influences
     from distinfluence.store.html import facts
+    from distinfluence.store.manifest import read_runs
     from distinfluence.summary import summary
 
     with _clean_errors():
-        result = open_influences(path)
+        runs = [] if "://" in path else read_runs(Path(path).expanduser().absolute())
+        known_runs = [{**asdict(run), "condition": run.condition()} for run in runs]
+        try:
+            result = open_influences(path)
+        except StoreNotFoundError:
+            if not runs:
+                raise
+            click.echo(json.dumps({"runs": known_runs}, indent=2) if as_json else _runs(runs))
+            return
         if as_json:
             bad = result.damaged_strips() if check else result.lost_strips()
-            click.echo(json.dumps({**result.provenance, "progress": result.progress, "damaged_strips": bad}, indent=2))
+            found = {"progress": result.progress, "damaged_strips": bad, "runs": known_runs}
+            click.echo(json.dumps({**result.provenance, **found}, indent=2))
             return
         provenance = result.provenance
         known = {"solver", "parameters"} <= set(provenance)
@@ -234,9 +255,15 @@ def info(path: str, check: bool, as_json: bool) -> None:
             f"state: {condition(result, check=check)}, created {provenance.get('created')}, "
             f"sign: {provenance.get('sign_convention')}"
         )
+        if not result.complete:
+            click.echo(_runs(runs))
         for name, value in provenance.get("fingerprints", {}).items():
             click.echo(f"sha256 of {name.replace('_', ' ')}: {value[:16]}…")
         click.echo("versions: " + ", ".join(f"{k} {v}" for k, v in provenance.get("versions", {}).items()))
+
+
+def _runs(runs: "Sequence[RunState]") -> str:
+    return "\n".join(map(str, runs)) or "no run is at work on it: go on with `distinfluence run JOB --resume`"
 
 
 @main.command()

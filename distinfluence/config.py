@@ -138,6 +138,21 @@ class ClusterSection(Section):
         return _validated(cls, _yaml(path, "cluster file"), str(path), "cluster file")
 
 
+def _folder(value: Any) -> Any:
+    """A path, also as a file:// URL; no other URL."""
+    if isinstance(value, str) and value.startswith("file://"):
+        return value.removeprefix("file://")
+    if isinstance(value, str) and "://" in value:
+        raise ValueError(
+            f"must be a folder to be written to, got {value!r}. Name one that all workers see; copy the finished "
+            "result to the URL, or mount what is behind it."
+        )
+    return value
+
+
+Folder = Annotated[Path, BeforeValidator(_folder)]
+
+
 class Job(Section):
     """A whole run.
 
@@ -152,7 +167,7 @@ class Job(Section):
     loss: Referenced
     data: DataSection
     method: dict[str, Any]
-    output: Path
+    output: Folder
     mode: Literal["up", "perturbation"] = "up"
     chunks: ChunkSection = ChunkSection()
     cluster: ClusterSection = ClusterSection()
@@ -162,7 +177,7 @@ class Job(Section):
     contributions: bool | PositiveInt = False
     self_influence: bool = False
     certify: bool = False
-    scratch: Path | None = None
+    scratch: Folder | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     _folder: Path = Path()
 

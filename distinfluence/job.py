@@ -11,7 +11,14 @@ import numpy as np
 from distributed import performance_report
 
 from distinfluence.config import Job
-from distinfluence.errors import ConfigError, FingerprintError, MissingDependencyError, SettingError, StoreError
+from distinfluence.errors import (
+    ConfigError,
+    CorruptStoreError,
+    FingerprintError,
+    MissingDependencyError,
+    SettingError,
+    StoreError,
+)
 from distinfluence.evaluate import Verification, verify_entries
 from distinfluence.evaluate.verify import sampled
 from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
@@ -28,7 +35,7 @@ from distinfluence.scaling import (
 )
 from distinfluence.scaling.chunks import chunked, recut, take_samples
 from distinfluence.scaling.clusters import ANSWER_SECONDS, planned_memory, planned_workers
-from distinfluence.scaling.device import task_device
+from distinfluence.scaling.device import smallest_device, task_device
 from distinfluence.scaling.executor import InProcess, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import fingerprint_module
@@ -37,7 +44,7 @@ from distinfluence.scaling.slurm import batch_job
 from distinfluence.scaling.sources import InThisProcess, process_bytes
 from distinfluence.scaling.strips import look
 from distinfluence.scaling.worker import LocalContext, SourcePlane
-from distinfluence.store import InfluenceResult, check_output, chunks_of, open_influences
+from distinfluence.store import InfluenceResult, check_output, chunks_of, find_damage, open_influences
 
 
 def run_job(
@@ -45,20 +52,29 @@ def run_job(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    check: bool = False,
     progress: Progress | None = None,
     logs: Path | None = None,
     report: Path | None = None,
 ) -> InfluenceResult:
     """Start or join the cluster, fit, compute, write; returns the result.
 
-    overwrite, resume: as `InfluenceCalculator.to_zarr`. logs: a folder for a file of JSON lines by each worker. report:
-    an HTML file for Dask's performance report, which needs bokeh. Files of the run lie in `scratch` until it is
+    overwrite, resume, check: as `InfluenceCalculator.to_zarr`. logs: a folder for a file of JSON lines by each worker.
+    report: an HTML file for Dask's performance report, which needs bokeh. Files of the run lie in `scratch` until it is
     complete.
     """
     progress = progress or Progress()
-    model, recipe = job.influence_model()
     output = job.path(job.output)
     check_output(output, overwrite=overwrite, resume=resume)
+    with progress.beside(output):
+        return _run(job, overwrite, resume, check, progress, logs, report)
+
+
+def _run(
+    job: Job, overwrite: bool, resume: bool, check: bool, progress: Progress, logs: Path | None, report: Path | None
+) -> InfluenceResult:
+    model, recipe = job.influence_model()
+    output = job.path(job.output)
     scratch = _scratch(job, output)
     began = chunks_of(output) if resume else None
     folder = output.with_name(f"{output.name}.logs") if logs is None else logs.resolve()
@@ -74,7 +90,7 @@ def run_job(
             device=job.device,
             workers=planned_workers(job.cluster_spec()),
         )
-        result = _computed(job, calculator, began, progress, overwrite=overwrite, resume=resume)
+        result = _computed(job, calculator, began, progress, overwrite=overwrite, resume=resume, check=check)
     _remove(job, scratch, calculator)
     return result
 
@@ -119,8 +135,9 @@ def run_part(job: Job, part: str, *, progress: Progress | None = None) -> Influe
             "`chunks` must say `train`, `test` and `panel` where several processes share a result, got "
             f"{job.chunks.model_dump(exclude_none=True)}. `distinfluence plan` proposes them."
         )
-    calculator = SequentialInfluenceCalculator(model.to(task_device(job.device)), scratch=scratch)
-    result = _computed(job, calculator, began, progress, resume=True, share=share)
+    with progress.beside(output, part):
+        calculator = SequentialInfluenceCalculator(model.to(task_device(job.device)), scratch=scratch)
+        result = _computed(job, calculator, began, progress, resume=True, share=share)
     if result.complete:
         _remove(job, scratch, calculator)
     return result
@@ -134,12 +151,14 @@ def _computed(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    check: bool = False,
     share: Share | None = None,
 ) -> InfluenceResult:
     train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
     test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
     with progress.stage("plan", None, "samples"):
-        plan = _planned(job, calculator, train, test, began)
+        # parts would all measure the same, at the same time
+        plan = _planned(job, calculator, train, test, began, calibrate=share is None)
     progress.say(str(plan))
     calculator.require_space(plan, job.path(job.output), job.mantissa_bits)
     train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
@@ -158,6 +177,7 @@ def _computed(
         self_influence=job.self_influence,
         overwrite=overwrite,
         resume=resume,
+        check=check,
         progress=progress,
         attributes={"job": job.model_dump(mode="json"), "batch_job": batch_job()},
         share=share,
@@ -179,7 +199,7 @@ def plan_job(job: Job) -> Plan:
     else:
         with connected(spec) as client:
             workers = max(planned_workers(spec) or 1, len(client.nthreads()))
-            machine = Machine(workers, worker_memory(client), process_bytes())
+            machine = Machine(workers, worker_memory(client), process_bytes(), smallest_device(client, job.device))
     train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
     test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
     return _planned(job, calculator, train, test, chunks_of(job.path(job.output)), machine, True)
@@ -215,13 +235,19 @@ def _planned(
 def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verification:
     """Compare a random sample of the job's result with exact influences, computed here by another method.
 
-    The training data are loaded and swept in this process. Raises FingerprintError if the result was made with another
+    The whole result is read first, and its checksums compared: raises CorruptStoreError, naming what is damaged. The
+    training data are loaded and swept in this process. Raises FingerprintError if the result was made with another
     model or other data, and SettingError for a result of mode "perturbation".
     """
     asked, _ = job.influence_model()
     result = open_influences(job.path(job.output))
     if len(result.shape) != 2:
         raise SettingError("`output` holds influences of mode 'perturbation', expected 'up'. Only those are verified.")
+    damage = find_damage(job.path(job.output))
+    if damage:
+        raise CorruptStoreError(
+            f"`output` {result.path} is damaged: {damage}. `run --resume --check` makes that again, and nothing else."
+        )
     solver = result.provenance["solver"]
     # a Kronecker-factored fit is made again: its dampings by layer, and what its bounds refer to, belong to it
     model: InfluenceFunctionModel = asked

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from click.testing import CliRunner, Result
 import distinfluence
 from distinfluence import open_influences
 from distinfluence.cli import STOPPING, _clean_errors, main
-from distinfluence.scaling import ClusterSpec, connected
+from distinfluence.scaling import ClusterSpec, Progress, connected
 from distinfluence.store import InfluenceWriter, Layout
+from distinfluence.store.manifest import RunState, manifest_file, write_state
 from tests.reference import Reference
 from tests.test_job import content
 from tests.zoo import build
@@ -145,6 +147,26 @@ def test_info_says_what_a_result_holds_and_how_far_it_converged(tmp_path: Path) 
     parsed = json.loads(command("info", tmp_path / "i.zarr", "--json").output)
     assert parsed["solver"]["method"] == "CgInfluence"
     assert parsed["progress"] == 1.0
+
+
+def test_info_says_of_a_run_whether_it_lives_died_or_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "i.zarr"
+    assert command("info", path).exit_code == 1
+    with Progress(show=False).beside(path):
+        begun = command("info", path)
+        assert begun.exit_code == 0
+        assert "run running (beginning" in begun.output
+        assert json.loads(command("info", path, "--json").output)["runs"][0]["condition"] == "running"
+    writer = InfluenceWriter.create(path, Layout(n_test=2, n_train=6, strip=3), {})
+    writer.write_strip(0, np.zeros((2, 3)))
+    assert "no run is at work on it" in command("info", path).output
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    write_state(manifest_file(path), replace(RunState.here(), pid=child.pid, stage="strips", done=1, total=2))
+    assert "run dead (strips: 1 of 2" in command("info", path).output
+    writer.write_strip(1, np.zeros((2, 3)))
+    writer.finish()
+    assert "dead" not in command("info", path).output
 
 
 def test_top_lists_the_most_helpful_and_the_most_harmful(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ from distinfluence.scaling.tasks import (
 )
 from distinfluence.scaling.worker import Context, Scratch, SourcePlane
 from distinfluence.store import InfluenceResult, check_output, chunks_of, combine, fingerprint_settings
+from distinfluence.store.folder import local_path
 from distinfluence.store.layout import FLOAT32_BITS
 
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
@@ -289,6 +290,7 @@ class InfluenceCalculator(ABC):
         self_influence: bool = False,
         overwrite: bool = False,
         resume: bool = False,
+        check: bool = False,
         progress: bool | Progress = True,
         attributes: Mapping[str, object] | None = None,
         share: Share | None = None,
@@ -307,10 +309,11 @@ class InfluenceCalculator(ABC):
         self_influence: keep what each training point does to its own loss, for as much work as solving for n_train
         test points: little where solves sweep over no data, more than all else where they do. overwrite: replace a
         result at `path`. resume: go on with it if it was begun with the same model, data and settings, begin if there
-        is none; extras can be asked for then as well. attributes: JSON values to keep in the result. share: make a
-        part of the strips only, beside other runs that make the others. Raises StoreError if `path` cannot be used,
-        NotFittedError before `fit`, and what the checks of data raise; ChunkFailedError when all strips are written but
-        some that failed every time they were tried.
+        is none; extras can be asked for then as well. check: of a result that is gone on with, read everything first,
+        and make anew what is damaged. attributes: JSON values to keep in the result. share: make a part of the strips
+        only, beside other runs that make the others. Raises StoreError if `path` cannot be used, NotFittedError before
+        `fit`, and what the checks of data raise; ChunkFailedError when all strips are written but some that failed
+        every time they were tried.
         """
         check_output(path, overwrite=overwrite, resume=resume)
         if overwrite and resume:
@@ -343,9 +346,12 @@ class InfluenceCalculator(ABC):
             attributes=attributes or {},
             contributions=n_shown,
             self_influence=self_influence,
+            check=check,
             share=share,
         )
-        return write_influences(Path(path), fitted, request, self._scratch.kept, _progress(progress))
+        bars, output = _progress(progress), local_path(path)
+        with bars.beside(output):
+            return write_influences(output, fitted, request, self._scratch.kept, bars)
 
     def require_space(self, plan: Plan, path: str | Path, mantissa_bits: int = FLOAT32_BITS) -> None:
         """Pass if the disks of `path` and of the scratch folder have room for what the plan will write.
@@ -353,7 +359,7 @@ class InfluenceCalculator(ABC):
         Raises DiskFullError, saying how much to free.
         """
         stored = (mantissa_bits + SIGN_AND_EXPONENT) / (FLOAT32_BITS + SIGN_AND_EXPONENT)
-        require_space(plan, Path(path).expanduser().absolute(), self._scratch.kept, stored)
+        require_space(plan, local_path(path), self._scratch.kept, stored)
 
     @property
     def fit_report(self) -> FitReport:

@@ -2,9 +2,10 @@
 
 import os
 import socket
+from collections.abc import Callable
 
 import torch
-from distributed import get_worker
+from distributed import Client, get_worker
 
 from distinfluence.errors import ClusterError, SettingError
 
@@ -36,6 +37,31 @@ def task_device(asked: str) -> torch.device:
             "for jobs of SLURM) and a torch built for it, or say `device: auto`."
         )
     return torch.device("cuda", _number_in_job() % torch.cuda.device_count())
+
+
+def device_memory(device: torch.device, read: Callable[[torch.device], tuple[int, int]] | None = None) -> int | None:
+    """Bytes that this process may take on a GPU: what is free, and what it holds itself. None for the host.
+
+    read: gives (free, total) bytes of a device, torch's own unless given.
+    """
+    if device.type == "cpu":
+        return None
+    free, total = (read or torch.cuda.mem_get_info)(device)
+    held = torch.cuda.memory_reserved(device) if device.type == "cuda" and read is None else 0
+    return min(total, free + held)
+
+
+def smallest_device(client: Client, asked: str) -> int | None:
+    """`device_memory` of the worker that has least, where tasks are to compute on `asked`; None without GPUs."""
+    if asked == "cpu":
+        return None
+    found = client.run(_task_device_memory, asked, on_error="ignore")  # who lacks a GPU says so in its first task
+    known = [memory for memory in found.values() if memory is not None]
+    return min(known) if known else None
+
+
+def _task_device_memory(asked: str) -> int | None:
+    return device_memory(task_device(asked))
 
 
 def _number_in_job() -> int:

@@ -11,7 +11,7 @@ from distinfluence.influence.arrays import Array
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.device import check_device
+from distinfluence.scaling.device import check_device, smallest_device
 from distinfluence.scaling.executor import Executor, OnCluster, check_resources, check_workers, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.plane import DaskPlane
@@ -92,7 +92,8 @@ class DaskInfluenceCalculator(InfluenceCalculator):
 
     def _machine(self) -> Machine:
         workers = max(self._workers, len(self.client.nthreads()))
-        return Machine(workers, worker_memory(self.client), self._seen.process)
+        on_device = smallest_device(self.client, self._device or self.model.risk.device.type)
+        return Machine(workers, worker_memory(self.client), self._seen.process, on_device)
 
 
 class OnWorkers(Keys):

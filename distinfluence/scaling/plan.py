@@ -15,6 +15,7 @@ to KEPT_ROW_BYTES of gradients that are kept, where the curvature is made of the
 Fisher matrix, DataInf). The gradients of the training set are made ⌈m / panel⌉ times for the strips.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ STRIPS_PER_WORKER = 4  # at least, so that a slow one does not hold up the end
 SMALLEST, LARGEST = 16, 8192  # training points in a strip, where nobody says better
 GROUPS, FAN_IN = 256, 4  # parts, at most, in which a pass sums the chunks; and how many of such sums one task adds
 PER_WORKER = 2  # of these parts that are under way on a worker: one runs, one waits
+ON_HOST = frozenset({"an idle process", "data sets", "kept chunks"})  # parts of a stage that no GPU holds
 TEST_CHUNK = 1024  # test points that are solved together, where memory allows
 
 
@@ -71,16 +73,25 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it is to run. workers: processes; memory: bytes that each may take; process: bytes of an idle one."""
+    """Where it is to run. workers: processes; memory: bytes that each may take; process: bytes of an idle one.
+
+    device_memory: bytes that each may take on the GPU that it computes on; None where that is the host.
+    """
 
     workers: int
     memory: int
     process: int
+    device_memory: int | None = None
 
     @property
     def kept(self) -> int:
         """Bytes of loaded chunks that a worker keeps."""
         return kept_bytes(self.memory)
+
+    @property
+    def resident(self) -> int:
+        """Bytes where factors are held while strips are made: of the host or its GPU, whichever has fewer."""
+        return self.memory if self.device_memory is None else min(self.memory, self.device_memory)
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,11 @@ class Stage:
     def bytes(self) -> int:
         """Peak of a worker."""
         return sum(self.parts.values())
+
+    @property
+    def on_device(self) -> Mapping[str, int]:
+        """The parts that lie on the GPU of a worker that has one."""
+        return {name: nbytes for name, nbytes in self.parts.items() if name not in ON_HOST}
 
 
 @dataclass(frozen=True)
@@ -176,7 +192,8 @@ class Plan:
         work, machine, chunks = self.work, self.machine, self.chunks
         lines = [
             f"plan: {work.n_test} × {work.n_train} influences of {work.p} parameters on {machine.workers} "
-            f"worker{'s' if machine.workers > 1 else ''} of {_size(machine.memory)}",
+            f"worker{'s' if machine.workers > 1 else ''} of {_size(machine.memory)}"
+            + ("" if machine.device_memory is None else f" with {_size(machine.device_memory)} on a GPU"),
             f"  chunks: {chunks.train} training points in each of {_count(self.n_strips, 'strip')}, {chunks.test} test "
             f"points in each of {_count(self.n_solves, 'solve')} (by {self.solve}), factors in "
             f"{_count(self.n_panels, 'panel')} of {chunks.panel}",
@@ -204,7 +221,7 @@ def make_plan(work: Work, machine: Machine, asked: Asked | None = None, rates: R
     chunks = Chunks(
         train=min(work.n_train, asked.train or _strip(work, machine)),
         test=min(work.n_test, asked.test or _test_chunk(work, machine)),
-        panel=min(work.n_test, asked.panel or max(1, int(RESIDENT_SHARE * machine.memory) // work.row)),
+        panel=min(work.n_test, asked.panel or max(1, int(RESIDENT_SHARE * machine.resident) // work.row)),
     )
     n_solves, n_strips = _ceil(work.n_test, chunks.test), _ceil(work.n_train, chunks.train)
     solve = asked.solve
@@ -314,7 +331,10 @@ def _solving(work: Work, rows: int) -> int:
 
 
 def _room(work: Work, machine: Machine) -> int:
-    return max(1, int(USABLE * machine.memory) - machine.process - work.model_bytes - work.built_bytes - machine.kept)
+    room = int(USABLE * machine.memory) - machine.process - work.model_bytes - work.built_bytes - machine.kept
+    if machine.device_memory is not None:
+        room = min(room, int(USABLE * machine.device_memory) - work.model_bytes)
+    return max(1, room)
 
 
 def _strip(work: Work, machine: Machine) -> int:
@@ -355,11 +375,15 @@ def _remarks(work: Work, chunks: Chunks) -> tuple[str, ...]:
 
 
 def _check(plan: Plan) -> None:
-    limit = int(0.95 * plan.machine.memory)
-    for stage in plan.stages:
-        if stage.bytes <= limit:
+    limits = [(plan.machine.memory, False)]
+    if plan.machine.device_memory is not None:
+        limits.append((plan.machine.device_memory, True))
+    for stage, (memory, on_device) in itertools.product(plan.stages, limits):
+        parts, limit = stage.on_device if on_device else stage.parts, int(0.95 * memory)
+        needed = sum(parts.values())
+        if needed <= limit:
             continue
-        name, largest = max(stage.parts.items(), key=lambda part: part[1])
+        name, largest = max(parts.items(), key=lambda part: part[1])
         remedy = {
             "the solve": "Pass a smaller `test_chunk_size` (chunks.test), or a method that holds fewer vectors: "
             "chebyshev, datainf.",
@@ -370,9 +394,10 @@ def _check(plan: Plan) -> None:
             "the fitted state": "Use an iterative method, such as cg, or block_structure='layer_wise'.",
         }.get(name, "")
         raise PlanError(
-            f"the stage {stage.name!r} needs {_size(stage.bytes)} a worker, which may take {_size(limit)} (95 % of its "
-            f"memory limit); most of it is {name}, {_size(largest)}. {remedy}{' Or g' if remedy else 'G'}ive each "
-            f"worker at least {_size(int(stage.bytes / USABLE))}, fewer workers on a host for instance."
+            f"the stage {stage.name!r} needs {_size(needed)} a worker, which may take {_size(limit)} (95 % of "
+            f"{'its GPU' if on_device else 'its memory limit'}); most of it is {name}, {_size(largest)}. "
+            f"{remedy}{' Or g' if remedy else 'G'}ive each worker at least {_size(int(needed / USABLE))}"
+            f"{' of GPU memory.' if on_device else ', fewer workers on a host for instance.'}"
         )
 
 

@@ -52,7 +52,7 @@ from distinfluence.scaling.tasks import (
     write_strip,
 )
 from distinfluence.scaling.worker import Context, samples_of
-from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, open_influences
+from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, mend, open_influences
 from distinfluence.store.fingerprint import combine, fingerprint_settings
 
 FACTORS_FORMAT = 2  # of their files in the scratch folder; those of another are not taken
@@ -79,7 +79,8 @@ class Request:
 
     plan: chunk sizes, panel, and where is solved: "rows" solves each test chunk on one worker, which sweeps the
     training set by itself; "data" solves here and spreads each sweep over the workers. input_shape: of one training
-    input for mode "perturbation", else empty. share: the part of the strips to make, of runs that work on one result.
+    input for mode "perturbation", else empty. check: read what is there of a run that goes on, and make anew what is
+    damaged. share: the part of the strips to make, of runs that work on one result.
     """
 
     test: ChunkedData
@@ -94,6 +95,7 @@ class Request:
     attributes: Mapping[str, object]
     contributions: int = 0
     self_influence: bool = False
+    check: bool = False
     share: Share | None = None
 
 
@@ -169,6 +171,8 @@ def write_influences(
     share = request.share
     with share.alone() if share is not None else nullcontext():
         writer = _writer(path, layout, fingerprints, settings, fitted, request)
+        if request.check and (damage := mend(writer)):
+            progress.warn(f"{damage} of {path} are damaged and made again.")
     belongs = {**fingerprints, "settings": fingerprint_settings({**settings, "format": FACTORS_FORMAT})}
     folder = scratch / f"factors-{combine(belongs)[:16]}"
     with scratch_errors(scratch, folder.name):

@@ -32,7 +32,15 @@ from distinfluence.scaling.files import appearing, save_whole, scratch_errors
 from distinfluence.scaling.logs import logged_task
 from distinfluence.scaling.plan import Rates
 from distinfluence.scaling.sources import ChunkSource, built_bytes
-from distinfluence.scaling.worker import Chunk, Context, load, named_samples, torch_task
+from distinfluence.scaling.worker import (
+    Chunk,
+    Context,
+    broadcast_tensors,
+    forget_broadcasts,
+    load,
+    named_samples,
+    torch_task,
+)
 from distinfluence.store import InfluenceWriter, Layout
 from distinfluence.store.fingerprint import fingerprint_arrays
 from distinfluence.store.layout import FLOAT32_BITS
@@ -308,6 +316,7 @@ def resident_panels(file: str, panel: int, device: torch.device) -> Iterator[tor
     key = f"{file} on {device}"
     if key not in _factors:
         _factors.clear()
+        forget_broadcasts()
         mapped = np.load(file, mmap_mode="c", allow_pickle=False)
         if panel < len(mapped):
             for start in range(0, len(mapped), panel):
@@ -328,9 +337,7 @@ def run_kernel(
     """
     doing = {"kernel": type(kernel).__name__, "chunks": len(chunks)}
     with logged_task("pass", **doing), torch_task(context) as model:
-        tensors = [
-            to_tensor(np.load(path, mmap_mode="c", allow_pickle=False)).to(model.risk.device) for path in broadcast
-        ]
+        tensors = broadcast_tensors(broadcast, model.risk.device)
         total: tuple[torch.Tensor, ...] = ()
         for chunk, index, start, size in chunks:
             with named_samples(index, start, size):

@@ -288,6 +288,27 @@ def named_samples(index: int, start: int, size: int) -> Iterator[None]:
         raise SampleError(f"{named}: {type(error).__name__}: {error}") from error
 
 
+_broadcasts: dict[tuple[tuple[str, ...], torch.device], list[torch.Tensor]] = {}
+
+
+def broadcast_tensors(files: tuple[str, ...], device: torch.device) -> list[torch.Tensor]:
+    """The tensors that all chunks of a pass get: read, and put on the device, once in a process.
+
+    files: .npy files, of other names in each pass. Those of the pass before are dropped. To be called within a
+    `torch_task`, and only read.
+    """
+    key = (files, device)
+    if key not in _broadcasts:
+        _broadcasts.clear()
+        _broadcasts[key] = [to_tensor(np.load(file, mmap_mode="c", allow_pickle=False)).to(device) for file in files]
+    return _broadcasts[key]
+
+
+def forget_broadcasts() -> None:
+    """Give back the memory of the last pass: no other one is near."""
+    _broadcasts.clear()
+
+
 _chunks: OrderedDict[str, ArrayBatch] = OrderedDict()
 
 

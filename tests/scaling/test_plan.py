@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from distributed import Client
 from torch import nn
 
 from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence, SequentialInfluenceCalculator
 from distinfluence.errors import PlanError, SettingError
 from distinfluence.influence.demand import Demand
 from distinfluence.scaling import Machine, make_plan
+from distinfluence.scaling.device import device_memory, smallest_device
 from distinfluence.scaling.plan import Asked, Rates, Work
 from tests.zoo import build
 
@@ -120,3 +123,47 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         calculator.plan(*case.train, *case.test, solve="columns")
     with pytest.raises(SettingError, match="`panel_size`"):
         calculator.plan(*case.train, *case.test, panel_size=0)
+
+
+# --- GPUs, whose memory is given ------------------------------------------------------------------------------------
+
+
+def test_a_gpu_with_less_memory_than_its_host_decides_chunks_and_panels() -> None:
+    wide = replace(WORK, p=10_000_000, model_bytes=40_000_000)
+    host, gpu = make_plan(wide, MACHINE), make_plan(wide, replace(MACHINE, device_memory=8 * GIB))
+    assert gpu.chunks.panel == (8 * GIB // 4) // wide.row < host.chunks.panel
+    assert gpu.chunks.train <= host.chunks.train
+    assert gpu.chunks.test < host.chunks.test
+    for stage in gpu.stages:
+        assert sum(stage.on_device.values()) <= 0.95 * 8 * GIB
+        assert not {"an idle process", "kept chunks", "data sets"} & set(stage.on_device)
+    assert "of 32.0 GiB with 8.0 GiB on a GPU" in str(gpu)
+    assert make_plan(wide, replace(MACHINE, device_memory=80 * GIB)).chunks == host.chunks
+
+
+def test_what_does_not_fit_on_a_gpu_is_refused_with_the_change_that_would() -> None:
+    small = replace(MACHINE, device_memory=2 * GIB)
+    with pytest.raises(PlanError, match=r"95 % of its GPU.*chunks\.panel.*of GPU memory\."):
+        make_plan(replace(WORK, p=10_000_000), small, Asked(panel=200))
+
+
+def test_the_memory_of_a_gpu_is_what_is_free_and_of_the_host_nothing_is_said() -> None:
+    assert device_memory(torch.device("cpu")) is None
+    assert device_memory(torch.device("meta"), read=lambda device: (3 * GIB, 8 * GIB)) == 3 * GIB
+
+
+class Reporting:
+    """A client whose workers answer as they are told."""
+
+    def __init__(self, *answers: int | None) -> None:
+        self.answers = answers
+
+    def run(self, function: Any, *arguments: Any, on_error: str) -> dict[str, int | None]:
+        assert arguments == ("auto",)
+        return {str(number): answer for number, answer in enumerate(self.answers)}
+
+
+def test_of_many_workers_the_smallest_gpu_counts() -> None:
+    assert smallest_device(cast(Client, Reporting(8, None, 5)), "auto") == 5
+    assert smallest_device(cast(Client, Reporting(None, None)), "auto") is None
+    assert smallest_device(cast(Client, Reporting()), "cpu") is None

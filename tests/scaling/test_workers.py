@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from distributed import Client, Nanny, Scheduler, SpecCluster
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
 from distinfluence import (
     CgInfluence,
@@ -218,3 +218,13 @@ def test_a_worker_that_dies_as_it_is_looked_at_does_not_end_the_run() -> None:
     answers += [{"a": OSError("cannot be reached")}]
     with pytest.raises(ClusterError, match="cannot be reached"):
         check_workers(Dying(), "folder", 0.0)  # type: ignore[arg-type]
+
+
+def test_several_threads_in_a_worker_take_turns(case: Case, tmp_path: Path) -> None:
+    influence = DirectInfluence(case.model, case.loss, 0.01, second_order_mode="ggn")
+    one = LocalCluster(n_workers=1, threads_per_worker=3, processes=False, dashboard_address=":0")
+    with one as cluster, Client(cluster) as client:
+        calculator = DaskInfluenceCalculator(influence, client).fit(*case.train, chunk_size=2)
+        result = calculator.to_zarr(tmp_path / "i.zarr", *case.test, test_chunk_size=1, progress=False)
+    here = SequentialInfluenceCalculator(influence).fit(*case.train, chunk_size=2)
+    np.testing.assert_allclose(result[:], here.influences(*case.test).compute(), rtol=1e-6, atol=1e-9)
