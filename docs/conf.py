@@ -19,7 +19,11 @@ version = release = distinfluence.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build", "truth/*"]  # tables that truth.md includes
-nitpicky = False
+nitpicky = True
+# types of third parties, and of modules that are private though a signature names them; public names must be found
+nitpick_ignore_regex = [
+    ("py:class", r"(?!distinfluence\.((curvature|errors|evaluate|influence|scaling|solvers|store)\.)?\w+$).*")
+]
 default_role = "code"
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
@@ -65,7 +69,7 @@ class Commands(SphinxDirective):
             yield f"| `{name}{f' {usage}' if usage else ''}` | | {command.get_short_help_str(200)} |"
             for option in command.params:
                 record = option.get_help_record(context)
-                if record is not None:
+                if record is not None and record[1]:  # arguments are in the line of the command
                     yield f"| | `{record[0].replace('|', '/')}` | {record[1].replace('|', '/')} |"
 
 

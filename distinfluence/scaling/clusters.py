@@ -53,7 +53,7 @@ class ClusterSpec:
     kind: "local" starts `workers` processes of one thread on this host (2 if left out), listening on the loopback
     interface only; "cuda" one for each GPU that this process sees, or for the first `workers` of them; a queue
     ("slurm", "pbs", … or the class of a dask-jobqueue cluster as "module:Class") submits `workers` jobs and replaces
-    those that end; "address" and "scheduler_file" join a running scheduler at `address` (tcp://…, or the file's path)
+    those that end; "address" and "scheduler_file" join a running scheduler at `address` (`tcp://…`, or the file's path)
     and leave it running. settings: of jobs, dask-jobqueue's own; of GPUs, those of dask-cuda's LocalCUDACluster.
     minimum: of jobs, let Dask have between so many and `workers` of them, as there is work. memory_limit: of each
     local worker, as Dask reads it ("auto": its share of the host). timeout: seconds to wait for the scheduler and the
