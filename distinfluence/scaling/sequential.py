@@ -58,4 +58,4 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
 
     def _machine(self) -> Machine:
         process = process_bytes()
-        return Machine(1, process + free_bytes(torch.device("cpu")), process)
+        return Machine(1, process + free_bytes(torch.device("cpu")), process, alone=True)
