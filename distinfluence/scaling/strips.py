@@ -144,10 +144,10 @@ def write_influences(
         if failures:
             raise _quarantined(writer, {pending[position]: error for position, error in failures.items()})
     with share.alone() if share is not None else nullcontext():
-        if share is not None:
-            if writer.pending():
-                return open_influences(path)  # whoever makes the last strip finishes
-            _write_all_fields(writer, test, folder)
+        if share is not None and writer.pending():
+            return open_influences(path)  # whoever makes the last strip finishes
+        # also what an earlier run wrote: unlike strips, it may not have reached the disk when the power failed
+        _write_all_fields(writer, test, folder)
         writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
         shutil.rmtree(folder, ignore_errors=True)
     return open_influences(path)
@@ -198,7 +198,7 @@ def _quarantined(writer: InfluenceWriter, failures: Mapping[int, Exception]) -> 
 
 
 def _write_all_fields(writer: InfluenceWriter, test: ChunkedData, folder: Path) -> None:
-    """What is known of the test points, which runs with a share of the strips leave to the last of them."""
+    """What is known of the test points, from the scratch folder."""
     for start, size in zip(test.starts, test.sizes, strict=True):
         if fields_file(str(folder / "factors.npy"), start).is_file():  # else the last one was here before
             fields = saved_fields(str(folder / "factors.npy"), start)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from distinfluence import (
     CgInfluence,
     DaskInfluenceCalculator,
-    DirectInfluence,
     InfluenceFunctionModel,
     InverseHarmonicMeanInfluence,
     NystroemSketchInfluence,
@@ -66,14 +65,12 @@ def nystroem(model: nn.Module) -> InfluenceFunctionModel:
 
 
 def cg(model: nn.Module) -> InfluenceFunctionModel:
-    return CgInfluence(model, nn.CrossEntropyLoss(), 0.1, rtol=1e-3, atol=0.0, maxiter=3, second_order_mode="ggn")
+    return CgInfluence(model, nn.CrossEntropyLoss(), 0.1, rtol=1e-3, atol=0.0, maxiter=2, second_order_mode="ggn")
 
 
-def direct(model: nn.Module) -> InfluenceFunctionModel:
-    return DirectInfluence(model, nn.CrossEntropyLoss(), 0.1, second_order_mode="ggn")
-
-
-def measured(shape: Shape, folder: Path, method: Method = datainf, solve: str = "auto") -> tuple[Plan, int]:
+def measured(
+    shape: Shape, folder: Path, method: Method = datainf, solve: str = "auto", chunk_size: int | None = None
+) -> tuple[Plan, int]:
     """The plan of a run, and the most that its worker took, in bytes."""
     with connected(ClusterSpec(workers=1, memory_limit="4GiB")) as client:
         calculator = DaskInfluenceCalculator(method(shape.model()), client, scratch=folder / "scratch")
@@ -81,7 +78,7 @@ def measured(shape: Shape, folder: Path, method: Method = datainf, solve: str = 
             Recipe("tests.scaling.test_memory:samples", {"n": n, "features": shape.features})
             for n in (shape.n_train, shape.n_test)
         )
-        plan = calculator.plan(train, None, test, solve=solve)
+        plan = calculator.plan(train, None, test, solve=solve, chunk_size=chunk_size)
         client.run(forget_peak)
         calculator.fit(train, chunk_size=plan.chunks.train)
         sizes = {"test_chunk_size": plan.chunks.test, "panel_size": plan.chunks.panel}
@@ -98,17 +95,16 @@ def test_workers_take_what_the_plan_says(name: str, tmp_path: Path) -> None:
 
 
 SUMS: dict[str, tuple[Shape, Method]] = {
-    "of a sketch": (Shape(n_test=8, n_train=512, width=1_000, features=500), nystroem),
-    "of products, by data": (Shape(n_test=24, n_train=512, width=1_000, features=500), cg),
-    "of a matrix": (Shape(n_test=8, n_train=512, width=30, features=100), direct),
+    "of a sketch": (Shape(n_test=8, n_train=64, width=500, features=500), nystroem),
+    "of products, by data": (Shape(n_test=24, n_train=64, width=500, features=500), cg),
 }
 
 
 @pytest.mark.parametrize("what", SUMS)
 def test_workers_hold_as_many_partial_sums_as_the_plan_says(what: str, tmp_path: Path) -> None:
     shape, method = SUMS[what]
-    plan, most = measured(shape, tmp_path, method, "data")
-    assert sum(stage.parts.get("sums", 0) for stage in plan.stages) > 0.4 * plan.peak
+    plan, most = measured(shape, tmp_path, method, "data", chunk_size=4)
+    assert sum(stage.parts.get("sums", 0) for stage in plan.stages) > 0.3 * plan.peak
     assert abs(most - plan.peak) <= 0.25 * plan.peak
 
 
