@@ -1,8 +1,9 @@
 """The data plane on Dask: the same kernels, summed over the chunks on the workers, a tree of sums of groups.
 
 A pass writes the broadcast tensors to files once (k·p numbers; workers read them through the page cache) and adds what
-the kernel gives for each chunk as `sums` says. Nothing but the final sum comes back. Its tasks are few, however many
-chunks there are, and go the way of all others: tried again if they fail, started elsewhere if a worker stands still.
+the kernel gives for each chunk as `groups` and `sums` say. Nothing but the final sum comes back. Its tasks are few,
+however many chunks there are, and go the way of all others: tried again if they fail, started elsewhere if a worker
+stands still.
 """
 
 import uuid
@@ -21,7 +22,8 @@ from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import OnCluster
 from distinfluence.scaling.files import save_whole
 from distinfluence.scaling.flight import Queue
-from distinfluence.scaling.sums import Tree, groups
+from distinfluence.scaling.groups import groups
+from distinfluence.scaling.sums import Tree
 from distinfluence.scaling.tasks import run_kernel
 from distinfluence.scaling.worker import WorkerContext
 

@@ -60,4 +60,4 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
     def _machine(self) -> Machine:
         process = process_bytes()
         on_device = device_memory(self.model.risk.device)
-        return Machine(1, process + free_bytes(torch.device("cpu")), process, on_device)
+        return Machine(1, process + free_bytes(torch.device("cpu")), process, on_device, alone=True)

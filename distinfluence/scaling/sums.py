@@ -1,12 +1,8 @@
-"""The tree of a sum over chunks: which groups are summed where, and what is added to what, in an order that is fixed.
-
-Chunks are cut into at most GROUPS groups of neighbours. A task sums one group, chunk after chunk; FAN_IN of those sums
-are added as soon as they are there, before further groups are begun, and so on. Groups and tree depend on the number of
-chunks alone, so that the bits of a sum do not depend on how many workers there are or which of them took what.
+"""The tree of a sum over chunks: a task for each group of chunks and for each addition, few of them at a time.
 
 A worker takes a run of neighbouring groups, in their order, the same as in the pass before: it has their chunks, and
-most additions are between its own sums. Who has nothing left takes from whoever has most. Thus a worker holds, of
-results of a kernel, at most what `plan.results_held` says.
+most additions are between its own sums. Who has nothing left takes from whoever has most. FAN_IN sums are added as soon
+as they are there, before further groups are begun, so that a worker holds few: at most what `groups.results_held` says.
 """
 
 from collections import Counter, deque
@@ -16,28 +12,8 @@ from typing import Any
 from distributed import Future
 
 from distinfluence.scaling.flight import Agenda, Call
-from distinfluence.scaling.plan import FAN_IN, GROUPS, PER_WORKER
+from distinfluence.scaling.groups import FAN_IN, PER_WORKER, homes
 from distinfluence.scaling.tasks import add_parts, run_kernel
-
-
-def groups(n_chunks: int) -> list[range]:
-    """The chunks of each group: neighbours, as many in each as in any other or one more."""
-    n = min(n_chunks, GROUPS)
-    return [range(n_chunks * i // n, n_chunks * (i + 1) // n) for i in range(n)]
-
-
-def homes(n_groups: int, before: dict[int, str], workers: Sequence[str]) -> dict[int, str]:
-    """Group → worker: the one that had it if it is there, as long as none has more than its share."""
-    share = -(-n_groups // len(workers))
-    load: Counter[str] = Counter(dict.fromkeys(workers, 0))
-    found: dict[int, str] = {}
-    for group in range(n_groups):
-        had = before.get(group, "")
-        if had in load and load[had] < share:
-            found[group] = had
-            load[had] += 1
-    free = iter([worker for worker in workers for _ in range(share - load[worker])])
-    return found | {group: next(free) for group in range(n_groups) if group not in found}
 
 
 class Tree(Agenda):

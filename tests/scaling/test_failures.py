@@ -233,6 +233,30 @@ def test_a_run_that_goes_on_takes_the_fit_that_it_left(case: Case, tmp_path: Pat
     np.testing.assert_array_equal(*results)
 
 
+def test_what_a_power_cut_took_of_the_test_points_is_written_again_at_the_end(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(self: InfluenceWriter, summary: Any = None) -> None:
+        for name in ("test_loss", "relative_residual"):
+            for file in (self.path / name / "c").iterdir():
+                file.unlink()
+        raise KeyboardInterrupt
+
+    def run() -> Any:
+        calculator = SequentialInfluenceCalculator(direct(case), scratch=tmp_path / "scratch")
+        calculator.fit(*case.train, chunk_size=12)
+        return calculator.to_zarr(tmp_path / "i.zarr", *case.test, test_chunk_size=2, resume=True, progress=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InfluenceWriter, "finish", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    result = run()
+    assert result.complete
+    assert np.isfinite(np.asarray(result.test_loss)).all()
+    assert np.isfinite(np.asarray(result.relative_residual)).all()
+
+
 def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from distinfluence.errors import PlanError, SettingError
 from distinfluence.influence.demand import Demand
 from distinfluence.scaling import Machine, make_plan
 from distinfluence.scaling.device import device_memory, smallest_device
+from distinfluence.scaling.groups import pass_tasks, results_held
 from distinfluence.scaling.plan import Asked, Rates, Work
 from tests.zoo import build
 
@@ -78,6 +79,37 @@ def test_sizes_that_are_asked_for_stay() -> None:
     assert plan.n_solves == 100
     assert plan.n_panels == 10
     assert plan.stages[1].passes == 100 * Demand().solve_passes
+
+
+def test_a_row_is_multiplied_whole_however_long_it_is() -> None:
+    huge = Machine(workers=2, memory=16_384 * GIB, process=350 * 2**20)
+    for rows, at_once in ((1, 1), (24, 24), (100, 32)):
+        demand = Demand(fit_passes=1, fit_rows=rows, by_method=True)
+        for p in (1_000_000, 1_000_000_000):
+            work = replace(WORK, n_test=8, n_train=1_000, n_fit=1_000, p=p, demand=demand)
+            products = make_plan(work, huge).stages[0].parts["products"]
+            assert products == 4 * 4 * p * (at_once if p == 1_000_000 else 1)
+    on_gpu = replace(WORK, p=100_000, demand=replace(demand, fit_rows=1_000), most_rows=8 * 32)
+    assert make_plan(on_gpu, huge).stages[0].parts["products"] == 4 * 400_000 * 256
+    with pytest.raises(PlanError, match=r"'factors' needs .*"):
+        make_plan(replace(WORK, n_test=8, n_train=1_000, n_fit=1_000, p=1_000_000_000), MACHINE, Asked(solve="data"))
+
+
+def test_a_pass_is_a_few_hundred_tasks_and_its_partial_sums_are_counted() -> None:
+    sketch = Demand(fit_passes=1, fit_rows=100, by_method=True, solve_passes=10)
+    plan = make_plan(replace(WORK, demand=sketch), MACHINE, Asked(train=250, test=8, solve="data"))
+    assert plan.n_strips == 4_000
+    assert plan.stages[0].tasks == 4_000 + pass_tasks(4_000)
+    assert plan.stages[1].tasks == plan.n_solves * (1 + 10 * pass_tasks(4_000))
+    assert pass_tasks(4_000) == pass_tasks(10**6) == 341
+    held = 3 + results_held(4_000, MACHINE.workers)  # and two in the making, and the broadcast rows
+    assert plan.stages[0].parts["sums"] == held * 100 * plan.work.row
+    assert plan.stages[1].parts["sums"] == held * 8 * plan.work.row
+    matrix = replace(WORK, p=1_000, demand=Demand(fit_passes=1, sum_bytes=4 * 1_000**2))
+    matrix_plan = make_plan(matrix, MACHINE, Asked(train=250))
+    assert matrix_plan.stages[0].parts["sums"] == (held - 1) * 4 * 1_000**2 + 4 * 1_000
+    alone = make_plan(matrix, replace(MACHINE, workers=1, alone=True))
+    assert alone.stages[0].parts["sums"] == 2 * 4 * 1_000**2 + 4 * 1_000
 
 
 def test_times_are_given_where_something_was_measured() -> None:

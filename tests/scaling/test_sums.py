@@ -20,9 +20,9 @@ from distinfluence.batch import Batch
 from distinfluence.risk import LossAndGradient
 from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling import ClusterSpec, connected
-from distinfluence.scaling.plan import PER_WORKER, results_held
+from distinfluence.scaling.groups import PER_WORKER, groups, homes, pass_tasks, results_held
 from distinfluence.scaling.plane import DaskPlane
-from distinfluence.scaling.sums import Tree, groups, homes
+from distinfluence.scaling.sums import Tree
 from tests.zoo import build
 
 
@@ -32,7 +32,8 @@ def test_many_chunks_are_few_groups_of_neighbours() -> None:
         assert [chunk for group in found for chunk in group] == list(range(n))
         assert len(found) == min(n, 256)
         assert max(map(len, found)) - min(map(len, found)) <= 1
-    assert Tree([()] * len(groups(4000)), {}).n_tasks == 256 + 64 + 16 + 4 + 1
+        assert Tree([()] * len(found), {}).n_tasks == pass_tasks(n)
+    assert pass_tasks(4000) == pass_tasks(256) == 256 + 64 + 16 + 4 + 1
 
 
 def test_a_worker_has_the_groups_that_it_had_and_none_more_than_its_share() -> None:
@@ -173,7 +174,7 @@ def test_the_tasks_of_a_pass_are_counted_and_chunks_stay_where_they_were(
 ) -> None:
     before = plane.executor.events["submitted"]
     plane.sum(LossAndGradient())
-    assert plane.executor.events["submitted"] - before == Tree([()] * 23, {}).n_tasks == 23 + 6 + 2 + 1
+    assert plane.executor.events["submitted"] - before == pass_tasks(23) == 23 + 6 + 2 + 1
     where: list[Any] = []
     for turn in ("first", "second"):
         (tmp_path / turn).mkdir()
