@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from distinfluence.errors import CorruptStoreError, IncompleteResultError, IndexRangeError, SettingError, ShapeError
+from distinfluence.store.html import table_as_html
 from distinfluence.store.layout import whole_number
 from distinfluence.store.ranking import (
     Ranking,
@@ -29,6 +30,13 @@ class Grouped(NamedTuple):
     test_groups: NDArray[Any]
     train_groups: NDArray[Any]
     values: NDArray[np.float64]
+
+    def _repr_html_(self) -> str:
+        """The first groups of both axes as a table, for notebooks."""
+        rows, columns = self.test_groups[:20].tolist(), self.train_groups[:20].tolist()
+        cells = {str(group): self.values[:20, j].tolist() for j, group in enumerate(columns)}
+        of = f"{self.test_groups.size} groups of test points, {self.train_groups.size} of training points"
+        return table_as_html(of, {"test \\ train": rows, **cells})
 
 
 def rank_column(result: InfluenceResult, end: Literal["top", "bottom"], train_index: int, k: int | None) -> Ranking:
