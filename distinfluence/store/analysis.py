@@ -23,6 +23,8 @@ from distinfluence.store.ranking import (
 if TYPE_CHECKING:
     from distinfluence.store.result import InfluenceResult
 
+End = Literal["top", "bottom"]
+
 
 class Grouped(NamedTuple):
     """Influences of groups on groups. values: [n_test_groups, n_train_groups] float64; the groups are sorted."""
@@ -39,7 +41,7 @@ class Grouped(NamedTuple):
         return table_as_html(of, {"test \\ train": rows, **cells})
 
 
-def rank_column(result: InfluenceResult, end: Literal["top", "bottom"], train_index: int, k: int | None) -> Ranking:
+def rank_column(result: InfluenceResult, end: End, train_index: int, k: int | None) -> Ranking:
     """The test points that a training point helps (top) or harms (bottom) most; k: 10 if None. Reads one column."""
     require_ranked(result, f"{end}_for_train")
     j = checked_index("train_index", train_index, result.layout.n_train)
@@ -118,7 +120,7 @@ def strips(result: InfluenceResult) -> Iterator[tuple[slice, NDArray[np.float32]
 
 def rank_set(
     result: InfluenceResult,
-    end: Literal["top", "bottom"],
+    end: End,
     tests: ArrayLike | slice,
     k: int | None,
     how: Literal["mean", "sum"],

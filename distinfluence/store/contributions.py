@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from distinfluence.errors import CorruptStoreError, SettingError, ShapeError
+from distinfluence.store.analysis import End
 from distinfluence.store.folder import COMPLETE, consolidate, local_path, read_attributes, surfaced_errors
 from distinfluence.store.html import table_as_html
 from distinfluence.store.layout import CHUNK_ROWS, ArraySpec, Layout
@@ -32,7 +33,6 @@ from distinfluence.store.remote import RemoteFolder
 if TYPE_CHECKING:
     from distinfluence.store.result import InfluenceResult
 
-End = Literal["top", "bottom"]
 ENDS: tuple[End, End] = ("top", "bottom")
 MAX_BLOCKS, MAX_TOKENS = 2**16, 2**20
 _VALUES_PER_CHUNK = 2**18  # 1 MiB of float32
