@@ -229,7 +229,7 @@ def info(path: str, check: bool, as_json: bool) -> None:
     the run's first moment, when there is no result yet. Asks no scheduler.
     """
     from distinfluence.store import open_influences
-    from distinfluence.store.html import facts
+    from distinfluence.store.html import facts, model_of
     from distinfluence.store.manifest import read_runs
     from distinfluence.summary import summary
 
@@ -251,6 +251,8 @@ def info(path: str, check: bool, as_json: bool) -> None:
         provenance = result.provenance
         known = {"solver", "parameters"} <= set(provenance)
         click.echo(summary(result) if known else "\n".join(f"{k}: {v}" for k, v in facts(result).items()))
+        if known and model_of(provenance):
+            click.echo(f"model: {model_of(provenance)}")
         click.echo(
             f"state: {condition(result, check=check)}, created {provenance.get('created')}, "
             f"sign: {provenance.get('sign_convention')}"

@@ -45,6 +45,8 @@ def a_result(path: Path) -> None:
             "solver": {"method": "CgInfluence", "second_order_mode": "ggn", "hessian_regularization": {"full": 0.1}},
             "parameters": {"covered": 3, "total": 4, "coverage": 0.75},
             "fingerprints": {"parameters": "ab" * 32},
+            "model": {"class": "torch.nn.modules.container.Sequential"},
+            "job": {"model": {"factory": {"target": "my_model:build", "arguments": {}}}},
         },
     )
     writer.write_test(
@@ -144,6 +146,7 @@ def test_info_says_what_a_result_holds_and_how_far_it_converged(tmp_path: Path) 
     assert "1 of 2 rows converged, worst relative residual 2.0e-05, at most 4 iterations" in text
     assert "factors 1.5 s" in text
     assert "state: complete" in text
+    assert "model: torch.nn.modules.container.Sequential from my_model:build" in text
     parsed = json.loads(command("info", tmp_path / "i.zarr", "--json").output)
     assert parsed["solver"]["method"] == "CgInfluence"
     assert parsed["progress"] == 1.0

@@ -237,6 +237,7 @@ def _writer(
             "coverage": blocks.coverage,
             "uncovered": list(blocks.uncovered),
         },
+        "model": {"class": f"{(kind := type(fitted.model.risk.module)).__module__}.{kind.__qualname__}"},
         "n_fit": fitted.train.n_samples,
         "remarks": list(fitted.model.fit_report.remarks),
         "error_bound": fitted.model.kind_of_bound,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from distinfluence.errors import CorruptStoreError, IncompleteResultError, IndexRangeError, SettingError, ShapeError
+from distinfluence.store.html import table_as_html
 from distinfluence.store.layout import whole_number
 from distinfluence.store.ranking import (
     Ranking,
@@ -22,6 +23,8 @@ from distinfluence.store.ranking import (
 if TYPE_CHECKING:
     from distinfluence.store.result import InfluenceResult
 
+End = Literal["top", "bottom"]
+
 
 class Grouped(NamedTuple):
     """Influences of groups on groups. values: [n_test_groups, n_train_groups] float64; the groups are sorted."""
@@ -30,8 +33,15 @@ class Grouped(NamedTuple):
     train_groups: NDArray[Any]
     values: NDArray[np.float64]
 
+    def _repr_html_(self) -> str:
+        """The first groups of both axes as a table, for notebooks."""
+        rows, columns = self.test_groups[:20].tolist(), self.train_groups[:20].tolist()
+        cells = {str(group): self.values[:20, j].tolist() for j, group in enumerate(columns)}
+        of = f"{self.test_groups.size} groups of test points, {self.train_groups.size} of training points"
+        return table_as_html(of, {"test \\ train": rows, **cells})
 
-def rank_column(result: InfluenceResult, end: Literal["top", "bottom"], train_index: int, k: int | None) -> Ranking:
+
+def rank_column(result: InfluenceResult, end: End, train_index: int, k: int | None) -> Ranking:
     """The test points that a training point helps (top) or harms (bottom) most; k: 10 if None. Reads one column."""
     require_ranked(result, f"{end}_for_train")
     j = checked_index("train_index", train_index, result.layout.n_train)
@@ -110,7 +120,7 @@ def strips(result: InfluenceResult) -> Iterator[tuple[slice, NDArray[np.float32]
 
 def rank_set(
     result: InfluenceResult,
-    end: Literal["top", "bottom"],
+    end: End,
     tests: ArrayLike | slice,
     k: int | None,
     how: Literal["mean", "sum"],

@@ -18,12 +18,14 @@ from zarr.codecs import Crc32cCodec
 
 from distinfluence.errors import CorruptStoreError, DtypeError, SettingError, ShapeError
 from distinfluence.store.folder import COMPLETE, consolidate, local_path, read_attributes, surfaced_errors
+from distinfluence.store.html import table_as_html
 from distinfluence.store.layout import Layout
 from distinfluence.store.opening import is_bounded
 
 Axis = Literal["test", "train"]
 KINDS = ("image", "text", "table")
 _SAMPLES, _IDS = ("values", "text", "offsets"), ("id", "id_text", "id_offsets")
+_KNOWN = ("label", "id", "id_text", "self_influence")
 _SAMPLES_PER_CHUNK = 256
 _BYTES_PER_CHUNK = 2**20
 MAX_NAME = 200  # characters of a class, a column or a block that are read
@@ -122,6 +124,23 @@ class StoredPoints:
         self.classes = names_of(attributes.get("classes"))
         self.columns = names_of(attributes.get("columns"))
         self.range = _ends(attributes.get("range"))
+
+    def __repr__(self) -> str:
+        said = [*([f"samples of kind {self.kind}"] if self.kind else []), *(n for n in self.names() if n in _KNOWN)]
+        return f"<StoredPoints {self.n}, {', '.join(said) or 'nothing stored'}>"
+
+    def _repr_html_(self) -> str:
+        """What is known of the first points, for notebooks."""
+        n = min(self.n, 10)
+        labels, columns = self.labels(), dict[str, list[object]]()
+        columns["point"] = list(range(n))
+        if self.id_of(0) is not None:
+            columns["id"] = [self.id_of(i) for i in range(n)]
+        if labels is not None:
+            columns["label"] = [self.name_of(float(value)) for value in labels[:n]]
+        if self.kind == "text":
+            columns["text"] = [getattr(self.sample(i), "values", "") for i in range(n)]
+        return table_as_html(f"{n} of {self!r}", columns)
 
     def names(self) -> list[str]:
         """The arrays that are stored."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from distinfluence.errors import CorruptStoreError, SettingError, ShapeError
+from distinfluence.store.analysis import End
 from distinfluence.store.folder import COMPLETE, consolidate, local_path, read_attributes, surfaced_errors
+from distinfluence.store.html import table_as_html
 from distinfluence.store.layout import CHUNK_ROWS, ArraySpec, Layout
 from distinfluence.store.ranking import Ranking
 from distinfluence.store.remote import RemoteFolder
@@ -31,7 +33,6 @@ from distinfluence.store.remote import RemoteFolder
 if TYPE_CHECKING:
     from distinfluence.store.result import InfluenceResult
 
-End = Literal["top", "bottom"]
 ENDS: tuple[End, End] = ("top", "bottom")
 MAX_BLOCKS, MAX_TOKENS = 2**16, 2**20
 _VALUES_PER_CHUNK = 2**18  # 1 MiB of float32
@@ -49,6 +50,10 @@ class Shares(NamedTuple):
     by_block: NDArray[np.float32]
     by_token: NDArray[np.float32] | None
 
+    def _repr_html_(self) -> str:
+        """The largest contributions of each pair, for notebooks; `Contributions` names the blocks."""
+        return _shares_as_html("contributions", [f"block {i}" for i in range(self.by_block.shape[1])], self)
+
 
 class Contributions(NamedTuple):
     """What moves one test point most, taken apart. blocks: names of the blocks (layers), one for each column."""
@@ -56,6 +61,11 @@ class Contributions(NamedTuple):
     blocks: list[str]
     helpful: Shares
     harmful: Shares
+
+    def _repr_html_(self) -> str:
+        """Both ends, the first 20 blocks, for notebooks."""
+        ends = {"most helpful": self.helpful, "most harmful": self.harmful}
+        return "".join(_shares_as_html(name, self.blocks, shares) for name, shares in ends.items())
 
 
 def write_contributions(
@@ -151,6 +161,12 @@ def read_contributions(result: InfluenceResult, row: int) -> Contributions | Non
             )
         shares.append(Shares(ranking, own, by_token))
     return Contributions(blocks, *shares)
+
+
+def _shares_as_html(caption: str, blocks: list[str], shares: Shares) -> str:
+    by_block = {name: shares.by_block[:, i].tolist() for i, name in enumerate(blocks[:20])}
+    head = {"train": shares.ranking.indices.tolist(), "influence": shares.ranking.values.tolist()}
+    return table_as_html(caption, {**head, **by_block})
 
 
 def _kept(layout: Layout, top: NDArray[Any]) -> int:

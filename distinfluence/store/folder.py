@@ -63,6 +63,7 @@ _OWN_ENTRIES = frozenset(
 )
 _STALE_SECONDS = 900.0
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nobody can write any more; others may pass
+_ATTRIBUTES_BYTES = 2**26  # of attributes and consolidated metadata, at most
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -210,16 +211,28 @@ def _our_attributes(path: Path | RemoteFolder) -> dict[str, Any] | None:
     if isinstance(path, RemoteFolder):
         metadata = path.read_bytes("zarr.json")
     else:
-        metadata = (path / "zarr.json").read_bytes() if (path / "zarr.json").is_file() else None
+        metadata = (path / "zarr.json").read_bytes() if _is_readable(path / "zarr.json") else None
     if metadata is None:
         return None
     try:
         content = json.loads(metadata)
         attributes = content["attributes"]
         ours = content["node_type"] == "group" and attributes["format"] == FORMAT
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return dict(attributes) if ours else None
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether it is there. Raises CorruptStoreError for one that is too large to be ours: it may be all holes."""
+    if not file.is_file():
+        return False
+    if file.stat().st_size > _ATTRIBUTES_BYTES:
+        raise CorruptStoreError(
+            f"`zarr.json` of {file.parent} has {file.stat().st_size} bytes, expected at most {_ATTRIBUTES_BYTES}. Pass "
+            "another path."
+        )
+    return True
 
 
 def _looks_like(path: Path) -> str:

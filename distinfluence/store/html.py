@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ def facts(result: InfluenceResult) -> dict[str, str]:
     provenance = result.provenance
     done, n_strips = result.layout.n_strips - result.n_missing, result.layout.n_strips
     found = {
+        **({"model": model} if (model := model_of(provenance)) else {}),
         "shape": f"{' × '.join(f'{n:,}' for n in result.shape)} (test × train{' × input' if result.shape[2:] else ''})",
         "state": "complete" if result.complete else f"running, {done} of {n_strips} strips",
         "method": _method(_mapping(provenance.get("solver"))),
@@ -46,11 +47,35 @@ def facts(result: InfluenceResult) -> dict[str, str]:
     return found
 
 
+def model_of(provenance: Mapping[str, Any]) -> str:
+    """The model's class and the factory that a job names, as far as they are recorded; else empty."""
+    kind = _mapping(provenance.get("model")).get("class")
+    factory = _mapping(_mapping(_mapping(provenance.get("job")).get("model")).get("factory")).get("target")
+    named = [str(kind)] if isinstance(kind, str) else []
+    return _cut(" from ".join([*named, *([str(factory)] if isinstance(factory, str) else [])]), 400)
+
+
+def table_as_html(caption: str, columns: Mapping[str, Sequence[object]]) -> str:
+    """A table with a header and one row for each entry; everything is escaped."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    rows = zip(*columns.values(), strict=True)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(_cell(value))}</td>' for value in row)}</tr>" for row in rows)
+    return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float | np.floating) else _cut(str(value), 80)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def _method(solver: Mapping[str, Any]) -> str:
     name = solver.get("method", solver.get("name", "not recorded"))
     details = {key: value for key, value in solver.items() if key not in ("method", "name")}
     text = ", ".join(f"{key} {value}" for key, value in details.items())
-    return f"{name}{': ' if text else ''}{text if len(text) <= 400 else text[:399] + '…'}"
+    return f"{name}{': ' if text else ''}{_cut(text, 400)}"
 
 
 def _worst(residual: NDArray[np.float32]) -> str:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from distinfluence.store.html import table_as_html
+
 _KEYS_AT_ONCE = 2**21  # 16 MiB
 _SIGN = np.uint32(0x8000_0000)
 
@@ -20,6 +22,12 @@ class Ranking(NamedTuple):
 
     indices: NDArray[np.int32]
     values: NDArray[np.float32]
+
+    def _repr_html_(self) -> str:
+        """A table of at most 100 lines, for notebooks."""
+        n = self.indices.shape[0]
+        columns = {"rank": range(1, n + 1), "point": self.indices.tolist(), "influence": self.values.tolist()}
+        return table_as_html(f"{n} points by influence", {name: list(each)[:100] for name, each in columns.items()})
 
 
 def most_helpful(values: NDArray[np.float32], indices: NDArray[np.int32], k: int) -> Ranking:

@@ -16,9 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from distinfluence.errors import (
     CorruptStoreError,
     DistinfluenceError,
-    IncompleteResultError,
     MissingDependencyError,
-    SettingError,
 )
 from distinfluence.store import analysis
 from distinfluence.store.annotations import Axis, StoredPoints, names_of, read_samples
@@ -26,11 +24,12 @@ from distinfluence.store.contributions import Contributions, read_contributions,
 from distinfluence.store.folder import COMPLETE, RUNNING, place_of, read_attributes, surfaced_errors
 from distinfluence.store.html import result_as_html
 from distinfluence.store.labelled import Chunks, as_dataset, as_datatree
-from distinfluence.store.layout import Layout, array_specs, whole_number
+from distinfluence.store.layout import Layout, array_specs
 from distinfluence.store.listing import ranking_table
 from distinfluence.store.opening import GuardedStore, checked, is_bounded, largest_file, open_to_read
-from distinfluence.store.ranking import Ranking, most_harmful, most_helpful
+from distinfluence.store.ranking import Ranking
 from distinfluence.store.remote import RemoteFolder, RemoteStore
+from distinfluence.store.rows import rank_row
 
 if TYPE_CHECKING:
     import pandas
@@ -84,7 +83,7 @@ class InfluenceResult:
 
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
         """A tile, as `result[i]`, `result[i, a:b]`; read from disk, NaN where strips are missing."""
-        return self._read("influences", key)
+        return self.read("influences", key)
 
     def rows(self, rows: NDArray[np.int64], columns: slice) -> NDArray[np.float32]:
         """Some rows of some columns, [n, m, *input_shape]; rows: sorted, from 0. Reads the chunks that hold them."""
@@ -135,27 +134,27 @@ class InfluenceResult:
     @property
     def test_loss(self) -> NDArray[np.float32]:
         """[n_test], NaN where not recorded."""
-        return self._read("test_loss")
+        return self.read("test_loss")
 
     @property
     def test_gradient_norm(self) -> NDArray[np.float32]:
         """[n_test], NaN where not recorded."""
-        return self._read("test_gradient_norm")
+        return self.read("test_gradient_norm")
 
     @property
     def relative_residual(self) -> NDArray[np.float32]:
         """[n_test], relative to the norm of the right-hand side; NaN where not recorded."""
-        return self._read("relative_residual")
+        return self.read("relative_residual")
 
     @property
     def iterations(self) -> NDArray[np.int32]:
         """[n_test], -1 where not recorded."""
-        return self._read("iterations")
+        return self.read("iterations")
 
     @property
     def converged(self) -> NDArray[np.bool_]:
         """[n_test], False where not recorded."""
-        return self._read("converged")
+        return self.read("converged")
 
     @property
     def error_bound(self) -> NDArray[np.float32]:
@@ -164,17 +163,17 @@ class InfluenceResult:
         `provenance["error_bound"]` says whether it is "rigorous" or "heuristic" (it then rests on an estimate of the
         smallest eigenvalue).
         """
-        return self._read("error_bound")
+        return self.read("error_bound")
 
     @property
     def train_loss(self) -> NDArray[np.float32]:
         """[n_train], NaN where not recorded."""
-        return self._read("train_loss")
+        return self.read("train_loss")
 
     @property
     def train_gradient_norm(self) -> NDArray[np.float32]:
         """[n_train], NaN where not recorded."""
-        return self._read("train_gradient_norm")
+        return self.read("train_gradient_norm")
 
     @property
     def train_total(self) -> NDArray[np.float32]:
@@ -185,7 +184,7 @@ class InfluenceResult:
         """
         analysis.require_ranked(self, "train_total")
         if self._has("train_total"):
-            return self._read("train_total")
+            return self.read("train_total")
         total = np.full(self.layout.n_train, np.nan, np.float32)
         for columns, values in analysis.strips(self):
             total[columns] = values.sum(axis=0, dtype=np.float64)
@@ -204,7 +203,7 @@ class InfluenceResult:
         `provenance["self_influence"]` says how it was computed. Rigorous or heuristic as `error_bound` is.
         """
         if self._has("self_influence_error"):
-            return self._read("self_influence_error")
+            return self.read("self_influence_error")
         return np.full(self.layout.n_train, np.nan, np.float32)
 
     def points(self, axis: Axis) -> StoredPoints:
@@ -219,11 +218,11 @@ class InfluenceResult:
         `partial`: rank over the strips that are there, if the result is incomplete. Raises IndexRangeError,
         IncompleteResultError, SettingError, and ShapeError for a result of mode `perturbation`.
         """
-        return self._rank("top", test_index, k, partial)
+        return rank_row(self, "top", test_index, k, partial)
 
     def bottom(self, test_index: int, k: int | None = None, *, partial: bool = False) -> Ranking:
         """The k most harmful training points of a test point, smallest influence first. Otherwise as `top`."""
-        return self._rank("bottom", test_index, k, partial)
+        return rank_row(self, "bottom", test_index, k, partial)
 
     def top_for_train(self, train_index: int, k: int | None = None) -> Ranking:
         """The k test points (10 if None) that a training point helps most. Reads one column.
@@ -331,7 +330,7 @@ class InfluenceResult:
 
     def overview(self, name: str, columns: slice) -> NDArray[np.float32]:
         """Cells of the overview `name` (see `layout.levels`), all rows of them, `columns` counted in cells."""
-        return self._read(f"overview/{name}", (slice(None), columns))
+        return self.read(f"overview/{name}", (slice(None), columns))
 
     def lost_strips(self) -> list[int]:
         """The marked strips whose file is gone. Looks at the folder only; `damaged_strips` reads everything."""
@@ -353,7 +352,7 @@ class InfluenceResult:
         damaged = []
         for i in np.flatnonzero(self.finished_strips()):
             try:
-                if not np.isfinite(self._read("influences", (slice(None), self.layout.strip_slice(int(i))))).all():
+                if not np.isfinite(self.read("influences", (slice(None), self.layout.strip_slice(int(i))))).all():
                     damaged.append(int(i))
             except CorruptStoreError:
                 damaged.append(int(i))
@@ -421,71 +420,16 @@ class InfluenceResult:
             raise CorruptStoreError(f"`{name}` of {self.path} must be an array, got a group. Compute it again.")
         return node
 
-    def _read(self, name: str, key: Any = slice(None)) -> NDArray[Any]:
+    def read(self, name: str, key: Any = slice(None)) -> NDArray[Any]:
+        """An array of the layout, or a part of it, checked."""
         array = self._array(name)
         with surfaced_errors("read", self.path):
             return np.asarray(array[key])
 
     def finished_strips(self) -> NDArray[np.bool_]:
         """[n_strips], which are whole."""
-        finished: NDArray[np.bool_] = self._read("strip_status") == 1
+        finished: NDArray[np.bool_] = self.read("strip_status") == 1
         return finished
-
-    def _rank(self, end: str, test_index: int, k: int | None, partial: bool) -> Ranking:
-        analysis.require_ranked(self, end)
-        row = analysis.checked_index("test_index", test_index, self.layout.n_test)
-        k = self.layout.k if k is None else whole_number("k", k)
-        if k < 1:
-            raise SettingError(f"`k` must be at least 1, got {k}. Leave it out for what is stored ({self.layout.k}).")
-        if self.complete and k <= self.layout.k:
-            return self._stored_ranking(end, row, k)
-        if not self.complete and not partial:
-            raise IncompleteResultError(
-                f"`{end}` needs a complete result, got {self.layout.n_strips - self.n_missing} of "
-                f"{self.layout.n_strips} strips. Resume the run and finish it, or pass partial=True to rank the "
-                "finished strips."
-            )
-        if k <= self.layout.strip_k or self.layout.strip_k == self.layout.strip:
-            return self._folded_ranking(end, row, k)
-        return self._rank_row(end, row, k)
-
-    def _folded_ranking(self, end: str, row: int, k: int) -> Ranking:
-        """From the rankings of the finished strips, a few hundredths of the row's bytes."""
-        # the marks are read before the rankings, as in `_rank_row`
-        finished = np.flatnonzero(self.finished_strips())
-        side = 0 if end == "top" else 1
-        indices, values = (self._read(f"strips/{name}", (slice(None), side, row)) for name in ("index", "value"))
-        for i in finished.tolist():
-            columns = self.layout.strip_slice(i)
-            width = min(self.layout.strip_k, columns.stop - columns.start)
-            if not analysis.is_ranking(Ranking(indices[i, :width], values[i, :width]), columns):
-                return self._rank_row(end, row, k)
-        there = indices[finished] >= 0  # a last strip may be narrower
-        rank = most_helpful if end == "top" else most_harmful
-        ranking = rank(values[finished][there][np.newaxis], indices[finished][there], k)
-        return Ranking(ranking.indices[0], ranking.values[0])
-
-    def _stored_ranking(self, end: str, row: int, k: int) -> Ranking:
-        ranking = Ranking(self._read(f"{end}_index", row)[:k], self._read(f"{end}_value", row)[:k])
-        if not analysis.is_ranking(ranking, slice(0, self.layout.n_train)):
-            raise CorruptStoreError(
-                f"the ranking `{end}` of test point {row} in {self.path} is missing or damaged, expected training "
-                f"points 0 to {self.layout.n_train - 1} with finite influences. `reopen` a strip and finish again."
-            )
-        return ranking
-
-    def _rank_row(self, end: str, row: int, k: int) -> Ranking:
-        # The marks are read before the row: a strip that is marked then has its values in the row read afterwards.
-        points = np.flatnonzero(np.repeat(self.finished_strips(), self.layout.strip)[: self.layout.n_train])
-        values = self._read("influences", row)[points]
-        if not np.isfinite(values).all():
-            raise CorruptStoreError(
-                f"test point {row} of {self.path} has missing values in finished strips. See "
-                "`damaged_strips`, and `reopen` those."
-            )
-        rank = most_helpful if end == "top" else most_harmful
-        ranking = rank(values[np.newaxis], points.astype(np.int32), k)
-        return Ranking(ranking.indices[0], ranking.values[0])
 
 
 def _layout_of(attributes: Mapping[str, Any], path: Path | RemoteFolder) -> Layout:

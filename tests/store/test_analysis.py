@@ -15,6 +15,7 @@ from distinfluence.store import InfluenceWriter, Layout, annotate, open_influenc
 from distinfluence.store.overview import Level, levels, strip_cells
 
 from .conftest import matrix, write_all
+from .test_contributions import contributed
 
 
 def test_a_column_is_ranked_like_a_row(make: Any, layout: Any) -> None:
@@ -298,6 +299,27 @@ def test_a_notebook_shows_what_it_is_with_everything_escaped(tmp_path: Path) -> 
     html = open_influences(tmp_path / "r")._repr_html_()
     assert "2 × 4 (test × train)" in html and "factors 1.2 s" in html and "complete" in html
     assert "<script>" not in html and "&lt;script&gt;" in html
+
+
+def test_a_notebook_shows_rankings_groups_points_and_contributions_escaped(make: Any, layout: Any) -> None:
+    writer, _ = make(layout)
+    evil = "<script>alert(1)</script>"
+    annotate(writer.path, "train", [evil] * 23, kind="text", labels=np.arange(23) % 2, classes=[evil, "b"])
+    contributed(writer.path)
+    result = open_influences(writer.path)
+    points = result.points("train")
+    assert repr(points) == "<StoredPoints 23, samples of kind text, label>"
+    shown = (
+        result.top(0),
+        result.group(train=[evil, "b"] * 11 + ["b"]),
+        points,
+        result.points("test"),
+        result.contributions(0),
+    )
+    pages = [each._repr_html_() for each in shown]
+    assert all(page.startswith("<table>") and "<script" not in page and "<b>" not in page for page in pages)
+    assert f"<td>{result.top(0).indices[0]}</td>" in pages[0]
+    assert "&lt;script&gt;" in pages[1] and "&lt;script&gt;" in pages[2] and "&lt;b&gt;fc" in pages[4]
 
 
 @pytest.mark.parametrize(
