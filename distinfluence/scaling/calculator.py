@@ -10,7 +10,7 @@ import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -356,7 +356,7 @@ class InfluenceCalculator(ABC):
             share=share,
         )
         bars, output = _progress(progress), place_of(path)
-        with nullcontext() if isinstance(output, RemoteFolder) else bars.beside(output):
+        with bars.beside(output):
             return write_influences(output, fitted, request, self._scratch.kept, bars)
 
     def require_space(self, plan: Plan, path: str | Path, mantissa_bits: int = FLOAT32_BITS) -> None:

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from distinfluence import DirectInfluence, SequentialInfluenceCalculator
+from distinfluence.config import Job
 from distinfluence.errors import FingerprintError, ForeignStoreError, SettingError, StoreError, StoreExistsError
+from distinfluence.job import run_job
+from distinfluence.scaling import Progress
 from distinfluence.store import (
     InfluenceWriter,
     Layout,
@@ -23,6 +26,7 @@ from distinfluence.store import (
 )
 from distinfluence.store.remote import RemoteStore
 from tests.store.conftest import ATTRIBUTES, matrix, write_all
+from tests.test_job import content
 from tests.zoo import build
 
 URL = "memory://bucket/i.zarr"
@@ -52,7 +56,7 @@ def test_a_result_is_written_gone_on_with_and_completed_behind_a_url(bucket: Any
     assert chunks_of(URL) == {"train": 8}
     with pytest.raises(FingerprintError):
         InfluenceWriter.resume(URL, layout, {"model parameters": "other"})
-    again = InfluenceWriter.resume(URL, layout, ATTRIBUTES["fingerprints"])  # type: ignore[arg-type]
+    again = InfluenceWriter.resume(URL, layout, ATTRIBUTES["fingerprints"])
     assert not again.write_strip(0, values[:, layout.strip_slice(0)])
     write_all(again, values)
     ones = np.ones(layout.n_test)
@@ -133,3 +137,18 @@ def test_a_run_writes_to_a_url_as_to_a_folder(bucket: Any, tmp_path: Path) -> No
     bucket.rm("/bucket/i.zarr/strip_status/c/1")
     again = calculator.to_zarr(URL, *case.test, resume=True, check=True, progress=False)
     np.testing.assert_array_equal(again[:], here[:])
+
+
+def test_a_job_writes_to_a_url_from_its_workers(tmp_path: Path) -> None:
+    # `local://` is a file system of fsspec's that several processes share, taken for what it is like elsewhere: a URL
+    url = f"local://{tmp_path}/bucket/i.zarr"
+    described = content(
+        cluster={"kind": "local", "workers": 1}, output=url, scratch=str(tmp_path / "scratch"), chunks={"train": 12}
+    )
+    result = run_job(Job.parse(described, tmp_path), progress=Progress(False))
+    assert result.complete
+    assert str(result.path) == url
+    assert (tmp_path / "bucket" / "i.zarr" / "zarr.json").is_file()
+    assert list((tmp_path / "scratch").iterdir()) == []
+    again = run_job(Job.parse(described, tmp_path), progress=Progress(False), resume=True)
+    np.testing.assert_array_equal(again[:], result[:])
