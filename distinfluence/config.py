@@ -41,6 +41,7 @@ from distinfluence.influence import (
 )
 from distinfluence.objective import Loss, Objective
 from distinfluence.scaling import ClusterSpec, ModelRecipe, Recipe
+from distinfluence.store.folder import is_local_url
 
 METHODS: Mapping[str, type[InfluenceFunctionModel]] = {
     "arnoldi": ArnoldiInfluence,
@@ -140,8 +141,8 @@ class ClusterSection(Section):
 
 def _folder(value: Any) -> Any:
     """A path, also as a file:// URL; no other URL."""
-    if isinstance(value, str) and value.startswith("file://"):
-        return value.removeprefix("file://")
+    if isinstance(value, str) and is_local_url(value):
+        return value.partition("://")[2]
     if isinstance(value, str) and "://" in value:
         raise ValueError(
             f"must be a folder, got {value!r}. Name one that all workers see: files are mapped and locked there."
@@ -151,7 +152,7 @@ def _folder(value: Any) -> Any:
 
 def _folder_or_url(value: Any) -> Any:
     """A URL as it is, anything else as a path."""
-    return value if isinstance(value, str) and "://" in value and not value.startswith("file://") else _path(value)
+    return value if isinstance(value, str) and "://" in value and not is_local_url(value) else _path(value)
 
 
 def _path(value: Any) -> Any:

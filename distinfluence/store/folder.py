@@ -65,6 +65,11 @@ _STALE_SECONDS = 900.0
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nobody can write any more; others may pass
 
 
+def is_local_url(path: str | os.PathLike[str]) -> bool:
+    """Whether it is the URL of a folder of this host's file systems."""
+    return str(path).startswith(("file://", "local://"))
+
+
 def local_path(path: str | os.PathLike[str]) -> Path:
     """`path` made absolute, links resolved; a `file://` URL is one, too.
 
@@ -72,8 +77,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise SettingError(f"`path` must be a str or Path, got {path!r}. Pass the folder of the result.")
-    if str(path).startswith("file://"):
-        path = str(path).removeprefix("file://")
+    if is_local_url(path):
+        path = str(path).partition("://")[2]
     if "://" in str(path):
         raise SettingError(
             f"`path` must be a folder of this host or a shared file system, got {str(path)!r}. Copy the result here."
@@ -84,7 +89,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 def place_of(path: str | os.PathLike[str]) -> Path | RemoteFolder:
     """Where a result is read from: a URL as it is, a path made absolute. Raises SettingError."""
-    remote = "://" in str(path) and not str(path).startswith("file://")
+    remote = "://" in str(path) and not is_local_url(path)
     return RemoteFolder(str(path)) if remote else local_path(path)
 
 

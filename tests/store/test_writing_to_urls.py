@@ -8,6 +8,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from distributed import LocalCluster
 
 from distinfluence import DirectInfluence, SequentialInfluenceCalculator
 from distinfluence.config import Job
@@ -139,16 +140,17 @@ def test_a_run_writes_to_a_url_as_to_a_folder(bucket: Any, tmp_path: Path) -> No
     np.testing.assert_array_equal(again[:], here[:])
 
 
-def test_a_job_writes_to_a_url_from_its_workers(tmp_path: Path) -> None:
-    # `local://` is a file system of fsspec's that several processes share, taken for what it is like elsewhere: a URL
-    url = f"local://{tmp_path}/bucket/i.zarr"
-    described = content(
-        cluster={"kind": "local", "workers": 1}, output=url, scratch=str(tmp_path / "scratch"), chunks={"train": 12}
-    )
-    result = run_job(Job.parse(described, tmp_path), progress=Progress(False))
+def test_a_job_writes_to_a_url_from_its_workers(bucket: Any, tmp_path: Path) -> None:
+    one = LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0")
+    with one as cluster:  # in this process, since memory is not shared
+        described = content(
+            cluster={"kind": "address", "address": cluster.scheduler_address},
+            output=URL,
+            scratch="scratch",
+            chunks={"train": 12},
+        )
+        result = run_job(Job.parse(described, tmp_path), progress=Progress(False))
     assert result.complete
-    assert str(result.path) == url
-    assert (tmp_path / "bucket" / "i.zarr" / "zarr.json").is_file()
+    assert str(result.path) == URL
     assert list((tmp_path / "scratch").iterdir()) == []
-    again = run_job(Job.parse(described, tmp_path), progress=Progress(False), resume=True)
-    np.testing.assert_array_equal(again[:], result[:])
+    assert np.isfinite(result[:]).all()
