@@ -41,6 +41,7 @@ from distinfluence.influence import (
 )
 from distinfluence.objective import Loss, Objective
 from distinfluence.scaling import ClusterSpec, ModelRecipe, Recipe
+from distinfluence.store.folder import is_local_url
 
 METHODS: Mapping[str, type[InfluenceFunctionModel]] = {
     "arnoldi": ArnoldiInfluence,
@@ -140,34 +141,44 @@ class ClusterSection(Section):
 
 def _folder(value: Any) -> Any:
     """A path, also as a file:// URL; no other URL."""
-    if isinstance(value, str) and value.startswith("file://"):
-        return value.removeprefix("file://")
+    if isinstance(value, str) and is_local_url(value):
+        return value.partition("://")[2]
     if isinstance(value, str) and "://" in value:
         raise ValueError(
-            f"must be a folder to be written to, got {value!r}. Name one that all workers see; copy the finished "
-            "result to the URL, or mount what is behind it."
+            f"must be a folder, got {value!r}. Name one that all workers see: files are mapped and locked there."
         )
     return value
 
 
+def _folder_or_url(value: Any) -> Any:
+    """A URL as it is, anything else as a path."""
+    return value if isinstance(value, str) and "://" in value and not is_local_url(value) else _path(value)
+
+
+def _path(value: Any) -> Any:
+    value = _folder(value)
+    return Path(value) if isinstance(value, str) else value
+
+
 Folder = Annotated[Path, BeforeValidator(_folder)]
+FolderOrUrl = Annotated[Path | str, BeforeValidator(_folder_or_url)]
 
 
 class Job(Section):
     """A whole run.
 
     method: `name` (a key of `METHODS`) and the parameters of that influence model. loss: a torch loss of (outputs,
-    targets) or an `Objective`. mode: up or perturbation. output: the folder of the result. certify: find the ends of
-    the spectrum for error bounds (several passes). contributions, self_influence: see `InfluenceCalculator.to_zarr`.
-    scratch: a folder that every worker sees, beside the output if left out. device: where tasks compute; auto takes a
-    GPU on every worker that sees one.
+    targets) or an `Objective`. mode: up or perturbation. output: the folder of the result, or a URL that fsspec can
+    write to. certify: find the ends of the spectrum for error bounds (several passes). contributions, self_influence:
+    see `InfluenceCalculator.to_zarr`. scratch: a folder that every worker sees, beside the output if left out. device:
+    where tasks compute; auto takes a GPU on every worker that sees one.
     """
 
     model: ModelSection
     loss: Referenced
     data: DataSection
     method: dict[str, Any]
-    output: Folder
+    output: FolderOrUrl
     mode: Literal["up", "perturbation"] = "up"
     chunks: ChunkSection = ChunkSection()
     cluster: ClusterSection = ClusterSection()
@@ -241,6 +252,37 @@ class Job(Section):
     def path(self, path: Path) -> Path:
         """A path of the job file, relative to its folder."""
         return (self._folder / path.expanduser()).resolve()
+
+    @property
+    def result(self) -> Path | str:
+        """Where the result is: a folder, relative to the job file's, or a URL."""
+        return self.path(self.output) if isinstance(self.output, Path) else self.output
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Where the files of a run are: beside the result, unless the job names a folder."""
+        if self.scratch is not None:
+            return self.path(self.scratch)
+        output = self.path(Path(self.output))
+        return output.with_name(f".{output.name}.scratch")
+
+    @property
+    def logs_folder(self) -> Path:
+        """Where clusters leave what their jobs print: beside the result, or in the scratch folder."""
+        if not isinstance(self.output, Path):
+            return self.scratch_folder / "logs"
+        output = self.path(self.output)
+        return output.with_name(f"{output.name}.logs")
+
+    @model_validator(mode="after")
+    def _has_what_a_url_lacks(self) -> "Job":
+        if isinstance(self.output, Path):
+            return self
+        if self.scratch is None:
+            raise ValueError(f"`scratch` must name a folder where `output` is a URL, got {self.output!r} and none.")
+        if self.contributions:
+            raise ValueError(f"`contributions` are written to folders alone, got `output` {self.output!r}.")
+        return self
 
     def cluster_spec(self) -> ClusterSpec:
         """Where to run."""

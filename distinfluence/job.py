@@ -64,7 +64,7 @@ def run_job(
     complete.
     """
     progress = progress or Progress()
-    output = job.path(job.output)
+    output = job.result
     check_output(output, overwrite=overwrite, resume=resume)
     with progress.beside(output):
         return _run(job, overwrite, resume, check, progress, logs, report)
@@ -74,10 +74,10 @@ def _run(
     job: Job, overwrite: bool, resume: bool, check: bool, progress: Progress, logs: Path | None, report: Path | None
 ) -> InfluenceResult:
     model, recipe = job.influence_model()
-    output = job.path(job.output)
-    scratch = _scratch(job, output)
+    output = job.result
+    scratch = job.scratch_folder
     began = chunks_of(output) if resume else None
-    folder = output.with_name(f"{output.name}.logs") if logs is None else logs.resolve()
+    folder = job.logs_folder if logs is None else logs.resolve()
     with connected(job.cluster_spec(), folder=folder, announce=progress.say) as client, reported(report):
         if logs is not None:
             client.register_plugin(LogToFolder(folder))
@@ -98,7 +98,7 @@ def _run(
 def begun_here(job: Job) -> bool:
     """Whether the result of a job was begun by the batch job that this process runs in, at an earlier start of it."""
     try:
-        recorded = open_influences(job.path(job.output)).provenance.get("batch_job")
+        recorded = open_influences(job.result).provenance.get("batch_job")
     except StoreError:  # there is none, or none of ours
         return False
     return recorded is not None and recorded == batch_job()
@@ -125,8 +125,8 @@ def run_part(job: Job, part: str, *, progress: Progress | None = None) -> Influe
     """
     progress = progress or Progress()
     model, _ = job.influence_model()
-    output = job.path(job.output)
-    scratch = _scratch(job, output)
+    output = job.result
+    scratch = job.scratch_folder
     share = Share.parse(part, scratch)
     check_output(output, overwrite=False, resume=True)
     began = chunks_of(output)
@@ -160,13 +160,13 @@ def _computed(
         # parts would all measure the same, at the same time
         plan = _planned(job, calculator, train, test, began, calibrate=share is None)
     progress.say(str(plan))
-    calculator.require_space(plan, job.path(job.output), job.mantissa_bits)
+    calculator.require_space(plan, job.result, job.mantissa_bits)
     train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
     # one fits, the others find the fit
     with share.alone() if share is not None else nullcontext():
         calculator.fit(train, certify=job.certify, progress=progress)
     return calculator.to_zarr(
-        job.path(job.output),
+        job.result,
         test,
         mode=job.mode,
         panel_size=plan.chunks.panel,
@@ -184,10 +184,6 @@ def _computed(
     )
 
 
-def _scratch(job: Job, output: Path) -> Path:
-    return job.path(job.scratch) if job.scratch is not None else output.with_name(f".{output.name}.scratch")
-
-
 def plan_job(job: Job) -> Plan:
     """What `run_job` will do and need, with times by a calibration in this process; no worker is started."""
     model, _ = job.influence_model()
@@ -202,7 +198,7 @@ def plan_job(job: Job) -> Plan:
             machine = Machine(workers, worker_memory(client), process_bytes(), smallest_device(client, job.device))
     train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
     test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
-    return _planned(job, calculator, train, test, chunks_of(job.path(job.output)), machine, True)
+    return _planned(job, calculator, train, test, chunks_of(job.result), machine, True)
 
 
 def _planned(
@@ -240,10 +236,10 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
     model or other data, and SettingError for a result of mode "perturbation".
     """
     asked, _ = job.influence_model()
-    result = open_influences(job.path(job.output))
+    result = open_influences(job.result)
     if len(result.shape) != 2:
         raise SettingError("`output` holds influences of mode 'perturbation', expected 'up'. Only those are verified.")
-    damage = find_damage(job.path(job.output))
+    damage = find_damage(job.result)
     if damage:
         raise CorruptStoreError(
             f"`output` {result.path} is damaged: {damage}. `run --resume --check` makes that again, and nothing else."

@@ -34,7 +34,7 @@ def annotate_job(
     that makes of one input what is shown, a text or an array. classes: names of the labels.
     Raises FingerprintError if the result was made with other data, or what `annotate` raises.
     """
-    result = open_influences(job.path(job.output))
+    result = open_influences(job.result)
     home = InThisProcess()
     cut = result.provenance["chunks"]
     data = {

@@ -86,8 +86,15 @@ def test_paths_and_modules_are_looked_up_beside_the_file(tmp_path: Path) -> None
         ),
         ({"method": "cg"}, "`method` must be a mapping, got 'cg'."),
         ({"mode": "down"}, "has 1 mistake:"),
-        ({"output": "s3://bucket/i.zarr"}, "`output`: must be a folder to be written to, got 's3://bucket/i.zarr'."),
-        ({"scratch": "gs://bucket/x"}, "`scratch`: must be a folder to be written to"),
+        (
+            {"output": "s3://bucket/i.zarr"},
+            "`scratch` must name a folder where `output` is a URL, got 's3://bucket/i.z",
+        ),
+        (
+            {"output": "s3://bucket/i.zarr", "scratch": "x", "contributions": True},
+            "`contributions` are written to folders alone",
+        ),
+        ({"scratch": "gs://bucket/x"}, "`scratch`: must be a folder, got 'gs://bucket/x'."),
     ],
 )
 def test_a_mistake_in_a_job_is_named_with_what_was_meant(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -175,6 +182,13 @@ def test_a_performance_report_is_dasks_own_and_wants_bokeh(tmp_path: Path, monke
         assert asked == [str(tmp_path / "report.html")]
 
 
-def test_an_output_may_be_named_as_a_url_of_a_file(tmp_path: Path) -> None:
+def test_an_output_may_be_a_folder_or_a_url(tmp_path: Path) -> None:
     made = Job.parse(content(output=f"file://{tmp_path}/i.zarr"), tmp_path)
-    assert made.path(made.output) == (tmp_path / "i.zarr").resolve()
+    assert made.result == (tmp_path / "i.zarr").resolve()
+    assert made.scratch_folder.name == ".i.zarr.scratch"
+    assert made.logs_folder.name == "i.zarr.logs"
+    made = Job.parse(content(output="s3://bucket/i.zarr", scratch="scratch"), tmp_path)
+    assert made.result == "s3://bucket/i.zarr"
+    assert made.scratch_folder == (tmp_path / "scratch").resolve()
+    assert made.logs_folder == made.scratch_folder / "logs"
+    assert made.model_dump(mode="json")["output"] == "s3://bucket/i.zarr"

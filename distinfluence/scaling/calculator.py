@@ -49,8 +49,9 @@ from distinfluence.scaling.tasks import (
 )
 from distinfluence.scaling.worker import Context, Scratch, SourcePlane
 from distinfluence.store import InfluenceResult, check_output, chunks_of, combine, fingerprint_settings
-from distinfluence.store.folder import local_path
+from distinfluence.store.folder import place_of
 from distinfluence.store.layout import FLOAT32_BITS
+from distinfluence.store.remote import RemoteFolder
 
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
 STRATEGIES = ("auto", "rows", "data")
@@ -299,7 +300,8 @@ class InfluenceCalculator(ABC):
     ) -> InfluenceResult:
         """Compute the influence matrix and write it to a zarr group, strip by strip; returns the result, opened.
 
-        path: of the group. x, y: the training points; those of the fit if left out. chunk_size: training points in a
+        path: of the group, a folder, or a URL that fsspec can write to from wherever tasks run (s3://…).
+        x, y: the training points; those of the fit if left out. chunk_size: training points in a
         strip; test_chunk_size: test points that are solved together. panel_size: test points whose factors a
         worker holds at a time, as many as take a quarter of its memory unless given; the training gradients are made
         once for each such panel. solve: "rows" (each test chunk on one worker),
@@ -322,6 +324,8 @@ class InfluenceCalculator(ABC):
             raise SettingError("`overwrite` and `resume` exclude each other, got both. Pass one of them.")
         fitted, mode = self._stages(), influence_mode(mode)
         n_shown = _n_shown(contributions, mode)
+        if n_shown and isinstance(place_of(path), RemoteFolder):
+            raise SettingError(f"`contributions` are written to folders alone, got `path` {path}. Leave them out.")
         recorded = chunks_of(path) if resume else None
         if recorded is not None:
             panel_size = recorded["panel"] if panel_size is None else panel_size
@@ -351,7 +355,7 @@ class InfluenceCalculator(ABC):
             check=check,
             share=share,
         )
-        bars, output = _progress(progress), local_path(path)
+        bars, output = _progress(progress), place_of(path)
         with bars.beside(output):
             return write_influences(output, fitted, request, self._scratch.kept, bars)
 
@@ -361,7 +365,8 @@ class InfluenceCalculator(ABC):
         Raises DiskFullError, saying how much to free.
         """
         stored = (mantissa_bits + SIGN_AND_EXPONENT) / (FLOAT32_BITS + SIGN_AND_EXPONENT)
-        require_space(plan, local_path(path), self._scratch.kept, stored)
+        output = place_of(path)
+        require_space(plan, None if isinstance(output, RemoteFolder) else output, self._scratch.kept, stored)
 
     @property
     def fit_report(self) -> FitReport:

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distinfluence.store.manifest import HEARTBEAT_SECONDS, RunState, manifest_file, pace_of, write_state
+from distinfluence.store.remote import RemoteFolder
 
 LINE_SECONDS = 10.0
 
@@ -82,12 +83,12 @@ class Progress:
         self._one_at_a_time = threading.Lock()
 
     @contextmanager
-    def beside(self, output: Path, part: str = "") -> Iterator[None]:
+    def beside(self, output: Path | str | RemoteFolder, part: str = "") -> Iterator[None]:
         """Say in a file beside the output what the run is doing, until it ends; the file stays if it ends badly.
 
-        Within another such block, the outer one's file goes on.
+        Within another such block, the outer one's file goes on. Behind a URL there is none.
         """
-        if self._file is not None:
+        if self._file is not None or not isinstance(output, Path):
             yield
             return
         self._file, self._state = manifest_file(output, part), RunState.here(part)

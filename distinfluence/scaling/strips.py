@@ -54,6 +54,7 @@ from distinfluence.scaling.tasks import (
 from distinfluence.scaling.worker import Context, samples_of
 from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, mend, open_influences
 from distinfluence.store.fingerprint import combine, fingerprint_settings
+from distinfluence.store.remote import RemoteFolder
 
 FACTORS_FORMAT = 2  # of their files in the scratch folder; those of another are not taken
 
@@ -140,7 +141,7 @@ def _listed(reasons: Iterable[str]) -> str:
 
 
 def write_influences(
-    path: Path, fitted: Fitted, request: Request, scratch: Path, progress: Progress
+    path: Path | RemoteFolder, fitted: Fitted, request: Request, scratch: Path, progress: Progress
 ) -> InfluenceResult:
     """Carry out a request; see the module. Raises FingerprintError if the result there is of another run."""
     columns, test = request.columns, request.test
@@ -214,7 +215,7 @@ def _write_extras(writer: InfluenceWriter, fitted: Fitted, request: Request, fol
 
 
 def _writer(
-    path: Path,
+    path: Path | RemoteFolder,
     layout: Layout,
     fingerprints: dict[str, str],
     settings: dict[str, object],

@@ -12,8 +12,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from distinfluence.errors import SettingError
 from distinfluence.store.fingerprint import to_json
-from distinfluence.store.folder import FORMAT, FORMAT_VERSION, RUNNING
+from distinfluence.store.folder import FORMAT, FORMAT_VERSION, RUNNING, zarr_store
 from distinfluence.store.layout import FLOAT32_BITS, ArraySpec, Layout, array_specs
+from distinfluence.store.remote import RemoteFolder
 
 SIGN_CONVENTION = (
     "positive: the training point helps (without it the test measurement rises by about influence / n_train); "
@@ -42,9 +43,9 @@ def stored_attributes(layout: Layout, attributes: Mapping[str, object]) -> dict[
     return {**own, **plain}
 
 
-def build(folder: Path, layout: Layout, attributes: dict[str, Any]) -> None:
+def build(folder: Path | RemoteFolder, layout: Layout, attributes: dict[str, Any]) -> None:
     """An empty result at `folder`, which must not exist."""
-    group = zarr.open_group(str(folder), mode="w-", zarr_format=3, attributes=attributes)
+    group = zarr.open_group(zarr_store(folder), mode="w-", zarr_format=3, attributes=attributes)
     if layout.ranked:
         group.create_group("strips")
     if layout.levels:

@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +66,23 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nobody can write 
 _ATTRIBUTES_BYTES = 2**26  # of attributes and consolidated metadata, at most
 
 
+def is_local_url(path: str | os.PathLike[str]) -> bool:
+    """Whether it is the URL of a folder of this host's file systems."""
+    return str(path).startswith(("file://", "local://"))
+
+
 def local_path(path: str | os.PathLike[str]) -> Path:
     """`path` made absolute, links resolved; a `file://` URL is one, too.
 
-    Raises SettingError for other URLs: results are written to folders, where files are renamed into place and synced.
+    Raises SettingError for other URLs.
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise SettingError(f"`path` must be a str or Path, got {path!r}. Pass the folder of the result.")
-    if str(path).startswith("file://"):
-        path = str(path).removeprefix("file://")
+    if is_local_url(path):
+        path = str(path).partition("://")[2]
     if "://" in str(path):
         raise SettingError(
-            f"`path` must be a folder to be written to, got {str(path)!r}. URLs can be read; mount the object store, "
-            "or copy the finished result there: fsspec.filesystem(…).put(path, url, recursive=True)."
+            f"`path` must be a folder of this host or a shared file system, got {str(path)!r}. Copy the result here."
         )
     with surfaced_errors("resolve", Path(path)):
         return Path(path).expanduser().resolve()
@@ -86,7 +90,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 def place_of(path: str | os.PathLike[str]) -> Path | RemoteFolder:
     """Where a result is read from: a URL as it is, a path made absolute. Raises SettingError."""
-    remote = "://" in str(path) and not str(path).startswith("file://")
+    remote = "://" in str(path) and not is_local_url(path)
     return RemoteFolder(str(path)) if remote else local_path(path)
 
 
@@ -108,13 +112,47 @@ def read_attributes(path: Path | RemoteFolder) -> dict[str, Any]:
     return attributes
 
 
-def require_free(path: Path, overwrite: bool) -> None:
+def has_file(place: Path | RemoteFolder, key: str) -> bool:
+    """Whether a file of a result is there."""
+    return place.has(key) if isinstance(place, RemoteFolder) else (place / key).is_file()
+
+
+def delete_files(place: Path | RemoteFolder, keys: Iterable[str]) -> None:
+    """Delete files, or folders, of a result, those that are there."""
+    for key in keys:
+        if isinstance(place, RemoteFolder):
+            place.delete(key)
+        elif (place / key).is_dir():
+            shutil.rmtree(place / key, ignore_errors=True)
+        else:
+            (place / key).unlink(missing_ok=True)
+
+
+def settle(place: Path | RemoteFolder, keys: Iterable[str]) -> None:
+    """Have files of a result outlive a power failure; behind a URL they do, once they are written."""
+    if not isinstance(place, RemoteFolder):
+        sync_to_disk([place / key for key in keys])
+
+
+def zarr_store(place: Path | RemoteFolder) -> Any:
+    """What zarr writes to."""
+    return place.store(read_only=False) if isinstance(place, RemoteFolder) else str(place)
+
+
+def is_used(place: Path | RemoteFolder) -> bool:
+    """Whether anything lies there, more than an empty folder."""
+    if isinstance(place, RemoteFolder):
+        return bool(place.names())
+    return place.exists() and not (place.is_dir() and not any(place.iterdir()))
+
+
+def require_free(path: Path | RemoteFolder, overwrite: bool) -> None:
     """Pass if a result may be put at `path`: nothing or an empty folder is there, or a result of ours and `overwrite`.
 
     Raises ForeignStoreError or StoreExistsError. Touches nothing.
     """
     with surfaced_errors("read", path):
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if not is_used(path):
             return
         if _our_attributes(path) is None:
             raise ForeignStoreError(
@@ -125,7 +163,8 @@ def require_free(path: Path, overwrite: bool) -> None:
             raise StoreExistsError(
                 f"`path` {path} holds a result already. Pass `resume` to go on with it, or `overwrite` to delete it."
             )
-        strangers = sorted({entry.name for entry in path.iterdir()} - _OWN_ENTRIES)
+        names = path.names() if isinstance(path, RemoteFolder) else [entry.name for entry in path.iterdir()]
+        strangers = sorted(set(names) - _OWN_ENTRIES)
     if strangers:
         raise ForeignStoreError(
             f"`path` {path} holds a result, but also {', '.join(strangers[:5])}, which distinfluence did not write; "
@@ -133,12 +172,18 @@ def require_free(path: Path, overwrite: bool) -> None:
         )
 
 
-def put_in_place(path: Path, overwrite: bool, build: Callable[[Path], None]) -> None:
+def put_in_place(path: Path | RemoteFolder, overwrite: bool, build: Callable[[Path | RemoteFolder], None]) -> None:
     """Have `build` make the folder beside `path`, then rename it to `path`, so that it is there whole or not at all.
 
-    With `overwrite`, a result of ours at `path` is deleted after the new one is built.
+    With `overwrite`, a result of ours at `path` is deleted after the new one is built. Behind a URL nothing can be
+    renamed: it is deleted first, and the new one built in its place.
     """
     require_free(path, overwrite)
+    if isinstance(path, RemoteFolder):
+        with surfaced_errors("create", path):
+            path.delete()
+            build(path)
+        return
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     replaced = beside.with_suffix(".old")
     with surfaced_errors("create", path):
@@ -170,15 +215,17 @@ def sync_to_disk(files: list[Path]) -> None:
                 os.close(descriptor)
 
 
-def consolidate(path: Path) -> None:
+def consolidate(path: Path | RemoteFolder) -> None:
     """Note the metadata of all arrays in the group's own, so that readers need one look: of a complete result."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # consolidated metadata is no part of the v3 specification, yet
-        zarr.consolidate_metadata(str(path))
+        zarr.consolidate_metadata(zarr_store(path))
 
 
-def sweep_unfinished_files(path: Path) -> None:
+def sweep_unfinished_files(path: Path | RemoteFolder) -> None:
     """Delete the `.partial` files that killed writers left behind, if nobody has written to them for 15 minutes."""
+    if isinstance(path, RemoteFolder):
+        return
     for file in path.rglob("*.partial"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - file.stat().st_mtime > _STALE_SECONDS:
@@ -204,6 +251,13 @@ def surfaced_errors(action: str, path: Path | RemoteFolder) -> Iterator[None]:
             raise
         raise CorruptStoreError(
             f"`path` {path} is damaged: {error}. `damaged_strips` of the result lists what to compute again."
+        ) from error
+    except Exception as error:
+        known = type(error).__module__.partition(".")[0] in ("builtins", "distinfluence", "numpy", "zarr")
+        if not isinstance(path, RemoteFolder) or (known and not isinstance(error, NotImplementedError)):
+            raise
+        raise StoreError(  # every file system has errors of its own
+            f"cannot {action} `path` {path}: {type(error).__name__} {error}. Check the URL and your access."
         ) from error
 
 
@@ -235,7 +289,9 @@ def _is_readable(file: Path) -> bool:
     return True
 
 
-def _looks_like(path: Path) -> str:
+def _looks_like(path: Path | RemoteFolder) -> str:
+    if isinstance(path, RemoteFolder):
+        return f"a URL with {', '.join(path.names()[:3])}"
     if not path.is_dir():
         return "a file"
     if any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from distinfluence.errors import CorruptStoreError
 from distinfluence.store.result import open_influences
-from distinfluence.store.writer import RANKING_ARRAYS, TEST_ARRAYS, InfluenceWriter
+from distinfluence.store.writer import BY_STRIP, RANKING_ARRAYS, TEST_ARRAYS, InfluenceWriter
 
 _WHOLE = slice(None)
 
@@ -70,9 +70,7 @@ class _Reading:
         values = self._read("influences", (_WHOLE, columns))
         if values is None or not np.isfinite(values).all():
             return True
-        reads: list[tuple[str, Any]] = [
-            (name, columns) for name in ("train_loss", "train_gradient_norm", "train_total")
-        ]
+        reads: list[tuple[str, Any]] = [(name, columns) for name in BY_STRIP]
         reads += [("strips/index", i), ("strips/value", i)]
         for level in self._layout.levels:
             first = i * level.cells_per_strip

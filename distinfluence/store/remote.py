@@ -1,7 +1,12 @@
-"""Results that are read from elsewhere: any URL that fsspec knows, such as s3://, gs://, https:// or memory://."""
+"""Results that lie elsewhere: behind any URL that fsspec knows, such as s3://, gs://, https:// or memory://.
+
+Object stores put a file there whole or not at all and have nothing to rename, to lock or to sync: what is written is
+there when the call returns.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any
@@ -14,7 +19,7 @@ from distinfluence.errors import MissingDependencyError, StoreError
 
 
 class RemoteFolder(os.PathLike[str]):
-    """The folder of a result behind a URL, for reading only. name: its last part."""
+    """The folder of a result behind a URL. name: its last part."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -30,9 +35,9 @@ class RemoteFolder(os.PathLike[str]):
     def __fspath__(self) -> str:
         return self.url
 
-    def store(self) -> RemoteStore:
-        """What zarr reads from."""
-        store = RemoteStore.from_url(self.url, read_only=True)
+    def store(self, *, read_only: bool = True) -> RemoteStore:
+        """What zarr reads from, or writes to."""
+        store = RemoteStore.from_url(self.url, read_only=read_only)
         assert isinstance(store, RemoteStore)
         return store
 
@@ -50,7 +55,24 @@ class RemoteFolder(os.PathLike[str]):
     def has(self, key: str) -> bool:
         """Whether a file of the folder is there."""
         filesystem, root = self._place
+        filesystem.invalidate_cache()  # other processes write, too
         return bool(filesystem.isfile(f"{root}/{key}"))
+
+    def names(self) -> list[str]:
+        """What lies in the folder; nothing if there is none."""
+        filesystem, root = self._place
+        filesystem.invalidate_cache()
+        try:
+            return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in filesystem.ls(root, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def delete(self, key: str = "") -> None:
+        """Delete a file or folder in it, or all of it; nothing if there is none."""
+        filesystem, root = self._place
+        filesystem.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm(f"{root}/{key}".rstrip("/"), recursive=True)
 
     @functools.cached_property
     def _place(self) -> tuple[Any, str]:

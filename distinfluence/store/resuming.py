@@ -8,7 +8,7 @@ from typing import Any
 
 from distinfluence.errors import FingerprintError
 from distinfluence.store.fingerprint import to_json
-from distinfluence.store.folder import local_path, read_attributes, require_free
+from distinfluence.store.folder import is_used, place_of, read_attributes, require_free
 from distinfluence.store.layout import Layout
 
 _MISSING = object()
@@ -20,8 +20,8 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False, resum
     Raises ForeignStoreError for what distinfluence did not write, StoreExistsError for a result that is neither to be
     overwritten nor resumed. Touches nothing.
     """
-    folder = local_path(path)
-    if resume and folder.exists() and any(folder.iterdir()):
+    folder = place_of(path)
+    if resume and is_used(folder):
         read_attributes(folder)
     else:
         require_free(folder, overwrite)
@@ -38,7 +38,7 @@ def check_resumable(
     `fingerprints` (name -> hex) must be the recorded ones, no more and no fewer; `settings` are those attributes that
     must agree, such as {"solver": {...}}. Raises FingerprintError naming every difference, or what `open` raises.
     """
-    folder = local_path(path)
+    folder = place_of(path)
     stored = read_attributes(folder)
     differences = [
         *_differences("layout", stored.get("layout"), layout.to_attributes()),
@@ -55,8 +55,8 @@ def check_resumable(
 
 def chunks_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The chunk sizes that the result at `path` was begun with, to go on with the same; None if there is none."""
-    folder = local_path(path)
-    if not folder.exists() or not any(folder.iterdir()):
+    folder = place_of(path)
+    if not is_used(folder):
         return None
     found = read_attributes(folder).get("chunks")
     return found if isinstance(found, dict) else None

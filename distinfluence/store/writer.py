@@ -8,7 +8,6 @@ strip is whole, and a run that died goes on with the strips in `pending`. Costs:
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,16 @@ from distinfluence.store.folder import (
     COMPLETE,
     RUNNING,
     consolidate,
-    local_path,
+    delete_files,
+    has_file,
+    place_of,
     put_in_place,
     read_attributes,
     require_free,
+    settle,
     surfaced_errors,
     sweep_unfinished_files,
-    sync_to_disk,
+    zarr_store,
 )
 from distinfluence.store.layout import FLOAT32_BITS, Layout, array_specs
 from distinfluence.store.overview import strip_cells
@@ -50,6 +52,7 @@ from distinfluence.store.ranking import (
     most_harmful,
     most_helpful,
 )
+from distinfluence.store.remote import RemoteFolder
 from distinfluence.store.resuming import check_resumable
 
 QUARANTINED = 2  # in `strip_status`: tried and failed; 1 is whole, 0 not made yet
@@ -60,7 +63,7 @@ _DRIVER_CHUNKS = [
     *((name, "0/0") for name in RANKING_ARRAYS),
     *((name, "0") for name in TEST_ARRAYS),
 ]
-_BY_STRIP = ("train_loss", "train_gradient_norm", "train_total", "self_influence", "self_influence_error")
+BY_STRIP = ("train_loss", "train_gradient_norm", "train_total", "self_influence", "self_influence_error")
 
 
 class InfluenceWriter:
@@ -70,11 +73,11 @@ class InfluenceWriter:
     `finish` are for the one process that drives the run.
     """
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path | RemoteFolder, layout: Layout) -> None:
         self.path = path
         self.layout = layout
         with surfaced_errors("open", path):
-            self._group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+            self._group = zarr.open_group(zarr_store(path), mode="r+", use_consolidated=False)
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     @classmethod
@@ -92,7 +95,7 @@ class InfluenceWriter:
         Raises ForeignStoreError if something else lies there (nothing is touched), StoreExistsError if a result does
         and not `overwrite`, SettingError if `attributes` are no JSON or use a reserved name.
         """
-        folder = local_path(path)
+        folder = place_of(path)
         stored = stored_attributes(layout, attributes)
         require_free(folder, overwrite)
         put_in_place(folder, overwrite, lambda beside: build(beside, layout, stored))
@@ -101,7 +104,7 @@ class InfluenceWriter:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> InfluenceWriter:
         """Open an existing result for writing. Raises StoreNotFoundError, ForeignStoreError, StoreError."""
-        folder = local_path(path)
+        folder = place_of(path)
         return cls(folder, Layout.from_attributes(read_attributes(folder)["layout"]))
 
     @classmethod
@@ -159,7 +162,7 @@ class InfluenceWriter:
                     self._array(name)[rows] = values
             except CorruptStoreError:  # torn by a power failure: zarr reads what lies there before it replaces a part
                 with surfaced_errors("write to", self.path):
-                    (self.path / name / "c" / "0").unlink(missing_ok=True)
+                    delete_files(self.path, [f"{name}/c/0"])
                     self._array(name)[rows] = values
 
     def knows_tests(self) -> bool:
@@ -204,7 +207,7 @@ class InfluenceWriter:
                 # zarr reads what lies there before it replaces a shard at the edge: here a torn file, from a power cut.
                 self._delete_chunks(i)
                 self._write_chunks(i, values, loss, gradient_norm)
-            sync_to_disk(self._files_of(i))
+            settle(self.path, self._keys_of(i))
             self._mark(i, 1)
         return True
 
@@ -221,12 +224,11 @@ class InfluenceWriter:
         with surfaced_errors(f"write self-influences of strip {i} to", self.path):
             self._array("self_influence_error")[columns] = error
             self._array("self_influence")[columns] = values  # last: it says that both are there
-            sync_to_disk([self.path / name / "c" / str(i) for name in ("self_influence_error", "self_influence")])
+            settle(self.path, [f"{name}/c/{i}" for name in ("self_influence_error", "self_influence")])
 
     def without_self_influence(self) -> list[int]:
         """The strips whose training points have no self-influences yet."""
-        folder = self.path / "self_influence" / "c"
-        return [i for i in range(self.layout.n_strips) if not (folder / str(i)).is_file()]
+        return [i for i in range(self.layout.n_strips) if not has_file(self.path, f"self_influence/c/{i}")]
 
     def rankings(self, k: int) -> tuple[Ranking, Ranking]:
         """The first k of the stored rankings, helpful and harmful, [n_test, k] each. The result must be finished."""
@@ -254,7 +256,9 @@ class InfluenceWriter:
         """The strips that are still to be written: not marked, or marked but with their shard gone from the disk."""
         with surfaced_errors("read", self.path):
             status = np.asarray(self._array("strip_status")[:])
-            return [i for i in range(self.layout.n_strips) if status[i] != 1 or not self._shard_of(i).is_file()]
+            # what lies behind a URL does not vanish in a power failure, and is slow to be asked for one by one
+            there = isinstance(self.path, RemoteFolder)
+            return [i for i in range(self.layout.n_strips) if status[i] != 1 or not (there or self._has_shard(i))]
 
     def reopen(self, strips: Iterable[int], arrays: Iterable[str] = ()) -> None:
         """Unmark and delete strips (damaged ones, say), so that they are pending and the result is running again.
@@ -273,8 +277,7 @@ class InfluenceWriter:
             self._group.attrs["state"] = RUNNING
             if "contributions" in self._group:  # of rankings that may change
                 del self._group["contributions"]
-            for name in arrays:
-                shutil.rmtree(self.path / name / "c", ignore_errors=True)
+            delete_files(self.path, [f"{name}/c" for name in arrays])
             for i in strips:
                 self._mark(i, 0)
                 self._delete_chunks(i)
@@ -303,7 +306,7 @@ class InfluenceWriter:
                 if self.layout.ranked:
                     self._fold_rankings()
                 sweep_unfinished_files(self.path)
-                sync_to_disk([self.path / name / "c" / chunk for name, chunk in _DRIVER_CHUNKS])
+                settle(self.path, [f"{name}/c/{chunk}" for name, chunk in _DRIVER_CHUNKS])
                 if summary is not None:
                     self._group.attrs["summary"] = to_json(summary, "summary")
                 self._group.attrs["quarantined"] = {}
@@ -336,25 +339,25 @@ class InfluenceWriter:
             self._write_overview(i, values)
 
     def _delete_chunks(self, i: int) -> None:
-        for file in self._files_of(i):
-            file.unlink(missing_ok=True)
+        delete_files(self.path, self._keys_of(i))
 
     def _mark(self, i: int, status: int) -> None:
         self._array("strip_status")[i] = status
-        sync_to_disk([self.path / "strip_status" / "c" / str(i)])
+        settle(self.path, [f"strip_status/c/{i}"])
 
     def is_done(self, i: int) -> bool:
         """Whether strip i is marked and its shard is there."""
-        return bool(np.asarray(self._array("strip_status")[i]) == 1) and self._shard_of(i).is_file()
+        return bool(np.asarray(self._array("strip_status")[i]) == 1) and self._has_shard(i)
 
-    def _shard_of(self, i: int) -> Path:
-        return self.path.joinpath("influences", "c", "0", str(i), *("0" for _ in self.layout.input_shape))
+    def _has_shard(self, i: int) -> bool:
+        return has_file(self.path, self._keys_of(i)[0])
 
-    def _files_of(self, i: int) -> list[Path]:
-        per_point = [self.path / name / "c" / str(i) for name in _BY_STRIP]
-        overviews = [self.path / "overview" / level.name / "c" / "0" / str(i) for level in self.layout.levels]
-        partials = [self.path / "strips" / name / "c" / str(i) / "0/0/0" for name in ("index", "value")]
-        return [self._shard_of(i), *per_point, *partials, *overviews]
+    def _keys_of(self, i: int) -> list[str]:
+        """The files of a strip, its shard first."""
+        shard = "/".join(["influences/c/0", str(i), *("0" for _ in self.layout.input_shape)])
+        per_point = [f"{name}/c/{i}" for name in BY_STRIP]
+        overviews = [f"overview/{level.name}/c/0/{i}" for level in self.layout.levels]
+        return [shard, *per_point, *(f"strips/{name}/c/{i}/0/0/0" for name in ("index", "value")), *overviews]
 
     def _write_partial_ranking(self, i: int, values: NDArray[np.float32]) -> None:
         columns = self.layout.strip_slice(i)

@@ -238,7 +238,7 @@ def test_what_a_power_cut_took_of_the_test_points_is_written_again_at_the_end(
 ) -> None:
     def cut(self: InfluenceWriter, summary: Any = None) -> None:
         for name in ("test_loss", "relative_residual"):
-            for file in (self.path / name / "c").iterdir():
+            for file in (Path(self.path) / name / "c").iterdir():
                 file.unlink()
         raise KeyboardInterrupt
 

@@ -20,7 +20,7 @@ def test_a_strip_that_is_not_finite_is_refused_and_stays_unmarked(tmp_path: Path
     with pytest.raises(NonFiniteError, match=r"values of strip 1` must be finite.*at \[3, 2\]"):
         writer.write_strip(1, values)
     assert writer.pending() == [0, 1, 2]
-    assert not (writer.path / "influences" / "c").exists()
+    assert not (Path(writer.path) / "influences" / "c").exists()
 
 
 def test_arguments_of_write_strip_are_checked(tmp_path: Path, layout: Any) -> None:
