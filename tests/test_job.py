@@ -76,6 +76,11 @@ def test_paths_and_modules_are_looked_up_beside_the_file(tmp_path: Path) -> None
         ({"cluster": {"kind": "kubernetes"}}, "`cluster`: `kind` of the cluster must be one of ['local', 'cuda', "),
         ({"cluster": {"kind": "slurm"}}, "`workers` must say how many jobs to submit"),
         ({"cluster": {"kind": "slurm", "workers": 2, "minimum": 3}}, "`minimum` must be between 1 and `workers`"),
+        (
+            {"cluster": {"on_death": "leave"}},
+            "`on_death` must be one of ['cancel', 'leave'], and is for clusters of jobs",
+        ),
+        ({"device": "gpu"}, "`device`: Input should be 'auto', 'cpu' or 'cuda', got 'gpu'."),
         ({"cluster": {"kind": "address"}}, "`address` must say where the scheduler is"),
         ({"cluster": {"settings": {"queue": "cpu"}}}, "`settings` are for clusters of jobs and GPUs"),
         ({"mode": "down"}, "`mode`: Input should be 'up' or 'perturbation', got 'down'."),

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 RELEASED = "released"
-TRIES, SECONDS = 150, 2.0  # to cancel, and between two of them
+SECONDS, MOST_SECONDS = 2.0, 300.0  # between two tries to cancel, and after which SLURM counts as gone for good
 ANSWER_SECONDS = 30.0
 
 
@@ -90,7 +90,8 @@ def cancel_numbers(cancel: Sequence[str], numbers: Sequence[str]) -> bool:
 def cancel_name(cancel: Sequence[str], name: str) -> bool:
     """Whether SLURM has no job of this name any more, twice in a row: one may have been on its way to it."""
     user, empty = str(os.getuid()), 0
-    for _ in range(TRIES):
+    end = time.monotonic() + MOST_SECONDS
+    while time.monotonic() < end:
         _run([*cancel, f"--user={user}", f"--name={name}"])
         listed = _run(["squeue", "-h", "-u", user, "-n", name, "-t", "PENDING,CONFIGURING,RUNNING,SUSPENDED"])
         empty = empty + 1 if listed == "" else 0

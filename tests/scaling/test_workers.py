@@ -151,7 +151,7 @@ def test_a_job_computes_on_the_device_that_the_worker_has_not_the_driver(tmp_pat
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "distinfluence", "run", str(tmp_path / "job.yaml"), "--quiet"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert set(log.read_text().split()) == {"cuda:0"}
 
