@@ -4,8 +4,10 @@ import difflib
 import hashlib
 import inspect
 import re
+import signal
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,27 @@ def job_kind(kind: str) -> bool:
 
 def cluster_class(kind: str) -> Any:
     """The class of dask-jobqueue clusters that `kind` names. Raises MissingDependencyError without dask-jobqueue."""
-    if ":" in kind:
-        return Recipe(kind).resolve()
+    with _interrupts_left_alone():
+        if ":" in kind:
+            return Recipe(kind).resolve()
+        try:
+            import dask_jobqueue
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"a cluster of kind {kind!r} needs dask-jobqueue. Run: pip install 'distinfluence[slurm]'"
+            ) from error
+        return getattr(dask_jobqueue, QUEUES[kind])
+
+
+@contextmanager
+def _interrupts_left_alone() -> Iterator[None]:
+    """Importing dask-jobqueue makes Ctrl-C an exit with status 0, as if all were done."""
+    before = signal.getsignal(signal.SIGINT)
     try:
-        import dask_jobqueue
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"a cluster of kind {kind!r} needs dask-jobqueue. Run: pip install 'dask-jobqueue>=0.9' cryptography"
-        ) from error
-    return getattr(dask_jobqueue, QUEUES[kind])
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
 
 
 def job_processes(settings: Mapping[str, object]) -> int:

@@ -1,6 +1,7 @@
 """What dask-jobqueue is asked for by a cluster file, and jobs that are processes of this host; all without a queue."""
 
 import asyncio
+import importlib.util
 import os
 import re
 import signal
@@ -20,7 +21,8 @@ from distinfluence.scaling import ClusterSpec, connected, guard, jobqueue, watch
 from distinfluence.scaling.job_settings import cluster_class, job_arguments
 from distinfluence.scaling.slurm import walltime_seconds, was_requeued
 
-pytest.importorskip("dask_jobqueue")
+if importlib.util.find_spec("dask_jobqueue") is None:  # not imported here: it would take Ctrl-C for itself
+    pytest.skip("needs dask-jobqueue", allow_module_level=True)
 
 BASE = {"cores": 4, "memory": "8GB", "security": False}
 
@@ -103,6 +105,14 @@ def test_where_there_is_no_queue_the_error_says_so(monkeypatch: pytest.MonkeyPat
     spec = ClusterSpec("slurm", workers=1, settings={**BASE, "scheduler_options": {"host": "127.0.0.1"}})
     with pytest.raises(ClusterError, match="sbatch: No such file or directory"), connected(spec, folder=tmp_path):
         pass
+
+
+def test_interrupts_stay_what_they_are_when_dask_jobqueue_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("dask_jobqueue")]:
+        monkeypatch.delitem(sys.modules, name)
+    before = signal.getsignal(signal.SIGINT)
+    assert cluster_class("slurm").__name__ == "SLURMCluster"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_job_that_was_started_before_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,8 +213,8 @@ def test_a_worker_that_dies_as_it_is_looked_at_does_not_end_the_run() -> None:
             assert on_error == "return"
             return answers.pop(0)  # type: ignore[return-value]
 
-    seen = check_workers(Dying(), "folder", 60.0)  # type: ignore[arg-type]
+    seen = check_workers(Dying(), "folder", 60.0)
     assert (seen.n_threads, seen.process) == (4, 2**28)
     answers += [{"a": OSError("cannot be reached")}]
     with pytest.raises(ClusterError, match="cannot be reached"):
-        check_workers(Dying(), "folder", 0.0)  # type: ignore[arg-type]
+        check_workers(Dying(), "folder", 0.0)
