@@ -81,7 +81,7 @@ def finished(slurm: SlurmHost, *arguments: object) -> subprocess.CompletedProces
 
 @contextmanager
 def running(slurm: SlurmHost, *arguments: object, path: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A command of ours, under way; ended if the test leaves it behind. path: a folder of programs before all others."""
+    """A command of ours, under way; ended if the test leaves it behind. path: a folder of programs that go first."""
     env = environment(slurm)
     process = subprocess.Popen(
         command(*arguments),

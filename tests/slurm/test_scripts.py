@@ -74,7 +74,7 @@ def test_a_run_in_a_job_that_is_requeued_goes_on_by_itself_and_an_array_makes_up
     plain, shared = slow_job(tmp_path / "plain"), slow_job(tmp_path / "shared")
     begun, result = plain.parent / "influences.zarr", shared.parent / "influences.zarr"
     array = ("--array=0-2", "--cpus-per-task=1", "--mem=2G")
-    number = sbatch(slurm, plain.parent, "--wrap", shlex.join(command("run", plain)), "-o", "log")
+    number = sbatch(slurm, plain.parent, "--wrap", shlex.join(command("run", plain)), "--mem=4G", "-o", "log")
     submitted(slurm, shared.parent, "array.sbatch", shared, options=array)
 
     wait_for(lambda: strips_done(begun) > 0, "strips of the plain run")
