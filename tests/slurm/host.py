@@ -178,7 +178,9 @@ class SlurmHost:
         self._until(self._controller_answers, 30, "the controller does not answer")
 
     def start_node(self, node: str) -> None:
-        """slurmd of one virtual node."""
+        """slurmd of one virtual node, if it does not run."""
+        if (self.root / "run" / f"{node}.pid").is_file():
+            return
         self._daemon("slurmd", "-N", node, "-f", self.configuration)
 
     def _write_files(self) -> None:

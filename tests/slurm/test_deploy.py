@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distinfluence.config import ClusterSection
-from distinfluence.scaling.jobqueue import _arguments, _cluster_class
+from distinfluence.scaling.job_settings import cluster_class, job_arguments
 from tests.slurm.runs import ROOT
 
 FILES = ROOT / "deploy" / "slurm"
@@ -21,11 +21,11 @@ SCRIPTS = sorted(path.name for path in FILES.glob("*.sbatch"))
 def job_script(name: str, folder: Path) -> str:
     """What would be submitted for each worker of a cluster file."""
     section = ClusterSection.read(FILES / name)
-    cluster_class = _cluster_class(section.kind)
-    arguments = _arguments(cluster_class, {**section.settings, "security": False}, {}, folder)
+    asked = cluster_class(section.kind)
+    arguments = job_arguments(asked, {**section.settings, "security": False}, {}, folder)
     for setting in ("scheduler_options", "shared_temp_directory"):
         arguments.pop(setting)
-    return str(cluster_class.job_cls("tls://host:1", name="worker", **arguments).job_script())
+    return str(asked.job_cls("tls://host:1", name="worker", **arguments).job_script())
 
 
 @pytest.mark.parametrize(

@@ -75,14 +75,13 @@ def test_a_run_in_a_job_that_is_requeued_goes_on_by_itself_and_an_array_makes_up
     begun, result = plain.parent / "influences.zarr", shared.parent / "influences.zarr"
     array = ("--array=0-2", "--cpus-per-task=1", "--mem=2G")
     number = sbatch(slurm, plain.parent, "--wrap", shlex.join(command("run", plain)), "--mem=4G", "-o", "log")
-    submitted(slurm, shared.parent, "array.sbatch", shared, options=array)
+    elements = submitted(slurm, shared.parent, "array.sbatch", shared, options=array)
 
     wait_for(lambda: strips_done(begun) > 0, "strips of the plain run")
     first = marks(begun)
     slurm("scontrol", "requeue", number)
     wait_for(lambda: strips_done(result) > 0, "strips of the array")
-    killed = slurm("squeue", "-h", "-r", "-n", "influences", "-t", "RUNNING", "-o", "%A %K").splitlines()
-    slurm("scancel", "--signal=KILL", "--full", *(line.split()[0] for line in killed if line.endswith(" 1")))
+    slurm("scancel", "--signal=KILL", "--full", f"{elements}_1")
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
 
     log = (plain.parent / "log").read_text()
