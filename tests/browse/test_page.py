@@ -156,6 +156,23 @@ def test_suspicious_labels_are_ranked_and_the_chosen_ones_are_exported(
     assert "annotate" in page.text_content("#problem")
 
 
+def test_numbers_keep_their_power_of_ten(visit: Any, tmp_path: Path) -> None:
+    values = np.array([0.0, 20.0, 1230.0, 1e5, 6.02e23, 0.05, 0.123, 1.2e-10, 1e-20, 3e7], np.float32)
+    writer = InfluenceWriter.create(tmp_path / "i.zarr", Layout(1, values.size, values.size), {})
+    writer.write_strip(0, values[np.newaxis], loss=values)
+    writer.finish()
+    page = visit(tmp_path / "i.zarr", "#view=test&index=0&k=10")
+    cards = page.locator("#point .cards").first.locator("a.card")
+    seen = {
+        int(cards.nth(i).get_attribute("href").rpartition("=")[2]): [
+            float(cards.nth(i).locator(kind).text_content().removeprefix("loss ")) for kind in (".value", ".quiet")
+        ]
+        for i in range(values.size)
+    }
+    for i, value in enumerate(values.tolist()):
+        assert seen[i] == pytest.approx([value, value], rel=1e-3), value
+
+
 def test_provenance_and_convergence(visit: Any, digits: Path) -> None:
     page = visit(digits, "#view=provenance")
     text = page.text_content("#provenance")

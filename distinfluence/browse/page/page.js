@@ -16,7 +16,9 @@ function el(tag, properties = {}, ...children) {
   return node;
 }
 
-const shown = (value, digits = 4) => (value === null || value === undefined ? "not known" : Number(value).toPrecision(digits).replace(/\.?0+($|e)/, "$1"));
+function shown(value, digits = 4) {
+  return value === null || value === undefined ? "not known" : String(Number(Number(value).toPrecision(digits)));
+}
 
 async function ask(name, parameters = {}) {
   const answer = await fetch(`/api/${name}?${new URLSearchParams(parameters)}`, { credentials: "same-origin" });
