@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,8 @@ from distinfluence.errors import DistinfluenceError, SettingError
 
 if TYPE_CHECKING:
     from distinfluence.config import Job
+    from distinfluence.job_points import Axis, JobPoints
+    from distinfluence.store import InfluenceResult
 
 Kind = Literal["image", "text", "table"]
 INTERRUPTED = 130  # the shell's exit status for a command that Ctrl-C ended
@@ -262,7 +264,15 @@ def top(
         click.echo(ranking_json(found) if as_json else ranking_table(result, found))
 
 
-register(main)
+def _sources_of_job(
+    job: Path, result: "InfluenceResult", render: str | None, compared: bool
+) -> "Mapping[Axis, JobPoints]":
+    from distinfluence.job_points import points_of_job
+
+    return points_of_job(job, result, render, compared)
+
+
+register(main, _sources_of_job)
 
 
 @contextmanager

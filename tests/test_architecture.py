@@ -87,7 +87,7 @@ LAYERS = {
         lazily=frozenset({"matplotlib", "pandas", "pyarrow"}),
     ),
     "application": Layer(
-        files=("config", "job", "samples", "summary", "demo", "cli", "__main__"),
+        files=("config", "job", "job_points", "samples", "summary", "demo", "cli", "__main__"),
         sees=(*_CORE, "store", "scaling", "evaluate", "package", "browse"),
         top=frozenset({"click", "distributed", "numpy", "pydantic", "torch", "yaml"}),
         lazily=frozenset({"matplotlib", "sklearn"}),

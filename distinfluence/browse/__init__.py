@@ -1,6 +1,18 @@
 """Looking at a result: tables, plots, one file of HTML to send, and a page in the browser.
 
-Imports nothing: the command line asks for `browse.commands` to print its help, and must not wait for the rest.
+Loads nothing by itself: the command line asks for `browse.commands` to print its help, and must not wait for the rest.
 """
 
-__all__: list[str] = []
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distinfluence.browse.rendering import Drawable, PointSource, Renderer
+
+__all__ = ["Drawable", "PointSource", "Renderer"]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        return getattr(import_module("distinfluence.browse.rendering"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -11,8 +10,20 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from distinfluence.browse.convergence import drawn_rows, recorded, strip_runs, worst_rows
 from distinfluence.browse.picture import Permutation, Picture, Pictures, check_window, cluster_order, orders_of
 from distinfluence.browse.rendering import PointSource, show
+from distinfluence.browse.saliency import check_pair, saliency, strongest
+from distinfluence.browse.sets import (
+    MAX_CLASSES,
+    Classes,
+    ClassTable,
+    Totals,
+    class_table,
+    classes_of,
+    largest,
+    totals,
+)
 from distinfluence.errors import CorruptStoreError, IndexRangeError, SettingError
 from distinfluence.store import InfluenceResult, open_influences
 from distinfluence.store.analysis import require_ranked
@@ -20,6 +31,9 @@ from distinfluence.store.html import facts
 
 MAX_POINTS, MAX_STRIPS = 2**27, 200_000
 MAX_LISTED = 500
+MAX_NAME = 120  # letters of a label's name
+SHOWN_OF_SET = 12
+KEPT_SETS = 4
 WORST = 4  # test points of the largest loss that are shown beside the matrix
 MAX_CELL = 2**22  # entries that are read to find the largest one of a cell
 SUSPICIONS = ("net_harm", "self_influence", "train_loss")
@@ -34,7 +48,6 @@ class ResultApi:
     """
 
     def __init__(self, result: InfluenceResult, sources: Mapping[Axis, PointSource] | None = None) -> None:
-        require_ranked(result, "browse")
         layout = result.layout
         if max(layout.n_test, layout.n_train) > MAX_POINTS or layout.n_strips > MAX_STRIPS:
             raise SettingError(
@@ -52,12 +65,15 @@ class ResultApi:
         stored: dict[Axis, PointSource] = {"test": result.points("test"), "train": result.points("train")}
         self.sources: dict[Axis, PointSource] = {**stored, **(sources or {})}
         self._kept: dict[str, NDArray[Any]] = {}
+        self._known_classes: dict[Axis, Classes | None] = {}
+        self._sets: dict[bytes, Totals] = {}
+        self._tables: dict[str, ClassTable] = {}
         self._read_before = 0
 
     def summary(self) -> Json:
         """What it is, how far it is, what can be asked."""
         self._look_again()
-        n_test, n_train = self.result.shape
+        n_test, n_train = self.result.shape[:2]
         status = self.result.finished_strips()
         return {
             "path": self.result.path.name,
@@ -70,7 +86,9 @@ class ResultApi:
             "k": self.result.layout.k,
             "facts": facts(self.result),
             "orders": {"test": self._order_names("test"), "train": self._order_names("train")},
-            "suspicions": list(SUSPICIONS),
+            "input_shape": list(self.result.layout.input_shape),
+            "classes": {"test": self._class_list("test"), "train": self._class_list("train")},
+            "suspicions": [name for name in SUSPICIONS if self._is_known(name)],
             "worst": [self._point("test", i) for i in self._worst_tests()],
             "samples": {axis: source.kind for axis, source in self.sources.items()},
         }
@@ -91,10 +109,12 @@ class ResultApi:
 
     def picture(self, rows: slice, columns: slice, height: int, width: int, orders: tuple[str, str]) -> Picture:
         """A window of the matrix; orders: names for rows and columns."""
+        require_ranked(self.result, "picture")
         return self.pictures.picture(rows, columns, height, width, self._permutations(orders))
 
     def cell(self, rows: slice, columns: slice, orders: tuple[str, str]) -> Json:
-        """The entry of largest magnitude in a window: which test and training point, and its value."""
+        """The entry of largest magnitude in a window: which test and training point, its value, and its place."""
+        require_ranked(self.result, "cell")
         check_window("rows", rows, self.result.shape[0])
         check_window("columns", columns, self.result.shape[1])
         if (rows.stop - rows.start) * (columns.stop - columns.start) > MAX_CELL:
@@ -103,11 +123,27 @@ class ResultApi:
         values, _ = self.pictures.ordered(rows, columns, permutations)
         known = np.where(np.isfinite(values), np.abs(values), -1.0)
         r, c = (int(i) for i in np.unravel_index(int(known.argmax()), known.shape))
+        places = (rows.start + r, columns.start + c)
         test, train = (
-            int(place if order is None else order[place])
-            for place, order in zip((rows.start + r, columns.start + c), permutations, strict=True)
+            int(place if order is None else order[place]) for place, order in zip(places, permutations, strict=True)
         )
-        found = {"test": test, "train": train, "value": number(values[r, c])}
+        return {**self._pair(test, train, values[r, c]), "place": list(places)}
+
+    def pair(self, test: int, train: int, orders: tuple[str, str]) -> Json:
+        """As `cell`, of a test and a training point, wherever they stand in these orders."""
+        require_ranked(self.result, "pair")
+        _check_index("test", test, self.result.shape[0])
+        _check_index("train", train, self.result.shape[1])
+        permutations = self._permutations(orders)
+        places = [
+            index if order is None else int(np.flatnonzero(order == index)[0])
+            for index, order in zip((test, train), permutations, strict=True)
+        ]
+        values, _ = self.pictures.ordered(slice(test, test + 1), slice(train, train + 1), (None, None))
+        return {**self._pair(test, train, values[0, 0]), "place": places}
+
+    def _pair(self, test: int, train: int, value: np.float32) -> Json:
+        found = {"test": test, "train": train, "value": number(value)}
         return {**found, "test_point": self._point("test", test), "train_point": self._point("train", train)}
 
     def test_point(self, index: int, k: int) -> Json:
@@ -165,34 +201,136 @@ class ResultApi:
         listed = [j for j in order.tolist() if np.isfinite(numbers[j])]
         return {"by": by, "points": [{**self._point("train", j), "score": number(values[j])} for j in listed]}
 
+    def test_set(self, tests: slice | None, of: float | None, among: float | None, k: int) -> Json:
+        """The training points that help and harm a set of test points most: a range of them, or those of a class.
+
+        of: the label of the test points; among: only training points of this label are ranked. Reads the set's rows.
+        """
+        rows = self._rows(tests, of)
+        found = self._totals(rows)
+        means = found.values / rows.size
+        eligible = np.ones(means.size, np.bool_) if among is None else self._of_class("train", among)
+        bound = float(np.mean(self._column("error_bound")[rows], dtype=np.float64))
+        ends = {
+            name: [
+                {**self._point("train", j), "value": number(means[j]), "bound": number(bound * self._norm(j))}
+                for j in largest(sign * means, eligible, _listed(k))
+            ]
+            for name, sign in (("helpful", 1.0), ("harmful", -1.0))
+        }
+        losses = self._column("test_loss")[rows]
+        return {
+            "n": int(rows.size),
+            "first": [self._point("test", i) for i in rows[:SHOWN_OF_SET].tolist()],
+            "loss": number(np.mean(losses, dtype=np.float64)),
+            "names": {"of": self._name("test", of), "among": self._name("train", among)},
+            "n_among": int(eligible.sum()),
+            "partial": bool(self.result.n_missing),
+            "damaged": found.damaged[:100],
+            **ends,
+        }
+
+    def class_table(self, everything: bool) -> Json:
+        """Mean influences of classes on classes; everything: from all strips, not from some."""
+        require_ranked(self.result, "classes")
+        tests, trains = self._classes("test"), self._classes("train")
+        if tests is None or trains is None:
+            raise SettingError(
+                "classes are shown of test and training points with labels. Store them with `distinfluence annotate`, "
+                f"at most {MAX_CLASSES} classes."
+            )
+        key = f"table {everything}"
+        table = self._tables.get(key) or class_table(self.result, tests, trains, everything)
+        if self.result.complete:
+            self._tables[key] = table
+        return {
+            "values": [[number(v) for v in row] for row in table.values.tolist()],
+            "n_read": table.n_strips,
+            "damaged": table.damaged[:100],
+        }
+
+    def saliency(self, test: int, train: int, k: int) -> Json:
+        """Influences by input of a pair, in a result of mode `perturbation`, and whose inputs move the test point."""
+        check_pair(self.result)
+        _check_index("test", test, self.result.shape[0])
+        _check_index("train", train, self.result.shape[1])
+        ranked = strongest(self.result, test, _listed(k))
+        values = self.result[test, train]
+        return {
+            "test_point": self._point("test", test, small=False),
+            "train_point": self._point("train", train, small=False),
+            "known": bool(np.isfinite(values).all()),
+            **saliency(values),
+            "strongest": None if ranked is None else [{**self._point("train", j), "norm": v} for j, v in ranked],
+        }
+
     def convergence(self) -> Json:
-        """Residuals and bounds of the rows, at most 4096 of them, and the state of every strip (runs of equal ones)."""
-        n_test = self.result.shape[0]
-        rows = np.unique(np.linspace(0, n_test - 1, min(n_test, 4096)).astype(np.int64))
-        status = self.result.finished_strips().astype(np.int8)
-        status[self.result.lost_strips()] = 2
-        apart = {i: reason for i, reason in self.result.quarantined.items() if i < status.size}
-        status[list(apart)] = 3
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(status)) + 1])
-        lengths = np.diff(np.concatenate([starts, [status.size]]))
-        runs = [[int(status[s]), int(n)] for s, n in zip(starts, lengths, strict=True)]
-        known = {name: self._column(name)[rows] for name in ("relative_residual", "error_bound", "converged")}
-        recorded = json.dumps(dict(self.result.provenance), indent=2, default=str)
-        columns = {name: [number(v) for v in values.tolist()] for name, values in known.items()}
+        """Residuals and bounds of the rows, the worst of them, and the state of every strip (runs of equal ones)."""
+        names = ("relative_residual", "error_bound", "converged", "iterations")
+        known = {name: self._column(name) for name in names}
+        rows = drawn_rows(known["relative_residual"], known["error_bound"])
+        runs, apart = strip_runs(self.result)
+        worst = [
+            {"index": row, **{name: number(known[name][row]) for name in names}, "label": self._label("test", row)}
+            for row in worst_rows(known)
+        ]
         return {
             "rows": rows.tolist(),
-            **columns,
+            **{name: [number(v) for v in known[name][rows].tolist()] for name in names[:3]},
+            "worst": worst,
             "strips": runs,
             "set_apart": apart,
-            "provenance": recorded,
+            "provenance": recorded(self.result),
         }
 
     def _point(self, axis: Axis, index: int, *, small: bool = True) -> Json:
-        source = self.sources[axis]
-        labels = self._labels(axis)
-        label = None if labels is None else source.name_of(float(labels[index]))
         loss = number(self._column(f"{axis}_loss")[index])
-        return {"index": index, "label": label, "loss": loss, "sample": show(source, index, small=small)}
+        sample = show(self.sources[axis], index, small=small)
+        return {"index": index, "label": self._label(axis, index), "loss": loss, "sample": sample}
+
+    def _label(self, axis: Axis, index: int) -> str | None:
+        labels = self._labels(axis)
+        return None if labels is None else self._name(axis, float(labels[index]))
+
+    def _name(self, axis: Axis, label: float | None) -> str | None:
+        return None if label is None else self.sources[axis].name_of(label)[:MAX_NAME]
+
+    def _classes(self, axis: Axis) -> Classes | None:
+        if axis not in self._known_classes:
+            self._known_classes[axis] = classes_of(self._labels(axis))
+        return self._known_classes[axis]
+
+    def _class_list(self, axis: Axis) -> list[Json] | None:
+        found = self._classes(axis)
+        if found is None:
+            return None
+        pairs = zip(found.labels.tolist(), found.counts.tolist(), strict=True)
+        return [{"label": float(label), "name": self._name(axis, float(label)), "n": n} for label, n in pairs]
+
+    def _of_class(self, axis: Axis, label: float) -> NDArray[np.bool_]:
+        labels = self._labels(axis)
+        members: NDArray[np.bool_] = np.zeros(0, np.bool_) if labels is None else labels == label
+        if not members.any():
+            raise SettingError(f"no {axis} point has the label {label:g}. Take one of those that `classes` shows.")
+        return members
+
+    def _rows(self, tests: slice | None, of: float | None) -> NDArray[np.int64]:
+        if of is not None:
+            return np.flatnonzero(self._of_class("test", of))
+        tests = slice(0, self.result.shape[0]) if tests is None else tests
+        check_window("tests", tests, self.result.shape[0])
+        return np.arange(tests.start, tests.stop)
+
+    def _totals(self, rows: NDArray[np.int64]) -> Totals:
+        """Of the last sets that were asked for, kept once the result does not change any more."""
+        require_ranked(self.result, "test sets")
+        key = rows.tobytes()
+        found = self._sets.pop(key, None) or totals(self.result, rows)
+        if self.result.complete:
+            self._sets[key] = found
+            while len(self._sets) > KEPT_SETS:
+                self._sets.pop(next(iter(self._sets)), None)
+        return found
 
     def _worst_tests(self) -> list[int]:
         losses = self._column("test_loss")
@@ -230,6 +368,11 @@ class ResultApi:
             return self.sources["train"].self_influence()
         losses = self._column("train_loss")
         return None if np.isnan(losses).all() else losses
+
+    def _is_known(self, name: str) -> bool:
+        if not self.result.layout.ranked:
+            return False
+        return name == "net_harm" or self._suspicion(name) is not None
 
     def _order_names(self, axis: Axis) -> list[str]:
         return ["stored", *self._orders[axis]] if self.pictures.can_be_ordered else ["stored"]

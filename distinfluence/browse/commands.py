@@ -8,15 +8,17 @@ import os
 import signal
 import sys
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol
 
 import click
 
 from distinfluence.errors import DistinfluenceError, SettingError
 
 if TYPE_CHECKING:
+    from distinfluence.browse.api import ResultApi
+    from distinfluence.browse.rendering import PointSource
     from distinfluence.browse.server import BrowseServer
     from distinfluence.store import InfluenceResult
 
@@ -25,10 +27,20 @@ _result = click.argument("path")  # a folder or a URL
 _file = click.Path(path_type=Path, dir_okay=False)
 
 
-def register(group: click.Group) -> None:
+class JobSources(Protocol):
+    """Samples and labels of a job's data, for `--job`; a layer above this one knows jobs."""
+
+    def __call__(
+        self, job: Path, result: InfluenceResult, render: str | None, compared: bool
+    ) -> Mapping[Literal["test", "train"], PointSource]:
+        """compared: read the data once and make sure that they are those the result was made with."""
+
+
+def register(group: click.Group, sources: JobSources) -> None:
     """Add the commands to the command line."""
     for command in (browse, export, plot):
         group.add_command(command)
+    group.context_settings["obj"] = sources
 
 
 def condition(result: InfluenceResult, *, check: bool = False) -> str:
@@ -60,25 +72,79 @@ def _clean(command: Callable[P, None]) -> Callable[P, None]:
 @click.command()
 @_result
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others can be reached.")
-@click.option("--port", default=0, show_default="a free one", type=click.IntRange(0, 65535))
+@click.option("--name", "names", multiple=True, help="Another name that browsers call this machine by.")
+@click.option(
+    "--port",
+    default=None,
+    show_default="the last one, or a free one",
+    type=click.IntRange(0, 65535),
+    help="0: a free one.",
+)
+@click.option(
+    "--token",
+    envvar="DISTINFLUENCE_TOKEN",
+    help="What a link must carry. By default a random one, kept for this result, so that links last.",
+)
+@click.option("--new-link", is_flag=True, help="A new port and token: links that were given away do not work any more.")
+@click.option("--job", type=_file, help="Take samples and labels from the data of this job, as they are asked for.")
+@click.option("--render", help="With --job, module:callable that makes of one input what is shown.")
+@click.option("--trust", is_flag=True, help="With --job, do not read all data to compare them with the result's.")
 @click.option(
     "--open/--no-open", "opened", default=None, help="Open a browser, or do not. By default, where there is one."
 )
+@click.pass_obj
 @_clean
-def browse(path: str, host: str, port: int, opened: bool | None) -> None:
+def browse(
+    sources: JobSources | None,
+    path: str,
+    host: str,
+    names: tuple[str, ...],
+    port: int | None,
+    token: str | None,
+    new_link: bool,
+    job: Path | None,
+    render: str | None,
+    trust: bool,
+    opened: bool | None,
+) -> None:
     """Look at the result at PATH on a page in the browser.
 
     The page is served by this machine to this machine, to whoever has the token in the address; nothing is loaded from
     a network. Ctrl-C ends it.
     """
     from distinfluence.browse.api import ResultApi
-    from distinfluence.browse.server import LOOPBACK, BrowseServer
+    from distinfluence.browse.server import is_loopback
     from distinfluence.store import open_influences
 
-    server = BrowseServer(ResultApi(open_influences(path)), host, port)
-    if host not in LOOPBACK:
+    if job is None and (render is not None or trust):
+        raise SettingError("`--render` and `--trust` are about the data of a job: pass --job too.")
+    result = open_influences(path)
+    shown = None if job is None or sources is None else sources(job, result, render, not trust)
+    server = _listening(ResultApi(result, shown), host, port, token, names, new_link)
+    if not is_loopback(host):
         click.echo(f"note: {host} may be reached from other machines; the address below lets anyone in.", err=True)
     asyncio.run(_serve(server, _has_browser() if opened is None else opened))
+
+
+def _listening(
+    api: ResultApi, host: str, port: int | None, token: str | None, names: tuple[str, ...], new_link: bool
+) -> BrowseServer:
+    """A server on the port, and with the token, that this result had last, unless told otherwise."""
+    from distinfluence.browse.link import Link, keep_link, kept_link
+    from distinfluence.browse.server import BrowseServer
+
+    whose = str(api.result.path)
+    kept = None if new_link else kept_link(whose)
+    known = (kept.token if kept else None) if token is None else token
+    try:
+        server = BrowseServer(api, host, port if port is not None else kept.port if kept else 0, known, names)
+    except SettingError:
+        if port is not None or kept is None:
+            raise
+        server = BrowseServer(api, host, 0, known, names)  # the last one is taken, by another page of this result say
+    if token is None:  # who passes one keeps it
+        keep_link(whose, Link(server.port, server.token))
+    return server
 
 
 async def _serve(server: BrowseServer, opened: bool) -> None:

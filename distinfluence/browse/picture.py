@@ -167,6 +167,19 @@ class Pictures:
         return self._made[level.name]
 
 
+def packed(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], float]:
+    """Cells in half precision (3 digits, which is what a colour and its text show), little-endian, and their scale.
+
+    The scale is the median magnitude, so that neither few large cells nor many zeros cost digits. NaN and infinite cells
+    stay what they are; finite ones beyond 60,000 times the scale are cut there.
+    """
+    known = np.isfinite(values)
+    magnitudes = np.abs(values[known & (values != 0)], dtype=np.float64)
+    scale = float(np.median(magnitudes)) if magnitudes.size else 1.0
+    shares = np.where(known, np.clip(values.astype(np.float64) / scale, -6e4, 6e4), values)
+    return shares.astype("<f2"), scale
+
+
 def cluster_order(values: NDArray[np.float32]) -> Permutation:
     """An order in which rows that point the same way stand together: by angle in the plane of the two main directions.
 

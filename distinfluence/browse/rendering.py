@@ -1,26 +1,46 @@
 """Samples shown as what they are: an image, a text, a row of a table. What is shown is plain JSON, never markup.
 
-Where samples come from is a small protocol, `PointSource`: what `annotate` stored with the result, or a data set.
+Two small protocols are open to the user's own code. A `PointSource` says where samples and labels come from: what
+`annotate` stored with the result, or a data set. A `Renderer` makes of one input something that can be drawn.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.browse.png import data_uri
+from distinfluence.errors import DtypeError
 from distinfluence.store import Sample
 
 SMALL_SIDE, LARGE_SIDE = 96, 512
 SMALL_TEXT, LARGE_TEXT = 280, 20_000
 SMALL_TABLE, LARGE_TABLE = 6, 400
+MAX_PARTS = 8
+
+Drawable: TypeAlias = "str | NDArray[Any] | Mapping[str, object] | Sequence[Drawable]"
+"""What can be drawn: a text; an image [h, w], [h, w, 3] or [3, h, w], uint8 or scaled from its smallest to its largest
+number; a row of a table, by name or as a flat array; or several of these, one below the other."""
+
+
+@runtime_checkable
+class Renderer(Protocol):
+    """Makes of one input of a data set what is shown of it.
+
+    It is called once for each sample that is looked at, with the first part of the sample as the data set gives it (an
+    array, or a tuple or dict of arrays), never by two threads at once for one axis.
+    """
+
+    def __call__(self, sample: Any, /) -> Drawable:
+        """What to draw."""
 
 
 class Shown(TypedDict, total=False):
-    """One sample for the page. kind: image (`uri`, `width`, `height`), text (`text`) or table (`cells`)."""
+    """One sample for the page. kind: image (`uri`, `width`, `height`), text (`text`), table (`cells`) or `parts`."""
 
     kind: str
     uri: str
@@ -28,6 +48,7 @@ class Shown(TypedDict, total=False):
     height: int
     text: str
     cells: list[tuple[str, str]]
+    parts: list[Shown]
     cut: bool
 
 
@@ -39,7 +60,7 @@ class PointSource(Protocol):
 
     @property
     def kind(self) -> str | None:
-        """image, text, table, or None without samples."""
+        """What the samples are, None without samples."""
 
     def labels(self) -> NDArray[Any] | None:
         """[n], None if not known."""
@@ -50,7 +71,7 @@ class PointSource(Protocol):
     def name_of(self, label: float) -> str:
         """A label as it is called."""
 
-    def sample(self, index: int) -> Sample | None:
+    def sample(self, index: int) -> Drawable | Sample | None:
         """One sample, None if not known."""
 
 
@@ -59,23 +80,63 @@ def show(source: PointSource, index: int, *, small: bool) -> Shown | None:
     sample = source.sample(index)
     if sample is None:
         return None
+    if not isinstance(sample, Sample):
+        return draw(sample, source.columns, small=small)
     if isinstance(sample.values, str):
-        return _text(sample.values, SMALL_TEXT if small else LARGE_TEXT)
+        return _text(sample.values, small)
     if sample.kind == "table":
-        return _table(sample.values, source.columns, SMALL_TABLE if small else LARGE_TABLE)
+        return _row(sample.values, source.columns, small)
     return _image(sample.values, source.range, SMALL_SIDE if small else LARGE_SIDE)
 
 
-def _text(text: str, limit: int) -> Shown:
+def draw(what: Drawable, columns: Sequence[str] = (), *, small: bool) -> Shown:
+    """What a renderer gave, for the page. Raises DtypeError for what cannot be drawn."""
+    if isinstance(what, str):
+        return _text(what, small)
+    if isinstance(what, Mapping):
+        return _cells([(str(name), _cell(value)) for name, value in what.items()], small)
+    if isinstance(what, np.ndarray) or hasattr(what, "__array__"):
+        values = np.asarray(what)
+        if values.dtype.kind not in "fiub":
+            raise DtypeError(f"a renderer's array must hold numbers, got {values.dtype}. Return a text instead.")
+        if values.ndim < 2:
+            return _row(values.reshape(-1), columns, small)
+        if values.ndim == 2 or (values.ndim == 3 and {1, 3, 4} & {values.shape[0], values.shape[2]}):
+            return _image(values, _ends(values), SMALL_SIDE if small else LARGE_SIDE)
+        return _text(f"{values.dtype} {list(values.shape)}, from {_cell(values.min())} to {_cell(values.max())}", small)
+    if isinstance(what, Sequence):
+        return {"kind": "parts", "parts": [draw(part, columns, small=small) for part in what[:MAX_PARTS]]}
+    raise DtypeError(
+        f"a renderer must return a text, an array, a mapping, or a list of these, got {type(what).__name__}."
+    )
+
+
+def _ends(image: NDArray[Any]) -> tuple[float, float]:
+    """What is black and what is white."""
+    if image.dtype == np.uint8 or image.size == 0:
+        return 0.0, 255.0
+    return float(image.min()), float(image.max())
+
+
+def _cell(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _cells(cells: list[tuple[str, str]], small: bool) -> Shown:
+    limit = SMALL_TABLE if small else LARGE_TABLE
+    return {"kind": "table", "cells": cells[:limit], "cut": len(cells) > limit}
+
+
+def _text(text: str, small: bool) -> Shown:
+    limit = SMALL_TEXT if small else LARGE_TEXT
     return {"kind": "text", "text": text[:limit], "cut": len(text) > limit}
 
 
-def _table(values: NDArray[Any], names: list[str], limit: int) -> Shown:
-    cells = [
-        (names[i] if i < len(names) else f"column {i}", f"{value:.5g}" if isinstance(value, float) else str(value))
-        for i, value in enumerate(values[:limit].tolist())
-    ]
-    return {"kind": "table", "cells": cells, "cut": values.size > limit}
+def _row(values: NDArray[Any], names: Sequence[str], small: bool) -> Shown:
+    some = values[: LARGE_TABLE + 1].tolist()
+    return _cells(
+        [(names[i] if i < len(names) else f"column {i}", _cell(value)) for i, value in enumerate(some)], small
+    )
 
 
 def _image(values: NDArray[Any], ends: tuple[float, float], side: int) -> Shown:

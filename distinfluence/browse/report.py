@@ -13,15 +13,18 @@ import numpy as np
 from distinfluence.browse.api import ResultApi
 from distinfluence.browse.png import colours, data_uri, robust_scale
 from distinfluence.browse.rendering import Shown
-from distinfluence.errors import StoreError
+from distinfluence.errors import CorruptStoreError, StoreError
+from distinfluence.store.analysis import require_ranked
 from distinfluence.store.html import facts
 
 
 def write_report(api: ResultApi, path: Path, *, tests: int = 8, k: int = 6, suspects: int = 24) -> None:
     """Write what it is, a picture of the matrix, `tests` test points of the largest loss, `suspects` suspicious labels.
 
-    k: how many helpful and harmful training points of each. Raises StoreError.
+    k: how many helpful and harmful training points of each. What is damaged is said in its place. Raises StoreError,
+    and ShapeError for a result of mode `perturbation`.
     """
+    require_ranked(api.result, "export")
     style = resources.files("distinfluence.browse").joinpath("page", "report.css").read_text()
     document = "".join(
         [
@@ -51,13 +54,23 @@ def _facts(api: ResultApi) -> str:
 
 def _map(api: ResultApi) -> str:
     n_test, n_train = api.result.shape
+    if not api.result.finished_strips().any():
+        return '<p class="damaged">Nothing is computed yet.</p>'
     picture = api.picture(slice(0, n_test), slice(0, n_train), 400, 1000, ("stored", "stored"))
     scale = robust_scale(picture.values)
     uri = data_uri(colours(picture.values, scale))
-    return (
+    strips = ", ".join(map(str, picture.damaged[:20])) + (", …" if len(picture.damaged) > 20 else "")
+    damage = " or damaged" if picture.damaged else ""
+    warning = (
+        f'<p class="damaged">Strips {strips} of the matrix are damaged and are not shown; rankings may name points of '
+        "theirs, which were ranked before. Compute them again.</p>"
+        if picture.damaged
+        else ""
+    )
+    return warning + (
         f'<h2>The matrix</h2><img class="map" alt="heat map of the influences" src="{uri}"><p class="quiet">Rows are '
         f"test points, columns training points. Blue helps, orange harms, full colour from ±{scale:.3g}; grey is not "
-        "computed. A cell is the entry of largest magnitude that it covers.</p>"
+        f"computed{damage}. A cell is the entry of largest magnitude that it covers.</p>"
     )
 
 
@@ -67,7 +80,10 @@ def _worst_rows(api: ResultApi, count: int) -> list[int]:
 
 
 def _test(api: ResultApi, row: int, k: int) -> str:
-    point = api.test_point(row, k)
+    try:
+        point = api.test_point(row, k)
+    except CorruptStoreError as error:
+        return f'<h2>Test point {row}</h2><p class="damaged">{escape(str(error))}</p>'
     helpful = "".join(_card("training", other) for other in point["helpful"])
     harmful = "".join(_card("training", other) for other in point["harmful"])
     return (
@@ -77,7 +93,10 @@ def _test(api: ResultApi, row: int, k: int) -> str:
 
 
 def _suspects(api: ResultApi, count: int) -> str:
-    points = api.suspects("net_harm", count)["points"]
+    try:
+        points = api.suspects("net_harm", count)["points"]
+    except CorruptStoreError as error:
+        return f'<h2>Suspicious labels</h2><p class="damaged">{escape(str(error))}</p>'
     cards = "".join(_card("training", {**point, "value": -point["score"]}) for point in points)
     return (
         '<h2>Suspicious labels</h2><p class="quiet">The training points with the largest net harm: the sum of their '
@@ -100,5 +119,7 @@ def _sample(sample: Shown | None) -> str:
         return f'<img alt="the sample" src="{escape(sample["uri"])}"><br>'
     if sample["kind"] == "text":
         return f"<p>{escape(sample['text'])}{' …' if sample['cut'] else ''}</p>"
+    if sample["kind"] == "parts":
+        return "".join(_sample(part) for part in sample["parts"])
     cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in sample["cells"])
     return f"<table>{cells}</table>"

@@ -4,14 +4,15 @@ import asyncio
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distinfluence.browse.api import ResultApi
+from distinfluence.browse.api import Axis, ResultApi
+from distinfluence.browse.rendering import PointSource
 from distinfluence.browse.server import BrowseServer
 from distinfluence.store import open_influences
 from tests.browse import results
@@ -41,9 +42,11 @@ def own_digits(digits: Path, tmp_path: Path) -> Path:
 
 
 @contextmanager
-def serving(path: Path) -> Iterator[BrowseServer]:
+def serving(
+    path: Path, host: str = "127.0.0.1", sources: Mapping[Axis, PointSource] | None = None
+) -> Iterator[BrowseServer]:
     """The page of the result at `path`, served by a thread of this process."""
-    server = BrowseServer(ResultApi(open_influences(path)))
+    server = BrowseServer(ResultApi(open_influences(path), sources), host)
     loop = asyncio.new_event_loop()
     started = threading.Event()
 

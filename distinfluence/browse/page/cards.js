@@ -1,0 +1,49 @@
+// Points as cards: the sample as what it is, its label, its loss, and what it does.
+import { link } from "/address.js";
+import { el, quiet, shown } from "/dom.js";
+
+const NAMES = { test: "test", train: "training" };
+
+export function sampleNode(sample) {
+  if (!sample) return null;
+  const box = el("div", { className: "sample" });
+  if (sample.kind === "image") {
+    box.append(el("img", { src: sample.uri, width: sample.width, height: sample.height, alt: "the sample" }));
+  } else if (sample.kind === "text") {
+    box.append(el("p", { textContent: sample.text + (sample.cut ? " …" : "") }));
+  } else if (sample.kind === "table") {
+    const rows = sample.cells.map(([name, value]) =>
+      el("tr", {}, el("td", { className: "quiet", textContent: name }), el("td", { textContent: value })));
+    box.append(el("table", {}, el("tbody", {}, ...rows)), sample.cut ? quiet("…") : "");
+  } else if (sample.kind === "parts") {
+    box.append(...sample.parts.map(sampleNode));
+  }
+  return box;
+}
+
+export function influence(value, bound) {
+  const helps = value > 0;
+  const known = bound === null || bound === undefined ? "" : ` ± ${shown(bound, 2)}`;
+  const text = value === null ? "not computed" : `${helps ? "+" : ""}${shown(value)}${known}`;
+  return el("div", { className: `value ${value === null ? "quiet" : helps ? "helps" : "harms"}`, textContent: text });
+}
+
+export const titleOf = (axis, point) =>
+  `${NAMES[axis]} ${point.index}${point.label === null ? "" : ` · “${point.label}”`}`;
+
+export function card(axis, point, href = link({ view: axis, index: point.index })) {
+  return el("a", { className: "card", href },
+    sampleNode(point.sample),
+    el("div", { textContent: titleOf(axis, point) }),
+    point.value === undefined ? null : influence(point.value, point.bound),
+    el("div", { className: "quiet", textContent: point.loss === null ? "" : `loss ${shown(point.loss)}` }));
+}
+
+export const cards = (axis, points, empty) => (points.length
+  ? el("ul", { className: "cards" }, ...points.map((point) => el("li", {}, card(axis, point))))
+  : quiet(empty));
+
+export const facts = (entries) => el("dl", { className: "facts" },
+  ...Object.entries(entries).flatMap(([name, text]) => [
+    el("dt", { textContent: name }), el("dd", { textContent: text }),
+  ]));
