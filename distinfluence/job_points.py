@@ -48,6 +48,10 @@ class JobPoints:
         """[n], as stored."""
         return self._stored.self_influence()
 
+    def id_of(self, index: int) -> str | None:
+        """As `annotate` was told."""
+        return self._stored.id_of(index)
+
     def name_of(self, label: float) -> str:
         """As `annotate` was told."""
         return self._stored.name_of(label)

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distinfluence.browse.rendering import Drawable, PointSource, Renderer
+    from distinfluence.browse.rendering import Drawable, PointSource, Renderer, Tokens
 
-__all__ = ["Drawable", "PointSource", "Renderer"]
+__all__ = ["Drawable", "PointSource", "Renderer", "Tokens"]
 
 
 def __getattr__(name: str) -> object:

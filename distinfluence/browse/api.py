@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.browse.convergence import drawn_rows, recorded, strip_runs, worst_rows
+from distinfluence.browse.known import SUSPICIONS, Axis, Json, KnownPoints, number
 from distinfluence.browse.picture import Permutation, Picture, Pictures, check_window, cluster_order, orders_of
-from distinfluence.browse.rendering import PointSource, show
+from distinfluence.browse.rendering import PointSource
 from distinfluence.browse.saliency import check_pair, saliency, strongest
 from distinfluence.browse.sets import (
     MAX_CLASSES,
-    Classes,
     ClassTable,
     Totals,
     class_table,
-    classes_of,
     largest,
     totals,
 )
-from distinfluence.errors import CorruptStoreError, IndexRangeError, SettingError
+from distinfluence.browse.shares import on_tokens, strongest_blocks
+from distinfluence.errors import IndexRangeError, SettingError
 from distinfluence.store import InfluenceResult, open_influences
 from distinfluence.store.analysis import require_ranked
 from distinfluence.store.html import facts
 
 MAX_POINTS, MAX_STRIPS = 2**27, 200_000
 MAX_LISTED = 500
-MAX_NAME = 120  # letters of a label's name
 SHOWN_OF_SET = 12
 KEPT_SETS = 4
 WORST = 4  # test points of the largest loss that are shown beside the matrix
 MAX_CELL = 2**22  # entries that are read to find the largest one of a cell
-SUSPICIONS = ("net_harm", "self_influence", "train_loss")
-Json = dict[str, Any]
-Axis = Literal["test", "train"]
 
 
 class ResultApi:
@@ -64,8 +59,7 @@ class ResultApi:
         self.pictures = Pictures(result)
         stored: dict[Axis, PointSource] = {"test": result.points("test"), "train": result.points("train")}
         self.sources: dict[Axis, PointSource] = {**stored, **(sources or {})}
-        self._kept: dict[str, NDArray[Any]] = {}
-        self._known_classes: dict[Axis, Classes | None] = {}
+        self.known = KnownPoints(result, self.sources)
         self._sets: dict[bytes, Totals] = {}
         self._tables: dict[str, ClassTable] = {}
         self._read_before = 0
@@ -87,9 +81,9 @@ class ResultApi:
             "facts": facts(self.result),
             "orders": {"test": self._order_names("test"), "train": self._order_names("train")},
             "input_shape": list(self.result.layout.input_shape),
-            "classes": {"test": self._class_list("test"), "train": self._class_list("train")},
-            "suspicions": [name for name in SUSPICIONS if self._is_known(name)],
-            "worst": [self._point("test", i) for i in self._worst_tests()],
+            "classes": {"test": self.known.class_list("test"), "train": self.known.class_list("train")},
+            "suspicions": [name for name in SUSPICIONS if self.known.is_known(name)],
+            "worst": [self.known.point("test", i) for i in self._worst_tests()],
             "samples": {axis: source.kind for axis, source in self.sources.items()},
         }
 
@@ -99,6 +93,7 @@ class ResultApi:
             before = self.result.bytes_read
             self.result = open_influences(self.result.path)
             self.pictures = Pictures(self.result)
+            self.known.result = self.result
             self._read_before += before
             self.__dict__.pop("_orders", None)
 
@@ -144,7 +139,7 @@ class ResultApi:
 
     def _pair(self, test: int, train: int, value: np.float32) -> Json:
         found = {"test": test, "train": train, "value": number(value)}
-        return {**found, "test_point": self._point("test", test), "train_point": self._point("train", train)}
+        return {**found, "test_point": self.known.point("test", test), "train_point": self.known.point("train", train)}
 
     def test_point(self, index: int, k: int) -> Json:
         """A test point with the training points that help and harm it most."""
@@ -153,28 +148,30 @@ class ResultApi:
         partial = not self.result.complete
         helpful = self.result.top(index, k, partial=partial)
         harmful = self.result.bottom(index, k, partial=partial)
-        bound = float(self._column("error_bound")[index])
+        bound = float(self.known.column("error_bound")[index])
         ends = {}
         for name, ranking in (("helpful", helpful), ("harmful", harmful)):
             ends[name] = [
-                {**self._point("train", j), "value": number(v), "bound": number(bound * self._norm(j))}
+                {**self.known.point("train", j), "value": number(v), "bound": number(bound * self.known.norm(j))}
                 for j, v in zip(ranking.indices.tolist(), ranking.values.tolist(), strict=True)
             ]
+        if not partial:
+            self._take_apart(index, ends)
         names = ("test_gradient_norm", "relative_residual", "error_bound")
-        own = {name: number(self._column(name)[index]) for name in names}
+        own = {name: number(self.known.column(name)[index]) for name in names}
         how = {
-            "iterations": int(self._column("iterations")[index]),
-            "converged": bool(self._column("converged")[index]),
+            "iterations": int(self.known.column("iterations")[index]),
+            "converged": bool(self.known.column("converged")[index]),
         }
-        return {**self._point("test", index, small=False), **own, **how, **ends, "partial": partial}
+        return {**self.known.point("test", index, small=False), **own, **how, **ends, "partial": partial}
 
     def train_point(self, index: int, k: int) -> Json:
         """A training point with the test points that it helps and harms most. Reads one column."""
         _check_index("train", index, self.result.shape[1])
-        found = self._point("train", index, small=False)
-        found["train_gradient_norm"] = number(self._norm(index))
+        found = self.known.point("train", index, small=False)
+        found["train_gradient_norm"] = number(self.known.norm(index))
         for name in ("net_harm", "self_influence"):
-            values = self._suspicion(name)
+            values = self.known.suspicion(name)
             found[name] = None if values is None else number(values[index])
         found.update(helpful=[], harmful=[], partial=True)
         if self.result.finished_strips()[index // self.result.layout.strip]:
@@ -183,12 +180,12 @@ class ResultApi:
             for name, rank in ends.items():
                 ranking = rank(index, _listed(k))
                 pairs = zip(ranking.indices.tolist(), ranking.values.tolist(), strict=True)
-                found[name] = [{**self._point("test", i), "value": number(v)} for i, v in pairs]
+                found[name] = [{**self.known.point("test", i), "value": number(v)} for i, v in pairs]
         return found
 
     def suspects(self, by: str, k: int) -> Json:
         """The training points that are most suspicious of a wrong label: by net_harm, self_influence or train_loss."""
-        values = self._suspicion(by) if by in SUSPICIONS else None
+        values = self.known.suspicion(by) if by in SUSPICIONS else None
         if values is None:
             raise SettingError(
                 f"`by` must be what is known of {', '.join(SUSPICIONS)}; {by[:40]!r} is not recorded. Self-influences "
@@ -199,7 +196,7 @@ class ResultApi:
         first = np.argpartition(-numbers, k - 1)[:k]
         order = first[np.lexsort((first, -numbers[first]))]
         listed = [j for j in order.tolist() if np.isfinite(numbers[j])]
-        return {"by": by, "points": [{**self._point("train", j), "score": number(values[j])} for j in listed]}
+        return {"by": by, "points": [{**self.known.point("train", j), "score": number(values[j])} for j in listed]}
 
     def test_set(self, tests: slice | None, of: float | None, among: float | None, k: int) -> Json:
         """The training points that help and harm a set of test points most: a range of them, or those of a class.
@@ -209,21 +206,21 @@ class ResultApi:
         rows = self._rows(tests, of)
         found = self._totals(rows)
         means = found.values / rows.size
-        eligible = np.ones(means.size, np.bool_) if among is None else self._of_class("train", among)
-        bound = float(np.mean(self._column("error_bound")[rows], dtype=np.float64))
+        eligible = np.ones(means.size, np.bool_) if among is None else self.known.of_class("train", among)
+        bound = float(np.mean(self.known.column("error_bound")[rows], dtype=np.float64))
         ends = {
             name: [
-                {**self._point("train", j), "value": number(means[j]), "bound": number(bound * self._norm(j))}
+                {**self.known.point("train", j), "value": number(means[j]), "bound": number(bound * self.known.norm(j))}
                 for j in largest(sign * means, eligible, _listed(k))
             ]
             for name, sign in (("helpful", 1.0), ("harmful", -1.0))
         }
-        losses = self._column("test_loss")[rows]
+        losses = self.known.column("test_loss")[rows]
         return {
             "n": int(rows.size),
-            "first": [self._point("test", i) for i in rows[:SHOWN_OF_SET].tolist()],
+            "first": [self.known.point("test", i) for i in rows[:SHOWN_OF_SET].tolist()],
             "loss": number(np.mean(losses, dtype=np.float64)),
-            "names": {"of": self._name("test", of), "among": self._name("train", among)},
+            "names": {"of": self.known.name("test", of), "among": self.known.name("train", among)},
             "n_among": int(eligible.sum()),
             "partial": bool(self.result.n_missing),
             "damaged": found.damaged[:100],
@@ -233,7 +230,7 @@ class ResultApi:
     def class_table(self, everything: bool) -> Json:
         """Mean influences of classes on classes; everything: from all strips, not from some."""
         require_ranked(self.result, "classes")
-        tests, trains = self._classes("test"), self._classes("train")
+        tests, trains = self.known.classes("test"), self.known.classes("train")
         if tests is None or trains is None:
             raise SettingError(
                 "classes are shown of test and training points with labels. Store them with `distinfluence annotate`, "
@@ -257,21 +254,21 @@ class ResultApi:
         ranked = strongest(self.result, test, _listed(k))
         values = self.result[test, train]
         return {
-            "test_point": self._point("test", test, small=False),
-            "train_point": self._point("train", train, small=False),
+            "test_point": self.known.point("test", test, small=False),
+            "train_point": self.known.point("train", train, small=False),
             "known": bool(np.isfinite(values).all()),
             **saliency(values),
-            "strongest": None if ranked is None else [{**self._point("train", j), "norm": v} for j, v in ranked],
+            "strongest": None if ranked is None else [{**self.known.point("train", j), "norm": v} for j, v in ranked],
         }
 
     def convergence(self) -> Json:
         """Residuals and bounds of the rows, the worst of them, and the state of every strip (runs of equal ones)."""
         names = ("relative_residual", "error_bound", "converged", "iterations")
-        known = {name: self._column(name) for name in names}
+        known = {name: self.known.column(name) for name in names}
         rows = drawn_rows(known["relative_residual"], known["error_bound"])
         runs, apart = strip_runs(self.result)
         worst = [
-            {"index": row, **{name: number(known[name][row]) for name in names}, "label": self._label("test", row)}
+            {"index": row, **{name: number(known[name][row]) for name in names}, "label": self.known.label("test", row)}
             for row in worst_rows(known)
         ]
         return {
@@ -283,40 +280,20 @@ class ResultApi:
             "provenance": recorded(self.result),
         }
 
-    def _point(self, axis: Axis, index: int, *, small: bool = True) -> Json:
-        loss = number(self._column(f"{axis}_loss")[index])
-        sample = show(self.sources[axis], index, small=small)
-        return {"index": index, "label": self._label(axis, index), "loss": loss, "sample": sample}
-
-    def _label(self, axis: Axis, index: int) -> str | None:
-        labels = self._labels(axis)
-        return None if labels is None else self._name(axis, float(labels[index]))
-
-    def _name(self, axis: Axis, label: float | None) -> str | None:
-        return None if label is None else self.sources[axis].name_of(label)[:MAX_NAME]
-
-    def _classes(self, axis: Axis) -> Classes | None:
-        if axis not in self._known_classes:
-            self._known_classes[axis] = classes_of(self._labels(axis))
-        return self._known_classes[axis]
-
-    def _class_list(self, axis: Axis) -> list[Json] | None:
-        found = self._classes(axis)
+    def _take_apart(self, index: int, ends: Mapping[str, list[Json]]) -> None:
+        """Add to what is ranked what it is made of, by block and by position, where the run kept it."""
+        found = self.result.contributions(index)
         if found is None:
-            return None
-        pairs = zip(found.labels.tolist(), found.counts.tolist(), strict=True)
-        return [{"label": float(label), "name": self._name(axis, float(label)), "n": n} for label, n in pairs]
-
-    def _of_class(self, axis: Axis, label: float) -> NDArray[np.bool_]:
-        labels = self._labels(axis)
-        members: NDArray[np.bool_] = np.zeros(0, np.bool_) if labels is None else labels == label
-        if not members.any():
-            raise SettingError(f"no {axis} point has the label {label:g}. Take one of those that `classes` shows.")
-        return members
+            return
+        for name, shares in (("helpful", found.helpful), ("harmful", found.harmful)):
+            for r, (point, by_block) in enumerate(zip(ends[name], shares.by_block, strict=False)):
+                point["blocks"] = strongest_blocks(found.blocks, by_block)
+                if shares.by_token is not None:
+                    point["tokens"] = on_tokens(self.sources["train"], point["index"], shares.by_token[r])
 
     def _rows(self, tests: slice | None, of: float | None) -> NDArray[np.int64]:
         if of is not None:
-            return np.flatnonzero(self._of_class("test", of))
+            return np.flatnonzero(self.known.of_class("test", of))
         tests = slice(0, self.result.shape[0]) if tests is None else tests
         check_window("tests", tests, self.result.shape[0])
         return np.arange(tests.start, tests.stop)
@@ -333,46 +310,9 @@ class ResultApi:
         return found
 
     def _worst_tests(self) -> list[int]:
-        losses = self._column("test_loss")
+        losses = self.known.column("test_loss")
         order = np.argsort(-np.nan_to_num(losses, nan=-np.inf), kind="stable")[:WORST]
         return [row for row in order.tolist() if np.isfinite(losses[row])]
-
-    def _norm(self, train_index: int) -> float:
-        return float(self._column("train_gradient_norm")[train_index])
-
-    def _column(self, name: str) -> NDArray[Any]:
-        """A per-point array; kept once the result does not change any more."""
-        if name not in self._kept:
-            values = np.asarray(getattr(self.result, name))
-            if not self.result.complete:
-                return values
-            self._kept[name] = values
-        return self._kept[name]
-
-    def _labels(self, axis: Axis) -> NDArray[Any] | None:
-        key = f"{axis} labels"
-        if key not in self._kept:
-            labels = self.sources[axis].labels()
-            if labels is None:
-                return None
-            n = self.result.shape[0 if axis == "test" else 1]
-            if labels.shape != (n,):
-                raise CorruptStoreError(f"labels of {axis} points must be ({n},), got {labels.shape}.")
-            self._kept[key] = labels
-        return self._kept[key]
-
-    def _suspicion(self, name: str) -> NDArray[Any] | None:
-        if name == "net_harm":
-            return -self._column("train_total")
-        if name == "self_influence":
-            return self.sources["train"].self_influence()
-        losses = self._column("train_loss")
-        return None if np.isnan(losses).all() else losses
-
-    def _is_known(self, name: str) -> bool:
-        if not self.result.layout.ranked:
-            return False
-        return name == "net_harm" or self._suspicion(name) is not None
 
     def _order_names(self, axis: Axis) -> list[str]:
         return ["stored", *self._orders[axis]] if self.pictures.can_be_ordered else ["stored"]
@@ -384,12 +324,12 @@ class ResultApi:
         found: dict[Axis, dict[str, Permutation]] = {}
         for axis in ("test", "train"):
             known: dict[str, NDArray[Any] | None] = {
-                "class": self._labels(axis),
-                "norm": self._column(f"{axis}_gradient_norm"),
-                "loss": self._column(f"{axis}_loss"),
+                "class": self.known.labels(axis),
+                "norm": self.known.column(f"{axis}_gradient_norm"),
+                "loss": self.known.column(f"{axis}_loss"),
             }
             if axis == "train":
-                known["net harm"] = self._suspicion("net_harm")
+                known["net harm"] = self.known.suspicion("net_harm")
             found[axis] = orders_of(known)
         if self.result.complete and min(self.result.shape) <= 1024:
             found["test"]["cluster"] = found["train"]["cluster"] = np.empty(0, np.int64)  # made when it is asked for
@@ -409,12 +349,6 @@ class ResultApi:
             matrix = self.result[:]
             own[name] = cluster_order(matrix if axis == "test" else matrix.T)
         return own[name]
-
-
-def number(value: Any) -> float | None:
-    """A number as JSON has it: None where there is none."""
-    value = float(value)
-    return value if math.isfinite(value) else None
 
 
 def _listed(k: int) -> int:

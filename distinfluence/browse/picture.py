@@ -170,8 +170,8 @@ class Pictures:
 def packed(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], float]:
     """Cells in half precision (3 digits, which is what a colour and its text show), little-endian, and their scale.
 
-    The scale is the median magnitude, so that neither few large cells nor many zeros cost digits. NaN and infinite cells
-    stay what they are; finite ones beyond 60,000 times the scale are cut there.
+    The scale is the median magnitude, so that neither few large cells nor many zeros cost digits. NaN and infinite
+    cells stay what they are; finite ones beyond 60,000 times the scale are cut there.
     """
     known = np.isfinite(values)
     magnitudes = np.abs(values[known & (values != 0)], dtype=np.float64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import numpy as np
@@ -22,9 +23,17 @@ SMALL_TEXT, LARGE_TEXT = 280, 20_000
 SMALL_TABLE, LARGE_TABLE = 6, 400
 MAX_PARTS = 8
 
-Drawable: TypeAlias = "str | NDArray[Any] | Mapping[str, object] | Sequence[Drawable]"
-"""What can be drawn: a text; an image [h, w], [h, w, 3] or [3, h, w], uint8 or scaled from its smallest to its largest
-number; a row of a table, by name or as a flat array; or several of these, one below the other."""
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text in the pieces that the model reads, so that what each of them contributes is drawn on it."""
+
+    texts: tuple[str, ...]
+
+
+Drawable: TypeAlias = "str | Tokens | NDArray[Any] | Mapping[str, object] | Sequence[Drawable]"
+"""What can be drawn: a text, whole or as `Tokens`; an image [h, w], [h, w, 3] or [3, h, w], uint8 or scaled from its
+smallest to its largest number; a row of a table, by name or as a flat array; several of these, one below the other."""
 
 
 @runtime_checkable
@@ -68,6 +77,9 @@ class PointSource(Protocol):
     def self_influence(self) -> NDArray[np.float32] | None:
         """[n], None if not known."""
 
+    def id_of(self, index: int) -> str | None:
+        """What the user calls a point, None without such names."""
+
     def name_of(self, label: float) -> str:
         """A label as it is called."""
 
@@ -93,6 +105,8 @@ def draw(what: Drawable, columns: Sequence[str] = (), *, small: bool) -> Shown:
     """What a renderer gave, for the page. Raises DtypeError for what cannot be drawn."""
     if isinstance(what, str):
         return _text(what, small)
+    if isinstance(what, Tokens):
+        return _text("".join(what.texts), small)
     if isinstance(what, Mapping):
         return _cells([(str(name), _cell(value)) for name, value in what.items()], small)
     if isinstance(what, np.ndarray) or hasattr(what, "__array__"):

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from distinfluence.browse.api import Axis, ResultApi
+from distinfluence.browse.api import ResultApi
+from distinfluence.browse.known import Axis
 from distinfluence.browse.rendering import PointSource
 from distinfluence.browse.server import BrowseServer
 from distinfluence.store import open_influences

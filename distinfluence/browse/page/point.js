@@ -5,12 +5,14 @@ import { $, askJson, button, el, quiet, shown } from "/dom.js";
 
 const TITLES = { test: "Test point", train: "Training point" };
 
+const named = (point) => ({ ...(point.id ? { id: point.id } : {}), label: point.label ?? "not known" });
+
 function testFacts(point) {
   const steps = point.iterations < 0 ? "" : ` in ${point.iterations} iterations`;
   const bound = point.error_bound === null ? "none"
     : `${shown(point.error_bound, 2)} × gradient norm of the training point`;
   return {
-    label: point.label ?? "not known", loss: shown(point.loss), "gradient norm": shown(point.test_gradient_norm),
+    ...named(point), loss: shown(point.loss), "gradient norm": shown(point.test_gradient_norm),
     solve: `${point.converged ? "converged" : "did not converge"}${steps}, ` +
       `relative residual ${shown(point.relative_residual, 2)}`,
     "error bound": bound,
@@ -18,7 +20,7 @@ function testFacts(point) {
 }
 
 const trainFacts = (point) => ({
-  label: point.label ?? "not known", loss: shown(point.loss), "gradient norm": shown(point.train_gradient_norm),
+  ...named(point), loss: shown(point.loss), "gradient norm": shown(point.train_gradient_norm),
   "net harm": shown(point.net_harm), "self-influence": shown(point.self_influence),
 });
 
