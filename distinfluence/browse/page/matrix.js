@@ -107,6 +107,7 @@ function draw() {
   legend(scale, root);
   tellWindow(missing, broken);
   canvas.ariaLabel = `Heat map of ${about.n_test} test by ${about.n_train} training points`;
+  performance.mark("matrix drawn");
   canvas.dataset.drawn = `${map.rows.join(":")} ${map.columns.join(":")}`;
 }
 
