@@ -1,5 +1,7 @@
 """The samples of a job's data for the page, each loaded when it is looked at; nothing is stored with the result."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Mapping
 from dataclasses import replace

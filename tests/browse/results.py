@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from distinfluence import CgInfluence, SequentialInfluenceCalculator
 from distinfluence.demo import test_data, train_data, train_model
@@ -62,3 +62,24 @@ def _link_files(path: Path, last: int) -> None:
 def as_text(image: NDArray[np.float32]) -> str:
     """A digit described in words."""
     return f"a digit with {int((image > 0.5).sum())} dark pixels"
+
+
+def as_image(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A digit as it is."""
+    return image.reshape(8, 8)
+
+
+def as_row(image: NDArray[np.float32]) -> dict[str, object]:
+    """What is counted of a digit."""
+    return {"dark": int((image > 0.5).sum()), "mean": float(image.mean())}
+
+
+def as_both(image: NDArray[np.float32]) -> list[object]:
+    """A picture and its caption, which no page should take for markup."""
+    return [as_image(image), "<b>a digit</b>"]
+
+
+def dimmed_train_data() -> tuple[Tensor, Tensor]:
+    """As many samples as the digits, but others."""
+    x, y = train_data()
+    return x * 0.5, y

@@ -23,8 +23,9 @@ from distinfluence.browse.api import ResultApi
 from distinfluence.browse.commands import _listening
 from distinfluence.browse.link import Link, keep_link, kept_link
 from distinfluence.browse.picture import packed
+from distinfluence.browse.report import write_report
 from distinfluence.browse.server import BrowseServer
-from distinfluence.errors import CorruptStoreError, SettingError
+from distinfluence.errors import CorruptStoreError, SettingError, ShapeError
 from distinfluence.store import InfluenceWriter, Layout, annotate, open_influences
 from tests.browse.conftest import serving
 
@@ -575,3 +576,32 @@ def test_sets_of_a_damaged_result_leave_out_what_is_damaged(tmp_path: Path) -> N
         found = ask(server, "/api/set?tests=0:2&k=8").json()
         assert found["damaged"] == [1] and {point["index"] for point in found["helpful"]} == {0, 1, 2, 3}
         assert ask(server, "/api/classes").json()["damaged"] == [1]
+
+
+def test_a_report_says_what_is_damaged(tmp_path: Path) -> None:
+    path = small(tmp_path / "i.zarr")
+    content = bytearray((path / "influences/c/0/1").read_bytes())
+    content[10] ^= 1
+    (path / "influences/c/0/1").write_bytes(content)
+    shutil.rmtree(path / "top_index/c")
+    write_report(ResultApi(open_influences(path)), tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "Strips 1 of the matrix are damaged" in text and "grey is not computed or damaged" in text
+    assert text.count("<h2>Test point") == 3 and text.count('<p class="damaged">') == 4  # each ranking says so too
+
+
+def test_a_report_of_an_unfinished_and_of_an_empty_result_says_how_far_it_is(tmp_path: Path) -> None:
+    writer = InfluenceWriter.create(tmp_path / "i.zarr", Layout(3, 8, 4), {})
+    write_report(ResultApi(open_influences(writer.path)), tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "Nothing is computed yet" in text and "0 of 2 strips" in text and "<img" not in text
+    writer.write_strip(0, np.ones((3, 4)))
+    write_report(ResultApi(open_influences(writer.path)), tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "1 of 2 strips" in text and "training 3" in text and "training 4" not in text and 'damaged">' not in text
+
+
+def test_a_report_of_influences_of_inputs_is_refused(tmp_path: Path) -> None:
+    InfluenceWriter.create(tmp_path / "p.zarr", Layout(2, 4, 2, input_shape=(3,)), {})
+    with pytest.raises(ShapeError, match="`export` wants one number"):
+        write_report(ResultApi(open_influences(tmp_path / "p.zarr")), tmp_path / "r.html")

@@ -15,6 +15,8 @@ let later = 0;
 let pending = null;
 export function note(parameters) {
   pending = parameters;
+  const here = document.querySelector("nav a[aria-current]");
+  if (here) here.href = link(parameters); // coming back, one is where one was
   clearTimeout(later);
   later = setTimeout(settle, 60);
 }

@@ -41,7 +41,7 @@ function mark(view) {
       return;
     }
     anchor.setAttribute("aria-current", "page");
-    if (location.hash) anchor.href = location.hash; // coming back, one is where one was
+    if (location.hash) anchor.href = location.hash;
   });
 }
 

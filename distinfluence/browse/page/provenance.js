@@ -33,8 +33,10 @@ class Scatter {
     this.low = heights.length ? Math.floor(Math.min(...heights)) : 0;
     this.high = heights.length ? Math.max(Math.ceil(Math.max(...heights)), this.low + 1) : 1;
     this.what = what;
-    this.canvas.addEventListener("click", (event) => this.open(this.nearest(event)));
-    this.canvas.addEventListener("pointermove", (event) => this.point(this.nearest(event)));
+    for (const moved of ["pointermove", "pointerdown"]) {
+      this.canvas.addEventListener(moved, (event) => this.point(this.nearest(event)));
+    }
+    this.canvas.addEventListener("click", () => this.open(this.at)); // the one that is marked
     this.canvas.addEventListener("keydown", (event) => this.key(event));
   }
 
