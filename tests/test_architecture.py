@@ -21,7 +21,8 @@ from tests.solvers.contract import SolverForm
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "distinfluence").rglob("*.py"))
 PACKAGES = [file for file in FILES if file.endswith("__init__.py")]
-DOCUMENTED = ["distinfluence", *(f"distinfluence.{name}" for name in ("curvature", "evaluate", "scaling", "solvers"))]
+_EXPORTING = ("browse", "curvature", "evaluate", "scaling", "solvers")
+DOCUMENTED = ["distinfluence", *(f"distinfluence.{name}" for name in _EXPORTING)]
 
 
 @dataclass(frozen=True)
