@@ -56,8 +56,8 @@ def picture(browser: Browser, url: str, name: str, view: str, scheme: Literal["l
         page.locator("#map").click(position={"x": 420, "y": 155})
         page.wait_for_selector("#cell p")
     taken = Image.open(BytesIO(page.screenshot()))
-    # as many colours as the format has: fewer tint greys and band the ramp
-    small = taken.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    # as many colours as a palette has, spread over all that there are: else greys are tinted and the ramp is banded
+    small = taken.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(PICTURES / f"{name}.png", optimize=True)
     page.close()
 
