@@ -23,7 +23,7 @@ test: lint ## Install everything for development, then lint, check types and run
 	$(BIN)/python -m pytest
 
 slurm-test: $(VENV)/.dev ## Run the tests that need SLURM on one brought up for them; installs it on Debian, as root.
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	DISTINFLUENCE_SLURM=required $(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(VENV)/.dev ## Check style, formatting and types.
 	$(BIN)/ruff check .

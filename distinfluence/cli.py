@@ -1,6 +1,7 @@
 """The command line: `distinfluence demo`, `plan`, `run`, `verify`, `info`, `top`."""
 
 import json
+import os
 import re
 import signal
 import sys
@@ -15,7 +16,7 @@ import click
 
 import distinfluence
 from distinfluence.browse.commands import condition, register
-from distinfluence.errors import DistinfluenceError, SettingError
+from distinfluence.errors import DistinfluenceError, SettingError, StoreNotFoundError
 
 if TYPE_CHECKING:
     from distinfluence.config import Job
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from distinfluence.store import InfluenceResult
 
 Kind = Literal["image", "text", "table"]
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130  # the shell's exit status for a command that Ctrl-C ended
 
 
@@ -85,6 +87,7 @@ def _job(path: Path, cluster: Path | None) -> "Job":
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--resume", is_flag=True, help="Go on with a result that was begun with the same model, data and method.")
+@click.option("--check", is_flag=True, help="With --resume: read what is there first, and make anew what is damaged.")
 @click.option("--overwrite", is_flag=True, help="Replace a result that distinfluence wrote.")
 @_cluster_option
 @click.option(
@@ -100,6 +103,7 @@ def _job(path: Path, cluster: Path | None) -> "Job":
 def run(
     job: Path,
     resume: bool,
+    check: bool,
     overwrite: bool,
     cluster: Path | None,
     part: str | None,
@@ -121,16 +125,18 @@ def run(
 
     In a batch job that the queue starts again, the run goes on with what its last start left.
     """
-    from distinfluence.job import run_job, run_part
+    from distinfluence.job import begun_here, run_job, run_part
     from distinfluence.scaling import Progress, was_requeued
     from distinfluence.summary import program, summary
 
     with _clean_errors(resume=f"run {job}{'' if cluster is None else f' --cluster {cluster}'} --resume"):
         described = _job(job, cluster)
-        if was_requeued():
-            resume, overwrite = True, False
+        if was_requeued() and not (overwrite and not begun_here(described)):
+            resume, overwrite = True, False  # what this job's last start left
+        if check and not resume:
+            raise click.UsageError("--check is for a result that is there: add --resume.")
         if part is not None:
-            if overwrite or cluster is not None:
+            if overwrite or check or cluster is not None:
                 raise click.UsageError("--part goes on with what is there, without a cluster: drop the other option.")
             click.echo(summary(run_part(described, part, progress=Progress(not quiet))))
             return
@@ -138,6 +144,7 @@ def run(
             described,
             overwrite=overwrite,
             resume=resume,
+            check=check,
             progress=Progress(not quiet),
             logs=logs,
             report=report,
@@ -167,16 +174,16 @@ def plan(job: Path, cluster: Path | None) -> None:
 @click.option("--trains", default=64, show_default=True, type=click.IntRange(min=1), help="Training samples.")
 @click.option("--seed", default=0, show_default=True, help="Of the random sample.")
 def verify(job: Path, tests: int, trains: int, seed: int) -> None:
-    """Compute a random sample of the result of JOB again, by another method and in float64.
+    """Read the whole result of JOB, and compute a random sample of it again, by another method and in float64.
 
-    Ends with status 1 if an error is larger than its bound.
+    Ends with status 1 if a byte is not as it was written, or an error is larger than its bound.
     """
     from distinfluence.config import Job
     from distinfluence.job import verify_job
 
     with _clean_errors():
         found = verify_job(Job.read(job), n_test=tests, n_train=trains, seed=seed)
-        click.echo(str(found))
+        click.echo(f"every byte as it was written; {found}")
         if found.within_bounds is False:
             sys.exit(1)
 
@@ -214,16 +221,30 @@ def _sizes(shape: str) -> tuple[int, ...]:
 @click.option("--check", is_flag=True, help="Read everything and compare the checksums.")
 @click.option("--json", "as_json", is_flag=True, help="Everything that is recorded, as JSON.")
 def info(path: str, check: bool, as_json: bool) -> None:
-    """What the result at PATH holds, what made it, and how far it converged."""
+    """What the result at PATH holds, what made it, and how far it converged.
+
+    Of a result that is not complete also the run: at which stage it is, how fast, and whether it lives or died; from
+    the run's first moment, when there is no result yet. Asks no scheduler.
+    """
     from distinfluence.store import open_influences
     from distinfluence.store.html import facts
+    from distinfluence.store.manifest import read_runs
     from distinfluence.summary import summary
 
     with _clean_errors():
-        result = open_influences(path)
+        runs = [] if "://" in path else read_runs(Path(path).expanduser().absolute())
+        known_runs = [{**asdict(run), "condition": run.condition()} for run in runs]
+        try:
+            result = open_influences(path)
+        except StoreNotFoundError:
+            if not runs:
+                raise
+            click.echo(json.dumps({"runs": known_runs}, indent=2) if as_json else _runs(runs))
+            return
         if as_json:
             bad = result.damaged_strips() if check else result.lost_strips()
-            click.echo(json.dumps({**result.provenance, "progress": result.progress, "damaged_strips": bad}, indent=2))
+            found = {"progress": result.progress, "damaged_strips": bad, "runs": known_runs}
+            click.echo(json.dumps({**result.provenance, **found}, indent=2))
             return
         provenance = result.provenance
         known = {"solver", "parameters"} <= set(provenance)
@@ -232,9 +253,15 @@ def info(path: str, check: bool, as_json: bool) -> None:
             f"state: {condition(result, check=check)}, created {provenance.get('created')}, "
             f"sign: {provenance.get('sign_convention')}"
         )
+        if not result.complete:
+            click.echo(_runs(runs))
         for name, value in provenance.get("fingerprints", {}).items():
             click.echo(f"sha256 of {name.replace('_', ' ')}: {value[:16]}…")
         click.echo("versions: " + ", ".join(f"{k} {v}" for k, v in provenance.get("versions", {}).items()))
+
+
+def _runs(runs: "Sequence[RunState]") -> str:
+    return "\n".join(map(str, runs)) or "no run is at work on it: go on with `distinfluence run JOB --resume`"
 
 
 @main.command()
@@ -277,24 +304,36 @@ register(main, _sources_of_job)
 
 @contextmanager
 def _clean_errors(resume: str = "") -> Iterator[None]:
-    """Our errors as one message, Ctrl-C and SIGTERM as a clean stop; anything else is a defect and keeps its trace."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    """Our errors as one message, Ctrl-C and its like as a clean stop; anything else is a defect and keeps its trace."""
+    before = {each: signal.getsignal(each) for each in STOPPING}
+    for each, found in before.items():
+        if found is not signal.SIG_IGN:  # nohup, or a job in the background of a shell: meant to be left alone
+            signal.signal(each, _interrupt)
     try:
         yield
     except DistinfluenceError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"Error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         from distinfluence.summary import program
 
         hint = f" Go on with: {program()} {resume}" if resume else ""
-        click.echo(f"stopped; what was written stays.{hint}", err=True)
+        with suppress(OSError):  # the terminal may be what has gone
+            click.echo(f"stopped; what was written stays.{hint}", err=True)
         sys.exit(INTERRUPTED)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, found in before.items():
+            signal.signal(each, found)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     # who ends a job says so more than once; what is being put in order meanwhile must not be interrupted
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in STOPPING:
+        if signal.getsignal(each) is _interrupt:
+            signal.signal(each, _say_still_stopping)
     raise KeyboardInterrupt
+
+
+def _say_still_stopping(_signal: int, _frame: FrameType | None) -> None:
+    with suppress(OSError):  # not by the stream, in whose midst the signal may have come
+        os.write(2, b"still stopping: workers are being ended and jobs cancelled\n")

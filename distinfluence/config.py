@@ -117,6 +117,7 @@ class ClusterSection(Section):
     memory_limit: str = "auto"
     address: str = ""
     timeout: float | None = Field(default=None, gt=0)
+    on_death: Literal["cancel", "leave"] = "cancel"
     settings: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -137,20 +138,36 @@ class ClusterSection(Section):
         return _validated(cls, _yaml(path, "cluster file"), str(path), "cluster file")
 
 
+def _folder(value: Any) -> Any:
+    """A path, also as a file:// URL; no other URL."""
+    if isinstance(value, str) and value.startswith("file://"):
+        return value.removeprefix("file://")
+    if isinstance(value, str) and "://" in value:
+        raise ValueError(
+            f"must be a folder to be written to, got {value!r}. Name one that all workers see; copy the finished "
+            "result to the URL, or mount what is behind it."
+        )
+    return value
+
+
+Folder = Annotated[Path, BeforeValidator(_folder)]
+
+
 class Job(Section):
     """A whole run.
 
     method: `name` (a key of `METHODS`) and the parameters of that influence model. loss: a torch loss of (outputs,
     targets) or an `Objective`. mode: up or perturbation. output: the folder of the result. certify: find the ends of
     the spectrum for error bounds (several passes). contributions, self_influence: see `InfluenceCalculator.to_zarr`.
-    scratch: a folder that every worker sees, beside the output if left out.
+    scratch: a folder that every worker sees, beside the output if left out. device: where tasks compute; auto takes a
+    GPU on every worker that sees one.
     """
 
     model: ModelSection
     loss: Referenced
     data: DataSection
     method: dict[str, Any]
-    output: Path
+    output: Folder
     mode: Literal["up", "perturbation"] = "up"
     chunks: ChunkSection = ChunkSection()
     cluster: ClusterSection = ClusterSection()
@@ -160,7 +177,8 @@ class Job(Section):
     contributions: bool | PositiveInt = False
     self_influence: bool = False
     certify: bool = False
-    scratch: Path | None = None
+    scratch: Folder | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     _folder: Path = Path()
 
     @classmethod

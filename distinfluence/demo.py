@@ -222,5 +222,5 @@ def _require_matplotlib() -> None:
 
 def _missing(package: str) -> MissingDependencyError:
     return MissingDependencyError(
-        f"the demo needs {package}, which is not installed. Run: pip install 'distinfluence[demo]'"
+        f"the demo needs {package}, which is not installed. Run: pip install scikit-learn matplotlib"
     )

@@ -78,6 +78,10 @@ class ChunkFailedError(DistinfluenceError, RuntimeError):
     """Some chunks failed every time they were tried; everything else has been computed and written."""
 
 
+class SampleError(DistinfluenceError, RuntimeError):
+    """Samples that could not be loaded or evaluated; the message says which, its cause is what was raised."""
+
+
 class PlanError(DistinfluenceError, MemoryError):
     """A run that needs more memory than its workers have, however it is cut; or chunk sizes that do."""
 
@@ -92,6 +96,10 @@ class MissingDependencyError(DistinfluenceError, ImportError):
 
 class StoreError(DistinfluenceError, OSError):
     """A result on disk cannot be read or written."""
+
+
+class DiskFullError(StoreError):
+    """The disk is full, a quota used up, or the file system read-only: nothing more can be written by anyone."""
 
 
 class ForeignStoreError(StoreError, FileExistsError):

@@ -11,7 +11,14 @@ import numpy as np
 from distributed import performance_report
 
 from distinfluence.config import Job
-from distinfluence.errors import ConfigError, FingerprintError, MissingDependencyError, SettingError
+from distinfluence.errors import (
+    ConfigError,
+    CorruptStoreError,
+    FingerprintError,
+    MissingDependencyError,
+    SettingError,
+    StoreError,
+)
 from distinfluence.evaluate import Verification, verify_entries
 from distinfluence.evaluate.verify import sampled
 from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
@@ -27,15 +34,17 @@ from distinfluence.scaling import (
     connected,
 )
 from distinfluence.scaling.chunks import chunked, recut, take_samples
-from distinfluence.scaling.clusters import ANSWER_SECONDS, planned_memory
+from distinfluence.scaling.clusters import ANSWER_SECONDS, planned_memory, planned_workers
+from distinfluence.scaling.device import smallest_device, task_device
 from distinfluence.scaling.executor import InProcess, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.share import Share
+from distinfluence.scaling.slurm import batch_job
 from distinfluence.scaling.sources import InThisProcess, process_bytes
 from distinfluence.scaling.strips import look
 from distinfluence.scaling.worker import LocalContext, SourcePlane
-from distinfluence.store import InfluenceResult, check_output, chunks_of, open_influences
+from distinfluence.store import InfluenceResult, check_output, chunks_of, find_damage, open_influences
 
 
 def run_job(
@@ -43,20 +52,29 @@ def run_job(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    check: bool = False,
     progress: Progress | None = None,
     logs: Path | None = None,
     report: Path | None = None,
 ) -> InfluenceResult:
     """Start or join the cluster, fit, compute, write; returns the result.
 
-    overwrite, resume: as `InfluenceCalculator.to_zarr`. logs: a folder for a file of JSON lines by each worker. report:
-    an HTML file for Dask's performance report, which needs bokeh. Files of the run lie in `scratch` until it is
+    overwrite, resume, check: as `InfluenceCalculator.to_zarr`. logs: a folder for a file of JSON lines by each worker.
+    report: an HTML file for Dask's performance report, which needs bokeh. Files of the run lie in `scratch` until it is
     complete.
     """
     progress = progress or Progress()
-    model, recipe = job.influence_model()
     output = job.path(job.output)
     check_output(output, overwrite=overwrite, resume=resume)
+    with progress.beside(output):
+        return _run(job, overwrite, resume, check, progress, logs, report)
+
+
+def _run(
+    job: Job, overwrite: bool, resume: bool, check: bool, progress: Progress, logs: Path | None, report: Path | None
+) -> InfluenceResult:
+    model, recipe = job.influence_model()
+    output = job.path(job.output)
     scratch = _scratch(job, output)
     began = chunks_of(output) if resume else None
     folder = output.with_name(f"{output.name}.logs") if logs is None else logs.resolve()
@@ -64,11 +82,26 @@ def run_job(
         if logs is not None:
             client.register_plugin(LogToFolder(folder))
         calculator = DaskInfluenceCalculator(
-            model, client, recipe=recipe, scratch=scratch, timeout=job.cluster.timeout or ANSWER_SECONDS
+            model,
+            client,
+            recipe=recipe,
+            scratch=scratch,
+            timeout=job.cluster.timeout or ANSWER_SECONDS,
+            device=job.device,
+            workers=planned_workers(job.cluster_spec()),
         )
-        result = _computed(job, calculator, began, progress, overwrite=overwrite, resume=resume)
-    _remove(scratch)
+        result = _computed(job, calculator, began, progress, overwrite=overwrite, resume=resume, check=check)
+    _remove(job, scratch, calculator)
     return result
+
+
+def begun_here(job: Job) -> bool:
+    """Whether the result of a job was begun by the batch job that this process runs in, at an earlier start of it."""
+    try:
+        recorded = open_influences(job.path(job.output)).provenance.get("batch_job")
+    except StoreError:  # there is none, or none of ours
+        return False
+    return recorded is not None and recorded == batch_job()
 
 
 @contextmanager
@@ -102,10 +135,11 @@ def run_part(job: Job, part: str, *, progress: Progress | None = None) -> Influe
             "`chunks` must say `train`, `test` and `panel` where several processes share a result, got "
             f"{job.chunks.model_dump(exclude_none=True)}. `distinfluence plan` proposes them."
         )
-    calculator = SequentialInfluenceCalculator(model, scratch=scratch)
-    result = _computed(job, calculator, began, progress, resume=True, share=share)
+    with progress.beside(output, part):
+        calculator = SequentialInfluenceCalculator(model.to(task_device(job.device)), scratch=scratch)
+        result = _computed(job, calculator, began, progress, resume=True, share=share)
     if result.complete:
-        _remove(scratch)
+        _remove(job, scratch, calculator)
     return result
 
 
@@ -117,13 +151,16 @@ def _computed(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    check: bool = False,
     share: Share | None = None,
 ) -> InfluenceResult:
     train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
     test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
     with progress.stage("plan", None, "samples"):
-        plan = _planned(job, calculator, train, test, began)
+        # parts would all measure the same, at the same time
+        plan = _planned(job, calculator, train, test, began, calibrate=share is None)
     progress.say(str(plan))
+    calculator.require_space(plan, job.path(job.output), job.mantissa_bits)
     train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
     # one fits, the others find the fit
     with share.alone() if share is not None else nullcontext():
@@ -140,8 +177,9 @@ def _computed(
         self_influence=job.self_influence,
         overwrite=overwrite,
         resume=resume,
+        check=check,
         progress=progress,
-        attributes={"job": job.model_dump(mode="json")},
+        attributes={"job": job.model_dump(mode="json"), "batch_job": batch_job()},
         share=share,
     )
 
@@ -160,7 +198,8 @@ def plan_job(job: Job) -> Plan:
         machine = Machine(spec.n_workers, memory, process_bytes())
     else:
         with connected(spec) as client:
-            machine = Machine(max(1, len(client.nthreads())), worker_memory(client), process_bytes())
+            workers = max(planned_workers(spec) or 1, len(client.nthreads()))
+            machine = Machine(workers, worker_memory(client), process_bytes(), smallest_device(client, job.device))
     train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
     test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
     return _planned(job, calculator, train, test, chunks_of(job.path(job.output)), machine, True)
@@ -177,7 +216,7 @@ def _planned(
 ) -> Plan:
     """The plan; a run that goes on keeps the chunks it began with, wherever it goes on."""
     asked = job.chunks
-    before: Mapping[str, Any] = began or {"train": None, "test": [None], "panel": None}
+    before: Mapping[str, Any] = {"train": None, "test": [None], "panel": None, "solve": "auto"} | dict(began or {})
     return calculator.plan(
         train,
         None,
@@ -186,7 +225,7 @@ def _planned(
         chunk_size=asked.train or before["train"],
         test_chunk_size=asked.test or before["test"][0],
         panel_size=asked.panel or before["panel"],
-        solve=job.solve,
+        solve=before["solve"] if job.solve == "auto" else job.solve,
         top_k=job.top_k,
         machine=machine,
         calibrate=calibrate,
@@ -196,13 +235,19 @@ def _planned(
 def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verification:
     """Compare a random sample of the job's result with exact influences, computed here by another method.
 
-    The training data are loaded and swept in this process. Raises FingerprintError if the result was made with another
+    The whole result is read first, and its checksums compared: raises CorruptStoreError, naming what is damaged. The
+    training data are loaded and swept in this process. Raises FingerprintError if the result was made with another
     model or other data, and SettingError for a result of mode "perturbation".
     """
     asked, _ = job.influence_model()
     result = open_influences(job.path(job.output))
     if len(result.shape) != 2:
         raise SettingError("`output` holds influences of mode 'perturbation', expected 'up'. Only those are verified.")
+    damage = find_damage(job.path(job.output))
+    if damage:
+        raise CorruptStoreError(
+            f"`output` {result.path} is damaged: {damage}. `run --resume --check` makes that again, and nothing else."
+        )
     solver = result.provenance["solver"]
     # a Kronecker-factored fit is made again: its dampings by layer, and what its bounds refer to, belong to it
     model: InfluenceFunctionModel = asked
@@ -242,12 +287,10 @@ def require_same_inputs(
         )
 
 
-def _remove(scratch: Path) -> None:
-    """The scratch folder, if the run left nothing of its own in it."""
-    for file in scratch.iterdir() if scratch.is_dir() else ():  # another process may have been faster
-        if file.is_dir() and file.name.startswith("fit-"):
-            shutil.rmtree(file, ignore_errors=True)
-        elif file.is_file() and file.name.startswith(("state-", "array-", "model-", "lock")):
-            file.unlink(missing_ok=True)
-    if scratch.is_dir() and not any(scratch.iterdir()):
-        scratch.rmdir()
+def _remove(job: Job, scratch: Path, calculator: InfluenceCalculator) -> None:
+    """The scratch folder where it is the job's own; of one that it names, and may share, what this run left there."""
+    if job.scratch is None:
+        shutil.rmtree(scratch, ignore_errors=True)  # another process may be faster
+        return
+    calculator.forget_fit()
+    (scratch / "lock").unlink(missing_ok=True)

@@ -265,7 +265,8 @@ class SampleRisk:
         except DistinfluenceError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-            raise DtypeError(
+            shape = isinstance(error, IndexError) or any(word in str(error) for word in ("shape", "size", "dimension"))
+            raise (ShapeError if shape else DtypeError)(
                 f"`model` ({self.dtype}) cannot take this batch ({describe(batch)}): {str(error).rstrip('.')}. "
                 "Pass batches of the shape and dtype that the model was trained with."
             ) from error

@@ -28,8 +28,8 @@ def summary(result: InfluenceResult) -> str:
         f"{solver['method']} on the {solver['second_order_mode']}, "
         f"damping {_damping(solver['hessian_regularization'])}, "
         f"{covered['covered']} of {covered['total']} parameters covered ({covered['coverage']:.1%})",
-        f"{int(np.sum(result.converged))} of {result.shape[0]} rows converged, {_residuals(result)}, at most "
-        f"{int(np.max(result.iterations))} iterations",
+        f"{int(np.sum(result.converged))} of {result.shape[0]} rows converged, {_residuals(result)}"
+        f"{_iterations(int(np.max(result.iterations)))}",
     ]
     if not result.complete:
         lines.append(f"running: {result.progress:.0%} of the strips are written")
@@ -44,6 +44,11 @@ def _residuals(result: InfluenceResult) -> str:
     if not known.size:
         return "residuals not measured"
     return f"worst relative residual {float(known.max()):.1e}"
+
+
+def _iterations(most: int) -> str:
+    """Nothing for methods that have none."""
+    return f", at most {most} iteration{'' if most == 1 else 's'}" if most > 0 else ""
 
 
 def _damping(by_block: dict[str, float]) -> str:

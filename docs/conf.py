@@ -1,10 +1,16 @@
 """Sphinx: Markdown pages by MyST, the reference from the docstrings by autodoc."""
 
 import re
+from collections.abc import Iterator
 
+import click
+from docutils import nodes
+from docutils.statemachine import StringList
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
 
 import distinfluence
+from distinfluence.cli import main as command_line
 
 project = "distinfluence"
 author = "the distinfluence developers"
@@ -13,7 +19,11 @@ version = release = distinfluence.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build", "truth/*"]  # tables that truth.md includes
-nitpicky = False
+nitpicky = True
+# types of third parties, and of modules that are private though a signature names them; public names must be found
+nitpick_ignore_regex = [
+    ("py:class", r"(?!distinfluence\.((curvature|errors|evaluate|influence|scaling|solvers|store)\.)?\w+$).*")
+]
 default_role = "code"
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
@@ -41,6 +51,29 @@ def _escape_markup(_app: Sphinx, _kind: str, _name: str, _what: object, _options
     lines[:] = "".join(parts).split("\n")
 
 
+class Commands(SphinxDirective):
+    """A table of every command's arguments and options, as the command line itself has them."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table, from Markdown."""
+        around = nodes.container()
+        self.state.nested_parse(StringList(list(self._rows()), source="distinfluence --help"), 0, around)
+        return around.children
+
+    @staticmethod
+    def _rows() -> Iterator[str]:
+        yield from ("| | | |", "|---|---|---|")
+        for name, command in command_line.commands.items():
+            context = click.Context(command, info_name=name)
+            usage = " ".join(command.collect_usage_pieces(context)[1:])
+            yield f"| `{name}{f' {usage}' if usage else ''}` | | {command.get_short_help_str(200)} |"
+            for option in command.params:
+                record = option.get_help_record(context)
+                if record is not None and record[1]:  # arguments are in the line of the command
+                    yield f"| | `{record[0].replace('|', '/')}` | {record[1].replace('|', '/')} |"
+
+
 def setup(app: Sphinx) -> None:
-    """Connect the docstring filter."""
+    """Connect the docstring filter and the table of commands."""
+    app.add_directive("commands", Commands)
     app.connect("autodoc-process-docstring", _escape_markup)

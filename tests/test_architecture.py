@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -27,11 +28,13 @@ DOCUMENTED = ["distinfluence", *(f"distinfluence.{name}" for name in _EXPORTING)
 
 @dataclass(frozen=True)
 class Layer:
-    """files: patterns of module names below `distinfluence`. sees: other layers or modules that it may import.
+    """about: what it is, in a few words. files: patterns of module names below `distinfluence`.
 
-    top: third parties. lazily: third parties that may be imported inside a function or for type checking only.
+    sees: other layers or modules that it may import. top: third parties. lazily: third parties that may be imported
+    inside a function or for type checking only. docs/make_layers.py draws them.
     """
 
+    about: str
     files: tuple[str, ...]
     sees: tuple[str, ...]
     top: frozenset[str] = frozenset()
@@ -41,14 +44,16 @@ class Layer:
 _CORE = ("errors", "model", "curvature", "solvers", "influence")
 
 LAYERS = {
-    "errors": Layer(files=("errors",), sees=()),
+    "errors": Layer(about="what can go wrong", files=("errors",), sees=()),
     "store": Layer(
+        about="the result on disk; fingerprints",
         files=(r"store(\..*)?",),
         sees=("errors",),
         top=frozenset({"numpy", "zarr"}),
         lazily=frozenset({"fsspec", "pandas", "xarray"}),
     ),
     "model": Layer(
+        about="the user's model, read-only: risk, gradients, layers",
         files=(
             "batch",
             "blocks",
@@ -64,24 +69,40 @@ LAYERS = {
         sees=("errors",),
         top=frozenset({"torch"}),
     ),
-    "curvature": Layer(files=(r"curvature(\..*)?",), sees=("errors", "model"), top=frozenset({"torch"})),
-    "solvers": Layer(files=(r"solvers(\..*)?",), sees=("errors", "curvature.base"), top=frozenset({"torch"})),
+    "curvature": Layer(
+        about="one file a matrix: products with rows",
+        files=(r"curvature(\..*)?",),
+        sees=("errors", "model"),
+        top=frozenset({"torch"}),
+    ),
+    "solvers": Layer(
+        about="one file a method; knows no models and no data",
+        files=(r"solvers(\..*)?",),
+        sees=("errors", "curvature.base"),
+        top=frozenset({"torch"}),
+    ),
     "influence": Layer(
+        about="risk + blocks + curvature + solver; torch meets NumPy",
         files=(r"influence(\..*)?",),
         sees=("errors", "model", "curvature", "solvers"),
         top=frozenset({"numpy", "torch"}),
     ),
     "scaling": Layer(
+        about="chunks, plan, workers, clusters; no mathematics",
         files=(r"scaling(\..*)?",),
         sees=(*_CORE, "store"),
         top=frozenset({"cloudpickle", "dask", "distributed", "numpy", "psutil", "torch", "tornado", "tqdm", "zarr"}),
         lazily=frozenset({"dask_cuda", "dask_jobqueue"}),
     ),
     "evaluate": Layer(
-        files=(r"evaluate(\..*)?",), sees=(*_CORE, "store", "scaling"), top=frozenset({"numpy", "torch"})
+        about="what the scores are worth",
+        files=(r"evaluate(\..*)?",),
+        sees=(*_CORE, "store", "scaling"),
+        top=frozenset({"numpy", "torch"}),
     ),
-    "package": Layer(files=("",), sees=(*_CORE, "store", "scaling", "evaluate")),
+    "package": Layer(about="the public names", files=("",), sees=(*_CORE, "store", "scaling", "evaluate")),
     "browse": Layer(
+        about="tables, plots, the page; sees only the result",
         files=(r"browse(\..*)?",),
         sees=("errors", "store"),
         top=frozenset({"click", "numpy", "tornado"}),
@@ -159,6 +180,15 @@ def violations(file: str, source: str) -> list[str]:
             elif not each.lazy:
                 found.append(f"{where} must import {each.module} inside the function that needs it")
     return found
+
+
+def test_the_drawing_of_the_layers_is_theirs() -> None:
+    spec = importlib.util.spec_from_file_location("make_layers", ROOT / "docs" / "make_layers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_layers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_layers)
+    assert make_layers.DRAWING.read_text() == make_layers.draw(LAYERS), "run: python docs/make_layers.py"
 
 
 def unsafe(file: str, source: str) -> list[str]:
@@ -317,8 +347,8 @@ def test_the_package_is_typed_and_has_a_version() -> None:
 
 
 def test_every_python_block_of_the_docs_is_run() -> None:
-    followed = ROOT / "docs" / "tutorial.md"  # by tests/test_tutorial.py
-    pages = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {followed})]
+    followed = {ROOT / "docs" / page for page in ("tutorial.md", "howto/own_model.md")}  # by tests/test_tutorial.py
+    pages = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - followed)]
     written = {
         page.relative_to(ROOT).as_posix(): len(re.findall(r"^```python$", page.read_text(), re.MULTILINE))
         for page in pages

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from click.testing import CliRunner, Result
 
 import distinfluence
 from distinfluence import open_influences
-from distinfluence.cli import main
-from distinfluence.scaling import ClusterSpec, connected
+from distinfluence.cli import STOPPING, _clean_errors, main
+from distinfluence.scaling import ClusterSpec, Progress, connected
 from distinfluence.store import InfluenceWriter, Layout
+from distinfluence.store.manifest import RunState, manifest_file, write_state
 from tests.reference import Reference
 from tests.test_job import content
 from tests.zoo import build
@@ -62,6 +64,11 @@ def test_a_run_whose_residuals_are_not_measured_says_so(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "residuals not measured" in done.output
     assert "residuals not measured" in command("info", tmp_path / "influences.zarr").output
+
+
+def test_our_errors_and_the_command_lines_own_begin_alike(tmp_path: Path) -> None:
+    for outcome in (command("run", tmp_path / "nothing.yaml"), command("info", tmp_path / "nothing.zarr")):
+        assert [line for line in outcome.output.splitlines() if line.startswith("Error: ")]
 
 
 def test_help_says_what_each_command_is_for() -> None:
@@ -142,6 +149,26 @@ def test_info_says_what_a_result_holds_and_how_far_it_converged(tmp_path: Path) 
     assert parsed["progress"] == 1.0
 
 
+def test_info_says_of_a_run_whether_it_lives_died_or_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "i.zarr"
+    assert command("info", path).exit_code == 1
+    with Progress(show=False).beside(path):
+        begun = command("info", path)
+        assert begun.exit_code == 0
+        assert "run running (beginning" in begun.output
+        assert json.loads(command("info", path, "--json").output)["runs"][0]["condition"] == "running"
+    writer = InfluenceWriter.create(path, Layout(n_test=2, n_train=6, strip=3), {})
+    writer.write_strip(0, np.zeros((2, 3)))
+    assert "no run is at work on it" in command("info", path).output
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    write_state(manifest_file(path), replace(RunState.here(), pid=child.pid, stage="strips", done=1, total=2))
+    assert "run dead (strips: 1 of 2" in command("info", path).output
+    writer.write_strip(1, np.zeros((2, 3)))
+    writer.finish()
+    assert "dead" not in command("info", path).output
+
+
 def test_top_lists_the_most_helpful_and_the_most_harmful(tmp_path: Path) -> None:
     a_result(tmp_path / "i.zarr")
     lines = command("top", tmp_path / "i.zarr", 0, "-k", 2).output.splitlines()
@@ -193,3 +220,64 @@ def test_an_interrupt_or_termination_stops_cleanly_and_the_run_can_be_resumed(
     assert outcome.exit_code == 0, outcome.output
     expected = Reference(build("mlp classification")).influences("hessian", 0.01).numpy()
     np.testing.assert_allclose(open_influences(tmp_path / "influences.zarr")[:], expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("sent", STOPPING)
+def test_who_sends_a_second_signal_is_told_to_wait_and_what_is_put_in_order_goes_on(
+    sent: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {each: signal.getsignal(each) for each in STOPPING}
+    in_order = []
+
+    def stopped() -> None:
+        try:
+            os.kill(os.getpid(), sent)
+            time.sleep(5)
+        finally:
+            for again in STOPPING:
+                os.kill(os.getpid(), again)
+            in_order.append(True)
+
+    with pytest.raises(SystemExit) as caught, _clean_errors("run job.yaml --resume"):
+        stopped()
+    assert in_order
+    assert caught.value.code == 130
+    errors = capfd.readouterr().err
+    assert errors.count("still stopping: workers are being ended and jobs cancelled") == 3
+    assert "job.yaml --resume" in errors
+    assert {each: signal.getsignal(each) for each in STOPPING} == before
+
+
+def test_a_signal_that_is_ignored_on_purpose_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with _clean_errors():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_job_that_is_started_again_goes_on_with_its_own_result_and_overwrites_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, bool]] = []
+
+    def run(*_: object, overwrite: bool, resume: bool, **__: object) -> None:
+        asked.append((overwrite, resume))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distinfluence.job.run_job", run)
+    path = job_file(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    command("run", path, "--overwrite")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    command("run", path, "--overwrite")  # nothing there yet
+    a_result(tmp_path / "influences.zarr")
+    command("run", path, "--overwrite")  # the old one: it was not reached before the job was put back
+    assert asked == [(True, False)] * 3
+    asked.clear()
+    command("run", path)
+    layout = Layout(n_test=2, n_train=6, strip=6)
+    InfluenceWriter.create(tmp_path / "influences.zarr", layout, {"batch_job": "7"}, overwrite=True)
+    command("run", path, "--overwrite")
+    assert asked == [(False, True)] * 2

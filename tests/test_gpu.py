@@ -1,12 +1,16 @@
 """What must hold on a GPU as on a CPU; skipped where there is none. The benchmark is run on whatever there is."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from distributed import Client, LocalCluster
+from torch import Tensor
 
 from distinfluence import (
+    DaskInfluenceCalculator,
     DirectInfluence,
     EkfacInfluence,
     InfluenceFunctionModel,
@@ -25,22 +29,67 @@ def test_the_benchmark_of_devices_runs() -> None:
     assert all("%" in line for line in lines[3:])
 
 
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("method", ["direct", "krylov", "ekfac"])
-def test_a_gpu_gives_the_numbers_of_a_cpu(method: str) -> None:
+def made(method: str, device: str) -> InfluenceFunctionModel:
+    """An influence model in float32, on a device."""
     case = build("mlp classification")
+    model = case.model.float().to(device)
+    if method == "direct":
+        return DirectInfluence(model, case.loss, 0.1, second_order_mode="ggn")
+    if method == "krylov":
+        return KrylovInfluence(model, case.loss, 0.1, rtol=1e-6, second_order_mode="ggn")
+    return EkfacInfluence(model, True, 0.1, loss=case.loss)
 
-    def influences(device: str) -> Any:
-        model = case.model.to(device)
-        made: InfluenceFunctionModel
-        if method == "direct":
-            made = DirectInfluence(model, case.loss, 0.1, second_order_mode="ggn")
-        elif method == "krylov":
-            made = KrylovInfluence(model, case.loss, 0.1, rtol=1e-9, second_order_mode="ggn")
-        else:
-            made = EkfacInfluence(model, True, 0.1, loss=case.loss)
-        calculator = SequentialInfluenceCalculator(made).fit(*case.train, chunk_size=8)
-        return calculator.influences(*case.test).compute()
 
-    np.testing.assert_allclose(influences("cuda"), influences("cpu"), rtol=1e-4, atol=1e-6)
+def data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and test data in float32, on the host."""
+    case = build("mlp classification")
+    return (case.train[0].float(), case.train[1]), (case.test[0].float(), case.test[1])
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every test here runs on the CPU, too: it must be right before it is of use on a GPU."""
+    return str(request.param)
+
+
+def on_cpu(method: str) -> Any:
+    train, test = data()
+    return SequentialInfluenceCalculator(made(method, "cpu")).fit(*train, chunk_size=8).influences(*test).compute()
+
+
+def close(found: Any, expected: Any, digits: float = 1e-4) -> None:
+    np.testing.assert_allclose(found, expected, rtol=digits, atol=digits * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("method", ["direct", "krylov", "ekfac"])
+def test_a_gpu_gives_the_numbers_of_a_cpu(method: str, device: str) -> None:
+    train, test = data()
+    calculator = SequentialInfluenceCalculator(made(method, device)).fit(*train, chunk_size=8)
+    close(calculator.influences(*test).compute(), on_cpu(method), 1e-3)
+
+
+@pytest.mark.parametrize("panel", [6, 4])
+def test_strips_are_written_in_panels_whose_copies_overlap(panel: int, device: str, tmp_path: Path) -> None:
+    train, test = data()
+    calculator = SequentialInfluenceCalculator(made("direct", device)).fit(*train, chunk_size=8)
+    result = calculator.to_zarr(tmp_path / "i.zarr", *test, panel_size=panel, progress=False)
+    close(result[:], on_cpu("direct"), 1e-3)
+    plan = calculator.plan(*train, *test)
+    assert (plan.machine.device_memory is None) == (device == "cpu")
+
+
+def test_workers_of_a_cluster_compute_on_their_device(device: str, tmp_path: Path) -> None:
+    train, test = data()
+    one = LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0")
+    with one as cluster, Client(cluster) as client:
+        calculator = DaskInfluenceCalculator(made("krylov", device), client).fit(*train, chunk_size=8)
+        result = calculator.to_zarr(tmp_path / "i.zarr", *test, solve="data", progress=False)
+        close(result[:], on_cpu("krylov"), 1e-3)
+
+
+def test_mixed_precision_has_two_digits(device: str, tmp_path: Path) -> None:
+    train, test = data()
+    calculator = SequentialInfluenceCalculator(made("direct", device).in_mixed_precision()).fit(*train, chunk_size=8)
+    result = calculator.to_zarr(tmp_path / "i.zarr", *test, progress=False)
+    expected = on_cpu("direct")
+    assert np.linalg.norm(result[:] - expected) < 0.05 * np.linalg.norm(expected)

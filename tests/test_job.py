@@ -1,14 +1,16 @@
 """Job files: every mistake is named with its remedy, before anything runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping
+from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping, job
 from distinfluence.config import METHODS, Job
-from distinfluence.errors import ConfigError, RecipeError
+from distinfluence.errors import ConfigError, MissingDependencyError, RecipeError
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -84,6 +86,8 @@ def test_paths_and_modules_are_looked_up_beside_the_file(tmp_path: Path) -> None
         ),
         ({"method": "cg"}, "`method` must be a mapping, got 'cg'."),
         ({"mode": "down"}, "has 1 mistake:"),
+        ({"output": "s3://bucket/i.zarr"}, "`output`: must be a folder to be written to, got 's3://bucket/i.zarr'."),
+        ({"scratch": "gs://bucket/x"}, "`scratch`: must be a folder to be written to"),
     ],
 )
 def test_a_mistake_in_a_job_is_named_with_what_was_meant(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -149,3 +153,28 @@ def test_numbers_need_no_dot(tmp_path: Path) -> None:
     job = Job.read(tmp_path / "job.yaml")
     assert job.method == {"name": "cg", "rtol": 1e-4, "atol": 1e-12}
     assert job.scratch == Path("1e-4")
+
+
+def test_a_performance_report_is_dasks_own_and_wants_bokeh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    @contextmanager
+    def recorded(filename: str) -> Iterator[None]:
+        asked.append(filename)
+        yield
+
+    monkeypatch.setattr(job, "performance_report", recorded)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with job.reported(None):
+        pass
+    with pytest.raises(MissingDependencyError, match="pip install bokeh"), job.reported(tmp_path / "report.html"):
+        pass
+    assert asked == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with job.reported(tmp_path / "report.html"):
+        assert asked == [str(tmp_path / "report.html")]
+
+
+def test_an_output_may_be_named_as_a_url_of_a_file(tmp_path: Path) -> None:
+    made = Job.parse(content(output=f"file://{tmp_path}/i.zarr"), tmp_path)
+    assert made.path(made.output) == (tmp_path / "i.zarr").resolve()

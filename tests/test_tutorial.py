@@ -20,6 +20,13 @@ def test_the_tutorial_gives_what_it_says(tmp_path: Path, monkeypatch: pytest.Mon
     sys.modules.pop("digits", None)
 
 
+def test_a_model_of_ones_own_becomes_a_job_as_the_page_says(tmp_path: Path) -> None:
+    steps = list(follow(DOCS / "howto" / "own_model.md", tmp_path))
+    wrong = [f"{s.done}\n--- the page shows\n{s.shown}\n--- came\n{s.came}" for s in steps if not s.agrees]
+    assert not wrong, "\n\n".join(wrong)
+    assert "20 of 20 rows converged" in steps[-1].came
+
+
 @pytest.mark.parametrize(
     ("shown", "came", "agree"),
     [

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zarr
 
-from distinfluence import CgInfluence, DirectInfluence, KrylovInfluence
+from distinfluence import CgInfluence, DirectInfluence, KrylovInfluence, open_influences
 from distinfluence.errors import ShapeError
 from distinfluence.evaluate import verify
 from tests.reference import Reference
@@ -95,3 +95,28 @@ def test_a_result_of_another_model_is_not_verified(tmp_path: Path) -> None:
     result = command("verify", other)
     assert result.exit_code == 1
     assert "was made with other parameters" in result.output
+
+
+def test_a_damaged_result_is_not_verified_and_a_run_mends_it_alone(tmp_path: Path) -> None:
+    job = job_file(tmp_path, method={"name": "direct", "hessian_regularization": 0.01}, chunks={"train": 7, "test": 4})
+    assert command("run", job, "--quiet").exit_code == 0
+    output = tmp_path / "influences.zarr"
+    before = open_influences(output)[:]
+    for file in (output / "influences" / "c" / "0" / "1", output / "iterations" / "c" / "0"):
+        content = bytearray(file.read_bytes())
+        content[0] ^= 1
+        file.write_bytes(content)
+    marked = {i: (output / "strip_status" / "c" / str(i)).stat().st_mtime_ns for i in range(4)}
+    result = command("verify", job)
+    assert result.exit_code == 1
+    assert "damaged: strips 1 and `iterations`. `run --resume --check` makes that again" in result.output
+    assert command("run", job, "--check").exit_code == 2
+    mended = command("run", job, "--resume", "--check")
+    assert mended.exit_code == 0, mended.output
+    assert "strips 1 and `iterations` of" in mended.output
+    result = command("verify", job, "--tests", 2, "--trains", 3)
+    assert result.exit_code == 0, result.output
+    assert "every byte as it was written" in result.output
+    np.testing.assert_array_equal(open_influences(output)[:], before)
+    now = {i: (output / "strip_status" / "c" / str(i)).stat().st_mtime_ns for i in range(4)}
+    assert [i for i in range(4) if now[i] != marked[i]] == [1]

@@ -45,10 +45,11 @@ def register(group: click.Group, sources: JobSources) -> None:
 
 def condition(result: InfluenceResult, *, check: bool = False) -> str:
     """complete, running or damaged, and how far; check: read everything and compare the checksums."""
-    damaged = result.damaged_strips() if check else result.lost_strips()
-    if damaged:
-        some = ", ".join(map(str, damaged[:10])) + (", …" if len(damaged) > 10 else "")
-        return f"damaged: strips {some}; `reopen` them and resume the run"
+    from distinfluence.store.mending import Damage, find_damage
+
+    damage = find_damage(result.path) if check else Damage(tuple(result.lost_strips()), ())
+    if damage:
+        return f"damaged: {damage}; `run JOB --resume --check` makes them again"
     done = f"{result.layout.n_strips - result.n_missing} of {result.layout.n_strips} strips"
     checked = ", every byte as it was written" if check else ""
     apart = "".join(f"; strip {i} was set apart: {reason}" for i, reason in result.quarantined.items())
@@ -63,7 +64,7 @@ def _clean(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except DistinfluenceError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"Error: {error}", err=True)
             sys.exit(1)
 
     return run

@@ -31,7 +31,7 @@ def plot(result: InfluenceResult, what: str, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            "plots need matplotlib, which is not installed. Run pip install 'distinfluence[browse]'."
+            "plots need matplotlib, which is not installed. Run pip install matplotlib."
         ) from error
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -84,7 +84,7 @@ def write_parquet(path: Path, tables: Iterator[Table]) -> int:
         import pyarrow.parquet
     except ImportError as error:
         raise MissingDependencyError(
-            "Parquet needs pyarrow, which is not installed. Run pip install 'distinfluence[browse]', or export CSV."
+            "Parquet needs pyarrow, which is not installed. Run pip install pyarrow, or export CSV."
         ) from error
     written, writer = 0, None
     with _WholeOrNot(path) as beside:

@@ -105,7 +105,8 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         """The eigenvectors, and a basis of twice as many while they are found."""
         vector = self.risk.size * self.risk.dtype.itemsize
         state = self.rank_estimate * vector
-        return Demand(3 * state, state, 3.0, 0, USUAL_STEPS, int(self.solves_over_data), False)
+        rows = self.solver(1.0).block(self.rank_estimate)
+        return Demand(3 * state, state, 3.0, 0, USUAL_STEPS, int(self.solves_over_data), False, rows)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the eigenvectors."""

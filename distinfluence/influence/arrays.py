@@ -26,26 +26,54 @@ def to_numpy(tensor: Tensor) -> Array:
 
 
 class HostCopies:
-    """Tensors on their way to the host while their device goes on: from a GPU into pinned memory, waited for once."""
+    """Tensors on their way to the host while their device computes what comes next; waited for once, at the end."""
 
     def __init__(self) -> None:
         self._copies: list[Tensor] = []
-        self._devices: set[torch.device] = set()
+        self._ways: dict[torch.device, _Way] = {}
 
     def add(self, tensor: Tensor) -> None:
         """Begin to copy; the tensor may be let go of."""
-        tensor = tensor.detach()
-        if tensor.device.type == "cuda":
-            self._devices.add(tensor.device)
-            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            tensor = pinned.copy_(tensor, non_blocking=True)
-        self._copies.append(tensor)
+        if tensor.device not in self._ways:
+            self._ways[tensor.device] = _SideStream(tensor.device) if tensor.device.type == "cuda" else _Way()
+        self._copies.append(self._ways[tensor.device].begin(tensor.detach()))
 
     def arrays(self) -> list[Array]:
         """All of them, in the order in which they were added."""
-        for device in self._devices:
-            torch.cuda.synchronize(device)
+        for way in self._ways.values():
+            way.wait()
         return [to_numpy(copy) for copy in self._copies]
+
+
+class _Way:
+    """From the host to the host, which is none."""
+
+    def begin(self, tensor: Tensor) -> Tensor:
+        """Where the tensor's values will be after `wait`."""
+        return tensor
+
+    def wait(self) -> None:
+        """Until all copies are there."""
+
+
+class _SideStream(_Way):
+    """From a GPU into pinned memory, on a stream of its own, beside the one that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def begin(self, tensor: Tensor) -> Tensor:
+        """As soon as what is computing now has made it."""
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(self._stream):
+            pinned.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)  # its memory is not given to others before the copy is done
+        return pinned
+
+    def wait(self) -> None:
+        """For this stream alone."""
+        self._stream.synchronize()
 
 
 def to_tensor(array: Array) -> Tensor:

@@ -63,7 +63,7 @@ class AutoInfluence(InfluenceFunctionModel):
         p = self.risk.size
         if p <= DIRECT_SIZE:
             state = 2 * self.risk.dtype.itemsize * p * p
-            return Demand(state + 24 * p * p, state, 4.0, 0, 1, 0, True)
+            return Demand(state + 24 * p * p, state, 4.0, 0, 1, 0, True, sum_bytes=state // 2)
         most = self.memory or int(SHARE * free_bytes(self.risk.device))
         return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=most)
 

@@ -13,7 +13,8 @@ class Demand:
     fit_bytes: held while fitting, where the fit runs. state_bytes: held by each process that solves. row_vectors:
     vectors [p] that a solve holds for each right-hand side, itself and the solution counted. most_bytes: a limit that
     the solver keeps to by itself, 0 for none. fit_passes, solve_passes: sweeps over the training data, a solve's for
-    each test chunk. by_method: whether the passes are fixed by the method; else a usual number is given.
+    each test chunk. by_method: whether the passes are fixed by the method; else a usual number is given. fit_rows:
+    vectors [p] that a pass of the fit multiplies at once. sum_bytes: of a matrix that a fit sums over the data.
     """
 
     fit_bytes: int = 0
@@ -23,3 +24,5 @@ class Demand:
     fit_passes: int = 0
     solve_passes: int = USUAL_STEPS
     by_method: bool = False
+    fit_rows: int = 1
+    sum_bytes: int = 0

@@ -57,7 +57,8 @@ class DirectInfluence(InfluenceFunctionModel):
         """The dense matrix of the largest block, its factor and work space in float64; a pass for its columns."""
         sizes = [c.stop - c.start for c in self.risk.blocks.columns.values()]
         state = 2 * self.risk.dtype.itemsize * sum(size * size for size in sizes)
-        return Demand(state + 24 * max(sizes) ** 2, state, 4.0, 0, len(sizes), 0, True)
+        matrix = self.risk.dtype.itemsize * max(sizes) ** 2
+        return Demand(state + 24 * max(sizes) ** 2, state, 4.0, 0, len(sizes), 0, True, sum_bytes=matrix)
 
     def settings(self) -> dict[str, object]:
         """The common settings."""

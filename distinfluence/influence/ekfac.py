@@ -147,7 +147,7 @@ class EkfacInfluence(InfluenceFunctionModel):
             squares += sum(side * side for side in sides)
         state = squares * self.risk.dtype.itemsize + self.risk.size * self.risk.dtype.itemsize
         solve = 0 if not self.solves_over_data else max(1, self.cg_iterations + 1)
-        return Demand(3 * state, state, 3.0, 0, 2 if self.update_diagonal else 1, solve, True)
+        return Demand(3 * state, state, 3.0, 0, 2 if self.update_diagonal else 1, solve, True, sum_bytes=state)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the factors."""

@@ -69,7 +69,7 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
     def demand(self) -> Demand:
         """The sketch, its image and their orthonormal basis; a pass for the sketch, one for the residual."""
         state = self.rank * self.risk.size * self.risk.dtype.itemsize
-        return Demand(4 * state, state, 3.0, 0, 1, int(self.solves_over_data), True)
+        return Demand(4 * state, state, 3.0, 0, 1, int(self.solves_over_data), True, self.rank)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the sketch."""

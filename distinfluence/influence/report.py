@@ -46,7 +46,8 @@ class FitReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.second_order_mode} over {self.n_samples} samples, {self.passes} passes, {self.seconds:.2f} s",
+            f"{self.second_order_mode} over {self.n_samples} samples, {self.passes} "
+            f"pass{'' if self.passes == 1 else 'es'}, {self.seconds:.2f} s",
             f"covers {self.n_parameters} of {self.n_total} parameters ({self.coverage:.1%}), "
             f"{len(self.blocks)} block{'s' if len(self.blocks) > 1 else ''}",
         ]
@@ -106,12 +107,13 @@ class SolveReport:
 
     def __str__(self) -> str:
         k = self.converged.numel()
-        worst = float(self.relative_residual.max()) if k else 0.0
+        known = self.relative_residual[~self.relative_residual.isnan()]
         most = int(self.iterations.max()) if k else 0
-        line = (
-            f"{int(self.converged.sum())} of {k} rows converged, worst relative residual {worst:.1e}, at most {most} "
-            "iterations"
+        line = f"{int(self.converged.sum())} of {k} rows converged, " + (
+            f"worst relative residual {float(known.max()):.1e}" if known.numel() else "residuals not measured"
         )
+        if most > 0:  # a factorisation has none to count
+            line += f", at most {most} iteration{'' if most == 1 else 's'}"
         return "\n".join([line, *self.remarks])
 
 

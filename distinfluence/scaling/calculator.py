@@ -7,8 +7,10 @@ training chunk.
 
 import copy
 import math
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,18 +21,20 @@ import numpy as np
 from dask.delayed import Delayed
 
 from distinfluence.curvature import SecondOrderMode
-from distinfluence.errors import NotFittedError, SettingError, ShapeError
+from distinfluence.errors import NotFittedError, SettingError, ShapeError, StoreError, StoreExistsError
+from distinfluence.gradients import MOST_ROWS
 from distinfluence.influence.arrays import to_numpy
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.influence.scores import InfluenceMode, influence_mode
 from distinfluence.scaling.chunks import CHUNK_SIZE, ChunkedData, chunked
 from distinfluence.scaling.executor import Executor
+from distinfluence.scaling.files import require_space
 from distinfluence.scaling.plan import Asked, Machine, Plan, Work, make_plan
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import fingerprint_module
-from distinfluence.scaling.saved import load_fit, save_fit
+from distinfluence.scaling.saved import VERSION, load_fit, save_fit
 from distinfluence.scaling.share import Share
 from distinfluence.scaling.sources import Home
 from distinfluence.scaling.strips import Fitted, Request, look, write_influences
@@ -45,10 +49,12 @@ from distinfluence.scaling.tasks import (
 )
 from distinfluence.scaling.worker import Context, Scratch, SourcePlane
 from distinfluence.store import InfluenceResult, check_output, chunks_of, combine, fingerprint_settings
+from distinfluence.store.folder import local_path
 from distinfluence.store.layout import FLOAT32_BITS
 
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
 STRATEGIES = ("auto", "rows", "data")
+SIGN_AND_EXPONENT = 9  # bits of a float32 beside its mantissa
 
 
 class InfluenceCalculator(ABC):
@@ -60,6 +66,7 @@ class InfluenceCalculator(ABC):
     def __init__(self, model: InfluenceFunctionModel, scratch: str | Path | None = None) -> None:
         self.model = copy.copy(model)  # two calculators of one model must not take each other's fit
         self._scratch = Scratch(scratch)
+        self._fit_folder: Path | None = None
         self._fitted: Fitted | None = None
 
     def fit(
@@ -85,26 +92,36 @@ class InfluenceCalculator(ABC):
         plane = self._plane(context, data, sample.remarks)
         with bars.stage("fit", None, "passes") as bar:
             plane.on_pass = bar.advance
-            self._fit_or_load(plane, sha256, certify)
+            self._fit_or_load(plane, sha256, certify, bars)
             plane.on_pass = None
         self._fitted = Fitted(self.model, self._fitted_context(context, data), executor, data, sha256, sample)
         return self
 
-    def _fit_or_load(self, plane: DaskPlane | SourcePlane, sha256: str, certify: bool) -> None:
+    def _fit_or_load(self, plane: DaskPlane | SourcePlane, sha256: str, certify: bool, bars: Progress) -> None:
         """Fit, and leave the fit in the scratch folder if that stays; or take the one that a run that died left."""
-        asked: dict[str, object] = {"solver": self.model.settings(), "certify": certify}
+        asked: dict[str, object] = {"solver": self.model.settings(), "certify": certify, "format": VERSION}
         asked |= {"objective": self.model.objective.settings(), "chunks": list(plane.chunk_sizes)}
         parameters = fingerprint_module(self.model.risk.module)
         key = combine({"parameters": parameters, "data": sha256, "settings": fingerprint_settings(asked)})
-        folder = self._scratch.folder / f"fit-{key[:16]}"
+        folder = self._fit_folder = self._scratch.kept / f"fit-{key[:16]}"
         if folder.exists():
-            load_fit(self.model, folder, plane)
-            return
+            try:
+                load_fit(self.model, folder, plane)
+                return
+            except StoreError as error:
+                bars.warn(f"the fit that an earlier run left cannot be taken, and is made again: {error}")
+                shutil.rmtree(folder, ignore_errors=True)
         self.model.fit(plane)
         if certify:
             self.model.spectrum()
         if not self._scratch.temporary:
-            save_fit(self.model, folder)
+            with suppress(StoreExistsError):  # another run was as fast
+                save_fit(self.model, folder)
+
+    def forget_fit(self) -> None:
+        """Remove the fit that `fit` left in the scratch folder for runs that go on."""
+        if self._fit_folder is not None:
+            shutil.rmtree(self._fit_folder, ignore_errors=True)
 
     def plan(
         self,
@@ -164,6 +181,7 @@ class InfluenceCalculator(ABC):
             over_data=self.model.solves_over_data,
             by_gradients=self.model.second_order_mode is SecondOrderMode.EMPIRICAL_FISHER,
             built_bytes=sum(sample.built for sample in samples),
+            most_rows=MOST_ROWS if self.model.risk.device.type == "cpu" else 8 * MOST_ROWS,
         )
 
     def _sample(self, context: Any, data: ChunkedData) -> Sample:
@@ -274,6 +292,7 @@ class InfluenceCalculator(ABC):
         self_influence: bool = False,
         overwrite: bool = False,
         resume: bool = False,
+        check: bool = False,
         progress: bool | Progress = True,
         attributes: Mapping[str, object] | None = None,
         share: Share | None = None,
@@ -292,10 +311,11 @@ class InfluenceCalculator(ABC):
         self_influence: keep what each training point does to its own loss, for as much work as solving for n_train
         test points: little where solves sweep over no data, more than all else where they do. overwrite: replace a
         result at `path`. resume: go on with it if it was begun with the same model, data and settings, begin if there
-        is none; extras can be asked for then as well. attributes: JSON values to keep in the result. share: make a
-        part of the strips only, beside other runs that make the others. Raises StoreError if `path` cannot be used,
-        NotFittedError before `fit`, and what the checks of data raise; ChunkFailedError when all strips are written but
-        some that failed every time they were tried.
+        is none; extras can be asked for then as well. check: of a result that is gone on with, read everything first,
+        and make anew what is damaged. attributes: JSON values to keep in the result. share: make a part of the strips
+        only, beside other runs that make the others. Raises StoreError if `path` cannot be used, NotFittedError before
+        `fit`, and what the checks of data raise; ChunkFailedError when all strips are written but some that failed
+        every time they were tried.
         """
         check_output(path, overwrite=overwrite, resume=resume)
         if overwrite and resume:
@@ -303,8 +323,9 @@ class InfluenceCalculator(ABC):
         fitted, mode = self._stages(), influence_mode(mode)
         n_shown = _n_shown(contributions, mode)
         recorded = chunks_of(path) if resume else None
-        if panel_size is None and recorded is not None:
-            panel_size = recorded["panel"]
+        if recorded is not None:
+            panel_size = recorded["panel"] if panel_size is None else panel_size
+            solve = recorded.get("solve", solve) if solve == "auto" else solve
         asked = _asked(None, test_chunk_size, panel_size, solve)
         columns = fitted.train if x is None else self._everywhere(self._chunked(x, y, chunk_size))
         test = self._everywhere(self._chunked(x_test, y_test, test_chunk_size, TEST_CHUNK_SIZE))
@@ -312,11 +333,13 @@ class InfluenceCalculator(ABC):
         samples = fitted.sample, self._sample(fitted.context, test)
         work = self._work(fitted.train, columns, test, samples, shape, top_k)
         asked = replace(asked, train=columns.sizes[0], test=test.sizes[0])
+        plan = make_plan(work, self._machine(), asked)
+        self.require_space(plan, path, mantissa_bits)
         request = Request(
             test=test,
             columns=columns,
             mode=mode,
-            plan=make_plan(work, self._machine(), asked),
+            plan=plan,
             input_shape=shape,
             top_k=top_k,
             mantissa_bits=mantissa_bits,
@@ -325,9 +348,20 @@ class InfluenceCalculator(ABC):
             attributes=attributes or {},
             contributions=n_shown,
             self_influence=self_influence,
+            check=check,
             share=share,
         )
-        return write_influences(Path(path), fitted, request, self._scratch.folder, _progress(progress))
+        bars, output = _progress(progress), local_path(path)
+        with bars.beside(output):
+            return write_influences(output, fitted, request, self._scratch.kept, bars)
+
+    def require_space(self, plan: Plan, path: str | Path, mantissa_bits: int = FLOAT32_BITS) -> None:
+        """Pass if the disks of `path` and of the scratch folder have room for what the plan will write.
+
+        Raises DiskFullError, saying how much to free.
+        """
+        stored = (mantissa_bits + SIGN_AND_EXPONENT) / (FLOAT32_BITS + SIGN_AND_EXPONENT)
+        require_space(plan, local_path(path), self._scratch.kept, stored)
 
     @property
     def fit_report(self) -> FitReport:

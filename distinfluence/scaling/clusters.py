@@ -18,7 +18,8 @@ from distributed.worker_memory import parse_memory_limit
 from tornado.ioloop import PeriodicCallback
 
 from distinfluence.errors import ClusterError, MissingDependencyError, SettingError
-from distinfluence.scaling.jobqueue import QUEUES, job_cluster, job_kind, job_memory
+from distinfluence.scaling.job_settings import QUEUES, job_kind, job_memory, job_processes
+from distinfluence.scaling.jobqueue import job_cluster
 from distinfluence.solvers.auto import free_bytes
 
 # Dask has its workers give memory back to the system at once, so that every large tensor costs page faults anew: ten
@@ -39,6 +40,7 @@ TORCHS_OWN = r"`torch\.jit\.script` is deprecated"
 LOOPBACK = "127.0.0.1"
 RUNNING = ("address", "scheduler_file")
 KINDS = ("local", "cuda", *QUEUES, *RUNNING)
+ON_DEATH = ("cancel", "leave")
 LOCAL_WORKERS = 2
 KEEP_SECONDS = 5.0  # between two looks whether all workers of this host are there
 ANSWER_SECONDS = 60.0  # within which a running scheduler has to answer, where nobody says otherwise
@@ -51,11 +53,13 @@ class ClusterSpec:
     kind: "local" starts `workers` processes of one thread on this host (2 if left out), listening on the loopback
     interface only; "cuda" one for each GPU that this process sees, or for the first `workers` of them; a queue
     ("slurm", "pbs", … or the class of a dask-jobqueue cluster as "module:Class") submits `workers` jobs and replaces
-    those that end; "address" and "scheduler_file" join a running scheduler at `address` (tcp://…, or the file's path)
+    those that end; "address" and "scheduler_file" join a running scheduler at `address` (`tcp://…`, or the file's path)
     and leave it running. settings: of jobs, dask-jobqueue's own; of GPUs, those of dask-cuda's LocalCUDACluster.
     minimum: of jobs, let Dask have between so many and `workers` of them, as there is work. memory_limit: of each
     local worker, as Dask reads it ("auto": its share of the host). timeout: seconds to wait for the scheduler and the
-    first worker; if left out, 60, and of jobs as long as the queue takes.
+    first worker; if left out, 60, and of jobs as long as the queue takes. on_death: what becomes of jobs when this
+    process is killed: "cancel" has a guard process beside it cancel them, "leave" leaves them to themselves (workers
+    end when they miss their scheduler, waiting jobs a minute after they have started).
     """
 
     kind: str = "local"
@@ -64,6 +68,7 @@ class ClusterSpec:
     address: str = ""
     timeout: float | None = None
     minimum: int | None = None
+    on_death: str = "cancel"
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,13 +88,18 @@ class ClusterSpec:
                 f"`minimum` must be between 1 and `workers` of a cluster of jobs, got {self.minimum} with "
                 f"{self.workers} workers of kind {self.kind!r}."
             )
+        if self.on_death not in ON_DEATH or (self.on_death == "leave" and not jobs):
+            raise SettingError(
+                f"`on_death` must be one of {list(ON_DEATH)}, and is for clusters of jobs, got {self.on_death!r} with "
+                f"kind {self.kind!r}."
+            )
         if self.settings and not (jobs or self.kind == "cuda"):
             raise SettingError(f"`settings` are for clusters of jobs and GPUs, got some for kind {self.kind!r}.")
 
     @property
     def n_workers(self) -> int:
         """Worker processes, where they are started by us and their number is known before."""
-        return self.workers or LOCAL_WORKERS
+        return (self.workers or LOCAL_WORKERS) * (job_processes(self.settings) if job_kind(self.kind) else 1)
 
 
 def planned_memory(spec: ClusterSpec) -> int | None:
@@ -100,6 +110,11 @@ def planned_memory(spec: ClusterSpec) -> int | None:
         return None
     limit = parse_memory_limit(spec.memory_limit, 1, os.cpu_count() or 1, logger=logging.getLogger(__name__))
     return int(limit or free_bytes(torch.device("cpu")))
+
+
+def planned_workers(spec: ClusterSpec) -> int | None:
+    """Worker processes that a cluster will have, however few have come by now; None if they are not ours to say."""
+    return spec.n_workers if spec.kind == "local" or job_kind(spec.kind) else None
 
 
 class LeaveInterruptsToDriver(WorkerPlugin):
@@ -173,6 +188,7 @@ def _jobs(spec: ClusterSpec, folder: Path, announce: Callable[[str], None]) -> I
         spec.settings,
         minimum=spec.minimum,
         timeout=spec.timeout,
+        guarded=spec.on_death == "cancel",
         environment=WORKER_ENVIRONMENT,
         folder=folder,
         announce=announce,
@@ -188,9 +204,7 @@ def _on_this_host(spec: ClusterSpec) -> LocalCluster:
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
-        raise MissingDependencyError(
-            "a cluster of kind 'cuda' needs dask-cuda. Run: pip install 'distinfluence[cuda]'"
-        ) from error
+        raise MissingDependencyError("a cluster of kind 'cuda' needs dask-cuda. Run: pip install dask-cuda") from error
     cluster: LocalCluster = LocalCUDACluster(
         n_workers=spec.workers, threads_per_worker=1, memory_limit=spec.memory_limit, **{**common, **spec.settings}
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from distributed import Worker, WorkerPlugin
 
 from distinfluence.scaling.sources import process_bytes
+from distinfluence.store.folder import surfaced_errors
 
 LOGGER = logging.getLogger("distinfluence.worker")
 
@@ -39,7 +40,8 @@ class LogToFolder(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Open the file."""
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        with surfaced_errors("write logs to", Path(self.folder)):
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
         file = Path(self.folder) / f"worker-{socket.gethostname()}-{os.getpid()}.jsonl"
         self._handler = logging.FileHandler(file, delay=True)
         self._handler.setFormatter(JsonLines())

@@ -11,6 +11,7 @@ from distinfluence.influence.arrays import Array
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
+from distinfluence.scaling.device import check_device, smallest_device
 from distinfluence.scaling.executor import Executor, OnCluster, check_resources, check_workers, worker_memory
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.plane import DaskPlane
@@ -28,8 +29,10 @@ class DaskInfluenceCalculator(InfluenceCalculator):
     `scratch` and its structure goes with the tasks. scratch: a folder that every worker sees, for the spilled model,
     arrays of this process, broadcasts and factors; a temporary one of this host unless given. timeout: seconds to wait
     for the first worker. resources: that a worker must have to be given tasks, for instance {"GPU": 1} where GPU and
-    CPU workers mix. Raises ClusterError without workers, without the resources or where workers do not see `scratch`,
-    RecipeError if `recipe` builds another model.
+    CPU workers mix. device: where tasks compute, the type of the model's own unless given; "cpu", "cuda", or "auto" for
+    a GPU on workers that see one. workers: processes to plan for, where more will come than are there now. Raises
+    ClusterError without workers, without the resources or where workers do not see `scratch`, RecipeError if `recipe`
+    builds another model.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         scratch: str | Path | None = None,
         timeout: float = 60.0,
         resources: Mapping[str, float] | None = None,
+        device: str | None = None,
+        workers: int | None = None,
     ) -> None:
         if not isinstance(client, Client):
             raise ClusterError(
@@ -49,6 +54,8 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         super().__init__(model, scratch)
         self.client = client
         self._resources = dict(resources or {})
+        self._device = None if device is None else check_device(device)
+        self._workers = workers or 1
         check_resources(client, self._resources)
         self._there = OnWorkers(client, self._scratch.folder)
         self._seen = check_workers(client, str(self._scratch.folder), timeout)
@@ -75,7 +82,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         return OnCluster(self.client, resources=self._resources)
 
     def _unfitted_context(self) -> WorkerContext:
-        return travelling(self.model, self._recipe, self._scratch, self._seen.n_threads)
+        return travelling(self.model, self._recipe, self._scratch, self._seen.n_threads, self._device)
 
     def _fitted_context(self, context: WorkerContext, train: ChunkedData) -> WorkerContext:
         return fitted_travelling(context, self.model, self._scratch, train)
@@ -84,7 +91,9 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         return DaskPlane(self.model.risk, self.client, context, data, remarks, self._scratch.folder, self._resources)
 
     def _machine(self) -> Machine:
-        return Machine(max(1, len(self.client.nthreads())), worker_memory(self.client), self._seen.process)
+        workers = max(self._workers, len(self.client.nthreads()))
+        on_device = smallest_device(self.client, self._device or self.model.risk.device.type)
+        return Machine(workers, worker_memory(self.client), self._seen.process, on_device)
 
 
 class OnWorkers(Keys):

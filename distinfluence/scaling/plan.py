@@ -6,15 +6,19 @@ the model (and data sets that it builds for itself):
 
 | stage | bytes |
 |---|---|
-| fit | kept chunks + products |
-| factors | kept chunks + products + s + (v + 2)·t·p·b for t test points in a chunk |
+| fit | kept chunks + products + sums |
+| factors, by rows | kept chunks + products + s + (v + 2)·t·p·b for t test points in a chunk |
+| factors, by data | kept chunks + products + sums + 2·t·p·b |
 | strips | kept chunks + s + panel·p·b + 2·G + m·c·(2·b + 12) for c training points in a strip |
 
-with G = min(c·p·b, GRADIENT_BYTES), and for products 4·p·b for each row taken at once, ROW_BYTES at most; or 2·G and up
-to KEPT_ROW_BYTES of gradients that are kept, where the curvature is made of the gradients of samples (the empirical
-Fisher matrix, DataInf). The gradients of the training set are made ⌈m / panel⌉ times for the strips.
+with G = min(c·p·b, GRADIENT_BYTES), and for products 4·p·b for each row taken at once, ROW_BYTES at most if that is one
+row or more; or 2·G and up to KEPT_ROW_BYTES of gradients that are kept, where the curvature is made of the gradients of
+samples (the empirical Fisher matrix, DataInf). Sums are k·p·b of broadcast rows, for the k rows of a pass, and as much,
+or the matrix that a fit sums, for each of 2 + `results_held` results of a kernel: in the making, and waiting to be
+added. The gradients of the training set are made ⌈m / panel⌉ times for the strips.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,6 +26,7 @@ from distinfluence.errors import PlanError
 from distinfluence.gradients import GRADIENT_BYTES, MOST_ROWS, ROW_BYTES
 from distinfluence.influence.demand import Demand
 from distinfluence.sample_risk import KEPT_ROW_BYTES
+from distinfluence.scaling.groups import GROUPS, pass_tasks, results_held
 
 USABLE = 0.8  # of a worker's memory limit: at 0.7 Dask begins to pause, at 0.95 it kills
 RESIDENT_SHARE = 0.25  # of a worker's memory that factors may take during strips
@@ -29,6 +34,7 @@ KEPT_SHARE, KEPT_MOST = 0.125, 2**30  # of a worker's memory for loaded chunks t
 MOST_STRIPS = 4000  # tasks that scheduler and client carry easily
 STRIPS_PER_WORKER = 4  # at least, so that a slow one does not hold up the end
 SMALLEST, LARGEST = 16, 8192  # training points in a strip, where nobody says better
+ON_HOST = frozenset({"an idle process", "data sets", "kept chunks"})  # parts of a stage that no GPU holds
 TEST_CHUNK = 1024  # test points that are solved together, where memory allows
 
 
@@ -39,7 +45,7 @@ class Work:
     n_test, n_train, n_fit: samples of the matrix's rows and columns, and of the fit. p: covered parameters; itemsize:
     bytes of a number. train_bytes: of one training sample as it is loaded. model_bytes: parameters and buffers.
     built_bytes: of data sets that every process builds for itself. by_gradients: whether the curvature is made of
-    gradients of single samples, some of which a process then keeps between passes.
+    gradients of single samples, some of which a process then keeps between passes. most_rows: multiplied at once.
     entry: numbers in an entry of the matrix (1, or those of an input for mode "perturbation"). demand: of the method.
     """
 
@@ -56,6 +62,7 @@ class Work:
     over_data: bool = True
     built_bytes: int = 0
     by_gradients: bool = False
+    most_rows: int = MOST_ROWS
 
     def kept(self, n: int, most: int) -> int:
         """Bytes of loaded chunks of n samples that a process keeps; none where they are views of a built data set."""
@@ -69,16 +76,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it is to run. workers: processes; memory: bytes that each may take; process: bytes of an idle one."""
+    """Where it is to run. workers: processes; memory: bytes that each may take; process: bytes of an idle one.
+
+    device_memory: bytes that each may take on the GPU that it computes on; None where that is the host.
+    alone: whether one process does everything, so that sums wait for nobody.
+    """
 
     workers: int
     memory: int
     process: int
+    device_memory: int | None = None
+    alone: bool = False
 
     @property
     def kept(self) -> int:
         """Bytes of loaded chunks that a worker keeps."""
         return kept_bytes(self.memory)
+
+    @property
+    def resident(self) -> int:
+        """Bytes where factors are held while strips are made: of the host or its GPU, whichever has fewer."""
+        return self.memory if self.device_memory is None else min(self.memory, self.device_memory)
 
 
 @dataclass(frozen=True)
@@ -124,6 +142,11 @@ class Stage:
     def bytes(self) -> int:
         """Peak of a worker."""
         return sum(self.parts.values())
+
+    @property
+    def on_device(self) -> Mapping[str, int]:
+        """The parts that lie on the GPU of a worker that has one."""
+        return {name: nbytes for name, nbytes in self.parts.items() if name not in ON_HOST}
 
 
 @dataclass(frozen=True)
@@ -174,7 +197,8 @@ class Plan:
         work, machine, chunks = self.work, self.machine, self.chunks
         lines = [
             f"plan: {work.n_test} × {work.n_train} influences of {work.p} parameters on {machine.workers} "
-            f"worker{'s' if machine.workers > 1 else ''} of {_size(machine.memory)}",
+            f"worker{'s' if machine.workers > 1 else ''} of {_size(machine.memory)}"
+            + ("" if machine.device_memory is None else f" with {_size(machine.device_memory)} on a GPU"),
             f"  chunks: {chunks.train} training points in each of {_count(self.n_strips, 'strip')}, {chunks.test} test "
             f"points in each of {_count(self.n_solves, 'solve')} (by {self.solve}), factors in "
             f"{_count(self.n_panels, 'panel')} of {chunks.panel}",
@@ -202,7 +226,7 @@ def make_plan(work: Work, machine: Machine, asked: Asked | None = None, rates: R
     chunks = Chunks(
         train=min(work.n_train, asked.train or _strip(work, machine)),
         test=min(work.n_test, asked.test or _test_chunk(work, machine)),
-        panel=min(work.n_test, asked.panel or max(1, int(RESIDENT_SHARE * machine.memory) // work.row)),
+        panel=min(work.n_test, asked.panel or max(1, int(RESIDENT_SHARE * machine.resident) // work.row)),
     )
     n_solves, n_strips = _ceil(work.n_test, chunks.test), _ceil(work.n_train, chunks.train)
     solve = asked.solve
@@ -232,6 +256,14 @@ def kept_bytes(memory: int) -> int:
     return min(KEPT_MOST, int(KEPT_SHARE * memory))
 
 
+def _sweep(work: Work, rows: int, gradients: int) -> int:
+    """Bytes of work space of a pass that multiplies rows; one row is taken at once however many bytes it needs."""
+    if work.by_gradients:
+        return 2 * gradients
+    one = 4 * work.row
+    return one * max(1, min(rows, work.most_rows, ROW_BYTES // one))
+
+
 def _stages(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rates | None) -> tuple[Stage, ...]:
     demand, b = work.demand, work.itemsize
     n_solves, n_strips = _ceil(work.n_test, chunks.test), _ceil(work.n_train, chunks.train)
@@ -240,14 +272,19 @@ def _stages(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rat
     common = {"an idle process": machine.process, "the model": work.model_bytes, "data sets": work.built_bytes}
     gradients = min(chunks.train * work.row, max(GRADIENT_BYTES, work.row))
     kept_rows = min(work.n_fit * work.row, KEPT_ROW_BYTES // gradients * gradients) if work.by_gradients else 0
-    products = 2 * gradients if work.by_gradients else min(ROW_BYTES, 4 * work.row * min(MOST_ROWS, chunks.test))
-    sums = {"kept chunks": kept, "kept gradients": kept_rows, "products": products}
+    fitting, sweeping = (_sweep(work, rows, gradients) for rows in (demand.fit_rows, chunks.test))
+    loaded = {"kept chunks": kept, "kept gradients": kept_rows}
+    results = 2 if machine.alone else 2 + results_held(fit_chunks, machine.workers)
+    fit_sums = demand.fit_rows * work.row + results * max(demand.fit_rows * work.row, demand.sum_bytes)
+    data_sums = (1 + results) * chunks.test * work.row
+    a_pass = 0 if machine.alone else pass_tasks(fit_chunks)
     solving = {"the fitted state": demand.state_bytes, "the solve": _solving(work, chunks.test)}
     sweeps = demand.solve_passes * n_solves if work.over_data else 0
     entries = work.n_test * chunks.train * work.entry
     product_flops = 12.0 * work.p * work.n_fit
-    per_pass = 0.0 if rates is None else work.n_fit / rates.products / machine.workers
-    by_rows = min(machine.workers, n_solves) if solve == "rows" else machine.workers
+    at_work = min(machine.workers, fit_chunks, GROUPS)
+    per_pass = 0.0 if rates is None else work.n_fit / rates.products / at_work
+    by_rows = min(machine.workers, n_solves) if solve == "rows" else at_work
     strips_flops = 2.0 * work.n_test * work.n_train * work.p * (1 if work.entry == 1 else 3)
     gradient_flops = 6.0 * work.p * work.n_train * panels
 
@@ -257,19 +294,22 @@ def _stages(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rat
     return (
         Stage(
             "fit",
-            fit_chunks * (1 + demand.fit_passes),
+            fit_chunks + demand.fit_passes * a_pass,
             demand.fit_passes,
-            common | sums,
+            common | loaded | ({"products": fitting, "sums": fit_sums} if demand.fit_passes else {}),
             product_flops * demand.fit_passes,
             about(per_pass * demand.fit_passes),
         ),
         Stage(
             "factors",
-            n_solves if solve == "rows" else n_solves + sweeps * fit_chunks,
+            n_solves if solve == "rows" else n_solves + sweeps * a_pass,
             sweeps,
-            common | sums | (solving if solve == "rows" else {"test gradients": 2 * chunks.test * work.row}),
+            common
+            | loaded
+            | {"products": sweeping if work.over_data else 0}
+            | (solving if solve == "rows" else {"test gradients": 2 * chunks.test * work.row, "sums": data_sums}),
             product_flops * sweeps * chunks.test,
-            about(per_pass * sweeps * chunks.test * machine.workers / by_rows),
+            about(per_pass * sweeps * chunks.test * at_work / by_rows),
         ),
         Stage(
             "strips",
@@ -300,7 +340,10 @@ def _solving(work: Work, rows: int) -> int:
 
 
 def _room(work: Work, machine: Machine) -> int:
-    return max(1, int(USABLE * machine.memory) - machine.process - work.model_bytes - work.built_bytes - machine.kept)
+    room = int(USABLE * machine.memory) - machine.process - work.model_bytes - work.built_bytes - machine.kept
+    if machine.device_memory is not None:
+        room = min(room, int(USABLE * machine.device_memory) - work.model_bytes)
+    return max(1, room)
 
 
 def _strip(work: Work, machine: Machine) -> int:
@@ -318,6 +361,8 @@ def _strip(work: Work, machine: Machine) -> int:
 def _test_chunk(work: Work, machine: Machine) -> int:
     room = (_room(work, machine) - work.demand.state_bytes) // 2
     vectors = int((work.demand.row_vectors + 2) * work.row)
+    if work.over_data and not machine.alone:
+        vectors = max(vectors, (5 + results_held(GROUPS, machine.workers)) * work.row)
     if work.demand.most_bytes and room > work.demand.most_bytes:
         vectors, room = 2 * work.row, room - work.demand.most_bytes
     most = max(1, min(TEST_CHUNK, room // vectors))
@@ -341,24 +386,31 @@ def _remarks(work: Work, chunks: Chunks) -> tuple[str, ...]:
 
 
 def _check(plan: Plan) -> None:
-    limit = int(0.95 * plan.machine.memory)
-    for stage in plan.stages:
-        if stage.bytes <= limit:
+    limits = [(plan.machine.memory, False)]
+    if plan.machine.device_memory is not None:
+        limits.append((plan.machine.device_memory, True))
+    for stage, (memory, on_device) in itertools.product(plan.stages, limits):
+        parts, limit = stage.on_device if on_device else stage.parts, int(0.95 * memory)
+        needed = sum(parts.values())
+        if needed <= limit:
             continue
-        name, largest = max(stage.parts.items(), key=lambda part: part[1])
+        name, largest = max(parts.items(), key=lambda part: part[1])
         remedy = {
             "the solve": "Pass a smaller `test_chunk_size` (chunks.test), or a method that holds fewer vectors: "
             "chebyshev, datainf.",
             "test gradients": "Pass a smaller `test_chunk_size` (chunks.test).",
+            "sums": "Pass a smaller `test_chunk_size` (chunks.test), or a smaller rank to the method.",
+            "products": "A row of parameters is multiplied whole: cover fewer parameters.",
             "a strip": "Pass a smaller `chunk_size` (chunks.train).",
             "gradients": "Pass a smaller `chunk_size` (chunks.train).",
             "factors of a panel": "Pass a smaller `panel_size` (chunks.panel).",
             "the fitted state": "Use an iterative method, such as cg, or block_structure='layer_wise'.",
         }.get(name, "")
         raise PlanError(
-            f"the stage {stage.name!r} needs {_size(stage.bytes)} a worker, which may take {_size(limit)} (95 % of its "
-            f"memory limit); most of it is {name}, {_size(largest)}. {remedy}{' Or g' if remedy else 'G'}ive each "
-            f"worker at least {_size(int(stage.bytes / USABLE))}, fewer workers on a host for instance."
+            f"the stage {stage.name!r} needs {_size(needed)} a worker, which may take {_size(limit)} (95 % of "
+            f"{'its GPU' if on_device else 'its memory limit'}); most of it is {name}, {_size(largest)}. "
+            f"{remedy}{' Or g' if remedy else 'G'}ive each worker at least {_size(int(needed / USABLE))}"
+            f"{' of GPU memory.' if on_device else ', fewer workers on a host for instance.'}"
         )
 
 

@@ -1,11 +1,20 @@
-"""Progress of a run: a bar on a terminal, a line every few seconds elsewhere, and the seconds of each stage."""
+"""Progress of a run: a bar on a terminal, a line every few seconds elsewhere, and the seconds of each stage.
+
+A run that writes a result also leaves a sign of life beside it, see `distinfluence.store.manifest`.
+"""
 
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
 
 from tqdm import tqdm
+
+from distinfluence.store.manifest import HEARTBEAT_SECONDS, RunState, manifest_file, pace_of, write_state
 
 LINE_SECONDS = 10.0
 
@@ -48,10 +57,17 @@ class Bar:
     def _print(self) -> None:
         self._printed = (self.count, self._note)
         of = "" if self.total is None else f" of {self.total}"
-        done = f"{self.count}{of} {self.unit}, " if self.count or of else ""  # nothing is counted in some stages
+        unit = "pass" if (self.count, of, self.unit) == (1, "", "passes") else self.unit
+        done = f"{self.count}{of} {unit}, " if self.count or of else ""  # nothing is counted in some stages
         note = f"{self._note}, " if self._note else ""
-        elapsed = time.monotonic() - self._start
-        print(f"{self.name}: {done}{note}{elapsed:.1f} s", file=sys.stderr, flush=True)
+        pace = pace_of(self.count, self.total, self.elapsed)
+        line = f"{self.name}: {done}{note}{f'{pace}, ' if pace else ''}{self.elapsed:.1f} s"
+        print(line, file=sys.stderr, flush=True)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the stage began."""
+        return time.monotonic() - self._start
 
 
 class Progress:
@@ -60,6 +76,54 @@ class Progress:
     def __init__(self, show: bool = True) -> None:
         self.show = show
         self.seconds: dict[str, float] = {}
+        self._file: Path | None = None
+        self._state = RunState.here()
+        self._bar: Bar | None = None
+        self._one_at_a_time = threading.Lock()
+
+    @contextmanager
+    def beside(self, output: Path, part: str = "") -> Iterator[None]:
+        """Say in a file beside the output what the run is doing, until it ends; the file stays if it ends badly.
+
+        Within another such block, the outer one's file goes on.
+        """
+        if self._file is not None:
+            yield
+            return
+        self._file, self._state = manifest_file(output, part), RunState.here(part)
+        ended = threading.Event()
+        heart = threading.Thread(target=self._beat, args=(ended,), daemon=True)
+        self._tell()
+        heart.start()
+        try:
+            yield
+        except BaseException as error:
+            how = "failed" if isinstance(error, Exception) else "stopped"
+            self._state = replace(self._state, ended=how, error=str(error))
+            raise
+        finally:
+            ended.set()
+            heart.join()
+            self._tell()
+            if not self._state.ended:
+                with suppress(OSError):
+                    self._file.unlink(missing_ok=True)
+            self._file = None
+
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            self._tell()
+
+    def _tell(self) -> None:
+        bar = self._bar
+        with self._one_at_a_time:
+            if bar is not None:
+                self._state = replace(
+                    self._state, stage=bar.name, done=bar.count, total=bar.total, unit=bar.unit, seconds=bar.elapsed
+                )
+            self._state = replace(self._state, heard=time.time())
+            if self._file is not None:
+                write_state(self._file, self._state)
 
     def say(self, text: str) -> None:
         """A line that people should read, above the bar if there is one."""
@@ -67,10 +131,18 @@ class Progress:
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
 
+    def warn(self, text: str) -> None:
+        """What people should know even of a run that says nothing: then a warning of Python's."""
+        if self.show:
+            self.say(f"warning: {text}")
+        else:
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Bar]:
         """A stage with its bar; its time is kept also when it fails."""
-        bar = Bar(name, total, unit, self.show)
+        bar = self._bar = Bar(name, total, unit, self.show)
+        self._tell()
         start = time.perf_counter()
         try:
             yield bar

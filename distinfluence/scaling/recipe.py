@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from distinfluence.errors import RecipeError
 from distinfluence.influence.arrays import Array
+from distinfluence.scaling.files import appearing, scratch_errors
 from distinfluence.store.fingerprint import fingerprint_arrays
 
 STRUCTURE_BYTES = 16 * 2**20  # a module without its tensors that is larger than this carries data it should not
@@ -111,11 +112,14 @@ class ModelRecipe:
     def spill(cls, module: nn.Module, folder: Path) -> "ModelRecipe":
         """The recipe of a module that is only in memory; writes its tensors to a file in `folder`.
 
-        Raises RecipeError if its structure cannot be pickled or carries data besides parameters and buffers.
+        Raises RecipeError if its structure cannot be pickled or carries data besides parameters and buffers, StoreError
+        for a full disk.
         """
         sha256 = fingerprint_module(module)
         checkpoint = folder / f"model-{sha256[:16]}.pt"
-        torch.save(tensors_of(module), checkpoint)
+        if not checkpoint.is_file():  # workers may have it mapped
+            with scratch_errors(folder, f"the model to {checkpoint.name}"), appearing(checkpoint) as partial:
+                torch.save(tensors_of(module), partial)
         return cls(_structure(module), str(checkpoint), sha256)
 
 

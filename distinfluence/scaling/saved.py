@@ -1,4 +1,8 @@
-"""A fitted influence model on disk: a zarr group of its arrays, with what they belong to. Nothing is pickled."""
+"""A fitted influence model on disk: a zarr group of its arrays, with what they belong to. Nothing is pickled.
+
+Every chunk is stored, also one of zeros, with a checksum, and on the disk before the folder has its name: what is
+missing or other than it was written is found when it is read.
+"""
 
 import shutil
 import uuid
@@ -10,24 +14,32 @@ from typing import Any
 import numpy as np
 import zarr
 from torch import Tensor
+from zarr.codecs import Crc32cCodec
 
 from distinfluence.dataplane import DataPlane, LocalPlane
-from distinfluence.errors import FingerprintError, ForeignStoreError, StoreError, StoreExistsError, StoreNotFoundError
+from distinfluence.errors import (
+    CorruptStoreError,
+    FingerprintError,
+    ForeignStoreError,
+    StoreExistsError,
+    StoreNotFoundError,
+)
 from distinfluence.influence.arrays import to_numpy, to_tensor
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.solvers.spectrum import Extremes
 from distinfluence.store.fingerprint import to_json
+from distinfluence.store.folder import surfaced_errors, sync_to_disk
 
-KIND, VERSION = "distinfluence fit", 1
+KIND, VERSION = "distinfluence fit", 2
 PLAIN = [field.name for field in fields(FitReport) if field.name not in ("details", "spectrum")]
 
 
 def save_fit(influence: InfluenceFunctionModel, path: str | Path) -> Path:
     """Write a fitted influence model's state to a new folder, whole or not at all.
 
-    Raises NotFittedError before `fit`, StoreExistsError where there is something already, StoreError for a full disk.
+    Raises NotFittedError before `fit`, StoreExistsError where there is something already, DiskFullError without space.
     """
     report, target = influence.fit_report, Path(path).expanduser()
     if target.exists():
@@ -35,29 +47,41 @@ def save_fit(influence: InfluenceFunctionModel, path: str | Path) -> Path:
     arrays = {f"state/{name}": tensor for name, tensor in influence.state_arrays().items()}
     arrays |= {f"details/{b}/{name}": t for b, own in report.details.items() for name, t in own.items()}
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        group = zarr.open_group(str(partial), mode="w", zarr_format=3)
-        for number, (name, tensor) in enumerate(arrays.items()):
-            values = to_numpy(tensor)
-            array = group.create_array(f"a{number}", shape=values.shape, dtype=values.dtype, compressors=None)
-            array.attrs["name"] = name
-            array[...] = values
-        group.attrs.update(
-            {
-                "kind": KIND,
-                "version": VERSION,
-                "names": list(arrays),
-                "parameters": fingerprint_module(influence.risk.module),
-                "settings": to_json(influence.settings(), "settings"),
-                "report": to_json(_plain(report), "report"),
-            }
-        )
-        partial.rename(target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StoreError(f"`path` {target}: cannot be written ({error.strerror or error}). Free space.") from error
+    belongs = {
+        "kind": KIND,
+        "version": VERSION,
+        "names": list(arrays),
+        "parameters": fingerprint_module(influence.risk.module),
+        "settings": to_json(influence.settings(), "settings"),
+        "report": to_json(_plain(report), "report"),
+    }
+    with surfaced_errors("write a fit to", target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write(partial, arrays, belongs)
+            partial.rename(target)
+            sync_to_disk([target])
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     return target
+
+
+def _write(folder: Path, arrays: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None:
+    group = zarr.open_group(str(folder), mode="w", zarr_format=3)
+    for number, (name, tensor) in enumerate(arrays.items()):
+        values = to_numpy(tensor)
+        with zarr.config.set({"array.write_empty_chunks": True}):  # else a lost chunk would read as zeros
+            array = group.create_array(
+                f"a{number}",
+                shape=values.shape,
+                dtype=values.dtype,
+                compressors=[Crc32cCodec()],
+                attributes={"name": name},
+            )
+            array[...] = values
+    group.attrs.update(attributes)
+    sync_to_disk([file for file in folder.rglob("*") if file.is_file()])
 
 
 def load_fit(influence: InfluenceFunctionModel, path: str | Path, data: object) -> InfluenceFunctionModel:
@@ -65,12 +89,14 @@ def load_fit(influence: InfluenceFunctionModel, path: str | Path, data: object) 
 
     influence: made with the same model and settings. data: the training set, as for `fit`; it is read once and checked,
     and its number of samples compared. Raises StoreNotFoundError, ForeignStoreError for a folder that is no saved fit,
-    FingerprintError, saying what differs, for another model, other settings or other data.
+    CorruptStoreError for one whose bytes are not those that were written, FingerprintError, saying what differs, for
+    another model, other settings or other data.
     """
     source = Path(path).expanduser()
     if not source.exists():
         raise StoreNotFoundError(f"`path` {source} does not exist. Pass a folder that `save_fit` wrote.")
-    attributes, arrays = _read(source)
+    with surfaced_errors("read the fit", source):
+        attributes, arrays = _read(source)
     if attributes["parameters"] != fingerprint_module(influence.risk.module):
         raise FingerprintError(f"`path` {source} was fitted to other parameters than the model has. Fit again.")
     report = _report(attributes["report"], arrays)
@@ -102,11 +128,15 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for number, name in enumerate(names):
             array = group[f"a{number}"]
             assert isinstance(array, zarr.Array)
+            if array.nchunks_initialized < array.nchunks:
+                raise CorruptStoreError(f"`path` {source} is damaged: chunks of {name!r} are gone. Fit again.")
             found[str(name)] = to_tensor(np.asarray(array[...]))
+    except (ForeignStoreError, CorruptStoreError):
+        raise
     except (FileNotFoundError, KeyError, zarr.errors.GroupNotFoundError) as error:
-        if isinstance(error, ForeignStoreError):
-            raise
         raise ForeignStoreError(f"`path` {source} is no saved fit: {error}. Pass what `save_fit` wrote.") from error
+    except (ValueError, TypeError, AssertionError) as error:
+        raise CorruptStoreError(f"`path` {source} is damaged: {error}. Remove it and fit again.") from error
     return attributes, found
 
 

@@ -9,6 +9,7 @@ import torch
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
+from distinfluence.scaling.device import device_memory
 from distinfluence.scaling.executor import Executor, InProcess
 from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import ModelRecipe
@@ -58,4 +59,5 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
 
     def _machine(self) -> Machine:
         process = process_bytes()
-        return Machine(1, process + free_bytes(torch.device("cpu")), process)
+        on_device = device_memory(self.model.risk.device)
+        return Machine(1, process + free_bytes(torch.device("cpu")), process, on_device, alone=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distinfluence.errors import SettingError
+from distinfluence.scaling.files import scratch_errors
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class Share:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other run is here. Where the file system has no locks, nobody waits."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
+        with scratch_errors(self.folder, "its lock"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / "lock").open("w")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:

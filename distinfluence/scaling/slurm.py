@@ -2,28 +2,24 @@
 
 import os
 import re
+import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 ANSWER_SECONDS = 30.0  # after which a command of SLURM counts as unanswered
+CANCEL_TRIES, CANCEL_SECONDS = 5, 2.0  # to end jobs by their name, and between two of them
 LOG_LINES = 12  # of a failed job's log, in an error
 THERE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"})
 RAN = THERE - {"PENDING", "CONFIGURING"}
 
 # reasons of a pending job that no waiting mends
-NEVER = frozenset(
-    {
-        "AccountNotAllowed",
-        "BadConstraints",
-        "DependencyNeverSatisfied",
-        "InvalidAccount",
-        "InvalidQOS",
-        "PartitionNodeLimit",
-        "PartitionTimeLimit",
-        "QOSNotAllowed",
-    }
+NEVER = re.compile(
+    r"AccountNotAllowed|BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|JobHeldAdmin|MaxMemPerLimit"
+    r"|PartitionNodeLimit|PartitionTimeLimit|QOSNotAllowed|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?|QOSMin\w+"
+    r"|launch.failed.requeued.held"
 )
 # what the output variables of one job would do to another that is submitted from within it
 PASSED_ON = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS"})
@@ -38,19 +34,41 @@ class QueuedJob:
     state: str
     reason: str
     starts: str
-    comment: str
 
 
 class SlurmQueue:
-    """The jobs of this user."""
+    """Jobs of this user."""
 
-    def look(self) -> Mapping[str, QueuedJob] | None:
-        """Job number → job, also of those that ended in the last minutes; None if SLURM does not answer."""
-        answer = _answer("squeue", "-h", "-u", str(os.getuid()), "--states=all", "-o", "%A|%T|%r|%S|%k")
+    def look(self, numbers: Iterable[str]) -> Mapping[str, QueuedJob] | None:
+        """Those of these numbers, also if they ended in the last minutes; None if SLURM does not answer."""
+        asked = ",".join(numbers)
+        answer = _squeue("--states=all", "-j", asked, "-o", "%A|%T|%r|%S") if asked else ""
         if answer is None:
             return None
-        rows = (line.split("|", 4) for line in answer.splitlines() if line.count("|") >= 4)
+        rows = (line.split("|") for line in answer.splitlines() if line.count("|") == 3)
         return {number: QueuedJob(*rest) for number, *rest in rows}
+
+    def named(self, name: str) -> list[str] | None:
+        """Numbers of the jobs of this name that are not over; None if SLURM does not answer."""
+        answer = _squeue("-n", name, "-o", "%A|%T")
+        if answer is None:
+            return None
+        return [number for number, _, state in (line.partition("|") for line in answer.splitlines()) if state in THERE]
+
+    def cancel_named(self, name: str) -> int:
+        """End all jobs of this name, also one that only now appears; how many there were. Gives up after some tries."""
+        found: set[str] = set()
+        if shutil.which("squeue") is None:
+            return 0  # no answer, however often one asks
+        for attempt in range(CANCEL_TRIES):
+            if attempt:
+                time.sleep(CANCEL_SECONDS)
+            left = self.named(name)
+            if left == []:
+                break
+            found.update(left or ())
+            self.cancel(left or ())
+        return len(found)
 
     def explain(self, number: str) -> str:
         """How a job ended, and the end of its log."""
@@ -91,7 +109,12 @@ def submission_environment() -> dict[str, str]:
 
 def was_requeued() -> bool:
     """Whether this process runs in a job that SLURM started before."""
-    return "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return batch_job() is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
+def batch_job() -> str | None:
+    """SLURM's number of the job that this process runs in, the same each time that it is started; None outside."""
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def walltime_seconds(text: str) -> float | None:
@@ -112,11 +135,27 @@ def walltime_seconds(text: str) -> float | None:
     return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+def _squeue(*options: str) -> str | None:
+    return _answer("squeue", "-h", "-u", str(os.getuid()), *options)
+
+
 def _answer(*command: str) -> str | None:
+    """What a command of SLURM writes, None if it fails; nothing for jobs so old that SLURM knows their numbers no more.
+
+    In a session of its own: Ctrl-C at a terminal would reach it too, just when it is to cancel jobs.
+    """
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=submission_environment(), check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+            env=submission_environment(),
+            start_new_session=True,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
+    if done.returncode and "Invalid job id" in done.stderr:
+        return ""
     return done.stdout if done.returncode == 0 else None

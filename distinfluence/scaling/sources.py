@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from distinfluence.batch import as_batch
 from distinfluence.errors import DtypeError, EmptyDataError, ShapeError
 from distinfluence.influence.arrays import Array, ArrayBatch, to_numpy, to_numpy_batch
+from distinfluence.scaling.files import save_whole
 from distinfluence.scaling.recipe import Recipe
 
 KEPT_DATA_SETS = 4  # that a process keeps built: training and test data of two runs
@@ -218,7 +219,7 @@ def recipe_length(recipe: Recipe, key: str) -> int:
 def spill(array: Array, folder: Path) -> NpyLeaf:
     """Keep an array as a .npy file in a folder that every worker sees."""
     path = folder / f"array-{uuid.uuid4().hex}.npy"
-    np.save(path, array, allow_pickle=False)
+    save_whole(path, array)
     return NpyLeaf(str(path), array.shape)
 
 

@@ -9,11 +9,12 @@
 4. *Extras*, if asked for: self-influences, and what ranked influences are made of (`own_influence`, `taking_apart`).
 
 A run that died goes on where it stopped: factors that are on disk are not solved again, marked strips not made again.
+Factors have checksums; those that are not as they were written are solved again.
 """
 
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -22,12 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distinfluence.errors import ChunkFailedError, StoreNotFoundError
+from distinfluence.errors import ChunkFailedError, DistinfluenceError, StoreNotFoundError
 from distinfluence.influence.arrays import Array, to_numpy, to_tensor
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.scores import InfluenceMode
 from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.executor import Executor, Failures
+from distinfluence.scaling.executor import Executor
+from distinfluence.scaling.files import scratch_errors
+from distinfluence.scaling.flight import Failures
 from distinfluence.scaling.own_influence import write_self_influences
 from distinfluence.scaling.plan import Plan
 from distinfluence.scaling.progress import Progress
@@ -48,9 +51,11 @@ from distinfluence.scaling.tasks import (
     stored_fields,
     write_strip,
 )
-from distinfluence.scaling.worker import Context
-from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, open_influences
+from distinfluence.scaling.worker import Context, samples_of
+from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, mend, open_influences
 from distinfluence.store.fingerprint import combine, fingerprint_settings
+
+FACTORS_FORMAT = 2  # of their files in the scratch folder; those of another are not taken
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Request:
 
     plan: chunk sizes, panel, and where is solved: "rows" solves each test chunk on one worker, which sweeps the
     training set by itself; "data" solves here and spreads each sweep over the workers. input_shape: of one training
-    input for mode "perturbation", else empty. share: the part of the strips to make, of runs that work on one result.
+    input for mode "perturbation", else empty. check: read what is there of a run that goes on, and make anew what is
+    damaged. share: the part of the strips to make, of runs that work on one result.
     """
 
     test: ChunkedData
@@ -89,19 +95,48 @@ class Request:
     attributes: Mapping[str, object]
     contributions: int = 0
     self_influence: bool = False
+    check: bool = False
     share: Share | None = None
 
 
 def look(executor: Executor, context: Context, data: ChunkedData, progress: Progress, what: str) -> str:
-    """Load and check every chunk where it will be used; the sha256 of the data set in these chunks."""
+    """Load and check every chunk where it will be used; the sha256 of the data set in these chunks.
+
+    All chunks are looked at before the bad ones are named: raises the error of the only one, the common kind of error
+    of several, else ChunkFailedError.
+    """
     items = [(chunk, i, data.starts[i], data.sizes[i]) for i, chunk in enumerate(data.chunks)]
     found: dict[str, str] = {}
     with progress.stage(f"look at {what}", len(items), "chunks") as bar:
-        for index, inspection in executor.run(inspect_chunk, (context,), items):
+        failures: Failures = {}
+        for index, inspection in executor.run(inspect_chunk, (context,), items, failures):
             assert isinstance(inspection, Inspection)
             found[str(index)] = inspection.sha256
             bar.advance()
+    if failures:
+        kinds = {type(error) for error in failures.values()}
+        kind = kinds.pop() if len(kinds) == 1 else ChunkFailedError
+        kind = kind if issubclass(kind, DistinfluenceError) else ChunkFailedError
+        first, *others = _reasons(data, failures).values()
+        if not others:
+            raise kind(first) from next(iter(failures.values()))
+        raise kind(f"{len(failures)} of {len(items)} chunks of {what}:\n  " + _listed([first, *others]))
     return combine(found)
+
+
+def _reasons(data: ChunkedData, failures: Failures) -> dict[int, str]:
+    """Why each chunk failed, with its samples."""
+    reasons = {}
+    for i, error in sorted(failures.items()):
+        named = samples_of(i, data.starts[i], data.sizes[i])
+        text = str(error) if isinstance(error, DistinfluenceError) else f"{type(error).__name__}: {error}"
+        reasons[i] = text if text.startswith(named) else f"{named}: {text}"
+    return reasons
+
+
+def _listed(reasons: Iterable[str]) -> str:
+    some = [*reasons]
+    return "\n  ".join([*some[:10], *(["…"] if len(some) > 10 else [])])
 
 
 def write_influences(
@@ -130,13 +165,18 @@ def write_influences(
         "solver": fitted.model.settings(),
         "objective": fitted.model.objective.settings(),
         "mode": str(request.mode),
-        "chunks": {"test": list(test.sizes), "train": layout.strip, "panel": panel},
+        # where is solved is an arithmetic of its own, and "auto" decides it by the workers that there are
+        "chunks": {"test": list(test.sizes), "train": layout.strip, "panel": panel, "solve": request.plan.solve},
     }
     share = request.share
     with share.alone() if share is not None else nullcontext():
         writer = _writer(path, layout, fingerprints, settings, fitted, request)
-    folder = scratch / f"factors-{combine({**fingerprints, 'settings': fingerprint_settings(settings)})[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
+        if request.check and (damage := mend(writer)):
+            progress.warn(f"{damage} of {path} are damaged and made again.")
+    belongs = {**fingerprints, "settings": fingerprint_settings({**settings, "format": FACTORS_FORMAT})}
+    folder = scratch / f"factors-{combine(belongs)[:16]}"
+    with scratch_errors(scratch, folder.name):
+        folder.mkdir(parents=True, exist_ok=True)
     pending = writer.pending() if share is None else share.of(writer.pending())
     if pending:
         file = _write_factors(writer, fitted, request, folder, progress)
@@ -147,12 +187,12 @@ def write_influences(
             for _ in fitted.executor.run(write_strip, shared, items, failures):
                 bar.advance()
         if failures:
-            raise _quarantined(writer, {pending[position]: error for position, error in failures.items()})
+            named = _reasons(columns, {pending[position]: error for position, error in failures.items()})
+            raise _quarantined(writer, named)
     with share.alone() if share is not None else nullcontext():
-        if share is not None:
-            if writer.pending():
-                return open_influences(path)  # whoever makes the last strip finishes
-            _write_all_fields(writer, test, folder)
+        if share is not None and writer.pending():
+            return open_influences(path)  # whoever makes the last strip finishes
+        _write_all_fields(writer, fitted, replace(request, share=None), folder, progress)
         writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
         _write_extras(writer, fitted, request, folder, progress)
         shutil.rmtree(folder, ignore_errors=True)
@@ -206,35 +246,74 @@ def _writer(
     return InfluenceWriter.create(path, layout, attributes, overwrite=request.overwrite)
 
 
-def _quarantined(writer: InfluenceWriter, failures: Mapping[int, Exception]) -> ChunkFailedError:
+def _quarantined(writer: InfluenceWriter, reasons: Mapping[int, str]) -> ChunkFailedError:
     """What to raise when all other strips are written; the strips are marked, and tried again by a resumed run."""
-    reasons = {strip: f"{type(error).__name__}: {error}" for strip, error in sorted(failures.items())}
     writer.quarantine(reasons)
-    listed = "\n  ".join(f"strip {strip}: {reason}" for strip, reason in [*reasons.items()][:10])
     return ChunkFailedError(
         f"{len(reasons)} of {writer.layout.n_strips} strips failed every time they were tried and were set apart, all "
-        f"others are written:\n  {listed}\nMend these samples or their loading, then go on with resume."
+        f"others are written:\n  {_listed(reasons.values())}\nMend these training samples or their loading, then go on "
+        "with resume."
     )
 
 
-def _write_all_fields(writer: InfluenceWriter, test: ChunkedData, folder: Path) -> None:
-    """What is known of the test points, which runs with a share of the strips leave to the last of them."""
-    for start, size in zip(test.starts, test.sizes, strict=True):
-        if fields_file(str(folder / "factors.npy"), start).is_file():  # else the last one was here before
-            fields = saved_fields(str(folder / "factors.npy"), start)
-            writer.write_test(slice(start, start + size), **stored_fields(fields, writer.layout))
+def _unsolved(test: ChunkedData, failures: Failures) -> ChunkFailedError:
+    """What to raise when the factors of all other test chunks are made: a strip needs them all."""
+    return ChunkFailedError(
+        f"{len(failures)} of {len(test.sizes)} test chunks failed every time they were tried, the factors of all "
+        f"others are made:\n  {_listed(_reasons(test, failures).values())}\nMend these test samples or their "
+        "loading, then go on with resume."
+    )
+
+
+def _write_all_fields(
+    writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress
+) -> None:
+    """What is known of the test points, once more and whole: a power failure may have torn what was written before."""
+    fields = _all_fields(request.test, folder)
+    if fields is None and not writer.knows_tests():
+        _write_factors(writer, fitted, request, folder, progress)
+        fields = _all_fields(request.test, folder)
+    if fields is not None:
+        writer.write_test(slice(0, writer.layout.n_test), **stored_fields(fields, writer.layout))
+
+
+def _all_fields(test: ChunkedData, folder: Path) -> dict[str, Array] | None:
+    """The fields of all test points, None if those of some are not there."""
+    parts = [saved_fields(str(folder / "factors.npy"), start, check=False) for start in test.starts]
+    whole = [part for part in parts if part is not None]
+    if len(whole) < len(parts):
+        return None
+    return {name: np.concatenate([part[name] for part in whole]) for name in whole[0]}
+
+
+def _made(
+    fitted: Fitted, test: ChunkedData, file: str, chunks: Iterable[int], progress: Progress
+) -> dict[int, Mapping[str, Array]]:
+    """Of these test chunks those whose factors are there and as they were written, with their fields."""
+    there = [i for i in chunks if fields_file(file, test.starts[i]).is_file()]
+    found, items = dict[int, Mapping[str, Array]](), [(file, test.starts[i]) for i in there]
+    for position, fields in fitted.executor.run(saved_fields, (), items):
+        if fields is None:
+            damaged = samples_of(there[position], test.starts[there[position]], test.sizes[there[position]])
+            progress.warn(f"the factors of test {damaged} in {Path(file).parent} are damaged: solved again.")
+        else:
+            found[there[position]] = fields
+    return found
 
 
 def _share_factors(fitted: Fitted, request: Request, share: Share, file: str, progress: Progress) -> None:
     """Factors that nobody has made yet, beginning elsewhere in each run, so that runs at the same time share them."""
-    test = request.test
+    test, failures = request.test, Failures()
     with progress.stage("factors", test.n_samples, "test points") as bar:
         for i in share.turned(range(len(test.sizes))):
-            if not fields_file(file, test.starts[i]).is_file():
-                item = (test.chunks[i], file, i, test.starts[i], test.sizes[i])
-                for _ in fitted.executor.run(solve_chunk, (fitted.context,), [item]):
+            if not _made(fitted, test, file, [i], progress):
+                item, failed = (test.chunks[i], file, i, test.starts[i], test.sizes[i]), Failures()
+                for _ in fitted.executor.run(solve_chunk, (fitted.context,), [item], failed):
                     pass
+                failures.update((i, error) for error in failed.values())
             bar.advance(test.sizes[i])
+    if failures:
+        raise _unsolved(test, failures)
 
 
 def _write_factors(writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress) -> str:
@@ -247,8 +326,8 @@ def _write_factors(writer: InfluenceWriter, fitted: Fitted, request: Request, fo
     if share is not None:
         _share_factors(fitted, request, share, str(file), progress)
         return str(file)
-    made = [fields_file(str(file), start).is_file() for start in test.starts]
-    waiting = [i for i, there in enumerate(made) if not there]
+    made = _made(fitted, test, str(file), range(len(test.sizes)), progress)
+    waiting, failed = [i for i in range(len(test.sizes)) if i not in made], Failures()
     with progress.stage("factors", test.n_samples, "test points") as bar:
 
         def done(index: int, fields: Mapping[str, Array]) -> None:
@@ -256,15 +335,16 @@ def _write_factors(writer: InfluenceWriter, fitted: Fitted, request: Request, fo
             writer.write_test(rows, **stored_fields(fields, writer.layout))
             bar.advance(test.sizes[index])
 
-        for index, there in enumerate(made):
-            if there:
-                done(index, saved_fields(str(file), test.starts[index]))
+        for index, fields in made.items():
+            done(index, fields)
         if request.plan.solve == "rows":
             items = [(test.chunks[i], str(file), i, test.starts[i], test.sizes[i]) for i in waiting]
-            for position, fields in fitted.executor.run(solve_chunk, (fitted.context,), items):
+            for position, fields in fitted.executor.run(solve_chunk, (fitted.context,), items, failed):
                 done(waiting[position], fields)
         else:
-            _solve_here(fitted, request, str(file), waiting, done, bar.note)
+            _solve_here(fitted, request, str(file), waiting, failed, done, bar.note)
+    if failed:
+        raise _unsolved(test, {waiting[position]: error for position, error in failed.items()})
     return str(file)
 
 
@@ -273,6 +353,7 @@ def _solve_here(
     request: Request,
     file: str,
     waiting: list[int],
+    failed: Failures,
     done: Callable[[int, Mapping[str, Array]], None],
     note: Callable[[str], None],
 ) -> None:
@@ -282,7 +363,7 @@ def _solve_here(
     plane.on_pass = lambda: note(f"{plane.passes - before} passes")
     items = [(request.test.chunks[i], i, request.test.starts[i], request.test.sizes[i]) for i in waiting]
     try:
-        for position, sides in fitted.executor.run(chunk_right_hand_sides, (fitted.context,), items):
+        for position, sides in fitted.executor.run(chunk_right_hand_sides, (fitted.context,), items, failed):
             with torch.no_grad():
                 factors, report = fitted.model.solve(to_tensor(sides["rows"]).to(fitted.model.risk.device))
             fields = factor_fields(factors, report, sides["loss"], sides["gradient_norm"])

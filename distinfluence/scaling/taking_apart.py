@@ -17,9 +17,10 @@ from distinfluence.errors import UnsupportedOperatorError
 from distinfluence.influence.arrays import Array, to_numpy, to_tensor, to_tensor_batch
 from distinfluence.influence.by_layer import SupportsTokens, influences_by_layer, layers_of
 from distinfluence.scaling.chunks import ChunkedData, taken
+from distinfluence.scaling.files import save_whole
 from distinfluence.scaling.logs import logged_task
 from distinfluence.scaling.progress import Progress
-from distinfluence.scaling.worker import Chunk, Context, load, named_samples, save_whole, torch_task
+from distinfluence.scaling.worker import Chunk, Context, load, named_samples, torch_task
 from distinfluence.store import InfluenceWriter, write_contributions
 
 if TYPE_CHECKING:

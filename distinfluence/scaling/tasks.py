@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 
 from distinfluence.batch import batch_length, take
 from distinfluence.curvature import operator_class
-from distinfluence.dataplane import Kernel, LocalPlane
-from distinfluence.errors import DistinfluenceError, StoreError
+from distinfluence.dataplane import Kernel, LocalPlane, add
+from distinfluence.errors import DistinfluenceError
 from distinfluence.influence.arrays import (
     Array,
     ArrayBatch,
@@ -27,10 +28,19 @@ from distinfluence.influence.arrays import (
 from distinfluence.influence.report import SolveReport
 from distinfluence.influence.scores import InfluenceMode
 from distinfluence.risk import EmpiricalRisk
+from distinfluence.scaling.files import appearing, save_whole, scratch_errors
 from distinfluence.scaling.logs import logged_task
 from distinfluence.scaling.plan import Rates
 from distinfluence.scaling.sources import ChunkSource, built_bytes
-from distinfluence.scaling.worker import Chunk, Context, load, named_samples, save_whole, torch_task
+from distinfluence.scaling.worker import (
+    Chunk,
+    Context,
+    broadcast_tensors,
+    forget_broadcasts,
+    load,
+    named_samples,
+    torch_task,
+)
 from distinfluence.store import InfluenceWriter, Layout
 from distinfluence.store.fingerprint import fingerprint_arrays
 from distinfluence.store.layout import FLOAT32_BITS
@@ -144,8 +154,9 @@ def chunk_factors(context: Context, chunk: Chunk) -> dict[str, Array]:
 
 def solve_chunk(context: Context, chunk: Chunk, file: str, index: int, start: int, size: int) -> dict[str, Array]:
     """Factors of a test chunk, solved in this process and written to their rows of a file; what the result keeps."""
-    if fields_file(file, start).is_file():  # the worker that made them died before its answer was fetched
-        return saved_fields(file, start)
+    made = saved_fields(file, start)
+    if made is not None:  # the worker that made them died before its answer was fetched
+        return made
     with logged_task("solve", chunk=index), torch_task(context) as model, named_samples(index, start, size):
         gradients = model.measurement_gradients(model.place(to_tensor_batch(load(chunk))))
         factors, report = model.solve(gradients.rows)
@@ -196,16 +207,28 @@ def stored_fields(fields: Mapping[str, Array], layout: Layout) -> dict[str, Arra
 
 
 def make_factor_file(file: Path, n_test: int, p: int, dtype: np.dtype[Any]) -> None:
-    """An empty file for the factors [n_test, p] of all test points, unless it is there already."""
-    if not file.is_file():
-        partial = file.with_suffix(".partial")
-        np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=(n_test, p))
-        partial.replace(file)
+    """An empty file for the factors [n_test, p] of all test points, unless a whole one is there. Raises StoreError."""
+    there = _factor_rows(str(file))
+    if there is None or there.shape != (n_test, p) or there.dtype != dtype:
+        with scratch_errors(file.parent, file.name), appearing(file) as partial:
+            np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=(n_test, p))
+
+
+def _factor_rows(file: str) -> "np.memmap[Any, Any] | None":
+    """The factors, mapped to be read; None where there is no such file, or a torn one."""
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if isinstance(found, np.memmap) else None
 
 
 def save_factors(file: str, start: int, factors: Array, fields: Mapping[str, Array]) -> None:
-    """Write the factors' rows from `start`, then the fields in a file of their own, which says that both are there."""
-    try:
+    """Write the factors' rows from `start`, then the fields in a file of their own, which says that both are there.
+
+    It has checksums of each row, and of each point's fields. Raises StoreError.
+    """
+    with scratch_errors(Path(file).parent, f"{factors.nbytes / 2**20:.0f} MiB of factors"):
         offset = np.load(file, mmap_mode="r", allow_pickle=False).offset
         with open(file, "r+b", buffering=0) as rows:  # not through the map: a full disk would be a SIGBUS there
             rows.seek(offset + start * factors[0].nbytes)
@@ -213,18 +236,32 @@ def save_factors(file: str, start: int, factors: Array, fields: Mapping[str, Arr
             while left:
                 left = left[rows.write(left) or 0 :]
             os.fsync(rows.fileno())
-    except OSError as error:
-        raise StoreError(
-            f"`scratch` {Path(file).parent}: cannot write {factors.nbytes / 2**20:.0f} MiB of factors "
-            f"({error.strerror or error}). Free space or pass another `scratch`, then resume."
-        ) from error
-    save_whole(fields_file(file, start), np.stack([np.asarray(fields[name], dtype=np.float64) for name in FIELDS]))
+    known = [np.asarray(fields[name], dtype=np.float64) for name in FIELDS]
+    stored = np.stack([*known, _checksums(factors)])
+    save_whole(fields_file(file, start), np.vstack([stored, _checksums(stored.T)]), sync=True)
 
 
-def saved_fields(file: str, start: int) -> dict[str, Array]:
-    """The fields that `save_factors` wrote beside the rows from `start`."""
-    stored = np.load(fields_file(file, start), allow_pickle=False)
-    return {name: values.astype(kind) for (name, kind), values in zip(FIELDS.items(), stored, strict=True)}
+def saved_fields(file: str, start: int, check: bool = True) -> dict[str, Array] | None:
+    """The fields that `save_factors` wrote beside the rows from `start`; None if they are not as they were written.
+
+    check: read the rows, too, and give None if these are not.
+    """
+    try:
+        stored = np.load(fields_file(file, start), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    if stored.ndim != 2 or len(stored) != len(FIELDS) + 2 or (_checksums(stored[:-1].T) != stored[-1]).any():
+        return None
+    if check:
+        rows = _factor_rows(file)
+        if rows is None or (_checksums(rows[start : start + stored.shape[1]]) != stored[-2]).any():
+            return None
+    return {name: values.astype(kind) for (name, kind), values in zip(FIELDS.items(), stored[:-2], strict=True)}
+
+
+def _checksums(rows: Array) -> NDArray[np.float64]:
+    """crc32 of each row [n, …]; exact as float64, in which fields are stored."""
+    return np.array([zlib.crc32(np.ascontiguousarray(row).view(np.uint8).data) for row in rows], dtype=np.float64)
 
 
 def fields_file(file: str, start: int) -> Path:
@@ -279,6 +316,7 @@ def resident_panels(file: str, panel: int, device: torch.device) -> Iterator[tor
     key = f"{file} on {device}"
     if key not in _factors:
         _factors.clear()
+        forget_broadcasts()
         mapped = np.load(file, mmap_mode="c", allow_pickle=False)
         if panel < len(mapped):
             for start in range(0, len(mapped), panel):
@@ -290,14 +328,22 @@ def resident_panels(file: str, panel: int, device: torch.device) -> Iterator[tor
     yield _factors[key]
 
 
-def run_kernel(context: Context, kernel: Kernel, broadcast: tuple[str, ...], chunk: Chunk) -> tuple[Array, ...]:
-    """A kernel on one chunk; broadcast: .npy files of the tensors that every chunk gets."""
-    with logged_task("pass", kernel=type(kernel).__name__), torch_task(context) as model:
-        tensors = [
-            to_tensor(np.load(path, mmap_mode="c", allow_pickle=False)).to(model.risk.device) for path in broadcast
-        ]
-        batch = model.place(to_tensor_batch(load(chunk)))
-        return tuple(to_numpy(part) for part in kernel(model.risk, batch, *tensors))
+def run_kernel(
+    context: Context, kernel: Kernel, broadcast: tuple[str, ...], chunks: Sequence[tuple[Chunk, int, int, int]]
+) -> tuple[Array, ...]:
+    """Sum of a kernel's results over chunks, one after the other.
+
+    broadcast: .npy files of the tensors that every chunk gets. chunks: each with its index, first sample and size.
+    """
+    doing = {"kernel": type(kernel).__name__, "chunks": len(chunks)}
+    with logged_task("pass", **doing), torch_task(context) as model:
+        tensors = broadcast_tensors(broadcast, model.risk.device)
+        total: tuple[torch.Tensor, ...] = ()
+        for chunk, index, start, size in chunks:
+            with named_samples(index, start, size):
+                batch = model.place(to_tensor_batch(load(chunk)))
+                total = add(total, kernel(model.risk, batch, *tensors))
+        return tuple(to_numpy(part) for part in total)
 
 
 def add_parts(*parts: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -5,7 +5,7 @@ at a time in a process (threads that share a module give wrong numbers, silently
 the host. Arguments and results are NumPy arrays and small values.
 """
 
-import os
+import fcntl
 import shutil
 import tempfile
 import threading
@@ -13,10 +13,10 @@ import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import IO, Protocol, TypeAlias
 
 import cloudpickle
 import dask
@@ -27,9 +27,8 @@ from torch import nn
 
 from distinfluence.batch import Batch
 from distinfluence.dataplane import LoopPlane
-from distinfluence.errors import ClusterError, DistinfluenceError, StoreError
+from distinfluence.errors import ClusterError, DistinfluenceError, SampleError, StoreError
 from distinfluence.influence.arrays import (
-    Array,
     ArrayBatch,
     named_arrays,
     to_numpy,
@@ -40,6 +39,8 @@ from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.chunks import ChunkedData
+from distinfluence.scaling.device import task_device
+from distinfluence.scaling.files import save_whole
 from distinfluence.scaling.plan import kept_bytes
 from distinfluence.scaling.recipe import ModelRecipe
 from distinfluence.scaling.sources import ChunkSource
@@ -47,6 +48,8 @@ from distinfluence.solvers.auto import free_bytes
 
 Chunk: TypeAlias = "ChunkSource | ArrayBatch"
 
+
+RUN_PREFIX = "run-"  # of the folders of single runs in a scratch folder
 
 _one_at_a_time = threading.RLock()
 
@@ -89,30 +92,56 @@ def _arrived(context: "WorkerContext") -> "WorkerContext":
 
 
 class Scratch:
-    """A folder for files that only live during a run; a temporary one goes when nothing on this side refers to it.
+    """Folders for a run's files. kept: the one that was named, for what a later run may take; folder: for the rest.
 
-    Contexts hold on to it, so that lazy arrays outlive the calculator that made them. It does not travel.
+    `folder` goes, whole, when nothing on this side refers to it: a folder of its own in the named one, or a temporary
+    one, which is `kept`, too, if none was named. Contexts hold on to it, so that lazy arrays outlive the calculator
+    that made them. It does not travel. Those of runs that were killed go when the next run comes: their lock is free.
     """
 
-    def __init__(self, folder: str | Path | None) -> None:
-        self.temporary = folder is None
-        if folder is not None:
-            self.folder = Path(folder).expanduser().resolve()
+    def __init__(self, named: str | Path | None) -> None:
+        self.temporary = named is None
+        if named is not None:
+            self.kept = Path(named).expanduser().resolve()
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.kept.mkdir(parents=True, exist_ok=True)
+                _remove_left(self.kept)
+                self.folder = Path(tempfile.mkdtemp(prefix=RUN_PREFIX, dir=self.kept))
+                self.folder.chmod(self.kept.stat().st_mode & 0o777)  # workers may be another user's
             except OSError as error:
                 raise StoreError(
-                    f"`scratch` {self.folder} cannot be made: {error.strerror}. Pass a folder that can, or an output "
+                    f"`scratch` {self.kept} cannot be made: {error.strerror}. Pass a folder that can, or an output "
                     "beside which it can."
                 ) from error
         else:
-            self.folder = Path(
+            self.folder = self.kept = Path(
                 tempfile.mkdtemp(prefix="distinfluence-", dir=dask.config.get("temporary-directory", None))
             )
-            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        weakref.finalize(self, _removed, self.folder, _held(self.folder))
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
+
+
+def _held(folder: Path) -> IO[bytes]:
+    """The lock of a run's folder, which the system releases when its holder dies."""
+    lock = (folder / "lock").open("wb")
+    with suppress(OSError):  # a file system without locks: what is left there stays until somebody removes it
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def _removed(folder: Path, lock: IO[bytes]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
+
+
+def _remove_left(scratch: Path) -> None:
+    """Remove the folders of runs whose process is gone."""
+    for folder in scratch.glob(f"{RUN_PREFIX}*"):
+        with suppress(OSError), (folder / "lock").open("rb+") as lock:  # none yet: it is just being made
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -120,8 +149,8 @@ class WorkerContext:
     """A model as a recipe, with the settings, the fitted state's files and the training set's chunks.
 
     scratch: where its files are, None once it has travelled. unbound: the pickled influence model without its module.
-    state: array name → .npy file. n_threads: of torch, in a task. device: "cpu" or "cuda"; which GPU is decided where
-    the task runs.
+    state: array name → .npy file. n_threads: of torch, in a task. device: "auto", "cpu" or "cuda", see `task_device`:
+    what it comes to, and which GPU that is, is decided where the task runs.
     """
 
     key: str
@@ -137,7 +166,8 @@ class WorkerContext:
     def influence(self) -> InfluenceFunctionModel:
         """Build, restore, and keep for the next task; the oldest of several is dropped."""
         if self.key not in _models:
-            model = cloudpickle.loads(self.unbound).bound_to(_module(self.recipe), torch.device(self.device))
+            module = _module(self.recipe)
+            model = cloudpickle.loads(self.unbound).bound_to(module, task_device(self.device))
             if self.report is not None and self.train is not None:
                 plane = SourcePlane(model.risk, self.train)
                 arrays = {name: to_tensor(np.load(path, mmap_mode="c")) for name, path in self.state.items()}
@@ -148,14 +178,20 @@ class WorkerContext:
         return _models[self.key]
 
 
-def travelling(model: InfluenceFunctionModel, recipe: ModelRecipe, scratch: Scratch, n_threads: int) -> WorkerContext:
-    """An influence model that is not fitted, for tasks in other processes."""
+def travelling(
+    model: InfluenceFunctionModel,
+    recipe: ModelRecipe,
+    scratch: Scratch,
+    n_threads: int,
+    device: str | None = None,
+) -> WorkerContext:
+    """An influence model that is not fitted, for tasks in other processes; device: the caller's own unless given."""
     return WorkerContext(
         key=uuid.uuid4().hex,
         scratch=scratch,
         unbound=bytes(cloudpickle.dumps(model.unbound())),
         recipe=recipe,
-        device=model.risk.device.type,
+        device=device or model.risk.device.type,
         n_threads=n_threads,
         state={},
         report=None,
@@ -235,13 +271,42 @@ class SourcePlane(LoopPlane):
         return SourcePlane(risk, self._data, self.remarks)
 
 
+def samples_of(index: int, start: int, size: int) -> str:
+    """How errors name a chunk."""
+    return f"chunk {index} (samples {start} to {start + size - 1})"
+
+
 @contextmanager
 def named_samples(index: int, start: int, size: int) -> Iterator[None]:
     """Let errors about a chunk say which samples of the data set they mean."""
+    named = samples_of(index, start, size)
     try:
         yield
     except DistinfluenceError as error:
-        raise type(error)(f"chunk {index} (samples {start} to {start + size - 1}): {error}") from error
+        raise type(error)(f"{named}: {error}") from error
+    except Exception as error:  # of a user's data set or model
+        raise SampleError(f"{named}: {type(error).__name__}: {error}") from error
+
+
+_broadcasts: dict[tuple[tuple[str, ...], torch.device], list[torch.Tensor]] = {}
+
+
+def broadcast_tensors(files: tuple[str, ...], device: torch.device) -> list[torch.Tensor]:
+    """The tensors that all chunks of a pass get: read, and put on the device, once in a process.
+
+    files: .npy files, of other names in each pass. Those of the pass before are dropped. To be called within a
+    `torch_task`, and only read.
+    """
+    key = (files, device)
+    if key not in _broadcasts:
+        _broadcasts.clear()
+        _broadcasts[key] = [to_tensor(np.load(file, mmap_mode="c", allow_pickle=False)).to(device) for file in files]
+    return _broadcasts[key]
+
+
+def forget_broadcasts() -> None:
+    """Give back the memory of the last pass: no other one is near."""
+    _broadcasts.clear()
 
 
 _chunks: OrderedDict[str, ArrayBatch] = OrderedDict()
@@ -270,18 +335,3 @@ def memory_limit() -> int:
     except ValueError:  # no worker
         limit = None
     return int(limit or free_bytes(torch.device("cpu")))
-
-
-def save_whole(path: Path, array: Array) -> None:
-    """Write a .npy file under another name first, so that it is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StoreError(
-            f"`scratch` {path.parent}: cannot write {array.nbytes / 2**20:.0f} MiB ({error.strerror or error}). Free "
-            "space or pass another `scratch`, then resume."
-        ) from error

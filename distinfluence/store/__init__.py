@@ -5,6 +5,7 @@ from distinfluence.store.annotations import Sample, StoredPoints, annotate
 from distinfluence.store.contributions import Contributions, Shares, write_contributions
 from distinfluence.store.fingerprint import combine, fingerprint_array, fingerprint_arrays, fingerprint_settings
 from distinfluence.store.layout import Layout
+from distinfluence.store.mending import Damage, find_damage, mend
 from distinfluence.store.ranking import Ranking
 from distinfluence.store.result import InfluenceResult, open_influences
 from distinfluence.store.resuming import check_output, check_resumable, chunks_of
@@ -12,6 +13,7 @@ from distinfluence.store.writer import InfluenceWriter
 
 __all__ = [
     "Contributions",
+    "Damage",
     "Grouped",
     "InfluenceResult",
     "InfluenceWriter",
@@ -25,9 +27,11 @@ __all__ = [
     "check_resumable",
     "chunks_of",
     "combine",
+    "find_damage",
     "fingerprint_array",
     "fingerprint_arrays",
     "fingerprint_settings",
+    "mend",
     "open_influences",
     "write_contributions",
 ]

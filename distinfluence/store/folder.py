@@ -7,6 +7,7 @@ and only what distinfluence wrote is ever deleted.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import zarr
 
 from distinfluence.errors import (
     CorruptStoreError,
+    DiskFullError,
     ForeignStoreError,
     SettingError,
     StoreError,
@@ -60,16 +62,22 @@ _OWN_ENTRIES = frozenset(
     }
 )
 _STALE_SECONDS = 900.0
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nobody can write any more; others may pass
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """`path` made absolute, links resolved. Raises SettingError for a URL: results are written to local folders."""
+    """`path` made absolute, links resolved; a `file://` URL is one, too.
+
+    Raises SettingError for other URLs: results are written to folders, where files are renamed into place and synced.
+    """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise SettingError(f"`path` must be a str or Path, got {path!r}. Pass the folder of the result.")
+    if str(path).startswith("file://"):
+        path = str(path).removeprefix("file://")
     if "://" in str(path):
         raise SettingError(
             f"`path` must be a folder to be written to, got {str(path)!r}. URLs can be read; mount the object store, "
-            "or copy the finished result there."
+            "or copy the finished result there: fsspec.filesystem(…).put(path, url, recursive=True)."
         )
     with surfaced_errors("resolve", Path(path)):
         return Path(path).expanduser().resolve()
@@ -77,7 +85,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 def place_of(path: str | os.PathLike[str]) -> Path | RemoteFolder:
     """Where a result is read from: a URL as it is, a path made absolute. Raises SettingError."""
-    return RemoteFolder(str(path)) if "://" in str(path) else local_path(path)
+    remote = "://" in str(path) and not str(path).startswith("file://")
+    return RemoteFolder(str(path)) if remote else local_path(path)
 
 
 def read_attributes(path: Path | RemoteFolder) -> dict[str, Any]:
@@ -183,7 +192,7 @@ def surfaced_errors(action: str, path: Path | RemoteFolder) -> Iterator[None]:
     except StoreError:
         raise
     except OSError as error:
-        surfaced = StoreError(
+        surfaced = (DiskFullError if error.errno in FULL else StoreError)(
             f"cannot {action} `path` {path}: {error.strerror or error}. Free space or correct the permissions, then "
             "run again with `resume`; strips that are marked are kept."
         )

@@ -93,5 +93,5 @@ def _needed() -> Iterator[None]:
         yield
     except ImportError as error:
         raise MissingDependencyError(
-            "`to_xarray` needs xarray, which is not installed. Run pip install 'distinfluence[browse]'."
+            "`to_xarray` needs xarray, which is not installed. Run pip install xarray."
         ) from error

@@ -291,7 +291,7 @@ class InfluenceResult:
             import pandas
         except ImportError as error:
             raise MissingDependencyError(
-                "`to_dataframe` needs pandas, which is not installed. Run pip install 'distinfluence[browse]'."
+                "`to_dataframe` needs pandas, which is not installed. Run pip install pandas."
             ) from error
         rows = None if tests is None else np.atleast_1d(np.asarray(tests, np.int64))
         return pandas.DataFrame(ranking_table(self, rows, k, partial))

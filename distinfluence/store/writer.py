@@ -8,6 +8,7 @@ strip is whole, and a run that died goes on with the strips in `pending`. Costs:
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,11 @@ from distinfluence.store.resuming import check_resumable
 
 QUARANTINED = 2  # in `strip_status`: tried and failed; 1 is whole, 0 not made yet
 
+TEST_ARRAYS = ("test_loss", "test_gradient_norm", "relative_residual", "iterations", "converged", "error_bound")
+RANKING_ARRAYS = tuple(f"{end}_{what}" for end in ("top", "bottom") for what in ("index", "value"))
 _DRIVER_CHUNKS = [
-    *((f"{end}_{what}", "0/0") for end in ("top", "bottom") for what in ("index", "value")),
-    *(
-        (name, "0")
-        for name in ("test_loss", "test_gradient_norm", "relative_residual", "iterations", "converged", "error_bound")
-    ),
+    *((name, "0/0") for name in RANKING_ARRAYS),
+    *((name, "0") for name in TEST_ARRAYS),
 ]
 _BY_STRIP = ("train_loss", "train_gradient_norm", "train_total", "self_influence", "self_influence_error")
 
@@ -136,6 +136,7 @@ class InfluenceWriter:
         """Write what is known of the test points `rows`; each array is [rows]. One process at a time.
 
         `loss` and `gradient_norm` must be finite; `relative_residual` (to the norm of the right-hand side) need not be.
+        An array whose file was torn loses its other rows: write all of them again.
         `error_bound`: c_i with |stored − exact| ≤ c_i·‖g_j‖ for every training point j; rounded up to float32.
         Raises IndexRangeError, ShapeError, DtypeError, NonFiniteError, StoreError.
         """
@@ -150,10 +151,28 @@ class InfluenceWriter:
         }
         for name in ("test_loss", "test_gradient_norm"):
             _require_finite(f"{name} of test points {rows.start or 0}…", given[name])
-        with surfaced_errors("write to", self.path):
-            for name, values in given.items():
-                if values is not None:
+        for name, values in given.items():
+            if values is None:
+                continue
+            try:
+                with surfaced_errors("write to", self.path):
                     self._array(name)[rows] = values
+            except CorruptStoreError:  # torn by a power failure: zarr reads what lies there before it replaces a part
+                with surfaced_errors("write to", self.path):
+                    (self.path / name / "c" / "0").unlink(missing_ok=True)
+                    self._array(name)[rows] = values
+
+    def knows_tests(self) -> bool:
+        """Whether what `write_test` was given is there for every test point, as it was written."""
+        try:
+            with surfaced_errors("read", self.path):
+                for name in TEST_ARRAYS:
+                    known = np.asarray(self._array(name)[:])
+                    if name == "iterations" and (known < 0).any():
+                        return False
+        except CorruptStoreError:
+            return False
+        return True
 
     def write_strip(
         self,
@@ -237,17 +256,25 @@ class InfluenceWriter:
             status = np.asarray(self._array("strip_status")[:])
             return [i for i in range(self.layout.n_strips) if status[i] != 1 or not self._shard_of(i).is_file()]
 
-    def reopen(self, strips: Iterable[int]) -> None:
-        """Unmark and delete strips (damaged ones, say), so that they are pending and the result is running again."""
-        strips = list(strips)
+    def reopen(self, strips: Iterable[int], arrays: Iterable[str] = ()) -> None:
+        """Unmark and delete strips (damaged ones, say), so that they are pending and the result is running again.
+
+        arrays: of test points, or rankings, to delete: what `write_test` was given is to be written again, rankings are
+        folded again by `finish`. `distinfluence.store.mending` finds both.
+        """
+        strips, arrays = list(strips), list(arrays)
+        if not set(TEST_ARRAYS).isdisjoint(arrays):  # they are written together, and lacking together
+            arrays += TEST_ARRAYS
         for i in strips:
             self.layout.strip_slice(i)
-        if not strips:
+        if not strips and not arrays:
             return
         with surfaced_errors("write to", self.path):
             self._group.attrs["state"] = RUNNING
             if "contributions" in self._group:  # of rankings that may change
                 del self._group["contributions"]
+            for name in arrays:
+                shutil.rmtree(self.path / name / "c", ignore_errors=True)
             for i in strips:
                 self._mark(i, 0)
                 self._delete_chunks(i)

@@ -63,7 +63,7 @@ def eigenvectors(influence: EkfacInfluence, basis: Eigenbasis) -> Tensor:
     places = _places(influence, unit)
     dense = torch.zeros(influence.n_parameters, g * o * i, dtype=torch.float64)
     for group in range(g):
-        own = torch.kron(left[group].contiguous(), right[group].contiguous())
+        own = torch.kron(left[group].contiguous(), right[group].contiguous()).double()
         dense[places[group].flatten().unsqueeze(1), torch.arange(group * o * i, (group + 1) * o * i)] = own
     return dense
 

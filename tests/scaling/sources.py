@@ -2,6 +2,7 @@
 
 import os
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -48,6 +49,24 @@ def model_beside_gpus(log: str) -> nn.Module:
     with open(log, "a") as file:
         file.write(f"{os.environ.get('SLURMD_NODENAME')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
     return slow_model()
+
+
+def model_that_finds_a_gpu(log: str) -> nn.Module:
+    """The model, in a process that then believes to have two GPUs: what it would compute on is left in a file."""
+    from distinfluence import InfluenceFunctionModel
+    from distinfluence.scaling import device as choice
+
+    bound_to = InfluenceFunctionModel.bound_to
+
+    def noted(self: InfluenceFunctionModel, model: nn.Module, device: torch.device | None = None) -> object:
+        with open(log, "a") as file:
+            file.write(f"{device}\n")
+        return bound_to(self, model, torch.device("cpu"))
+
+    gpus = SimpleNamespace(is_available=lambda: True, device_count=lambda: 2)
+    choice.__dict__["torch"] = SimpleNamespace(cuda=gpus, device=torch.device)
+    InfluenceFunctionModel.bound_to = noted  # type: ignore[method-assign, assignment]
+    return model()
 
 
 def train() -> tuple[Tensor, Tensor]:

@@ -30,8 +30,8 @@ from distinfluence import (
     SequentialInfluenceCalculator,
     open_influences,
 )
-from distinfluence.errors import ChunkFailedError, SettingError, StoreError
-from distinfluence.scaling import ClusterSpec, connected, executor
+from distinfluence.errors import ChunkFailedError, DiskFullError, SettingError, StoreError
+from distinfluence.scaling import ClusterSpec, connected, flight
 from distinfluence.scaling.executor import InProcess, OnCluster
 from distinfluence.store import InfluenceWriter
 from tests.scaling import sources
@@ -75,7 +75,7 @@ def marks(path: Path) -> dict[str, int]:
 def fails_at_first(folder: str, index: int) -> int:
     file = Path(folder) / f"{index}-{time.monotonic_ns()}"
     file.touch()
-    if index == 3 and len(list(Path(folder).glob("3-*"))) <= executor.RETRIES:
+    if index == 3 and len(list(Path(folder).glob("3-*"))) <= flight.RETRIES:
         raise RuntimeError("not yet")
     return index
 
@@ -104,13 +104,13 @@ def test_a_task_that_fails_is_tried_again(client: Client, tmp_path: Path) -> Non
     on_cluster = OnCluster(client)
     found = dict(on_cluster.run(fails_at_first, (str(tmp_path),), [(i,) for i in range(6)]))
     assert found == {i: i for i in range(6)}
-    assert on_cluster.events == {"submitted": 6 + executor.RETRIES, "retried": executor.RETRIES}
+    assert on_cluster.events == {"submitted": 6 + flight.RETRIES, "retried": flight.RETRIES}
 
 
 @pytest.mark.parametrize("where", ["in process", "on cluster"])
 def test_a_task_that_always_fails_is_set_apart_and_the_others_go_on(where: str, request: pytest.FixtureRequest) -> None:
     run = InProcess() if where == "in process" else OnCluster(request.getfixturevalue("client"))
-    failures: executor.Failures = {}
+    failures: flight.Failures = {}
     found = dict(run.run(fails_always, (), [(i,) for i in range(6)], failures))
     assert found == {i: i for i in range(6) if i != 3}
     assert list(failures) == [3]
@@ -127,13 +127,13 @@ def own_cluster() -> Iterator[Client]:
 
 
 def test_a_task_that_kills_every_worker_is_set_apart(own_cluster: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "RETRIES", 1)  # tasks that waited on the same worker are blamed too, the first time
+    monkeypatch.setattr(flight, "RETRIES", 1)  # tasks that waited on the same worker are blamed too, the first time
 
     def unforgiving(dask_scheduler: Any) -> None:
         dask_scheduler.allowed_failures = 0
 
     own_cluster.run_on_scheduler(unforgiving)
-    failures: executor.Failures = {}
+    failures: flight.Failures = {}
     found = dict(OnCluster(own_cluster).run(kills_its_worker, (), [(i,) for i in range(4)], failures))
     assert found == {0: 0, 2: 2, 3: 3}
     assert "memory" in str(failures[1])
@@ -203,11 +203,11 @@ def test_a_strip_that_always_fails_is_named_when_all_others_are_written(
         return calculator.to_zarr(tmp_path / "i.zarr", *case.test, resume=True, progress=False)
 
     monkeypatch.setattr(InfluenceWriter, "write_strip", broken)
-    with pytest.raises(ChunkFailedError, match="strip 1: RuntimeError: cannot be read"):
+    with pytest.raises(ChunkFailedError, match=r"chunk 1 \(samples 5 to 9\): RuntimeError: cannot be read"):
         run()
     half = open_influences(tmp_path / "i.zarr")
     assert half.n_missing == 1
-    assert half.provenance["quarantined"] == {"1": "RuntimeError: cannot be read"}
+    assert half.provenance["quarantined"] == {"1": "chunk 1 (samples 5 to 9): RuntimeError: cannot be read"}
     before = marks(half.path)
     monkeypatch.setattr(InfluenceWriter, "write_strip", write)
     result = run()
@@ -233,12 +233,36 @@ def test_a_run_that_goes_on_takes_the_fit_that_it_left(case: Case, tmp_path: Pat
     np.testing.assert_array_equal(*results)
 
 
+def test_what_a_power_cut_took_of_the_test_points_is_written_again_at_the_end(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(self: InfluenceWriter, summary: Any = None) -> None:
+        for name in ("test_loss", "relative_residual"):
+            for file in (self.path / name / "c").iterdir():
+                file.unlink()
+        raise KeyboardInterrupt
+
+    def run() -> Any:
+        calculator = SequentialInfluenceCalculator(direct(case), scratch=tmp_path / "scratch")
+        calculator.fit(*case.train, chunk_size=12)
+        return calculator.to_zarr(tmp_path / "i.zarr", *case.test, test_chunk_size=2, resume=True, progress=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InfluenceWriter, "finish", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    result = run()
+    assert result.complete
+    assert np.isfinite(np.asarray(result.test_loss)).all()
+    assert np.isfinite(np.asarray(result.relative_residual)).all()
+
+
 def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from distinfluence.scaling import tasks
 
-    full = StoreError("`scratch`: No space left on device")
+    full = DiskFullError("`scratch`: No space left on device")
     save = tasks.save_factors
     written: list[Any] = []
 
@@ -256,7 +280,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
         )
 
     monkeypatch.setattr(tasks, "save_factors", filling)
-    with pytest.raises(StoreError, match="No space"):
+    with pytest.raises(DiskFullError, match="No space"):
         run()
     assert len(list((tmp_path / "scratch").rglob("fields-*.npy"))) == 1
 

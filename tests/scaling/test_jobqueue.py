@@ -1,15 +1,24 @@
-"""What dask-jobqueue is asked for by a cluster file, without a queue: arguments, time limits, the watch's judgement."""
+"""What dask-jobqueue is asked for by a cluster file, and jobs that are processes of this host; all without a queue."""
 
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from distributed import Client
 
 from distinfluence.errors import ClusterError, SettingError
-from distinfluence.scaling import ClusterSpec, connected
-from distinfluence.scaling.jobqueue import _arguments, _cluster_class
+from distinfluence.scaling import ClusterSpec, connected, guard, jobqueue, watchdog
+from distinfluence.scaling.job_settings import cluster_class, job_arguments
 from distinfluence.scaling.slurm import walltime_seconds, was_requeued
-from distinfluence.scaling.watchdog import Jobs, Watchdog
 
 pytest.importorskip("dask_jobqueue")
 
@@ -23,11 +32,11 @@ def _own_dask_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def script(kind: str, folder: Path, **settings: Any) -> str:
     """The job's script, as dask-jobqueue writes it."""
-    cluster_class = _cluster_class(kind)
-    arguments = _arguments(cluster_class, {**BASE, **settings}, {"COLOUR": "blue"}, folder)
+    cluster = cluster_class(kind)
+    arguments = job_arguments(cluster, {**BASE, **settings}, {"COLOUR": "blue"}, folder)
     for name in ("scheduler_options", "shared_temp_directory"):
         arguments.pop(name)
-    return str(cluster_class.job_cls("tls://host:1", name="worker", **arguments).job_script())
+    return str(cluster.job_cls("tls://host:1", name="worker", **arguments).job_script())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +74,7 @@ def test_what_the_file_says_goes_before_what_is_chosen_here(tmp_path: Path) -> N
     own = script("slurm", tmp_path, worker_extra_args=["--lifetime", "5m"], processes=2, job_name="mine")
     assert own.count("--lifetime") == 1
     assert "--nworkers 2" in own
-    assert "#SBATCH -J mine" in own
+    assert re.search(r"#SBATCH -J mine-[0-9a-f]{8}$", own, re.MULTILINE)
     assert "--lifetime" not in script("slurm", tmp_path, walltime="UNLIMITED")
     assert "--lifetime" not in script("pbs", tmp_path, walltime="10:00:00")
 
@@ -77,6 +86,8 @@ def test_what_the_file_says_goes_before_what_is_chosen_here(tmp_path: Path) -> N
         ({"wall-time": "1"}, "Did you mean `walltime`?"),
         ({"n_workers": 3}, "`settings.n_workers` of the cluster is set by distinfluence"),
         ({"walltime": "two hours"}, "`walltime` of the cluster must be a time as sbatch reads it"),
+        ({"job-extra-directives": ["--job-name=x"]}, "`settings.job-extra-directives` must not name the jobs"),
+        ({"processes": "two"}, "`processes` of the cluster must be a whole number"),
         ({"memory": None}, "You must specify how much cores and memory"),
     ],
 )
@@ -102,15 +113,127 @@ def test_a_job_that_was_started_before_is_known(monkeypatch: pytest.MonkeyPatch)
     assert was_requeued()
 
 
-def judged(refusal: str, numbers: dict[str, str | None], connected: frozenset[str] = frozenset()) -> Watchdog:
-    """A watch that has judged a refusal, beside these jobs."""
-    said: list[str] = []
-    watch = Watchdog(None, None, 2, [refusal], said.append)
-    watch._judge_refusals(Jobs(numbers, connected), [], [name for name, number in numbers.items() if number is None])
-    return watch
+def test_the_mark_in_a_jobs_name_is_found_again_by_the_next_start_of_its_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def name(folder: Path) -> str:
+        cluster = cluster_class("slurm")
+        return str(job_arguments(cluster, {**BASE, "job-name": "a b,c"}, {}, folder)["job_name"])
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert re.fullmatch("a-b-c-[0-9a-f]{8}", name(tmp_path))
+    assert name(tmp_path) != name(tmp_path)  # two runs of one user, side by side
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert name(tmp_path) == name(tmp_path)
+    assert name(tmp_path) != name(tmp_path / "other")  # two runs in one allocation
 
 
-def test_a_refusal_ends_the_run_unless_it_may_pass_or_others_work() -> None:
-    assert "invalid account" in str(judged("sbatch: error: invalid account", {"a": None, "b": None}).failure)
-    assert judged("sbatch: error: invalid account", {"a": None, "b": "5"}).failure is None
-    assert judged("Unable to contact slurm controller", {"a": None}).failure is None
+# the pipes of dask-jobqueue's LocalJob
+unclosed = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def here(workers: int, folder: Path, minimum: int | None = None, **settings: object) -> ClusterSpec:
+    """Jobs that are processes of this host, by a class of dask-jobqueue's that has no name among the kinds."""
+    given = {"cores": 1, "memory": "1GB", "scheduler-options": {"host": "127.0.0.1"}, "security": False, **settings}
+    return ClusterSpec("dask_jobqueue.local:LocalCluster", workers=workers, minimum=minimum, settings=given)
+
+
+def names(client: Client) -> list[str]:
+    """Of the workers that are there."""
+    workers = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+    return sorted(worker["name"] for worker in workers.values())
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch and adaptive scaling that wait for less."""
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(watchdog, "GONE_SECONDS", 0.5)
+    monkeypatch.setattr(jobqueue, "ADAPT_SECONDS", 0.5)
+    monkeypatch.setattr(jobqueue, "ADAPT_LOOKS", 2)
+
+
+@unclosed
+@pytest.mark.usefixtures("hurried")
+def test_a_class_of_clusters_is_enough_and_its_jobs_are_replaced(tmp_path: Path) -> None:
+    with connected(here(1, tmp_path), folder=tmp_path) as client:
+        assert names(client) == ["LocalCluster-0"]
+        os.kill(client.submit(os.getppid, pure=False).result(), signal.SIGKILL)
+        wait_for(lambda: names(client) == ["LocalCluster-1"])
+        worker = client.submit(os.getpid, pure=False).result()
+    wait_for(lambda: not Path(f"/proc/{worker}").exists())
+
+
+@unclosed
+@pytest.mark.usefixtures("hurried")
+def test_adaptive_scaling_follows_the_work_and_makes_up_for_jobs_that_end(tmp_path: Path) -> None:
+    with connected(here(2, tmp_path, minimum=1), folder=tmp_path) as client:
+        assert names(client) == ["LocalCluster-0"]
+        slow = client.map(time.sleep, [1.0] * 12, pure=False)
+        wait_for(lambda: len(names(client)) == 2)
+        client.cancel(slow)
+        wait_for(lambda: len(names(client)) == 1)
+        (last,) = names(client)
+        os.kill(client.submit(os.getppid, pure=False).result(), signal.SIGKILL)
+        wait_for(lambda: names(client) not in ([], [last]))
+        assert not set(names(client)) & {"LocalCluster-0", "LocalCluster-1"}  # no name is given out twice
+
+
+@unclosed
+def test_a_job_whose_command_is_not_there_is_a_refusal(tmp_path: Path) -> None:
+    spec = here(1, tmp_path, python="/no/such/python")
+    with pytest.raises(ClusterError, match="the job's command: No such file"), connected(spec, folder=tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", [None, "influences-1a2b"])
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_guard_cancels_the_jobs_of_a_driver_that_is_killed(dies: bool, name: str | None, tmp_path: Path) -> None:
+    done, log = tmp_path / "cancelled", tmp_path / "guard.log"
+    for program, writes in (("cancel", f'echo "$@" >>{done}'), ("squeue", "exit 0")):
+        (tmp_path / program).write_text(f"#!/bin/sh\n{writes}\n")
+        (tmp_path / program).chmod(0o755)
+    driver = f"""
+import os, pathlib, runpy, signal
+Guard = runpy.run_path({guard.__file__!r})["Guard"]
+guard = Guard(["cancel"], {name!r}, pathlib.Path({str(log)!r}), dict(os.environ))
+guard.note("17")
+guard.note("18")
+os.kill(os.getpid(), signal.SIGKILL) if {dies} else guard.release()
+"""
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([sys.executable, "-c", driver], env=environment, timeout=60, check=False)
+    if dies:
+        wait_for(log.exists)
+        assert "died; its jobs" in log.read_text()
+        asked = done.read_text().splitlines()
+        assert asked[0] == ("17 18" if name is None else f"--user={os.getuid()} --name={name}")
+    assert done.exists() is log.exists() is dies
+
+
+def test_adaptive_scaling_counts_jobs_and_holds_still_while_the_watch_waits() -> None:
+    asked: dict[str, Any] = {}
+    cluster = SimpleNamespace(adapt=lambda **options: asked.update(options), scale=asked.update, plan={"a", "b"})
+    watch = watchdog.Watchdog(cluster, None, None, [], print)
+    jobqueue._adapt(cluster, watch, 1, 3)
+    assert {name: asked[name] for name in ("minimum_jobs", "maximum_jobs", "jobs")} == {
+        "minimum_jobs": 1,
+        "maximum_jobs": 3,
+        "jobs": 1,
+    }
+    adaptive = asked["Adaptive"](cluster, minimum=1, maximum=3, interval=0)
+
+    async def target() -> int:
+        return 9
+
+    adaptive.target = target
+    assert asyncio.run(adaptive.safe_target()) == 3
+    watch._not_before = time.monotonic() + 60
+    assert asyncio.run(adaptive.safe_target()) == 2  # those that are there

@@ -1,5 +1,6 @@
 """What workers really take, beside the plan: three shapes, and a training set that grows tenfold."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distinfluence import DaskInfluenceCalculator, InverseHarmonicMeanInfluence, Recipe
+from distinfluence import (
+    CgInfluence,
+    DaskInfluenceCalculator,
+    InfluenceFunctionModel,
+    InverseHarmonicMeanInfluence,
+    NystroemSketchInfluence,
+    Recipe,
+)
 from distinfluence.scaling import ClusterSpec, Plan, connected
 
 
@@ -45,21 +53,36 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured(shape: Shape, folder: Path) -> tuple[Plan, int]:
+Method = Callable[[nn.Module], InfluenceFunctionModel]
+
+
+def datainf(model: nn.Module) -> InfluenceFunctionModel:
+    return InverseHarmonicMeanInfluence(model, nn.CrossEntropyLoss(), 0.1)
+
+
+def nystroem(model: nn.Module) -> InfluenceFunctionModel:
+    return NystroemSketchInfluence(model, nn.CrossEntropyLoss(), 24, 0.1, second_order_mode="ggn", residual_rows=0)
+
+
+def cg(model: nn.Module) -> InfluenceFunctionModel:
+    return CgInfluence(model, nn.CrossEntropyLoss(), 0.1, rtol=1e-3, atol=0.0, maxiter=2, second_order_mode="ggn")
+
+
+def measured(
+    shape: Shape, folder: Path, method: Method = datainf, solve: str = "auto", chunk_size: int | None = None
+) -> tuple[Plan, int]:
     """The plan of a run, and the most that its worker took, in bytes."""
     with connected(ClusterSpec(workers=1, memory_limit="4GiB")) as client:
-        model = InverseHarmonicMeanInfluence(shape.model(), nn.CrossEntropyLoss(), 0.1)
-        calculator = DaskInfluenceCalculator(model, client, scratch=folder / "scratch")
+        calculator = DaskInfluenceCalculator(method(shape.model()), client, scratch=folder / "scratch")
         train, test = (
             Recipe("tests.scaling.test_memory:samples", {"n": n, "features": shape.features})
             for n in (shape.n_train, shape.n_test)
         )
-        plan = calculator.plan(train, None, test)
+        plan = calculator.plan(train, None, test, solve=solve, chunk_size=chunk_size)
         client.run(forget_peak)
         calculator.fit(train, chunk_size=plan.chunks.train)
-        result = calculator.to_zarr(
-            folder / "i.zarr", test, test_chunk_size=plan.chunks.test, panel_size=plan.chunks.panel, progress=False
-        )
+        sizes = {"test_chunk_size": plan.chunks.test, "panel_size": plan.chunks.panel}
+        result = calculator.to_zarr(folder / "i.zarr", test, **sizes, solve=solve, progress=False)
         assert result.complete
         (most,) = client.run(peak).values()
         return plan, int(most)
@@ -69,6 +92,20 @@ def measured(shape: Shape, folder: Path) -> tuple[Plan, int]:
 def test_workers_take_what_the_plan_says(name: str, tmp_path: Path) -> None:
     plan, most = measured(SHAPES[name], tmp_path)
     assert abs(most - plan.peak) <= 0.25 * plan.peak  # allocators keep pages, kernels have work space
+
+
+SUMS: dict[str, tuple[Shape, Method]] = {
+    "of a sketch": (Shape(n_test=8, n_train=64, width=500, features=500), nystroem),
+    "of products, by data": (Shape(n_test=24, n_train=64, width=500, features=500), cg),
+}
+
+
+@pytest.mark.parametrize("what", SUMS)
+def test_workers_hold_as_many_partial_sums_as_the_plan_says(what: str, tmp_path: Path) -> None:
+    shape, method = SUMS[what]
+    plan, most = measured(shape, tmp_path, method, "data", chunk_size=4)
+    assert sum(stage.parts.get("sums", 0) for stage in plan.stages) > 0.3 * plan.peak
+    assert abs(most - plan.peak) <= 0.25 * plan.peak
 
 
 def test_memory_is_flat_while_the_training_set_grows_tenfold(tmp_path: Path) -> None:

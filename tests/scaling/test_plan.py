@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from distributed import Client
 from torch import nn
 
 from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence, SequentialInfluenceCalculator
 from distinfluence.errors import PlanError, SettingError
 from distinfluence.influence.demand import Demand
 from distinfluence.scaling import Machine, make_plan
+from distinfluence.scaling.device import device_memory, smallest_device
+from distinfluence.scaling.groups import pass_tasks, results_held
 from distinfluence.scaling.plan import Asked, Rates, Work
 from tests.zoo import build
 
@@ -77,6 +81,37 @@ def test_sizes_that_are_asked_for_stay() -> None:
     assert plan.stages[1].passes == 100 * Demand().solve_passes
 
 
+def test_a_row_is_multiplied_whole_however_long_it_is() -> None:
+    huge = Machine(workers=2, memory=16_384 * GIB, process=350 * 2**20)
+    for rows, at_once in ((1, 1), (24, 24), (100, 32)):
+        demand = Demand(fit_passes=1, fit_rows=rows, by_method=True)
+        for p in (1_000_000, 1_000_000_000):
+            work = replace(WORK, n_test=8, n_train=1_000, n_fit=1_000, p=p, demand=demand)
+            products = make_plan(work, huge).stages[0].parts["products"]
+            assert products == 4 * 4 * p * (at_once if p == 1_000_000 else 1)
+    on_gpu = replace(WORK, p=100_000, demand=replace(demand, fit_rows=1_000), most_rows=8 * 32)
+    assert make_plan(on_gpu, huge).stages[0].parts["products"] == 4 * 400_000 * 256
+    with pytest.raises(PlanError, match=r"'factors' needs .*"):
+        make_plan(replace(WORK, n_test=8, n_train=1_000, n_fit=1_000, p=1_000_000_000), MACHINE, Asked(solve="data"))
+
+
+def test_a_pass_is_a_few_hundred_tasks_and_its_partial_sums_are_counted() -> None:
+    sketch = Demand(fit_passes=1, fit_rows=100, by_method=True, solve_passes=10)
+    plan = make_plan(replace(WORK, demand=sketch), MACHINE, Asked(train=250, test=8, solve="data"))
+    assert plan.n_strips == 4_000
+    assert plan.stages[0].tasks == 4_000 + pass_tasks(4_000)
+    assert plan.stages[1].tasks == plan.n_solves * (1 + 10 * pass_tasks(4_000))
+    assert pass_tasks(4_000) == pass_tasks(10**6) == 341
+    held = 3 + results_held(4_000, MACHINE.workers)  # and two in the making, and the broadcast rows
+    assert plan.stages[0].parts["sums"] == held * 100 * plan.work.row
+    assert plan.stages[1].parts["sums"] == held * 8 * plan.work.row
+    matrix = replace(WORK, p=1_000, demand=Demand(fit_passes=1, sum_bytes=4 * 1_000**2))
+    matrix_plan = make_plan(matrix, MACHINE, Asked(train=250))
+    assert matrix_plan.stages[0].parts["sums"] == (held - 1) * 4 * 1_000**2 + 4 * 1_000
+    alone = make_plan(matrix, replace(MACHINE, workers=1, alone=True))
+    assert alone.stages[0].parts["sums"] == 2 * 4 * 1_000**2 + 4 * 1_000
+
+
 def test_times_are_given_where_something_was_measured() -> None:
     assert make_plan(WORK, MACHINE).seconds is None
     slow = make_plan(WORK, MACHINE, rates=Rates(gradients=1e3, products=1e3, flops=1e11))
@@ -120,3 +155,47 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         calculator.plan(*case.train, *case.test, solve="columns")
     with pytest.raises(SettingError, match="`panel_size`"):
         calculator.plan(*case.train, *case.test, panel_size=0)
+
+
+# --- GPUs, whose memory is given ------------------------------------------------------------------------------------
+
+
+def test_a_gpu_with_less_memory_than_its_host_decides_chunks_and_panels() -> None:
+    wide = replace(WORK, p=10_000_000, model_bytes=40_000_000)
+    host, gpu = make_plan(wide, MACHINE), make_plan(wide, replace(MACHINE, device_memory=8 * GIB))
+    assert gpu.chunks.panel == (8 * GIB // 4) // wide.row < host.chunks.panel
+    assert gpu.chunks.train <= host.chunks.train
+    assert gpu.chunks.test < host.chunks.test
+    for stage in gpu.stages:
+        assert sum(stage.on_device.values()) <= 0.95 * 8 * GIB
+        assert not {"an idle process", "kept chunks", "data sets"} & set(stage.on_device)
+    assert "of 32.0 GiB with 8.0 GiB on a GPU" in str(gpu)
+    assert make_plan(wide, replace(MACHINE, device_memory=80 * GIB)).chunks == host.chunks
+
+
+def test_what_does_not_fit_on_a_gpu_is_refused_with_the_change_that_would() -> None:
+    small = replace(MACHINE, device_memory=2 * GIB)
+    with pytest.raises(PlanError, match=r"95 % of its GPU.*chunks\.panel.*of GPU memory\."):
+        make_plan(replace(WORK, p=10_000_000), small, Asked(panel=200))
+
+
+def test_the_memory_of_a_gpu_is_what_is_free_and_of_the_host_nothing_is_said() -> None:
+    assert device_memory(torch.device("cpu")) is None
+    assert device_memory(torch.device("meta"), read=lambda device: (3 * GIB, 8 * GIB)) == 3 * GIB
+
+
+class Reporting:
+    """A client whose workers answer as they are told."""
+
+    def __init__(self, *answers: int | None) -> None:
+        self.answers = answers
+
+    def run(self, function: Any, *arguments: Any, on_error: str) -> dict[str, int | None]:
+        assert arguments == ("auto",)
+        return {str(number): answer for number, answer in enumerate(self.answers)}
+
+
+def test_of_many_workers_the_smallest_gpu_counts() -> None:
+    assert smallest_device(cast(Client, Reporting(8, None, 5)), "auto") == 5
+    assert smallest_device(cast(Client, Reporting(None, None)), "auto") is None
+    assert smallest_device(cast(Client, Reporting()), "cpu") is None

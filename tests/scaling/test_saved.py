@@ -1,5 +1,6 @@
 """Fitted influence models written to disk and read again."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from distinfluence import (
     save_fit,
 )
 from distinfluence.errors import (
+    CorruptStoreError,
     FingerprintError,
     ForeignStoreError,
     NotFittedError,
     StoreExistsError,
     StoreNotFoundError,
 )
+from distinfluence.scaling import saved
 from tests.layers.networks import network
 from tests.zoo import Case
 
@@ -83,3 +86,50 @@ def test_what_does_not_belong_together_is_refused(case: Case, tmp_path: Path) ->
     zarr.open_group(str(tmp_path / "foreign"), mode="w")
     with pytest.raises(ForeignStoreError, match="no saved fit"):
         load_fit(MAKE["ekfac"](case), tmp_path / "foreign", case.train)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a flipped bit": lambda fit: flip(largest(fit)),
+    "a torn file": lambda fit: os.truncate(largest(fit), 3),
+    "an empty file": lambda fit: os.truncate(largest(fit), 0),
+    "a lost chunk": lambda fit: largest(fit).unlink(),
+    "torn metadata": lambda fit: os.truncate(fit / "a0" / "zarr.json", 20),
+    "empty attributes": lambda fit: os.truncate(fit / "zarr.json", 0),
+}
+
+
+def largest(fit: Path) -> Path:
+    """The largest chunk: `c`, `c/0`, `c/0/0`, …"""
+    chunks = [file for file in fit.rglob("*") if file.is_file() and "c" in file.relative_to(fit).parts]
+    return max(chunks, key=lambda file: file.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_damaged_fit_is_found_and_not_taken(case: Case, damage: str, tmp_path: Path) -> None:
+    save_fit(MAKE["direct"](case).fit(case.train), tmp_path / "fit")
+    DAMAGES[damage](tmp_path / "fit")
+    with pytest.raises(CorruptStoreError):
+        load_fit(MAKE["direct"](case), tmp_path / "fit", case.train)
+
+
+def test_a_fit_of_zeros_is_whole(case: Case, tmp_path: Path) -> None:
+    influence = MAKE["direct"](case).fit(case.train)
+    for tensor in influence.state_arrays().values():
+        tensor.zero_()
+    save_fit(influence, tmp_path / "fit")
+    load_fit(MAKE["direct"](case), tmp_path / "fit", case.train)
+
+
+def test_a_fit_is_on_the_disk_before_it_has_its_name(case: Case, tmp_path: Path, monkeypatch: Any) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(saved, "sync_to_disk", lambda files: synced.extend(files))
+    save_fit(MAKE["direct"](case).fit(case.train), tmp_path / "fit")
+    assert synced.pop() == tmp_path / "fit"
+    written = {file.relative_to(tmp_path / "fit").parts for file in (tmp_path / "fit").rglob("*") if file.is_file()}
+    assert {file.relative_to(tmp_path).parts[1:] for file in synced} == written

@@ -1,14 +1,20 @@
 """What workers are asked for, what they write down, and how much work and traffic a run is."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from distributed import Client, Nanny, Scheduler, SpecCluster
+import torch
+import yaml
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
 from distinfluence import (
     CgInfluence,
@@ -18,9 +24,13 @@ from distinfluence import (
     Recipe,
     SequentialInfluenceCalculator,
 )
-from distinfluence.errors import ClusterError
-from distinfluence.scaling import LogToFolder
-from distinfluence.scaling.executor import OnCluster
+from distinfluence.errors import ClusterError, SettingError
+from distinfluence.scaling import ClusterSpec, LogToFolder
+from distinfluence.scaling.clusters import planned_workers
+from distinfluence.scaling.device import check_device, task_device
+from distinfluence.scaling.executor import OnCluster, check_workers
+from distinfluence.scaling.worker import Scratch, travelling
+from tests.test_job import content
 from tests.zoo import Case, build
 
 
@@ -132,3 +142,89 @@ def test_error_bounds_hold_for_rounded_values(case: Case, tmp_path: Path) -> Non
     difference = np.abs(coarse[:] - fine[:])
     assert (difference <= np.asarray(coarse.error_bound)[:, None] * norms).all()
     assert (difference > np.asarray(fine.error_bound)[:, None] * norms).any()
+
+
+def test_a_job_computes_on_the_device_that_the_worker_has_not_the_driver(tmp_path: Path) -> None:
+    log = tmp_path / "devices"
+    factory = {"target": "tests.scaling.sources:model_that_finds_a_gpu", "arguments": {"log": str(log)}}
+    values = content(model={"factory": factory}, cluster={"kind": "local", "workers": 1})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "distinfluence", "run", str(tmp_path / "job.yaml"), "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(log.read_text().split()) == {"cuda:0"}
+
+
+def test_from_python_workers_compute_where_the_callers_model_is(case: Case, tmp_path: Path) -> None:
+    recipe, scratch = ModelRecipe(Recipe("tests.scaling.sources:model")), Scratch(tmp_path)
+    assert travelling(direct(case), recipe, scratch, 1).device == "cpu"
+    assert travelling(direct(case).to("meta"), recipe, scratch, 1).device == "meta"
+
+
+def test_processes_of_one_job_take_its_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert task_device("auto") == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    workers = [SimpleNamespace(name=f"SLURMCluster-3-{number}") for number in range(4)]
+    monkeypatch.setattr("distinfluence.scaling.device.get_worker", lambda: workers[0])
+
+    def taken() -> list[str]:
+        found = []
+        for worker in workers:
+            monkeypatch.setattr("distinfluence.scaling.device.get_worker", lambda own=worker: own)
+            found.append(str(task_device("auto")))
+        return found
+
+    assert taken() == ["cuda:0"] * 4  # jobs of their own: each sees the GPU that it was granted first
+    monkeypatch.setenv("DISTINFLUENCE_PROCESSES", "4")
+    assert taken() == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+
+
+def test_a_gpu_that_is_not_there_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ClusterError, match=r"`device` .* sees no GPU .*gres=gpu:1"):
+        task_device("cuda")
+    with pytest.raises(SettingError, match="`device` must be one of"):
+        check_device("gpu")
+
+
+def test_a_run_plans_for_the_workers_that_will_come(case: Case, client: Client, tmp_path: Path) -> None:
+    def strips(workers: int | None) -> int:
+        calculator = DaskInfluenceCalculator(direct(case), client, workers=workers, scratch=tmp_path)
+        return calculator._machine().workers
+
+    assert strips(None) == strips(1) == 2  # those of the cluster
+    assert strips(8) == 8
+    jobs = ClusterSpec("slurm", workers=4, settings={"memory": "8GB", "processes": 2})
+    assert planned_workers(jobs) == 8
+    assert planned_workers(ClusterSpec("address", address="tcp://host:1")) is None
+
+
+def test_a_worker_that_dies_as_it_is_looked_at_does_not_end_the_run() -> None:
+    answer = ("host", 4, True, 2**28)
+    answers = [{"a": OSError("gone")}, {}, {"a": OSError("gone"), "b": answer}]
+
+    class Dying:
+        def wait_for_workers(self, n_workers: int, timeout: float) -> None:
+            assert n_workers == 1
+
+        def run(self, *_: object, on_error: str) -> dict[str, object]:
+            assert on_error == "return"
+            return answers.pop(0)  # type: ignore[return-value]
+
+    seen = check_workers(Dying(), "folder", 60.0)
+    assert (seen.n_threads, seen.process) == (4, 2**28)
+    answers += [{"a": OSError("cannot be reached")}]
+    with pytest.raises(ClusterError, match="cannot be reached"):
+        check_workers(Dying(), "folder", 0.0)
+
+
+def test_several_threads_in_a_worker_take_turns(case: Case, tmp_path: Path) -> None:
+    influence = DirectInfluence(case.model, case.loss, 0.01, second_order_mode="ggn")
+    one = LocalCluster(n_workers=1, threads_per_worker=3, processes=False, dashboard_address=":0")
+    with one as cluster, Client(cluster) as client:
+        calculator = DaskInfluenceCalculator(influence, client).fit(*case.train, chunk_size=2)
+        result = calculator.to_zarr(tmp_path / "i.zarr", *case.test, test_chunk_size=1, progress=False)
+    here = SequentialInfluenceCalculator(influence).fit(*case.train, chunk_size=2)
+    np.testing.assert_allclose(result[:], here.influences(*case.test).compute(), rtol=1e-6, atol=1e-9)

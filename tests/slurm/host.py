@@ -23,6 +23,7 @@ PACKAGES = ("slurmd", "slurmctld", "slurm-client", "munge")
 NODES = ("n1", "n2")
 GPUS = 2
 PREFIX = "di-slurm-"
+SECOND_ADDRESS = ("127.0.0.2/8", "dev", "lo")
 SEARCH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"  # where Debian keeps the daemons
 
 CONFIGURATION = """
@@ -54,7 +55,6 @@ SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=5
 MinJobAge=300
 SlurmctldTimeout=30
 SlurmdTimeout=30
@@ -86,15 +86,30 @@ def install() -> None:
         )
     command = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for before in ([], ["apt-get", "update"]):
-        if before:
-            subprocess.run(before, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        if done.returncode == 0:
-            return
+    with _no_services_started():
+        for before in ([], ["apt-get", "update"]):
+            if before:
+                subprocess.run(before, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+            done = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            )
+            if done.returncode == 0:
+                return
     raise SlurmUnavailableError(f"{' '.join(command)}: {done.stderr[-500:]}")
+
+
+@contextlib.contextmanager
+def _no_services_started(policy: Path = Path("/usr/sbin/policy-rc.d")) -> Iterator[None]:
+    """Debian starts the daemons of what it installs, unless this file of the administrator's says no."""
+    if policy.exists():
+        yield
+        return
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
+    try:
+        yield
+    finally:
+        policy.unlink()
 
 
 class SlurmHost:
@@ -113,10 +128,10 @@ class SlurmHost:
 
     def start(self) -> None:
         """Bring all up, or take all down again and raise SlurmUnavailableError with the logs."""
-        _stop_orphans()
+        stop_orphans()
         try:
             self._write_files()
-            _second_address()
+            self._second_address()
             self._start_munge()
             self.start_controller()
             for node in NODES:
@@ -137,6 +152,8 @@ class SlurmHost:
         self._end_job_processes()
         for name in (*NODES, "slurmctld", "munged"):
             self._end_daemon(name)
+        if (self.root / "address").is_file():
+            subprocess.run(["ip", "addr", "del", *SECOND_ADDRESS], capture_output=True, check=False)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def __call__(self, *command: object, check: bool = True, timeout: float = 60) -> str:
@@ -161,7 +178,9 @@ class SlurmHost:
         self._until(self._controller_answers, 30, "the controller does not answer")
 
     def start_node(self, node: str) -> None:
-        """slurmd of one virtual node."""
+        """slurmd of one virtual node, if it does not run."""
+        if (self.root / "run" / f"{node}.pid").is_file():
+            return
         self._daemon("slurmd", "-N", node, "-f", self.configuration)
 
     def _write_files(self) -> None:
@@ -192,6 +211,14 @@ class SlurmHost:
         (self.root / "gres.conf").write_text("\n".join(["AutoDetect=off", *lines, ""]))
         # slurmd loads a cgroup plugin even where nothing uses it; this one is content without /sys/fs/cgroup
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+
+    def _second_address(self) -> None:
+        """Where 127.0.0.1 is the only address, name look-ups of the C library find nothing, and SLURM cannot listen."""
+        addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
+        if not addresses:
+            added = subprocess.run(["ip", "addr", "add", *SECOND_ADDRESS], capture_output=True, check=False)
+            if added.returncode == 0:
+                (self.root / "address").touch()  # ours to take away again
 
     def _device(self, number: int) -> Path:
         device = self.root / "devices" / f"gpu{number}"
@@ -269,31 +296,36 @@ class SlurmHost:
         tails = [f"== {log.name}\n" + "\n".join(log.read_text().splitlines()[-8:]) for log in logs]
         return "\n".join([f"SLURM does not start here: {message}", *tails])
 
-    def _end_job_processes(self) -> None:
+    def _end_job_processes(self, node: str | None = None, *, gently: bool = True) -> None:
         """What jobs left: processes that SLURM started with this configuration, and the guards of their steps."""
-        for signum in (signal.SIGTERM, signal.SIGKILL):
-            ours = list(self._job_processes())
+        for signum in (signal.SIGTERM, signal.SIGKILL)[not gently :]:
+            ours = list(self._job_processes(node))
             guards = {_parent(pid) for pid in ours}
             for pid in [*ours, *(pid for pid in guards if _command(pid).startswith("slurmstepd"))]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signum)
             end = time.monotonic() + 3
-            while any(True for _ in self._job_processes()) and time.monotonic() < end:
+            while any(True for _ in self._job_processes(node)) and time.monotonic() < end:
                 time.sleep(0.05)
 
-    def _job_processes(self) -> Iterator[int]:
+    def _job_processes(self, node: str | None = None) -> Iterator[int]:
         mark = f"SLURM_CONF={self.configuration}".encode()
+        where = b"SLURMD_NODENAME=" + (node or "").encode()
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit() or int(folder.name) == os.getpid():
                 continue
             with contextlib.suppress(OSError):
                 variables = (folder / "environ").read_bytes().split(b"\0")
-                if mark in variables and any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables):
+                in_job = any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
+                if mark in variables and in_job and (node is None or where in variables):
                     yield int(folder.name)
 
-    def end_node(self, node: str) -> None:
-        """End the slurmd of a node; its jobs go on, as they do."""
-        self._end_daemon(node)
+    def crash_node(self, node: str) -> None:
+        """End a node as a power cut does: its slurmd and all that ran there are gone without a word."""
+        file = self.root / "run" / f"{node}.pid"
+        os.kill(int(file.read_text()), signal.SIGKILL)
+        file.unlink()
+        self._end_job_processes(node, gently=False)
 
     def _end_daemon(self, name: str) -> None:
         file = self.root / "run" / f"{name}.pid"
@@ -310,7 +342,7 @@ class SlurmHost:
         file.unlink(missing_ok=True)
 
 
-def _stop_orphans() -> None:
+def stop_orphans() -> None:
     """Take down what was left when the process that brought it up was killed."""
     for root in Path("/tmp").glob(f"{PREFIX}*"):
         owner = root / "owner"
@@ -330,13 +362,6 @@ def _user() -> str:
     import pwd
 
     return pwd.getpwuid(os.geteuid()).pw_name
-
-
-def _second_address() -> None:
-    """Where 127.0.0.1 is the only address, name look-ups of the C library find nothing, and SLURM cannot listen."""
-    addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
-    if not addresses:
-        subprocess.run(["ip", "addr", "add", "127.0.0.2/8", "dev", "lo"], capture_output=True, check=False)
 
 
 def _command(pid: int) -> str:

@@ -8,28 +8,49 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from distinfluence import open_influences
+from tests.reference import Reference
 from tests.slurm.host import SlurmHost
 from tests.test_job import content
+from tests.zoo import build
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240.0  # within which anything must have happened, also where everything is slow
-STRIPS = 23  # of the slow job, one for each training sample
+STRIPS = 23  # of a slow job, one for each training sample
 
 
-def cluster_file(folder: Path, workers: int = 2, **settings: object) -> Path:
-    """Worker jobs of one core in the partition cpu, unless the settings say otherwise."""
+def cluster_file(
+    folder: Path, workers: int = 2, *, keys: Mapping[str, object] | None = None, **settings: object
+) -> Path:
+    """Worker jobs of one core in the partition cpu, unless the settings, or other keys of the file, say otherwise."""
     given = {"queue": "cpu", "cores": 1, "memory": "2GB", "walltime": "00:10:00", **settings}
-    return written(folder / "slurm.yaml", {"kind": "slurm", "workers": workers, "settings": given})
+    return written(folder / "slurm.yaml", {"kind": "slurm", "workers": workers, "settings": given, **(keys or {})})
 
 
-def slow_job(folder: Path, **changes: Any) -> Path:
-    """A job whose every evaluation of the model takes a tenth of a second; it logs each strip as it is begun."""
-    model = {"factory": {"target": "tests.scaling.sources:slow_model", "arguments": {}}}
-    changes = {"model": model, "chunks": {"train": 1}, "solve": "rows", **changes}
-    return written(folder / "job.yaml", content(**changes))
+def shipped(folder: Path, name: str, *, keys: Mapping[str, object], **settings: object) -> Path:
+    """A cluster file of deploy/slurm, but for these keys and settings."""
+    content = yaml.safe_load((ROOT / "deploy" / "slurm" / name).read_text())
+    return written(folder / name, {**content, **keys, "settings": {**content["settings"], **settings}})
+
+
+def slow_job(folder: Path, seconds: float = 0.5, *, log: str = "", **changes: Any) -> Path:
+    """A job each of whose strips takes so many seconds; log: see `tests.slurm.sources.slow_model`."""
+    folder.mkdir(exist_ok=True)
+    arguments = {"seconds": seconds, "log": log}
+    model = {"factory": {"target": "tests.slurm.sources:slow_model", "arguments": arguments}}
+    chunks = {"train": 1, "test": 2, "panel": 6}
+    return written(folder / "job.yaml", content(**{"model": model, "chunks": chunks, "solve": "rows", **changes}))
+
+
+def assert_right(result: Path) -> None:
+    """A slow job's result is whole, and what a dense reference gives."""
+    found = open_influences(result)
+    assert found.complete
+    expected = Reference(build("mlp classification")).influences("hessian", 0.01).numpy()
+    np.testing.assert_allclose(found[:], expected, rtol=1e-6, atol=1e-4)  # stored in float32
 
 
 def written(path: Path, values: Mapping[str, object]) -> Path:
@@ -59,11 +80,12 @@ def finished(slurm: SlurmHost, *arguments: object) -> subprocess.CompletedProces
 
 
 @contextmanager
-def running(slurm: SlurmHost, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A command of ours, under way; ended, with its jobs, if the test leaves it behind."""
+def running(slurm: SlurmHost, *arguments: object, path: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A command of ours, under way; ended if the test leaves it behind. path: a folder of programs that go first."""
+    env = environment(slurm)
     process = subprocess.Popen(
         command(*arguments),
-        env=environment(slurm),
+        env=env if path is None else {**env, "PATH": f"{path}:{env['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -75,6 +97,15 @@ def running(slurm: SlurmHost, *arguments: object) -> Iterator[subprocess.Popen[s
         if process.poll() is None:
             process.kill()
         process.communicate(timeout=60)
+
+
+def all_marks(process: "subprocess.Popen[str]", result: Path) -> set[tuple[str, int]]:
+    """Every mark that was ever seen in the result until the process ended."""
+    seen: set[tuple[str, int]] = set()
+    while process.poll() is None:
+        seen |= set(marks(result).items())
+        time.sleep(0.2)
+    return seen | set(marks(result).items())
 
 
 def end_of(process: "subprocess.Popen[str]") -> str:
@@ -109,10 +140,14 @@ def made_once(before: dict[str, int], result: Path) -> bool:
 
 def submitted(slurm: SlurmHost, folder: Path, script: str, *arguments: object, options: tuple[object, ...] = ()) -> str:
     """The number of a job of one of the scripts in deploy/slurm, submitted from this folder."""
-    env = {**environment(slurm), "OMP_NUM_THREADS": "1"}
+    return sbatch(slurm, folder, *options, ROOT / "deploy" / "slurm" / script, *arguments)
+
+
+def sbatch(slurm: SlurmHost, folder: Path, *arguments: object) -> str:
+    """The number of a job submitted from this folder, with one thread for torch."""
     done = subprocess.run(
-        ["sbatch", "--parsable", *map(str, options), str(ROOT / "deploy" / "slurm" / script), *map(str, arguments)],
-        env=env,
+        ["sbatch", "--parsable", *map(str, arguments)],
+        env={**environment(slurm), "OMP_NUM_THREADS": "1"},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -124,9 +159,8 @@ def submitted(slurm: SlurmHost, folder: Path, script: str, *arguments: object, o
 
 
 def log_of(folder: Path, number: str) -> str:
-    """What a submitted script wrote."""
-    file = folder / f"influences-{number}.log"
-    return file.read_text() if file.is_file() else ""
+    """What a submitted script wrote, or each element of an array."""
+    return "".join(log.read_text() for log in sorted(folder.glob(f"influences-{number}*.log")))
 
 
 def strips_done(result: Path) -> int:

@@ -1,27 +1,28 @@
-"""The scripts of deploy/slurm, submitted as they are."""
+"""The scripts of deploy/slurm, submitted as they are, and what becomes of them when the queue interferes."""
 
+import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from distinfluence import open_influences
-from tests.reference import Reference
 from tests.slurm.conftest import queue
 from tests.slurm.host import SlurmHost
 from tests.slurm.runs import (
+    STRIPS,
+    assert_right,
     cluster_file,
+    command,
     jobs_in,
     log_of,
     made_once,
     marks,
+    sbatch,
     slow_job,
     states,
     strips_done,
     submitted,
     wait_for,
 )
-from tests.zoo import build
 
 pytestmark = pytest.mark.slurm
 
@@ -29,11 +30,11 @@ pytestmark = pytest.mark.slurm
 def test_a_driver_job_goes_on_where_it_stopped_at_its_limit_and_when_it_is_requeued(
     slurm: SlurmHost, tmp_path: Path
 ) -> None:
-    job, result = slow_job(tmp_path), tmp_path / "influences.zarr"
+    job, result = slow_job(tmp_path, 1.5), tmp_path / "influences.zarr"
     number = submitted(slurm, tmp_path, "driver.sbatch", job, cluster_file(tmp_path))
     wait_for(lambda: strips_done(result) > 0, "strips")
     first = set(jobs_in(slurm, "RUNNING")) - {number}
-    slurm("scancel", "--batch", "--signal=TERM", number)  # as --signal=B:TERM@180 does
+    slurm("scancel", "--batch", "--signal=USR1", number)  # as --signal=B:USR1@180 does
     wait_for(lambda: "requeueing job" in log_of(tmp_path, number), "the requeue")
     assert "stopped; what was written stays" in log_of(tmp_path, number)
     before = marks(result)
@@ -43,27 +44,57 @@ def test_a_driver_job_goes_on_where_it_stopped_at_its_limit_and_when_it_is_reque
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
     assert states(slurm)[number] == "COMPLETED", log_of(tmp_path, number)
     assert made_once(before, result)
+    assert_right(result)
     assert first and second
     assert {states(slurm)[worker] for worker in first | second} == {"CANCELLED"}
 
 
-def test_one_allocation_with_a_scheduler_file_holds_everything(slurm: SlurmHost, tmp_path: Path) -> None:
-    options = ("--ntasks=2", "--cpus-per-task=1")
-    number = submitted(slurm, tmp_path, "allocation.sbatch", slow_job(tmp_path), options=options)
-    wait_for(lambda: queue(slurm) == [], "the end of the job")
-    assert states(slurm)[number] == "COMPLETED", log_of(tmp_path, number)
-    assert open_influences(tmp_path / "influences.zarr").complete
-    assert not list(tmp_path.glob(".influences-*"))
-
-
-def test_an_array_of_jobs_makes_one_matrix(slurm: SlurmHost, tmp_path: Path) -> None:
-    job = slow_job(tmp_path, chunks={"train": 1, "test": 2, "panel": 6})
-    submitted(slurm, tmp_path, "array.sbatch", job, options=("--array=0-2", "--cpus-per-task=1", "--mem=2G"))
+def test_a_driver_job_that_is_cancelled_does_not_come_back_and_takes_its_workers_along(
+    slurm: SlurmHost, tmp_path: Path
+) -> None:
+    job, result = slow_job(tmp_path), tmp_path / "influences.zarr"
+    # more workers than there is room for: two of them are still waiting
+    cluster = cluster_file(tmp_path, workers=4, cores=4, job_extra_directives=["--nodelist=n1"])
+    number = submitted(slurm, tmp_path, "driver.sbatch", job, cluster, options=("--nodelist=n2",))
+    wait_for(lambda: strips_done(result) > 0, "strips")
+    assert len(jobs_in(slurm, "PENDING")) == 2
+    slurm("scancel", number)
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
-    logs = "".join(log.read_text() for log in tmp_path.glob("influences-*.log"))
-    result = open_influences(tmp_path / "influences.zarr")
-    assert result.complete, logs
-    expected = Reference(build("mlp classification")).influences("hessian", 0.01).numpy()
-    np.testing.assert_allclose(result[:], expected, rtol=1e-6, atol=1e-4)  # stored in float32
-    assert np.isfinite(result.relative_residual).all()
-    assert not (tmp_path / ".influences.zarr.scratch").exists()
+    found = states(slurm)
+    assert found[number] == "CANCELLED", log_of(tmp_path, number)
+    assert "requeueing" not in log_of(tmp_path, number)
+    assert {state for other, state in found.items() if int(other) > int(number)} == {"CANCELLED"}
+    assert strips_done(result) < STRIPS
+
+
+def test_a_run_in_a_job_that_is_requeued_goes_on_by_itself_and_an_array_makes_up_for_a_killed_element(
+    slurm: SlurmHost, tmp_path: Path
+) -> None:
+    # two jobs of their own, side by side
+    plain, shared = slow_job(tmp_path / "plain"), slow_job(tmp_path / "shared")
+    begun, result = plain.parent / "influences.zarr", shared.parent / "influences.zarr"
+    array = ("--array=0-2", "--cpus-per-task=1", "--mem=2G")
+    number = sbatch(slurm, plain.parent, "--wrap", shlex.join(command("run", plain)), "--mem=4G", "-o", "log")
+    elements = submitted(slurm, shared.parent, "array.sbatch", shared, options=array)
+
+    wait_for(lambda: strips_done(begun) > 0, "strips of the plain run")
+    first = marks(begun)
+    slurm("scontrol", "requeue", number)
+    wait_for(lambda: strips_done(result) > 0, "strips of the array")
+    slurm("scancel", "--signal=KILL", "--full", f"{elements}_1")
+    wait_for(lambda: queue(slurm) == [], "the end of all jobs")
+
+    log = (plain.parent / "log").read_text()
+    assert states(slurm)[number] == "COMPLETED", log
+    assert 0 < len(first) < STRIPS
+    assert made_once(first, begun)
+    assert_right(begun)
+
+    before = marks(result)
+    assert len(before) < STRIPS
+    assert {"0", "2"} <= {str(int(name) % 3) for name in before}
+    submitted(slurm, shared.parent, "array.sbatch", shared, options=array)
+    wait_for(lambda: queue(slurm) == [], "the end of all jobs")
+    assert made_once(before, result)
+    assert_right(result)
+    assert not (shared.parent / ".influences.zarr.scratch").exists()

@@ -1,0 +1,393 @@
+"""The tasks of one run on a cluster: few under way, failures tried again, what stands still started elsewhere.
+
+An `Agenda` says what is to be done and in which order; a `Flight` submits it, waits, and sees to what goes wrong.
+Workers that die are the scheduler's business, which runs again what they ran and makes again what they held. Workers
+that are only silent are not: they may come back. What they run and what only they hold is made a second time elsewhere,
+and the first to finish wins.
+"""
+
+import asyncio
+import math
+import queue
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask.delayed import Delayed
+from distributed import Client, Future, KilledWorker
+
+from distinfluence.errors import ClusterError, DiskFullError
+
+TASKS_PER_THREAD = 3  # in flight; two keep a worker busy, the third covers the way to the scheduler
+RETRIES = 2  # of a task that raised, or whose workers died time after time
+SLOW_FACTOR = 4.0  # times the usual way from submission to result, after which a task gets a backup
+SLOW_SECONDS = 20.0  # and no sooner; also how long a worker may be silent until its tasks do
+TICK_SECONDS = 1.0  # between looks at the clock and the cluster while nothing arrives
+
+Task = Callable[..., Any]
+Failures = dict[int, Exception]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A task with its own arguments; those that all share come first. workers: where it should run, None: anywhere."""
+
+    task: Task
+    arguments: tuple[object, ...]
+    with_shared: bool = True
+    workers: list[str] | None = None
+    priority: int = 0
+
+
+class Agenda(ABC):
+    """What a flight is to do, as tasks with numbers."""
+
+    def __init__(self) -> None:
+        self._alone: deque[int] = deque()  # to be tried when nothing else is left
+
+    def next(self, under_way: int, window: int) -> int | None:
+        """The next task to start, None if none may be now. under_way: tasks, of `window` that there should be."""
+        found = self._next(under_way, window)
+        return self._alone.popleft() if found is None and not under_way and self._alone else found
+
+    @abstractmethod
+    def _next(self, under_way: int, window: int) -> int | None:
+        """As `next`, but for tasks that are to be tried alone."""
+
+    @abstractmethod
+    def call(self, index: int) -> Call:
+        """How a task is called."""
+
+    @abstractmethod
+    def again(self, index: int, alone: bool = False) -> None:
+        """A task is to be done again: as soon as it can, or alone when the others are done."""
+
+    @abstractmethod
+    def see(self, workers: Sequence[str]) -> None:
+        """The workers that may be given tasks now; told at the start and every second."""
+
+    def keeps(self, index: int) -> bool:
+        """Whether the result stays on the worker that made it."""
+        return False
+
+    @abstractmethod
+    def finished(self, index: int, future: "Future[Any]") -> None:
+        """A task is done; what is kept is in the agenda's care from now on."""
+
+    def kept(self) -> "dict[int, Future[Any]]":
+        """Results that are on workers and still needed."""
+        return {}
+
+    def lost(self, index: int) -> list[int]:
+        """A kept result cannot be had: make it again. The tasks that cannot go on as they were called."""
+        return []
+
+
+class Queue(Agenda):
+    """One task for each item, in their order."""
+
+    def __init__(self, task: Task, items: Sequence[tuple[object, ...]], workers: list[str] | None = None) -> None:
+        super().__init__()
+        self._task, self._items, self._workers = task, items, workers
+        self._waiting, self._failed = iter(range(len(items))), deque[int]()
+
+    def _next(self, under_way: int, window: int) -> int | None:
+        if self._failed:
+            return self._failed.popleft()
+        return next(self._waiting, None) if under_way < window else None
+
+    def call(self, index: int) -> Call:
+        """The task with this item."""
+        return Call(self._task, self._items[index], workers=self._workers)
+
+    def again(self, index: int, alone: bool = False) -> None:
+        """Next, or alone."""
+        (self._alone if alone else self._failed).append(index)
+
+    def see(self, workers: Sequence[str]) -> None:
+        """Dask finds a place for each."""
+
+    def finished(self, index: int, future: "Future[Any]") -> None:
+        """Its result has been fetched."""
+
+
+@dataclass
+class Flight:
+    """The tasks of an agenda: which are under way and since when, which came back how often.
+
+    shared: values that tasks have in common; they are sent once, as tasks of their own, so that they survive the
+    workers that hold them. resources: that a worker must have. events: counts what happens.
+    """
+
+    client: Client
+    agenda: Agenda
+    shared: tuple[object, ...]
+    name: str
+    resources: Mapping[str, float]
+    slow_seconds: float
+    events: Counter[str]
+    sent: "list[Future[Any]]" = field(default_factory=list)
+    arrived: "queue.SimpleQueue[tuple[Future[Any], Any]]" = field(default_factory=queue.SimpleQueue)
+    under_way: dict[int, dict[str, "Future[Any]"]] = field(default_factory=dict)
+    since: dict[int, float] = field(default_factory=dict)
+    latest: dict[int, float] = field(default_factory=dict)
+    numbers: Counter[int] = field(default_factory=Counter)
+    failed: Counter[int] = field(default_factory=Counter)
+    backed_up: set[int] = field(default_factory=set)
+    usual: deque[float] = field(default_factory=lambda: deque(maxlen=101))
+    window: int = 2
+    workers: list[str] = field(default_factory=list)
+    silent: set[str] = field(default_factory=set)
+
+    def results(self, failures: Failures | None) -> Iterator[tuple[int, Any]]:
+        """Fill the window, wait, yield, until nothing waits and nothing is under way.
+
+        What goes on at the end, come what may, is cancelled.
+        """
+        try:
+            yield from self._results(failures)
+        finally:
+            with suppress(Exception):  # the scheduler may be what has gone
+                own = [future for attempts in self.under_way.values() for future in attempts.values()]
+                self.client.cancel([*own, *self.agenda.kept().values(), *self.sent], force=True)
+
+    def _results(self, failures: Failures | None) -> Iterator[tuple[int, Any]]:
+        self._see_workers()
+        looked = time.monotonic()
+        self._share()
+        while True:
+            while (index := self.agenda.next(len(self.under_way), self.window)) is not None:
+                self._submit(index)
+            if not self.under_way:
+                return
+            found = self._arrival()
+            if time.monotonic() - looked > TICK_SECONDS:
+                self._see_workers()
+                self._back_up_stragglers()
+                looked = time.monotonic()
+            if found is None:
+                continue
+            future, result = found
+            index = int(str(future.key).rsplit("-", 2)[1])
+            if str(future.key) not in self.under_way.get(index, {}):
+                continue  # a backup, or what was backed up, that came second
+            error = self._error(future, index, result)
+            if error is None:
+                self.usual.append(time.monotonic() - self.since[index])
+                self._forget(index, but=future if self.agenda.keeps(index) else None)
+                self.agenda.finished(index, future)
+                if not self.agenda.keeps(index):
+                    yield index, result
+            elif error is not _AGAIN:
+                self._forget(index)
+                if failures is None:
+                    raise error
+                self.events["set apart"] += 1
+                failures[index] = error
+
+    def _see_workers(self) -> None:
+        threads = able_workers(self.client, self.resources)
+        self.workers = sorted(set(threads) - self.silent)
+        self.window = max(2, TASKS_PER_THREAD * sum(threads.values()))
+        self.agenda.see(self.workers)
+
+    def _share(self, workers: list[str] | None = None) -> None:
+        """Send what the tasks share; again where the worker that has it may stand still."""
+        n = len(self.sent)
+        self.sent += [
+            send(self.client, value, f"{self.name}-shared-{n + i}", workers) for i, value in enumerate(self.shared)
+        ]
+
+    def _submit(self, index: int, workers: list[str] | None = None) -> None:
+        client, call = self.client, self.agenda.call(index)
+        parts = [client.compute(part) if isinstance(part, Delayed) else part for part in call.arguments]
+        shared = self.sent[len(self.sent) - len(self.shared) :] if call.with_shared else []
+        self.numbers[index] += 1
+        key = f"{call.task.__name__}-{self.name}-{index}-{self.numbers[index]}"
+        extra: dict[str, Any] = {"resources": dict(self.resources)} if self.resources else {}
+        # no worker that is not heard of gets more to do
+        asked = workers or call.workers or (self.workers if self.silent else None)
+        if asked:
+            extra |= {"workers": asked, "allow_other_workers": True}
+        future = client.submit(call.task, *shared, *parts, key=key, pure=False, priority=call.priority, **extra)
+        self.under_way.setdefault(index, {})[key] = future
+        self.latest[index] = time.monotonic()
+        self.since.setdefault(index, self.latest[index])
+        self.events["submitted"] += 1
+        future.add_done_callback(self._note if self.agenda.keeps(index) else self._fetch)
+
+    def _note(self, future: "Future[Any]") -> None:
+        self.arrived.put((future, None))
+
+    def _fetch(self, future: "Future[Any]") -> None:
+        """Bring the result here without waiting for it: the worker that holds it may stand still."""
+
+        async def fetch() -> None:
+            result: Any = None
+            try:
+                if future.status == "finished":
+                    result = await self.client.gather(future, asynchronous=True)
+            except BaseException as error:
+                result = _Lost(error)
+                raise
+            finally:
+                self.arrived.put((future, result))
+
+        loop = self.client.loop
+        with suppress(RuntimeError):  # it has been closed: the run is over
+            if loop is not None:
+                asyncio.run_coroutine_threadsafe(fetch(), loop.asyncio_loop)  # type: ignore[attr-defined]
+
+    def _arrival(self) -> "tuple[Future[Any], Any] | None":
+        try:
+            return self.arrived.get(timeout=TICK_SECONDS)
+        except queue.Empty:
+            if self.client.status not in ("running", "connecting"):
+                raise scheduler_is_gone() from None
+            return None
+
+    def _error(self, future: "Future[Any]", index: int, result: object) -> Exception | None:
+        """None for a result, _AGAIN if the task goes on in another way, else what it failed with for good."""
+        if future.status == "finished" and not isinstance(result, _Lost):
+            return None
+        if future.status in ("lost", "pending") and self.agenda.keeps(index) and self.client.status == "running":
+            return None  # its holder died just now: the scheduler has it made again
+        if future.status != "error":  # cancelled or lost: the scheduler has gone, or somebody cancelled it
+            if self.client.status != "running":
+                raise scheduler_is_gone()
+            why = f": {result.error}" if isinstance(result, _Lost) else ", cancelled by somebody else"
+            error: Exception = ClusterError(f"the task {future.key} came to nothing{why}.")
+        else:
+            found = future.exception()
+            error = found if isinstance(found, Exception) else RuntimeError(str(found))
+        if isinstance(error, DiskFullError):
+            raise error  # a full disk is full for all
+        del self.under_way[index][str(future.key)]
+        future.release()
+        if self.under_way[index]:
+            return _AGAIN
+        self.failed[index] += 1
+        if self.failed[index] <= RETRIES:
+            self.events["retried"] += 1
+            self._forget(index)
+            # the task that workers died on was perhaps only beside the one that kills: alone, that will be seen
+            self.agenda.again(index, alone=isinstance(error, KilledWorker))
+            return _AGAIN
+        return killed(error) if isinstance(error, KilledWorker) else error
+
+    def _forget(self, index: int, but: "Future[Any] | None" = None) -> None:
+        for future in self.under_way.pop(index, {}).values():
+            if future is but:
+                continue
+            if not future.done():
+                future.cancel(force=True)
+            future.release()
+        self.since.pop(index, None)
+
+    def _back_up_stragglers(self) -> None:
+        """Start again elsewhere what takes far longer than usual, or waits for a worker that is not heard of."""
+        client, now, slow = self.client, time.monotonic(), self.slow_seconds
+        old = [i for i in sorted(self.under_way) if now - self.latest[i] > slow]
+        if not old and not self.silent:
+            return
+        seen = {a: w["last_seen"] for a, w in client.scheduler_info(n_workers=-1)["workers"].items()}
+        self.silent = {address for address, at in seen.items() if max(seen.values()) - at > slow}
+        if self.silent:
+            self._see_workers()
+            self._make_again_what_only_silent_workers_hold()
+        limit = max(slow, SLOW_FACTOR * statistics.median(self.usual)) if self.usual else math.inf
+        shared_again = self._only_silent_workers_hold(self.sent[len(self.sent) - len(self.shared) :])
+        if shared_again and self.workers:
+            self._share(self.workers)
+        processing = client.processing()
+        for index in old:
+            if index not in self.under_way:
+                continue
+            busy = self._busy_on(index, processing)
+            silent = bool(shared_again) or bool(busy and busy <= self.silent)
+            slow_one = now - self.since[index] > limit and index not in self.backed_up
+            elsewhere = sorted(set(self.workers) - busy)
+            if (silent or (busy and slow_one)) and elsewhere:
+                self.events["backed up"] += 1
+                self.backed_up.add(index)
+                self._submit(index, elsewhere)
+
+    def _busy_on(self, index: int, processing: Mapping[str, Sequence[object]]) -> set[str]:
+        """The workers that run a task, or have done it while the result does not come."""
+        own = self.under_way[index]
+        busy = {worker for worker, keys in processing.items() if not set(map(str, keys)).isdisjoint(own)}
+        return busy | {w for held in self.client.who_has(list(own.values())).values() for w in held}
+
+    def _only_silent_workers_hold(self, futures: "list[Future[Any]]") -> set[str]:
+        """Keys of those futures that are done and cannot be had."""
+        if not futures or not self.silent:
+            return set()
+        held = self.client.who_has(futures)
+        return {str(key) for key, workers in held.items() if workers and set(workers) <= self.silent}
+
+    def _make_again_what_only_silent_workers_hold(self) -> None:
+        kept = self.agenda.kept()
+        stuck = self._only_silent_workers_hold(list(kept.values()))
+        for index, future in kept.items():
+            if str(future.key) in stuck:
+                self.events["made again"] += 1
+                for waiting in self.agenda.lost(index):
+                    self._forget(waiting)
+
+
+_AGAIN = Exception()
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """In place of a result that could not be fetched."""
+
+    error: BaseException
+
+
+def able_workers(client: Client, resources: Mapping[str, float]) -> dict[str, int]:
+    """Address → threads of the workers that have these resources; with resources, one task each at a time."""
+    if not resources:
+        return dict(client.nthreads())
+    return {
+        address: 1
+        for address, worker in all_workers(client).items()
+        if all(worker["resources"].get(name, 0) >= amount for name, amount in resources.items())
+    }
+
+
+def all_workers(client: Client) -> Mapping[str, Any]:
+    """Address → what the scheduler says of that worker.
+
+    Not from `scheduler_info`: the client itself replaces what that returns every two seconds, by one without workers.
+    """
+    found: Mapping[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]  # type: ignore[union-attr]
+    return found
+
+
+def send(client: Client, value: object, key: str, workers: list[str] | None = None) -> "Future[Any]":
+    """A value on the cluster, made by a task: if its holder dies it is made again."""
+    extra: dict[str, Any] = {"workers": workers, "allow_other_workers": True} if workers else {}
+    return client.submit(_itself, value, key=key, pure=False, **extra)
+
+
+def _itself(value: object) -> object:
+    return value
+
+
+def killed(error: KilledWorker) -> ClusterError:
+    """What to raise for a task that workers keep dying on."""
+    return ClusterError(
+        f"a task killed several workers in a row: {error}. Usually memory: use smaller chunks, or workers with a "
+        "higher memory limit. What was written stays; go on with resume."
+    )
+
+
+def scheduler_is_gone() -> ClusterError:
+    """What to raise when the scheduler does not answer any more."""
+    return ClusterError("the scheduler is gone. What was written stays: start the cluster again and go on with resume.")

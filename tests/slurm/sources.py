@@ -1,0 +1,33 @@
+"""A model for jobs that take their time, named as `tests.slurm.sources:…`, so that workers build it for themselves."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tests.zoo import build
+
+
+class SlowGradients(nn.Module):
+    """The model, but where gradients by sample are made of it, as for each strip, it takes some seconds."""
+
+    def __init__(self, model: nn.Module, seconds: float) -> None:
+        super().__init__()
+        self.model = model
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            time.sleep(self.seconds)
+        out: Tensor = self.model(x)
+        return out
+
+
+def slow_model(seconds: float, log: str = "") -> nn.Module:
+    """log: a file in which each process that builds it leaves its node and the GPUs that it may use."""
+    if log:
+        with Path(log).open("a") as file:
+            file.write(f"{os.environ.get('SLURMD_NODENAME')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+    return SlowGradients(build("mlp classification").model, seconds)
