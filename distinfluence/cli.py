@@ -6,8 +6,9 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from distinfluence.config import Job
     from distinfluence.job_points import Axis, JobPoints
     from distinfluence.store import InfluenceResult
+    from distinfluence.store.manifest import RunState
 
 Kind = Literal["image", "text", "table"]
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

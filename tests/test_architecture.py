@@ -22,8 +22,8 @@ from tests.solvers.contract import SolverForm
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "distinfluence").rglob("*.py"))
 PACKAGES = [file for file in FILES if file.endswith("__init__.py")]
-_EXPORTING = ("browse", "curvature", "evaluate", "scaling", "solvers")
-DOCUMENTED = ["distinfluence", *(f"distinfluence.{name}" for name in _EXPORTING)]
+PUBLIC = ("browse", "curvature", "evaluate", "influence", "scaling", "solvers", "store")
+DOCUMENTED = ["distinfluence", *(f"distinfluence.{name}" for name in PUBLIC)]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ LAYERS = {
         lazily=frozenset({"matplotlib", "pandas", "pyarrow"}),
     ),
     "application": Layer(
+        about="job files and the command line",
         files=("config", "job", "job_points", "samples", "summary", "demo", "cli", "__main__"),
         sees=(*_CORE, "store", "scaling", "evaluate", "package", "browse"),
         top=frozenset({"click", "distributed", "numpy", "pydantic", "torch", "yaml"}),

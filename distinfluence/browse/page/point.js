@@ -8,7 +8,7 @@ const TITLES = { test: "Test point", train: "Training point" };
 const named = (point) => ({ ...(point.id ? { id: point.id } : {}), label: point.label ?? "not known" });
 
 function testFacts(point) {
-  const steps = point.iterations < 0 ? "" : ` in ${point.iterations} iterations`;
+  const steps = point.iterations < 1 ? "" : ` in ${point.iterations} iterations`;
   const bound = point.error_bound === null ? "none"
     : `${shown(point.error_bound, 2)} × gradient norm of the training point`;
   return {
