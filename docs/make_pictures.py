@@ -4,7 +4,7 @@ import sys
 import tempfile
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -15,13 +15,16 @@ from tests.browse.conftest import CHROMIUM, serving
 from tests.browse.results import digits
 from tests.walkthrough import follow
 
+View: TypeAlias = tuple[str, Literal["light", "dark"], int]  # address, scheme, height
 PICTURES = Path(__file__).parent / "pictures"
-DEMO = {
-    "matrix": ("#view=matrix&row-order=class&column-order=class&contrast=root", "light", 640),
-    "test-point": ("#view=test&index=159&k=6", "light", 820),
+DEMO: dict[str, View] = {
+    "matrix": ("#view=matrix&row-order=class&column-order=class&contrast=root", "light", 700),
+    "test-point": ("#view=test&index=159&k=8", "light", 800),
+    "training-point": ("#view=train&index=512&k=8", "light", 800),
     "suspects": ("#view=suspects&k=60", "dark", 640),
+    "provenance": ("#view=provenance", "light", 1000),
 }
-TUTORIAL = {
+TUTORIAL: dict[str, View] = {
     "tutorial-test-point": ("#view=test&index=519&k=6", "light", 820),
     "tutorial-suspects": ("#view=suspects&k=30", "light", 640),
 }
@@ -50,10 +53,12 @@ def picture(browser: Browser, url: str, name: str, view: str, scheme: Literal["l
     page.goto(url + view)
     page.wait_for_selector("body[data-shown]:not([data-shown=''])")
     if name == "matrix":
-        page.locator("#map").click(position={"x": 420, "y": 215})
+        page.locator("#map").click(position={"x": 420, "y": 155})
         page.wait_for_selector("#cell p")
     taken = Image.open(BytesIO(page.screenshot()))
-    taken.quantize(64, dither=Image.Dither.NONE).save(PICTURES / f"{name}.png", optimize=True)
+    # as many colours as a palette has, spread over all that there are: else greys are tinted and the ramp is banded
+    small = taken.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    small.save(PICTURES / f"{name}.png", optimize=True)
     page.close()
 
 

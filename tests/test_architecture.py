@@ -22,7 +22,7 @@ from tests.solvers.contract import SolverForm
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "distinfluence").rglob("*.py"))
 PACKAGES = [file for file in FILES if file.endswith("__init__.py")]
-PUBLIC = ("curvature", "evaluate", "influence", "scaling", "solvers", "store")
+PUBLIC = ("browse", "curvature", "evaluate", "influence", "scaling", "solvers", "store")
 DOCUMENTED = ["distinfluence", *(f"distinfluence.{name}" for name in PUBLIC)]
 
 

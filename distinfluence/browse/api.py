@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.browse.convergence import drawn_rows, recorded, strip_runs, worst_rows
-from distinfluence.browse.known import SUSPICIONS, Axis, Json, KnownPoints, number
+from distinfluence.browse.known import SUSPICIONS, Axis, Json, PagePoints, number
 from distinfluence.browse.picture import Permutation, Picture, Pictures, check_window, cluster_order, orders_of
 from distinfluence.browse.rendering import PointSource
 from distinfluence.browse.saliency import check_pair, saliency, strongest
@@ -59,7 +59,7 @@ class ResultApi:
         self.pictures = Pictures(result)
         stored: dict[Axis, PointSource] = {"test": result.points("test"), "train": result.points("train")}
         self.sources: dict[Axis, PointSource] = {**stored, **(sources or {})}
-        self.known = KnownPoints(result, self.sources)
+        self.known = PagePoints(result, self.sources)
         self._sets: dict[bytes, Totals] = {}
         self._tables: dict[str, ClassTable] = {}
         self._read_before = 0

@@ -20,7 +20,7 @@ Json = dict[str, Any]
 Axis = Literal["test", "train"]
 
 
-class KnownPoints:
+class PagePoints:
     """Points of one result. sources: where samples and labels come from. `result` may be opened again."""
 
     def __init__(self, result: InfluenceResult, sources: Mapping[Axis, PointSource]) -> None:

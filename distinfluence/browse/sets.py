@@ -68,18 +68,18 @@ def totals(result: InfluenceResult, tests: NDArray[np.int64]) -> Totals:
     """Each training point's influence on `tests` (ascending), added up. Raises SettingError if that reads too much."""
     if tests.size == result.layout.n_test:
         return Totals(result.train_total.astype(np.float64), [])
-    runs = _runs(tests, result.layout.chunk_shape[0], result.layout.n_test)
-    n_read = sum(rows.stop - rows.start for rows, _ in runs) * result.layout.n_train
+    chunk = result.layout.chunk_shape[0]
+    n_read = np.unique(tests // chunk).size * chunk * result.layout.n_train
     if n_read > MAX_READ:
         raise SettingError(
             f"these {tests.size} test points need {n_read * 4 / 2**30:.1f} GiB to be read, more than the page does at "
-            "once. Take fewer, or add them up in Python with `group`."
+            "once. Take fewer, or `top_of` in Python."
         )
     values, damaged = np.full(result.layout.n_train, np.nan), []
     for i in np.flatnonzero(result.finished_strips()).tolist():
         columns = result.layout.strip_slice(i)
         try:
-            values[columns] = sum(result[rows, columns][own].sum(axis=0, dtype=np.float64) for rows, own in runs)
+            values[columns] = result.rows(tests, columns).sum(axis=0, dtype=np.float64)
         except CorruptStoreError:
             damaged.append(i)
     return Totals(values, damaged)
@@ -121,12 +121,3 @@ def largest(values: NDArray[np.float64], among: NDArray[np.bool_], k: int) -> li
         known = known[np.argpartition(-values[known], k - 1)[:k]]
     chosen: list[int] = known[np.lexsort((known, -values[known]))].tolist()
     return chosen
-
-
-def _runs(tests: NDArray[np.int64], chunk: int, n_test: int) -> list[tuple[slice, NDArray[np.int64]]]:
-    """Ranges of whole chunks of rows that hold the tests, and where in each range they stand."""
-    found = []
-    for run in np.split(tests, np.flatnonzero(np.diff(tests // chunk) > 1) + 1):
-        start = int(run[0]) // chunk * chunk
-        found.append((slice(start, min(n_test, (int(run[-1]) // chunk + 1) * chunk)), run - start))
-    return found

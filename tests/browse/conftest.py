@@ -21,6 +21,14 @@ from tests.browse import results
 CHROMIUM = os.environ.get("DISTINFLUENCE_CHROMIUM", "/usr/bin/chromium")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_links(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Links of pages are not kept among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits' result; copy it before changing it."""
