@@ -41,6 +41,8 @@ autodoc_preserve_defaults = True
 html_theme = "furo"
 html_math_renderer = "mathml"  # browsers draw it by themselves, also without a network
 html_title = f"distinfluence {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_copyright = False
 html_show_sourcelink = False
 
@@ -83,7 +85,7 @@ def _inline_formula(writer: HTML5Translator, node: nodes.math) -> None:
 
 def _formula(writer: HTML5Translator, node: nodes.math_block) -> None:
     formula = tex2mathml(node.astext().strip(), as_block=True)
-    writer.body.append(f'<div class="math" style="overflow-x: auto">{formula}</div>')
+    writer.body.append(f'<div class="math" style="overflow-x: auto; overflow-y: hidden">{formula}</div>')
     raise nodes.SkipNode
 
 
