@@ -78,13 +78,18 @@ class Commands(SphinxDirective):
                     yield f"| | `{record[0].replace('|', '/')}` | {record[1].replace('|', '/')} |"
 
 
+def _drawn(formula: str, *, as_block: bool = False) -> str:
+    """MathML of TeX; signs of norms as high as what stands between them, not as the line."""
+    return re.sub("<mo([^>]*)>([‖|])</mo>", r'<mo\1 stretchy="false">\2</mo>', tex2mathml(formula, as_block=as_block))
+
+
 def _inline_formula(writer: HTML5Translator, node: nodes.math) -> None:
-    writer.body.append(f'<span class="math">{tex2mathml(node.astext())}</span>')
+    writer.body.append(f'<span class="math">{_drawn(node.astext())}</span>')
     raise nodes.SkipNode
 
 
 def _formula(writer: HTML5Translator, node: nodes.math_block) -> None:
-    formula = tex2mathml(node.astext().strip(), as_block=True)
+    formula = _drawn(node.astext().strip(), as_block=True)
     writer.body.append(f'<div class="math" style="overflow-x: auto; overflow-y: hidden">{formula}</div>')
     raise nodes.SkipNode
 
