@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import click
 from docutils import nodes
 from docutils.statemachine import StringList
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from sphinx.writers.html5 import HTML5Translator
 
 import distinfluence
 from distinfluence.cli import main as command_line
@@ -37,7 +39,10 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 
 html_theme = "furo"
+html_math_renderer = "mathml"  # browsers draw it by themselves, also without a network
 html_title = f"distinfluence {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_copyright = False
 html_show_sourcelink = False
 
@@ -73,7 +78,24 @@ class Commands(SphinxDirective):
                     yield f"| | `{record[0].replace('|', '/')}` | {record[1].replace('|', '/')} |"
 
 
+def _drawn(formula: str, *, as_block: bool = False) -> str:
+    """MathML of TeX; signs of norms as high as what stands between them, not as the line."""
+    return re.sub("<mo([^>]*)>([‖|])</mo>", r'<mo\1 stretchy="false">\2</mo>', tex2mathml(formula, as_block=as_block))
+
+
+def _inline_formula(writer: HTML5Translator, node: nodes.math) -> None:
+    writer.body.append(f'<span class="math">{_drawn(node.astext())}</span>')
+    raise nodes.SkipNode
+
+
+def _formula(writer: HTML5Translator, node: nodes.math_block) -> None:
+    formula = _drawn(node.astext().strip(), as_block=True)
+    writer.body.append(f'<div class="math" style="overflow-x: auto; overflow-y: hidden">{formula}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
-    """Connect the docstring filter and the table of commands."""
+    """Connect the docstring filter, the table of commands and the formulas."""
     app.add_directive("commands", Commands)
+    app.add_html_math_renderer("mathml", (_inline_formula, None), (_formula, None))
     app.connect("autodoc-process-docstring", _escape_markup)

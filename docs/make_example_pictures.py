@@ -23,7 +23,7 @@ def main() -> None:
             (PICTURES / f"{script.stem}.txt").write_text(printed)
             for picture in Path(folder).glob("*.png"):
                 taken = Image.open(picture).convert("RGB")
-                taken.quantize(64, dither=Image.Dither.NONE).save(PICTURES / f"example-{picture.name}", optimize=True)
+                taken.quantize(256, dither=Image.Dither.NONE).save(PICTURES / f"example-{picture.name}", optimize=True)
 
 
 if __name__ == "__main__":

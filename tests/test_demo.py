@@ -1,6 +1,7 @@
 """The demo is real: it finds flipped labels, draws a picture, and leaves a result that everything opens."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,21 @@ def test_one_in_twenty_training_labels_is_flipped_and_no_test_label() -> None:
     assert all(truth[tuple(image.tolist())] == int(label) for image, label in zip(x_test, y_test, strict=True))
 
 
+README = ROOT / "README.md"
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?%?")
+
+
+def missing_words(readme: str, printed: str) -> list[str]:
+    """The lines that the README shows of the demo which it does not print, whatever the numbers of this machine."""
+    _, _, after = readme.partition("ends like this:\n\n```text\n")
+    came = [NUMBER.sub("#", line).replace("distinfluence-demo", "demo") for line in printed.splitlines()]
+    came = [re.sub(r" in \S+influences\.zarr", " in demo/influences.zarr", line).strip() for line in came]
+    shown = [
+        NUMBER.sub("#", line).replace("distinfluence-demo", "demo") for line in after.partition("```")[0].splitlines()
+    ]
+    return [line for line in shown if line.strip() not in came]
+
+
 def test_the_demo_finds_flipped_labels_and_says_what_to_do_next(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     outcome = subprocess.run(
@@ -65,6 +81,7 @@ def test_the_demo_finds_flipped_labels_and_says_what_to_do_next(tmp_path: Path) 
     assert recall.found >= 40, "a random order finds 4"
     assert f"{recall.found} have a flipped label" in outcome.stdout
     assert "297 of 297 rows converged" in outcome.stdout
+    assert missing_words(README.read_text(), outcome.stdout) == []
     assert f" top {folder / 'influences.zarr'} 0" in outcome.stdout
     assert (folder / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(entry.name for entry in folder.iterdir()) == ["digits.png", "influences.zarr", "job.yaml", "model.pt"]

@@ -153,8 +153,11 @@ YAML = [*blocks("yaml"), *((name_of(f), f.read_text()) for f in (ROOT / "deploy"
 def test_a_job_or_cluster_file_that_is_shown_is_taken(page: str, content: str, tmp_path: Path) -> None:
     file = tmp_path / "shown.yaml"
     file.write_text(content)
-    if "kind" in yaml.safe_load(content):
+    shown = yaml.safe_load(content)
+    if "kind" in shown:
         ClusterSection.read(file).spec()
+    elif "model" not in shown:  # lines of a cluster's settings
+        ClusterSection.model_validate({"kind": "slurm", "workers": 1, "settings": shown})
     else:
         Job.read(file).cluster_spec()
 
