@@ -19,8 +19,9 @@ class Demand:
     fit_bytes: held while fitting, where the fit runs. state_bytes: held by each process that solves. row_vectors:
     vectors [p] that a solve holds at its peak for each right-hand side, itself, the solution and the results of
     products counted (`python -m tests.benchmarks.memory` measures them). most_bytes: a limit that the solver keeps to
-    by itself for what grows, 0 for none; beside_vectors: what it holds for each right-hand side beside that. fit_passes, solve_passes: sweeps over the training data, a solve's for
-    each test chunk. by_method: whether the passes are fixed by the method; else a usual number is given.
+    by itself for what grows, 0 for none; beside_vectors: what it holds for each right-hand side beside that.
+    fit_passes, solve_passes: sweeps over the training data, a solve's for each test chunk. by_method: whether the
+    passes are fixed by the method; else a usual number is given.
     """
 
     fit_bytes: int = 0
