@@ -37,6 +37,12 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+def marks(path: Path) -> dict[str, int]:
+    """Strip → when its mark was written."""
+    files = [file for file in (path / "strip_status" / "c").glob("*") if file.suffix != ".partial"]
+    return {file.name: file.stat().st_mtime_ns for file in files}
+
+
 def forking() -> Any:
     """Processes forked from one that has imported everything: they start at once."""
     context = multiprocessing.get_context("forkserver")

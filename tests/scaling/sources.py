@@ -77,6 +77,12 @@ def test() -> tuple[Tensor, Tensor]:
     return build("mlp classification").test
 
 
+def repeated_test(times: int) -> tuple[Tensor, Tensor]:
+    """The test samples again and again."""
+    x, y = test()
+    return torch.cat([x] * times), torch.cat([y] * times)
+
+
 class Labelled(Objective):
     """Cross-entropy on dict batches."""
 
