@@ -83,13 +83,13 @@ class Staged(Progress):
 
     def __init__(self, file: Path | None = None) -> None:
         super().__init__(False)
-        self.now, self._file = "", file
+        self.now, self._noted = "", file
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Bar]:
         self.now = name
-        if self._file is not None:
-            self._file.write_text(name)
+        if self._noted is not None:
+            self._noted.write_text(name)
         with super().stage(name, total, unit) as bar:
             yield bar
         self.now = ""
