@@ -5,7 +5,8 @@ Run: python -m tests.benchmarks.scale [--workers 1000] [--strips 4000]
 The matrix that is pretended has 256 × 32 test points and 2048 training points a strip: 256 inner chunks a strip, so
 4000 strips are 1,024,000 chunks. Scheduler, workers and client are three processes; CPU seconds and memory are those of
 scheduler and client. Tables: cost of a task by number of tasks; efficiency with tasks that last ten times the measured
-cost × workers, while two workers a second leave and two others join.
+cost × workers, in quiet and while two workers a second leave and two others join. tests/scaling/test_scale.py is this
+in small.
 """
 
 import argparse
@@ -154,16 +155,22 @@ def report(workers: int, strips: int, folder: Path) -> None:
         measure(client, scheduler, 100, 0.01)
         print("| tasks | chunks | wall s | scheduler CPU ms/task | client CPU ms/task | scheduler MiB | client MiB |")
         print("|---|---|---|---|---|---|---|")
-        cost = None
+        costs = []
         for tasks in sorted({100, 400, 1000, strips}):
-            cost = measure(client, scheduler, tasks, 0.01)
+            costs.append(cost := measure(client, scheduler, tasks, 0.01))
             print(
                 f"| {tasks} | {tasks * CHUNKS_PER_STRIP} | {cost.wall:.1f} | {1e3 * cost.scheduler_cpu / tasks:.2f} | "
                 f"{1e3 * cost.client_cpu / tasks:.2f} | {cost.scheduler_mib:.0f} | {cost.client_mib:.0f} |",
                 flush=True,
             )
-        assert cost is not None
-        seconds = 10 * cost.each * workers
+        each = [cost.each for cost in costs]
+        grown = costs[-1].scheduler_mib + costs[-1].client_mib - costs[0].scheduler_mib - costs[0].client_mib
+        print(
+            f"scheduler and client: {1e3 * min(each):.2f} to {1e3 * max(each):.2f} CPU ms a task, "
+            f"{grown:.0f} MiB more after {strips} tasks than after {costs[0].tasks}",
+            flush=True,
+        )
+        seconds = 10 * each[-1] * workers
         for churn in (False, True):
             if churn:
                 flag.touch()

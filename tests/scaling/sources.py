@@ -21,20 +21,20 @@ def model() -> nn.Module:
 
 
 class Slow(nn.Module):
-    """The model, but each evaluation takes a tenth of a second."""
+    """The model, but each evaluation takes some time."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, seconds: float) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.seconds = model, seconds
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.1)
+        time.sleep(self.seconds)
         out: Tensor = self.model(x)
         return out
 
 
-def slow_model() -> nn.Module:
-    return Slow(model())
+def slow_model(seconds: float = 0.1) -> nn.Module:
+    return Slow(model(), seconds)
 
 
 def logged_model(log: str) -> nn.Module:
@@ -75,6 +75,12 @@ def train() -> tuple[Tensor, Tensor]:
 
 def test() -> tuple[Tensor, Tensor]:
     return build("mlp classification").test
+
+
+def repeated_test(times: int) -> tuple[Tensor, Tensor]:
+    """The test samples again and again."""
+    x, y = test()
+    return torch.cat([x] * times), torch.cat([y] * times)
 
 
 class Labelled(Objective):

@@ -1,47 +1,23 @@
-"""What happens when a worker, a chunk or the whole run fails: nothing is lost, nothing is made twice, all is said.
+"""What happens when a task, a chunk or a worker fails: it is tried again, then set apart, and the rest goes on."""
 
-CHAOS_KILLS: how many workers are killed, 20 unless set; CHAOS_RUNS: how many whole runs, 4 unless set.
-"""
-
-import functools
 import os
-import random
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from distributed import Client
 
-from distinfluence import (
-    ArnoldiInfluence,
-    CgInfluence,
-    DaskInfluenceCalculator,
-    DirectInfluence,
-    ModelRecipe,
-    Recipe,
-    SequentialInfluenceCalculator,
-    open_influences,
-)
-from distinfluence.errors import ChunkFailedError, DiskFullError, SettingError, StoreError
+from distinfluence import ArnoldiInfluence, DirectInfluence, SequentialInfluenceCalculator, open_influences
+from distinfluence.errors import ChunkFailedError, SettingError
 from distinfluence.scaling import ClusterSpec, connected, flight
 from distinfluence.scaling.executor import InProcess, OnCluster
 from distinfluence.store import InfluenceWriter
-from tests.scaling import sources
-from tests.test_job import content
+from tests.scaling.chaos import DEADLINE, marks
 from tests.zoo import Case, build
-
-KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
-RUNS = int(os.environ.get("CHAOS_RUNS", "4"))
-ROOT = Path(__file__).parents[2]
-DEADLINE = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +25,8 @@ def case() -> Case:
     return build("mlp classification")
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 def direct(case: Case) -> DirectInfluence:
     return DirectInfluence(case.model, case.loss, 0.01, second_order_mode="ggn")
-
-
-def marks(path: Path) -> dict[str, int]:
-    """Strip → when its mark was written."""
-    found = {}
-    for file in (path / "strip_status" / "c").glob("*"):
-        if file.suffix != ".partial":
-            found[file.name] = file.stat().st_mtime_ns
-    return found
 
 
 # --- tasks ---------------------------------------------------------------------------------------------------------
@@ -255,208 +215,3 @@ def test_what_a_power_cut_took_of_the_test_points_is_written_again_at_the_end(
     assert result.complete
     assert np.isfinite(np.asarray(result.test_loss)).all()
     assert np.isfinite(np.asarray(result.relative_residual)).all()
-
-
-def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from distinfluence.scaling import tasks
-
-    full = DiskFullError("`scratch`: No space left on device")
-    save = tasks.save_factors
-    written: list[Any] = []
-
-    def filling(*args: Any) -> None:
-        if len(written) == 1:
-            raise full
-        written.append(args)
-        save(*args)
-
-    def run() -> Any:
-        model = CgInfluence(case.model, case.loss, 0.01, rtol=1e-10, atol=0.0, second_order_mode="ggn")
-        calculator = SequentialInfluenceCalculator(model, scratch=tmp_path / "scratch").fit(*case.train, chunk_size=12)
-        return calculator.to_zarr(
-            tmp_path / "i.zarr", *case.test, test_chunk_size=2, solve="rows", resume=True, progress=False
-        )
-
-    monkeypatch.setattr(tasks, "save_factors", filling)
-    with pytest.raises(DiskFullError, match="No space"):
-        run()
-    assert len(list((tmp_path / "scratch").rglob("fields-*.npy"))) == 1
-
-    def counting(*args: Any) -> None:
-        written.append(args)
-        save(*args)
-
-    monkeypatch.setattr(tasks, "save_factors", counting)
-    assert run().complete
-    assert len(written) == 3  # each test chunk once, over both runs
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a file system needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(disk: Path, leave: int) -> None:
-    """Take all space but so many bytes."""
-    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
-    (disk / "filler").write_bytes(b"x" * max(0, free - leave))
-
-
-def test_a_disk_that_is_full_again_and_again_loses_nothing(case: Case, small_disk: Path, tmp_path: Path) -> None:
-    calculator = SequentialInfluenceCalculator(direct(case), scratch=tmp_path / "scratch")
-    calculator.fit(*case.train, chunk_size=2)
-    quiet = calculator.to_zarr(tmp_path / "quiet.zarr", *case.test, test_chunk_size=2, progress=False)
-    output, seen, errors = small_disk / "i.zarr", dict[str, int](), list[str]()
-    for leave in (150_000, 60_000, 60_000, 60_000):
-        (small_disk / "filler").unlink(missing_ok=True)
-        fill(small_disk, leave)
-        try:
-            calculator.to_zarr(output, *case.test, test_chunk_size=2, resume=True, progress=False)
-        except StoreError as error:
-            errors.append(str(error))
-        now = marks(output)
-        assert seen.items() <= now.items()  # what was whole was left as it was
-        seen = now
-    assert len(errors) >= 2
-    assert all("space" in error for error in errors)
-    assert 0 < len(seen) < 12
-    (small_disk / "filler").unlink()
-    result = calculator.to_zarr(output, *case.test, test_chunk_size=2, resume=True, progress=False)
-    assert result.complete
-    assert seen.items() <= marks(output).items()
-    np.testing.assert_array_equal(result[:], quiet[:])
-
-
-def test_a_worker_that_is_stopped_and_continued_costs_nothing(own_cluster: Client, case: Case, tmp_path: Path) -> None:
-    recipe = ModelRecipe(Recipe("tests.scaling.sources:slow_model"))
-    model = DirectInfluence(sources.slow_model(), case.loss, 0.01, second_order_mode="ggn")
-    calculator = DaskInfluenceCalculator(model, own_cluster, recipe=recipe).fit(*case.train, chunk_size=1)
-    quiet = calculator.to_zarr(tmp_path / "quiet.zarr", *case.test, progress=False)
-    pid = sorted(own_cluster.run(os.getpid).values())[0]
-    output, ended = tmp_path / "i.zarr", threading.Event()
-
-    def stop_for_a_while() -> None:
-        wait_for(lambda: len(marks(output)) >= 3)
-        os.kill(pid, signal.SIGSTOP)
-        ended.wait(4.0)
-        os.kill(pid, signal.SIGCONT)
-
-    thread = threading.Thread(target=stop_for_a_while)
-    thread.start()
-    try:
-        result = calculator.to_zarr(output, *case.test, progress=False)
-    finally:
-        ended.set()
-        thread.join(DEADLINE)
-    assert result.complete
-    np.testing.assert_array_equal(result[:], quiet[:])
-
-
-class Killer:
-    """Kills random workers, one after the other, while a run goes on. seed: of the choice and of the moments."""
-
-    def __init__(self, client: Client, seed: int) -> None:
-        self.client, self.random, self.kills = client, random.Random(seed), 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._strike, daemon=True)
-
-    def _strike(self) -> None:
-        while self.kills < KILLS and not self._stop.wait(self.random.uniform(0.2, 1.5)):
-            try:
-                pids = self.client.run(os.getpid, on_error="ignore")
-                os.kill(self.random.choice(sorted(pids.values())), signal.SIGKILL)
-            except (OSError, IndexError):
-                continue  # just died
-            self.kills += 1
-
-    def __enter__(self) -> "Killer":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join(DEADLINE)
-
-
-def test_workers_killed_at_random_cost_their_tasks_and_nothing_else(
-    own_cluster: Client, case: Case, tmp_path: Path
-) -> None:
-    def patient(dask_scheduler: Any) -> None:
-        dask_scheduler.allowed_failures = 100
-
-    own_cluster.run_on_scheduler(patient)
-    recipe = ModelRecipe(Recipe("tests.scaling.sources:slow_model"))
-    model = DirectInfluence(sources.slow_model(), case.loss, 0.01, second_order_mode="ggn")
-
-    def run(path: Path) -> Any:
-        calculator = DaskInfluenceCalculator(model, own_cluster, recipe=recipe)
-        calculator.fit(*case.train, chunk_size=1)
-        return calculator.to_zarr(path, *case.test, test_chunk_size=1, progress=False)
-
-    quiet = run(tmp_path / "quiet.zarr")
-    with Killer(own_cluster, seed=0) as killer:
-        result = run(tmp_path / "i.zarr")
-    assert killer.kills >= 1
-    assert result.complete
-    np.testing.assert_array_equal(result[:], quiet[:])
-    np.testing.assert_array_equal(result.top(0).indices, quiet.top(0).indices)
-
-
-def written_or_ended(output: Path, enough: int, process: "subprocess.Popen[str]") -> bool:
-    return len(marks(output)) >= enough or process.poll() is not None
-
-
-def test_a_run_killed_whole_goes_on_from_its_strips_to_the_same_bits(tmp_path: Path) -> None:
-    def job(name: str, model: str) -> Path:
-        path = tmp_path / f"{name}.yaml"
-        described = content(
-            model={"factory": f"tests.scaling.sources:{model}"},
-            chunks={"train": 1, "test": 2},
-            cluster={"kind": "local", "workers": 1},
-            output=f"{name}.zarr",
-        )
-        path.write_text(yaml.safe_dump(described))
-        return path
-
-    def start(path: Path) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-m", "distinfluence", "run", str(path), "--resume", "--quiet"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            start_new_session=True,
-        )
-
-    path, output = job("killed", "slow_model"), tmp_path / "killed.zarr"
-    chance = random.Random(1)
-    seen: dict[str, int] = {}
-    for _ in range(RUNS):
-        process, enough = start(path), min(len(seen) + chance.randint(1, 3), 22)
-        wait_for(functools.partial(written_or_ended, output, enough, process))
-        os.killpg(process.pid, signal.SIGKILL)  # client, scheduler, nanny and worker
-        process.communicate(timeout=60)
-        now = marks(output)
-        assert seen.items() <= now.items()  # what was whole was left as it was
-        seen = now
-    process = start(path)
-    said, _ = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 0, said
-    assert seen.items() <= marks(output).items()
-    undisturbed = start(job("quiet", "slow_model"))
-    said, _ = undisturbed.communicate(timeout=DEADLINE)
-    assert undisturbed.returncode == 0, said
-    result, quiet = open_influences(output), open_influences(tmp_path / "quiet.zarr")
-    assert result.complete
-    np.testing.assert_array_equal(result[:], quiet[:])

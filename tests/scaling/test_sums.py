@@ -182,3 +182,23 @@ def test_the_tasks_of_a_pass_are_counted_and_chunks_stay_where_they_were(
         where.append({file.name: len(file.read_text()) for file in (tmp_path / turn).iterdir()})
     assert sum(where[1].values()) == 23
     assert sum(abs(where[0].get(pid, 0) - n) for pid, n in where[1].items()) <= 4
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Kernel: a megabyte for each chunk."""
+
+    def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        time.sleep(0.02)
+        return (torch.ones(2**17, dtype=torch.float64),)
+
+
+def test_sums_are_added_where_they_were_made_and_few_are_sent(own: Client, plane: DaskPlane) -> None:
+    def sent(dask_worker: Any) -> int:
+        return int(dask_worker.transfer_outgoing_bytes_total)
+
+    before = sum(own.run(sent).values())
+    (total,) = plane.sum(Wide())
+    assert torch.equal(total, torch.full_like(total, 23))
+    # of 23 groups and 8 additions two cross over, more where a worker is slow and the other takes from it
+    assert sum(own.run(sent).values()) - before < 12 * 2**20
