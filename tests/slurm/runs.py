@@ -1,5 +1,6 @@
 """Runs from the command line, as a user calls it, over worker jobs."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -90,6 +91,8 @@ def running(slurm: SlurmHost, *arguments: object, path: Path | None = None) -> I
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # a shell has what it runs in the background ignore Ctrl-C, these tests included
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         yield process
