@@ -71,17 +71,17 @@ def test_a_run_in_a_job_that_is_requeued_goes_on_by_itself_and_an_array_makes_up
     slurm: SlurmHost, tmp_path: Path
 ) -> None:
     # two jobs of their own, side by side
-    plain, shared = slow_job(tmp_path / "plain"), slow_job(tmp_path / "shared")
+    plain, shared = slow_job(tmp_path / "plain", 1), slow_job(tmp_path / "shared", 3)
     begun, result = plain.parent / "influences.zarr", shared.parent / "influences.zarr"
     array = ("--array=0-2", "--cpus-per-task=1", "--mem=2G")
-    number = sbatch(slurm, plain.parent, "--wrap", shlex.join(command("run", plain)), "--mem=4G", "-o", "log")
     elements = submitted(slurm, shared.parent, "array.sbatch", shared, options=array)
+    number = sbatch(slurm, plain.parent, "--wrap", shlex.join(command("run", plain)), "--mem=4G", "-o", "log")
 
+    wait_for(lambda: strips_done(result) > 0, "strips of the array")
+    slurm("scancel", "--signal=KILL", "--full", f"{elements}_1")
     wait_for(lambda: strips_done(begun) > 0, "strips of the plain run")
     first = marks(begun)
     slurm("scontrol", "requeue", number)
-    wait_for(lambda: strips_done(result) > 0, "strips of the array")
-    slurm("scancel", "--signal=KILL", "--full", f"{elements}_1")
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
 
     log = (plain.parent / "log").read_text()
