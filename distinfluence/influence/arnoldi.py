@@ -17,7 +17,7 @@ from distinfluence.curvature import SecondOrderMode
 from distinfluence.gradients import SampleGradients, micro_batches
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import USUAL_STEPS, Demand
+from distinfluence.influence.demand import GROWING, USUAL_STEPS, Demand
 from distinfluence.influence.scores import InfluenceMode, influence_mode
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.arnoldi import Arnoldi
@@ -102,11 +102,13 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         return self.residual_rows != 0
 
     def demand(self) -> Demand:
-        """The eigenvectors, and a basis of twice as many while they are found."""
+        """The eigenvectors, and the basis that they are found in, as large as it may grow."""
         vector = self.risk.size * self.risk.dtype.itemsize
         state = self.rank_estimate * vector
-        rows = self.solver(1.0).block(self.rank_estimate)
-        return Demand(3 * state, state, 3.0, 0, USUAL_STEPS, int(self.solves_over_data), False, rows)
+        solver = self.solver(1.0)
+        basis = solver.most_basis(self.risk.size, self.risk.dtype.itemsize) * vector
+        rows, block = 5.0 + self.complement, solver.block(self.rank_estimate)
+        return Demand(GROWING * basis + state, state, rows, 0, USUAL_STEPS, int(self.solves_over_data), False, block)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the eigenvectors."""

@@ -1,6 +1,6 @@
 """Influence by conjugate gradients on curvature products: nothing of size p × p is made.
 
-Memory: about six blocks of rows [k, p]. Work: one pass over the training data for each iteration, for all k test
+Memory: 12 blocks of rows [k, p], 11 row by row. Work: one pass over the training data for each iteration, for all k test
 points together, so give it many at once.
 """
 
@@ -10,7 +10,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import Demand
+from distinfluence.influence.demand import SKETCHING, Demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.block_cg import BlockCG
@@ -77,8 +77,11 @@ class CgInfluence(InfluenceFunctionModel):
         )
 
     def demand(self) -> Demand:
-        """Solutions, residuals, directions and their images, twice where blocks are kept orthonormal."""
-        return Demand(row_vectors=8.0)
+        """Solutions, residuals, directions and their images, and copies of them while blocks are made orthonormal."""
+        helped = self.pre_conditioner is not None
+        state = (getattr(self.pre_conditioner, "rank", 0) or 0) * self.risk.size * self.risk.dtype.itemsize
+        rows = 12.0 if self.use_block_cg else 11.0 + helped
+        return Demand(SKETCHING * state, state, rows, fit_passes=int(helped))
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the iteration."""

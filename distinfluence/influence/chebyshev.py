@@ -1,6 +1,6 @@
 """Influence by Chebyshev semi-iteration: products and updates of rows, and nothing that waits for anything else.
 
-Memory: about ten blocks of rows [k, p]. Work: one pass over the training data for each step, about ½·√cond·ln(2/rtol)
+Memory: 10 blocks of rows [k, p]. Work: one pass over the training data for each step, about ½·√cond·ln(2/rtol)
 of them, and 5 to 40 passes of 4 rows to find the ends of the spectrum.
 """
 
@@ -62,8 +62,8 @@ class ChebyshevInfluence(InfluenceFunctionModel):
         return Chebyshev(damping=damping, rtol=rtol, maxiter=self.maxiter, seed=self.seed)
 
     def demand(self) -> Demand:
-        """Five blocks; Lanczos for the ends of the spectrum first."""
-        return Demand(row_vectors=5.0, fit_passes=USUAL_STEPS)
+        """Ten blocks; Lanczos for the ends of the spectrum first."""
+        return Demand(row_vectors=10.0, fit_passes=USUAL_STEPS)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the iteration."""

@@ -27,7 +27,7 @@ from distinfluence.errors import SettingError
 from distinfluence.gradients import SampleGradients
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization, damping_by_block, resolved
-from distinfluence.influence.demand import Demand
+from distinfluence.influence.demand import DECOMPOSING, Demand
 from distinfluence.influence.fitted import Fitted
 from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode
@@ -45,7 +45,7 @@ from distinfluence.layers.scores import (
 from distinfluence.layers.units import Unit
 from distinfluence.objective import Loss, Objective
 from distinfluence.risk import EmpiricalRisk
-from distinfluence.solvers.base import Outcome, check_count, check_rhs, default_rtol, relative_residuals
+from distinfluence.solvers.base import Outcome, check_count, check_rhs, default_rtol, relative_residuals, row_norms
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.ekfac import Ekfac, inverse_values
 
@@ -140,14 +140,16 @@ class EkfacInfluence(InfluenceFunctionModel):
         return Ekfac(damping)
 
     def demand(self) -> Demand:
-        """Two factors and their eigenvectors for each weight matrix, float64 while they are decomposed."""
-        squares = 0
+        """Two factors for each weight matrix, in float64 in the fit, and what the largest takes to be decomposed."""
+        squares, largest, p = 0, 0, self.risk.size
         for shape in self.risk.blocks.shapes.values():
             sides = (shape[0], shape.numel() // shape[0] + 1) if len(shape) > 1 else (1, 1)
             squares += sum(side * side for side in sides)
-        state = squares * self.risk.dtype.itemsize + self.risk.size * self.risk.dtype.itemsize
+            largest = max(largest, *sides)
+        state = squares * self.risk.dtype.itemsize + 8 * p  # eigenvectors, and eigenvalues in float64
+        fit = 8 * squares + DECOMPOSING * largest**2 + 8 * p
         solve = 0 if not self.solves_over_data else max(1, self.cg_iterations + 1)
-        return Demand(3 * state, state, 3.0, 0, 2 if self.update_diagonal else 1, solve, True, sum_bytes=state)
+        return Demand(fit, state, 5.0, 0, 2 if self.update_diagonal else 1, solve, True, sum_bytes=state)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the factors."""
@@ -273,8 +275,8 @@ class EkfacInfluence(InfluenceFunctionModel):
         outcome = tuple(Outcome.CONVERGED if done else Outcome.APPROXIMATE for done in converged.tolist())
         bound, rigorous = None, False
         if self.kind_of_bound != "none":
-            bound = relative * gradients.double().norm(dim=1).cpu() / least
-            bound = bound + 16 * torch.finfo(gradients.dtype).eps * factors.double().norm(dim=1).cpu()
+            bound = relative * row_norms(gradients).cpu() / least
+            bound = bound + 16 * torch.finfo(gradients.dtype).eps * row_norms(factors).cpu()
             rigorous = True
         return factors, SolveReport(relative, iterations, converged, outcome, {}, bound, rigorous, remarks)
 

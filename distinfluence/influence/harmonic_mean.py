@@ -56,7 +56,7 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
 
     def demand(self) -> Demand:
         """No fit; a pass for the factors and one for the residual."""
-        return Demand(row_vectors=4.0, solve_passes=1 + (self.residual_rows != 0), by_method=True)
+        return Demand(row_vectors=7.0, solve_passes=1 + (self.residual_rows != 0), by_method=True)
 
     def settings(self) -> dict[str, object]:
         """The common settings, and how many residuals are measured."""

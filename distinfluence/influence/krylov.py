@@ -10,7 +10,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import USUAL_BASIS, Demand
+from distinfluence.influence.demand import BESIDE_BASIS, GROWING, USUAL_BASIS, Demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.krylov import BASIS_BYTES, BlockKrylov
@@ -66,7 +66,8 @@ class KrylovInfluence(InfluenceFunctionModel):
 
     def demand(self) -> Demand:
         """A block of the basis and one of its images for each step, up to `basis_bytes`."""
-        return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=self.basis_bytes)
+        most = GROWING * self.basis_bytes
+        return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=most, beside_vectors=BESIDE_BASIS)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the iteration."""

@@ -93,8 +93,8 @@ class LissaInfluence(InfluenceFunctionModel):
         )
 
     def demand(self) -> Demand:
-        """Four blocks. Its steps take one batch each; as many batches as the data have are one pass."""
-        return Demand(row_vectors=4.0)
+        """Eight blocks in full batches, and averages beside them on mini-batches: as many as the data have are a pass."""
+        return Demand(row_vectors=8.0 if self.full_batch else 13.0)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the recursion."""

@@ -1,6 +1,6 @@
 """Influence by a Nyström sketch of the curvature: one or two passes for the fit, another for each call's residuals.
 
-Memory: about 4·rank·p numbers while fitting, rank·p after it. Another damping costs nothing.
+Memory: about 8·rank·p numbers while fitting, rank·p after it. Another damping costs nothing.
 """
 
 from torch import nn
@@ -9,7 +9,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import Demand
+from distinfluence.influence.demand import SKETCHING, Demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.nystroem import NystroemSketch
 
@@ -69,7 +69,7 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
     def demand(self) -> Demand:
         """The sketch, its image and their orthonormal basis; a pass for the sketch, one for the residual."""
         state = self.rank * self.risk.size * self.risk.dtype.itemsize
-        return Demand(4 * state, state, 3.0, 0, 1, int(self.solves_over_data), True, self.rank)
+        return Demand(SKETCHING * state, state, 5.0, 0, 1, int(self.solves_over_data), True, self.rank)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the sketch."""

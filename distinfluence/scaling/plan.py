@@ -336,7 +336,8 @@ def _stages(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rat
 
 def _solving(work: Work, rows: int) -> int:
     needed = int((work.demand.row_vectors + 2) * rows * work.row)
-    return min(needed, work.demand.most_bytes + 2 * rows * work.row) if work.demand.most_bytes else needed
+    beside = int((work.demand.beside_vectors + 2) * rows * work.row)
+    return min(needed, work.demand.most_bytes + beside) if work.demand.most_bytes else needed
 
 
 def _room(work: Work, machine: Machine) -> int:
@@ -364,7 +365,7 @@ def _test_chunk(work: Work, machine: Machine) -> int:
     if work.over_data and not machine.alone:
         vectors = max(vectors, (5 + results_held(GROUPS, machine.workers)) * work.row)
     if work.demand.most_bytes and room > work.demand.most_bytes:
-        vectors, room = 2 * work.row, room - work.demand.most_bytes
+        vectors, room = int((work.demand.beside_vectors + 2) * work.row), room - work.demand.most_bytes
     most = max(1, min(TEST_CHUNK, room // vectors))
     fair = _ceil(work.n_test, machine.workers)
     return min(work.n_test, most, fair if fair >= 64 or not work.over_data else most)

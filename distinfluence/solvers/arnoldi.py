@@ -164,6 +164,13 @@ class Arnoldi(Solver[Eigenpairs]):
         # 16 rows find 200 pairs in 25 passes, 32 in 14 with 12 % more products: wider for more pairs
         return self.block_size or min(max(BLOCK, rank // 8), rank)
 
+    def most_basis(self, size: int, itemsize: int) -> int:
+        """Rows that the basis may have before a thick restart, for vectors of so many numbers of so many bytes."""
+        rank = min(self.rank_estimate, size)
+        block = min(self.block(rank), size)
+        fitting = BASIS_BYTES // (size * itemsize)
+        return self.max_basis or max(min(MOST_BLOCKS * block, fitting), 2 * rank, rank + 4 * block)
+
     def fit(self, operator: CurvatureOperator) -> Eigenpairs:
         """The leading eigenpairs, until they have converged, the whole space is searched, or `maxiter` passes spent."""
         search = _Search(self, operator)
@@ -263,16 +270,12 @@ class _Search:
         self._block = min(solver.block(self._rank), operator.size)
         self._tol = solver.tol
         self._seed = solver.seed
-        self._most = solver.max_basis or self._default_basis()
+        self._most = solver.most_basis(operator.size, operator.dtype.itemsize)
         self._maxiter = solver.maxiter or MOST_PASSES + math.ceil(self._rank / self._block)
         self._passes = 0
         self._invariant: Tensor | None = None  # the values that were wanted when the space was invariant last
         start = random_rows(operator, self._block, self._seed)
         self._lanczos = BlockLanczos(operator, start, self._most)
-
-    def _default_basis(self) -> int:
-        fitting = BASIS_BYTES // (self._operator.size * self._operator.dtype.itemsize)
-        return max(min(MOST_BLOCKS * self._block, fitting), 2 * self._rank, self._rank + 4 * self._block)
 
     def goes_on(self) -> bool:
         """Whether there is a block to go on with and something to find. Starts afresh in an invariant space."""

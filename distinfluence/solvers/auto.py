@@ -27,7 +27,7 @@ from distinfluence.solvers.nystroem_preconditioner import NystroemPreConditioner
 
 DIRECT_SIZE = 10_000  # parameters; the work of a dense factorisation grows with their cube
 KRYLOV_STEPS = 40  # blocks that a basis is expected to need at most
-CG_BLOCKS = 8  # blocks of rows that conjugate gradients hold
+CG_BLOCKS = 12  # blocks of rows that conjugate gradients hold
 SHARE = 0.5  # of the free memory that a solver may take
 
 

@@ -7,7 +7,7 @@ Solvers touch the curvature only through `curvature.base` and know neither model
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Generic, Self, TypeVar
@@ -19,6 +19,8 @@ from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import DtypeError, NonFiniteError, SettingError, ShapeError
 
 StateT = TypeVar("StateT", bound="SolverState")
+
+WIDENED = 2**16  # numbers of a block that are held in float64 at once
 
 
 class Outcome(StrEnum):
@@ -163,13 +165,25 @@ def row_norms(rows: Tensor) -> Tensor:
     return norms
 
 
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a_i, b_i⟩ of each row, [k], accumulated in float64."""
+    dots = [torch.linalg.vecdot(x.double(), y.double()) for x, y in _few_rows(a, b)]
+    return torch.cat(dots) if dots else a.new_zeros(0, dtype=torch.float64)
+
+
+def _few_rows(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of both, as many at once as may be widened: whole blocks in float64 would double a solve's memory."""
+    step = max(1, WIDENED // max(1, a.shape[1]))
+    return zip(a.split(step), b.split(step), strict=True)
+
+
 def relative_residuals(rhs: Tensor, product: Tensor) -> Tensor:
     """‖rhs − product‖ / ‖rhs‖ of each row, [k] float64 on the CPU; the norm itself for a zero rhs.
 
     product: (A + λI) x for each row, fresh. The difference is taken in float64.
     """
     size = row_norms(rhs)
-    residual = row_norms(rhs.double() - product.double())
+    residual = torch.cat([row_norms(b.double() - image.double()) for b, image in _few_rows(rhs, product)] or [size])
     return torch.where(size > 0, residual / torch.where(size > 0, size, 1.0), residual).cpu()
 
 

@@ -64,7 +64,9 @@ class BlockCG(ConjugateSolver):
             mix, r = mix[:, used], r[used]
             z = state.precondition(r)
             conjugate = -(inverse @ (q @ z.T).double()).to(rhs.dtype)
-            p = orthonormal_rows(z + conjugate.T @ p)
+            p = (conjugate.T @ p).add_(z)
+            del q, z  # orthonormal_rows needs their memory
+            p = orthonormal_rows(p)
             if p.shape[0] == 0:
                 break
         return result
@@ -90,7 +92,7 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     directions with a singular value below 10·√p·eps of the largest are rounding and are dropped.
     """
     length = row_norms(rows)
-    scaled = rows[length > 0] / length[length > 0].to(rows.dtype)[:, None]
+    scaled = rows[length > 0].div_(length[length > 0].to(rows.dtype)[:, None])
     if scaled.shape[0] == 0:
         return scaled
     q, r = torch.linalg.qr(scaled.T)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distinfluence.solvers.base import row_norms
+from distinfluence.solvers.base import row_dots, row_norms
 from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch
 from distinfluence.solvers.iterative import Steps
 
@@ -30,11 +30,11 @@ class CG(ConjugateSolver):
         result = Steps.none(rhs)
         rows = torch.arange(rhs.shape[0], device=rhs.device)
         r, z = rhs.clone(), state.precondition(rhs)
-        p, rz = z.clone(), _dots(r, z)
+        p, rz = z.clone(), row_dots(r, z)
         watch = DriftWatch(state, rhs)
         for _ in range(int(budget.max())):
             q = state.matmat(p)
-            curved = _dots(p, q)
+            curved = row_dots(p, q)
             quotient = curved / row_norms(p) ** 2
             result.curvature[rows] = torch.minimum(result.curvature[rows], quotient)
             result.largest = max(result.largest, float(quotient.abs().max()))
@@ -52,12 +52,6 @@ class CG(ConjugateSolver):
                 break
             rows, r, p, rz = rows[keep], r[keep], p[keep], rz[keep]
             z = state.precondition(r)
-            rz, before = _dots(r, z), rz
+            rz, before = row_dots(r, z), rz
             p = z + (rz / before).to(rhs.dtype)[:, None] * p
         return result
-
-
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a_i, b_i⟩ of each row, accumulated in float64."""
-    dots: Tensor = torch.linalg.vecdot(a.double(), b.double())
-    return dots

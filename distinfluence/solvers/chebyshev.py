@@ -193,7 +193,9 @@ class _Sweep:
         size = start
         for _ in range(steps):
             total[keep] += d
-            r[keep] -= self._state.matmat(d)
+            image = self._state.matmat(d)  # before r[keep], which is a copy
+            r[keep] -= image
+            del image
             self._result.steps[rows[keep]] += 1
             size = row_norms(r)
             on = (size > self.threshold) & (self._result.steps[rows] < self._budget[rows])
@@ -201,7 +203,7 @@ class _Sweep:
                 keep &= on
                 break
             after = 1 / (2 * centre / half - rho) if half > 0 else 0.0
-            d = after * rho * d[on[keep]] + (2 * after / half if half > 0 else 1 / centre) * r[on]
+            d = d[on[keep]].mul_(after * rho).add_(r[on], alpha=2 * after / half if half > 0 else 1 / centre)
             keep, rho = on, after
         sound = size <= GREW * start  # not so for NaN
         self._result.d[rows[sound]] += total[sound]

@@ -138,7 +138,7 @@ class _Run:
             start = self._rhs[rows]
         else:
             start, which = self._residual[todo], torch.arange(len(todo), device=self._x.device)
-        lanczos = BlockLanczos(self._operator, start)
+        lanczos = BlockLanczos(self._operator, start, max(self._most, 3 * start.shape[0]))
         coordinates = (start @ lanczos.next.T).double()
         corrections, steps = self._x.new_zeros(len(todo), self._x.shape[1]), self._steps[todo]
         systems = {
