@@ -9,12 +9,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test slurm-test lint format browser docs bench clean
+.PHONY: help demo test wheel-test tutorial-test slurm-test lint format browser docs bench clean
 
 help: ## Say what can be made.
 	@echo 'distinfluence: influence functions of PyTorch models. Needs Python 3.11 or newer; the rest installs into $(VENV).'
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Install what the demo needs and find mislabelled digits (the result: distinfluence-demo/).
 	@$(BIN)/distinfluence demo
@@ -24,6 +24,12 @@ test: lint ## Install everything for development, then lint, check types and run
 
 slurm-test: $(VENV)/.dev ## Run the tests that need SLURM on one brought up for them; installs it on Debian, as root.
 	DISTINFLUENCE_SLURM=required $(BIN)/python -m pytest -m slurm tests/slurm
+
+wheel-test: $(VENV)/.dev ## Install the built wheel where nothing else is, without a compiler, and run the README there.
+	$(BIN)/python -m tests.first_minutes wheel
+
+tutorial-test: $(VENV)/.dev ## Follow the tutorial in a fresh clone and a fresh environment, made as it says.
+	$(BIN)/python -m tests.first_minutes tutorial
 
 lint: $(VENV)/.dev ## Check style, formatting and types.
 	$(BIN)/ruff check .

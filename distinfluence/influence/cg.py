@@ -1,7 +1,7 @@
 """Influence by conjugate gradients on curvature products: nothing of size p × p is made.
 
-Memory: 12 blocks of rows [k, p], 11 row by row. Work: one pass over the training data for each iteration, for all k test
-points together, so give it many at once.
+Memory: 12 blocks of rows [k, p], 11 row by row. Work: one pass over the training data for each iteration, for all k
+test points together, so give it many at once.
 """
 
 from torch import nn

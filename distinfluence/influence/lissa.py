@@ -93,7 +93,7 @@ class LissaInfluence(InfluenceFunctionModel):
         )
 
     def demand(self) -> Demand:
-        """Eight blocks in full batches, and averages beside them on mini-batches: as many as the data have are a pass."""
+        """Eight blocks in full batches, averages beside them on mini-batches; as many as the data have are one pass."""
         return Demand(row_vectors=8.0 if self.full_batch else 13.0)
 
     def settings(self) -> dict[str, object]:
