@@ -128,13 +128,13 @@ def own_error_of(method: str, name: str, dtype: str) -> float | None:
         inverse = torch.stack([torch.linalg.inv(torch.outer(g, g) + eye) for g in train]).mean(dim=0)
         return relative(found, test @ inverse @ train.T)
     assert isinstance(made, EkfacInfluence)
-    dense = _kronecker(made, method, exact) + at * torch.eye(test.shape[1], dtype=torch.float64)
+    dense = kronecker(made, method, exact) + at * torch.eye(test.shape[1], dtype=torch.float64)
     test, train = (in_row_order(made, rows, exact) for rows in (test, train))
     return relative(found, torch.linalg.solve(dense, test.T).T @ train.T)
 
 
-def _kronecker(made: EkfacInfluence, method: str, exact: Reference) -> Tensor:
-    """[p, p], in the order of the influence model's rows."""
+def kronecker(made: EkfacInfluence, method: str, exact: Reference) -> Tensor:
+    """The matrix of (E)KFAC made densely, [p, p] in the order of the influence model's rows; see `own_error_of`."""
     matrix = in_row_order(made, exact.matrix("ggn" if method == "ekfac" else "empirical_fisher"), exact)
     dense = torch.zeros_like(matrix)
     for basis in bases(made):
