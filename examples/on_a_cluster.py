@@ -4,7 +4,7 @@ The same matrix three times: by workers that are started here; by workers of a s
 joined by its address; and, where there is a queue, by SLURM jobs. The only thing that changes is the `ClusterSpec`. The
 bits are equal.
 
-About 20 seconds on two cores. Prints what each run took and whether its matrix is that of the first. With SLURM, run it
+20 seconds on two idle cores, a minute on busy ones. Prints what each run took and whether its matrix is that of the first. With SLURM, run it
 on a folder that every node sees, and say which partition:
 
     python examples/on_a_cluster.py --out . [--partition cpu]

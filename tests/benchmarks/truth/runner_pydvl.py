@@ -126,7 +126,8 @@ class Runs:
     def ekfac_scores(self, name: str) -> Any:
         """Its scores, and those of the matrix that it has fitted, made layer by layer: [2, 6, n]."""
         train, test, made = self.ekfac_of(name, self.damping)
-        total, start = 0.0, 0
+        total: Any = 0.0
+        start = 0
         both = [made._loss_grad(*data).double() for data in (test, train)]
         for _, (_, right, left, diagonal) in made.ekfac_representation:
             o, i = left.shape[0], right.shape[0]
