@@ -4,8 +4,8 @@ The same matrix three times: by workers that are started here; by workers of a s
 joined by its address; and, where there is a queue, by SLURM jobs. The only thing that changes is the `ClusterSpec`. The
 bits are equal.
 
-20 seconds on two idle cores, a minute on busy ones. Prints what each run took and whether its matrix is that of the first. With SLURM, run it
-on a folder that every node sees, and say which partition:
+20 seconds on two idle cores, a minute on busy ones. Prints what each run took and whether its matrix is that of the
+first. With SLURM, run it on a folder that every node sees, and say which partition:
 
     python examples/on_a_cluster.py --out . [--partition cpu]
 """

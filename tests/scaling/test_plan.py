@@ -138,7 +138,7 @@ def test_methods_say_what_they_need() -> None:
     model = nn.Linear(20, 5)
     loss = nn.CrossEntropyLoss()
     direct = DirectInfluence(model, loss, 0.1).demand()
-    assert direct.state_bytes == 2 * 4 * 105**2
+    assert direct.state_bytes == 16 * 105**2  # float64, whatever the model has
     assert direct.solve_passes == 0
     assert direct.by_method
     assert CgInfluence(model, loss, 0.1).demand().state_bytes == 0
