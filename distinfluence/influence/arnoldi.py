@@ -105,10 +105,10 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         """The eigenvectors, and the basis that they are found in, as large as it may grow."""
         vector = self.risk.size * self.risk.dtype.itemsize
         state = self.rank_estimate * vector
-        basis = self.solver(1.0).most_basis(self.risk.size, self.risk.dtype.itemsize) * vector
-        held, block = 5.0 + self.complement, self.solver(1.0).block(self.rank_estimate)
-        fit = GROWING * basis + state
-        return Demand(fit, state, held, 0, USUAL_STEPS, int(self.solves_over_data), False, fit_rows=block)
+        solver = self.solver(1.0)
+        basis = solver.most_basis(self.risk.size, self.risk.dtype.itemsize) * vector
+        rows, block = 5.0 + self.complement, solver.block(self.rank_estimate)
+        return Demand(GROWING * basis + state, state, rows, 0, USUAL_STEPS, int(self.solves_over_data), False, block)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the eigenvectors."""

@@ -57,7 +57,8 @@ class DirectInfluence(InfluenceFunctionModel):
         """Matrix and factor of each block, and of the largest one what eigenvalues take, in float64; a pass each."""
         sizes = [c.stop - c.start for c in self.risk.blocks.columns.values()]
         state = DENSE_BYTES * sum(size * size for size in sizes)
-        fit, matrix = state + EIGEN_BYTES * max(sizes) ** 2, self.risk.dtype.itemsize * max(sizes) ** 2
+        fit = state + EIGEN_BYTES * max(sizes) ** 2
+        matrix = self.risk.dtype.itemsize * max(sizes) ** 2
         return Demand(fit, state, 10.0, 0, len(sizes), 0, True, sum_bytes=matrix)
 
     def settings(self) -> dict[str, object]:

@@ -69,8 +69,7 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
     def demand(self) -> Demand:
         """The sketch, its image and their orthonormal basis; a pass for the sketch, one for the residual."""
         state = self.rank * self.risk.size * self.risk.dtype.itemsize
-        passes = int(self.solves_over_data)
-        return Demand(SKETCHING * state, state, 5.0, 0, 1, passes, True, fit_rows=self.rank)
+        return Demand(SKETCHING * state, state, 5.0, 0, 1, int(self.solves_over_data), True, self.rank)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the sketch."""
