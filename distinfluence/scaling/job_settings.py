@@ -47,7 +47,7 @@ def cluster_class(kind: str) -> Any:
             import dask_jobqueue
         except ImportError as error:
             raise MissingDependencyError(
-                f"a cluster of kind {kind!r} needs dask-jobqueue. Run: pip install 'distinfluence[slurm]'"
+                f"a cluster of kind {kind!r} needs dask-jobqueue. Run: pip install 'dask-jobqueue>=0.9' cryptography"
             ) from error
         return getattr(dask_jobqueue, QUEUES[kind])
 

@@ -313,7 +313,8 @@ _factors: dict[str, torch.Tensor] = {}
 
 def resident_panels(file: str, panel: int, device: torch.device) -> Iterator[torch.Tensor]:
     """Panels of factors [at most panel, p]: a single one is kept for the next task, several are mapped one by one."""
-    key = f"{file} on {device}"
+    state = os.stat(file)  # damaged factors are made again under the same name, while this process may live on
+    key = f"{file}, {state.st_ino}, {state.st_size} bytes, {state.st_mtime_ns}, on {device}"
     if key not in _factors:
         _factors.clear()
         forget_broadcasts()
