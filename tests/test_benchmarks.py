@@ -16,7 +16,7 @@ HERE = Path(__file__).parent / "benchmarks"
 
 
 def test_every_benchmark_has_its_record_and_the_page_shows_it() -> None:
-    shown = re.findall(r"^```\{literalinclude\} benchmarks/(\w+)\.txt$", PAGE, re.MULTILINE)
+    shown = re.findall(r"^```\{literalinclude\} benchmarks/([\w-]+)\.txt$", PAGE, re.MULTILINE)
     assert sorted(shown) == sorted(bench.name for bench in BENCHES)
     assert {file.stem for file in RECORDS.glob("*.txt")} == set(shown)
 
@@ -38,7 +38,7 @@ def test_the_script_of_a_benchmark_is_there_and_takes_its_arguments(bench: Bench
     script = HERE / f"{bench.module}.py"
     source = (script if script.is_file() else HERE / bench.module / "__main__.py").read_text()
     assert ast.get_docstring(ast.parse(source))
-    assert [option for option in bench.arguments if f'"{option}"' not in source] == []
+    assert [given for given in bench.arguments if not given.isdigit() and f'"{given}"' not in source] == []
 
 
 def test_a_run_is_recorded_and_one_that_fails_leaves_the_record(

@@ -55,7 +55,8 @@ BENCHES = (
     Bench("reading", "reading", 5, ("--memmap",)),
     Bench("scale", "scale", 10),
     Bench("kronecker", "kronecker", 25),
-    Bench("cluster", "cluster", 40),
+    Bench("cluster", "cluster", 3, ("--models", "mlp", "--limit", "150")),
+    Bench("cluster-cnn", "cluster", 40, ("--models", "cnn")),
     Bench("peers", "peers", 60),
     Bench("gpu", "gpu", 5, cuda=True),
 )
