@@ -295,7 +295,7 @@ class Flight:
         old = [i for i in sorted(self.under_way) if now - self.latest[i] > slow]
         if not old and not self.silent:
             return
-        seen = {a: w["last_seen"] for a, w in all_workers(client).items()}
+        seen = {a: w["last_seen"] for a, w in client.scheduler_info(n_workers=-1)["workers"].items()}
         self.silent = {address for address, at in seen.items() if max(seen.values()) - at > slow}
         if self.silent:
             self._see_workers()
