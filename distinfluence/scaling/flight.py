@@ -136,6 +136,7 @@ class Flight:
     under_way: dict[int, dict[str, "Future[Any]"]] = field(default_factory=dict)
     since: dict[int, float] = field(default_factory=dict)
     latest: dict[int, float] = field(default_factory=dict)
+    given: dict[int, float] = field(default_factory=dict)  # how much had been sent when a task was; ∞ if it needs none
     numbers: Counter[int] = field(default_factory=Counter)
     failed: Counter[int] = field(default_factory=Counter)
     backed_up: set[int] = field(default_factory=set)
@@ -217,6 +218,7 @@ class Flight:
         future = client.submit(call.task, *shared, *parts, key=key, pure=False, priority=call.priority, **extra)
         self.under_way.setdefault(index, {})[key] = future
         self.latest[index] = time.monotonic()
+        self.given[index] = len(self.sent) if call.with_shared else math.inf
         self.since.setdefault(index, self.latest[index])
         self.events["submitted"] += 1
         future.add_done_callback(self._note if self.agenda.keeps(index) else self._fetch)
@@ -301,18 +303,20 @@ class Flight:
             self._see_workers()
             self._make_again_what_only_silent_workers_hold()
         limit = max(slow, SLOW_FACTOR * statistics.median(self.usual)) if self.usual else math.inf
-        shared_again = self._only_silent_workers_hold(self.sent[len(self.sent) - len(self.shared) :])
-        if shared_again and self.workers:
+        latest = self.sent[len(self.sent) - len(self.shared) :]
+        if self.workers and self._only_silent_workers_hold(latest):
             self._share(self.workers)
         processing = client.processing()
         for index in old:
             if index not in self.under_way:
                 continue
             busy = self._busy_on(index, processing)
-            silent = bool(shared_again) or bool(busy and busy <= self.silent)
+            # what it was given could be had of nobody, so that it waits, on whichever worker it is
+            waits = self.given[index] < len(self.sent)
+            silent = bool(busy and busy <= self.silent)
             slow_one = now - self.since[index] > limit and index not in self.backed_up
-            elsewhere = sorted(set(self.workers) - busy)
-            if (silent or (busy and slow_one)) and elsewhere:
+            elsewhere = self.workers if waits else sorted(set(self.workers) - busy)
+            if (waits or silent or (busy and slow_one)) and elsewhere:
                 self.events["backed up"] += 1
                 self.backed_up.add(index)
                 self._submit(index, elsewhere)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +109,6 @@ def test_a_worker_that_its_nanny_gave_up_comes_back(own_cluster: Client) -> None
     assert not set(own_cluster.run(os.getpid).values()) & set(before.values())
 
 
-@pytest.mark.skipif("CHAOS_STOPS" not in os.environ, reason="a stopped worker can hang it: set CHAOS_STOPS")
 def test_a_worker_that_stands_still_is_backed_up_and_may_come_back(own_cluster: Client, tmp_path: Path) -> None:
     on_cluster = OnCluster(own_cluster, slow_seconds=1.0)
     try:
@@ -119,6 +119,37 @@ def test_a_worker_that_stands_still_is_backed_up_and_may_come_back(own_cluster: 
     assert found == {i: i for i in range(12)}
     assert on_cluster.events["backed up"] >= 1
     assert on_cluster.events["set apart"] == on_cluster.events["retried"] == 0
+
+
+def test_tasks_that_wait_for_what_only_a_silent_worker_holds_are_sent_again(
+    own_cluster: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (holder, pid), (other, _) = sorted(own_cluster.run(os.getpid).items())
+    send, stopped, late = flight.send, list[Any](), list[bool]()
+
+    def send_and_stop(client: Client, value: object, key: str, workers: list[str] | None = None) -> Any:
+        if stopped:
+            return send(client, value, key, workers)
+        stopped.append(client.submit(lambda: value, key=key, workers=[holder], pure=False))
+        stopped[0].result(DEADLINE)
+        os.kill(pid, signal.SIGSTOP)
+        return stopped[0]
+
+    def give_up() -> None:
+        late.append(True)
+        os.kill(pid, signal.SIGCONT)
+
+    monkeypatch.setattr(flight, "send", send_and_stop)
+    timer = threading.Timer(60.0, give_up)  # a run that waits for ever would say nothing
+    timer.start()
+    try:
+        on_cluster = OnCluster(own_cluster, slow_seconds=1.0)
+        found = dict(on_cluster.follow(flight.Queue(max, [(i,) for i in range(12)], [other]), (5,)))
+    finally:
+        timer.cancel()
+        os.kill(pid, signal.SIGCONT)
+    assert not late
+    assert found == {i: max(i, 5) for i in range(12)}
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------

@@ -106,7 +106,6 @@ def test_workers_killed_at_random_in_a_stage_cost_their_tasks_and_nothing_else(
     assert kills == KILLS
 
 
-@pytest.mark.skipif("CHAOS_STOPS" not in os.environ, reason="a stopped worker can hang it: set CHAOS_STOPS")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_worker_that_stands_still_in_a_stage_costs_nothing(
     quick: Client, case: Case, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
