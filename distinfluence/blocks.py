@@ -76,6 +76,11 @@ class ParameterBlocks:
         return sum(shape.numel() for shape in self.shapes.values())
 
     @property
+    def sizes(self) -> list[int]:
+        """Number of covered parameters of each block, in the order of `columns`."""
+        return [columns.stop - columns.start for columns in self.columns.values()]
+
+    @property
     def coverage(self) -> float:
         """Share of the model's parameters that is covered, 0 to 1."""
         return self.size / self.n_total

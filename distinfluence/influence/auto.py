@@ -6,7 +6,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import BESIDE_BASIS, DENSE_BYTES, EIGEN_BYTES, GROWING, USUAL_BASIS, Demand
+from distinfluence.influence.demand import BESIDE_BASIS, GROWING, USUAL_BASIS, Demand, dense_demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.auto import DIRECT_SIZE, SHARE, Auto, free_bytes
 from distinfluence.solvers.base import default_rtol
@@ -60,11 +60,9 @@ class AutoInfluence(InfluenceFunctionModel):
 
     def demand(self) -> Demand:
         """Those of a dense factorisation for few parameters; else a Krylov basis as large as `memory` allows."""
-        p = self.risk.size
-        if p <= DIRECT_SIZE:
-            state = DENSE_BYTES * p * p
-            matrix = self.risk.dtype.itemsize * p * p
-            return Demand(state + EIGEN_BYTES * p * p, state, 10.0, 0, 1, 0, True, sum_bytes=matrix)
+        sizes = self.risk.blocks.sizes
+        if max(sizes) <= DIRECT_SIZE:
+            return dense_demand(sizes, self.risk.dtype.itemsize, self.looks)
         most = self.memory or int(SHARE * free_bytes(self.risk.device))
         most *= GROWING
         return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=most, beside_vectors=BESIDE_BASIS)

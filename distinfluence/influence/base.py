@@ -267,6 +267,14 @@ class InfluenceFunctionModel(ABC):
         return {block: gradients[:, columns].contiguous() for block, columns in self.risk.blocks.columns.items()}
 
     @property
+    def looks(self) -> int:
+        """Passes of a fit that makes a matrix of each block: one, or two for a Hessian.
+
+        A dense Hessian is compared with products; the sketch of one, which may be indefinite, is seen from both sides.
+        """
+        return len(self.risk.blocks.columns) * (2 if self.second_order_mode is SecondOrderMode.HESSIAN else 1)
+
+    @property
     def kind_of_bound(self) -> str:
         """ "rigorous", "heuristic" or "none": what error bounds the solves of this fit carry."""
         fitted = self._fitted()

@@ -1,5 +1,6 @@
 """What a method will need before it starts: memory beyond the gradients, and passes over the training data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 USUAL_STEPS = 15  # of an iterative solve, where only the matrix knows
@@ -35,3 +36,13 @@ class Demand:
     fit_rows: int = 1
     sum_bytes: int = 0
     beside_vectors: float = 0.0
+
+
+def dense_demand(sizes: Sequence[int], itemsize: int, passes: int) -> Demand:
+    """Of dense factorisations. sizes: parameters of each block; itemsize: bytes of a number; passes: of the fit.
+
+    Matrix and factor of each block, and of the largest one what eigenvalues take, in float64.
+    """
+    state = DENSE_BYTES * sum(size * size for size in sizes)
+    fit, matrix = state + EIGEN_BYTES * max(sizes) ** 2, itemsize * max(sizes) ** 2
+    return Demand(fit, state, 10.0, 0, passes, 0, True, sum_bytes=matrix)

@@ -10,7 +10,7 @@ from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import DENSE_BYTES, EIGEN_BYTES, Demand
+from distinfluence.influence.demand import Demand, dense_demand
 from distinfluence.objective import Loss, Objective
 from distinfluence.solvers.direct import Direct
 
@@ -54,12 +54,8 @@ class DirectInfluence(InfluenceFunctionModel):
         return Direct(damping=damping)
 
     def demand(self) -> Demand:
-        """Matrix and factor of each block, and of the largest one what eigenvalues take, in float64; a pass each."""
-        sizes = [c.stop - c.start for c in self.risk.blocks.columns.values()]
-        state = DENSE_BYTES * sum(size * size for size in sizes)
-        fit = state + EIGEN_BYTES * max(sizes) ** 2
-        matrix = self.risk.dtype.itemsize * max(sizes) ** 2
-        return Demand(fit, state, 10.0, 0, len(sizes), 0, True, sum_bytes=matrix)
+        """Those of a dense factorisation of each block."""
+        return dense_demand(self.risk.blocks.sizes, self.risk.dtype.itemsize, self.looks)
 
     def settings(self) -> dict[str, object]:
         """The common settings."""

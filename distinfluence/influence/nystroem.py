@@ -67,9 +67,9 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
         return self.residual_rows != 0
 
     def demand(self) -> Demand:
-        """The sketch, its image and their orthonormal basis; a pass for the sketch, one for the residual."""
+        """The sketch, its image and their orthonormal basis; passes for the sketch, one for the residual."""
         state = self.rank * self.risk.size * self.risk.dtype.itemsize
-        return Demand(SKETCHING * state, state, 5.0, 0, 1, int(self.solves_over_data), True, self.rank)
+        return Demand(SKETCHING * state, state, 5.0, 0, self.looks, int(self.solves_over_data), True, self.rank)
 
     def settings(self) -> dict[str, object]:
         """The common settings and those of the sketch."""
