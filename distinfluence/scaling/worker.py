@@ -7,6 +7,7 @@ the host. Arguments and results are NumPy arrays and small values.
 
 import fcntl
 import shutil
+import socket
 import tempfile
 import threading
 import uuid
@@ -49,6 +50,7 @@ from distinfluence.solvers.auto import free_bytes
 Chunk: TypeAlias = "ChunkSource | ArrayBatch"
 
 
+_HOST = socket.gethostname().encode()
 RUN_PREFIX = "run-"  # of the folders of single runs in a scratch folder
 
 _one_at_a_time = threading.RLock()
@@ -96,7 +98,8 @@ class Scratch:
 
     `folder` goes, whole, when nothing on this side refers to it: a folder of its own in the named one, or a temporary
     one, which is `kept`, too, if none was named. Contexts hold on to it, so that lazy arrays outlive the calculator
-    that made them. It does not travel. Those of runs that were killed go when the next run comes: their lock is free.
+    that made them. It does not travel. Those of runs of this host that were killed go when its next run comes: their
+    lock is free. Of another host's that cannot be known, as some shared file systems keep locks to the host.
     """
 
     def __init__(self, named: str | Path | None) -> None:
@@ -124,10 +127,11 @@ class Scratch:
 
 
 def _held(folder: Path) -> IO[bytes]:
-    """The lock of a run's folder, which the system releases when its holder dies."""
-    lock = (folder / "lock").open("wb")
+    """The lock of a run's folder, which the system releases when its holder dies. It names the host once it holds."""
+    lock = (folder / "lock").open("wb", buffering=0)
     with suppress(OSError):  # a file system without locks: what is left there stays until somebody removes it
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.write(_HOST)
     return lock
 
 
@@ -137,11 +141,12 @@ def _removed(folder: Path, lock: IO[bytes]) -> None:
 
 
 def _remove_left(scratch: Path) -> None:
-    """Remove the folders of runs whose process is gone."""
+    """Remove the folders of this host's runs whose process is gone."""
     for folder in scratch.glob(f"{RUN_PREFIX}*"):
         with suppress(OSError), (folder / "lock").open("rb+") as lock:  # none yet: it is just being made
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            if lock.read() == _HOST:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,15 +243,17 @@ def test_a_named_scratch_folder_keeps_what_a_later_run_may_take_and_nothing_else
 
 def test_what_killed_runs_left_goes_when_the_next_comes_and_what_others_use_stays(case: Case, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
-    (scratch / "run-killed").mkdir(parents=True)
-    (scratch / "run-killed" / "lock").touch()
+    for name, host in (("run-killed", socket.gethostname()), ("run-elsewhere", "another-host")):
+        (scratch / name).mkdir(parents=True)
+        (scratch / name / "lock").write_text(host)
     (scratch / "run-killed" / "GGNProduct-0.npy").write_bytes(b"1")
     (scratch / "run-beginning").mkdir()  # has no lock yet
     first = calculator(case, scratch)
     second = calculator(case, scratch)
     assert not (scratch / "run-killed").exists()
     assert (scratch / "run-beginning").exists()
-    assert len(list(scratch.glob("run-*/lock"))) == 2
+    assert (scratch / "run-elsewhere").exists()  # whether it lives cannot be seen from here
+    assert len(list(scratch.glob("run-*/lock"))) == 3
     del first, second
 
 
