@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from distinfluence.errors import CorruptStoreError, SettingError
 from distinfluence.store import InfluenceResult
+from distinfluence.store.analysis import strip_total
 
 MAX_READ = 2**29  # entries of a set's rows, 2 GiB
 SOON_READ = 2**26  # entries of the table of classes that are read unasked, 256 MiB
@@ -77,9 +78,8 @@ def totals(result: InfluenceResult, tests: NDArray[np.int64]) -> Totals:
         )
     values, damaged = np.full(result.layout.n_train, np.nan), []
     for i in np.flatnonzero(result.finished_strips()).tolist():
-        columns = result.layout.strip_slice(i)
         try:
-            values[columns] = result.rows(tests, columns).sum(axis=0, dtype=np.float64)
+            values[result.layout.strip_slice(i)] = strip_total(result, tests, i)
         except CorruptStoreError:
             damaged.append(i)
     return Totals(values, damaged)

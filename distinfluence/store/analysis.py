@@ -138,13 +138,19 @@ def rank_set(
     found = empty_ranking(1)
     for i in np.flatnonzero(result.finished_strips()).tolist():
         columns = result.layout.strip_slice(i)
-        values = result.rows(rows, columns)
-        if not np.isfinite(values).all():
-            raise CorruptStoreError(f"strip {i} of {result.path} has missing values. See `damaged_strips`.")
-        total = values.sum(axis=0, dtype=np.float64) / (rows.size if how == "mean" else 1)
+        total = strip_total(result, rows, i) / (rows.size if how == "mean" else 1)
         points = np.arange(columns.start, columns.stop, dtype=np.int32)
         found = merge(found, rank(total.astype(np.float32)[np.newaxis], points, k), k)
     return Ranking(found.indices[0], found.values[0])
+
+
+def strip_total(result: InfluenceResult, rows: NDArray[np.int64], i: int) -> NDArray[np.float64]:
+    """[n], the influences of strip i's training points, added up over test points. Raises CorruptStoreError."""
+    values = result.rows(rows, result.layout.strip_slice(i))
+    if not np.isfinite(values).all():
+        raise CorruptStoreError(f"strip {i} of {result.path} has missing values. See `damaged_strips`.")
+    total: NDArray[np.float64] = values.sum(axis=0, dtype=np.float64)
+    return total
 
 
 def checked_rows(tests: ArrayLike | slice, n_test: int) -> NDArray[np.int64]:
