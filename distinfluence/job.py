@@ -37,12 +37,12 @@ from distinfluence.scaling.chunks import chunked, recut, take_samples
 from distinfluence.scaling.clusters import ANSWER_SECONDS, planned_memory, planned_workers
 from distinfluence.scaling.device import smallest_device, task_device
 from distinfluence.scaling.executor import InProcess, worker_memory
-from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.share import Share
 from distinfluence.scaling.slurm import batch_job
 from distinfluence.scaling.sources import InThisProcess, process_bytes
 from distinfluence.scaling.strips import look
+from distinfluence.scaling.work import Machine
 from distinfluence.scaling.worker import LocalContext, SourcePlane
 from distinfluence.store import InfluenceResult, check_output, chunks_of, find_damage, open_influences
 
@@ -223,6 +223,8 @@ def _planned(
         panel_size=asked.panel or before["panel"],
         solve=before["solve"] if job.solve == "auto" else job.solve,
         top_k=job.top_k,
+        contributions=job.contributions,
+        self_influence=job.self_influence,
         machine=machine,
         calibrate=calibrate,
     )

@@ -5,12 +5,14 @@ from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.clusters import ClusterSpec, connected
 from distinfluence.scaling.logs import LogToFolder
 from distinfluence.scaling.on_dask import DaskInfluenceCalculator
-from distinfluence.scaling.plan import Machine, Plan, Stage, make_plan
+from distinfluence.scaling.plan import Plan, make_plan
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import ModelRecipe, Recipe
 from distinfluence.scaling.saved import load_fit, save_fit
 from distinfluence.scaling.sequential import SequentialInfluenceCalculator
 from distinfluence.scaling.slurm import was_requeued
+from distinfluence.scaling.stages import Stage
+from distinfluence.scaling.work import Machine
 
 __all__ = [
     "ChunkedData",

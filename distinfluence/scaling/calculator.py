@@ -30,7 +30,7 @@ from distinfluence.influence.scores import InfluenceMode, influence_mode
 from distinfluence.scaling.chunks import CHUNK_SIZE, ChunkedData, chunked
 from distinfluence.scaling.executor import Executor
 from distinfluence.scaling.files import require_space
-from distinfluence.scaling.plan import Asked, Machine, Plan, Work, make_plan
+from distinfluence.scaling.plan import Plan, make_plan
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.recipe import fingerprint_module
@@ -47,6 +47,7 @@ from distinfluence.scaling.tasks import (
     influences_of_chunk,
     measure_rates,
 )
+from distinfluence.scaling.work import Asked, Machine, Work
 from distinfluence.scaling.worker import Context, Scratch, SourcePlane
 from distinfluence.store import InfluenceResult, check_output, chunks_of, combine, fingerprint_settings
 from distinfluence.store.folder import place_of
@@ -137,6 +138,8 @@ class InfluenceCalculator(ABC):
         panel_size: int | None = None,
         solve: str = "auto",
         top_k: int = 50,
+        contributions: bool | int = False,
+        self_influence: bool = False,
         machine: Machine | None = None,
         calibrate: bool = False,
     ) -> Plan:
@@ -153,6 +156,8 @@ class InfluenceCalculator(ABC):
         sample = self._sample(context, train)
         shape = _input_shape(sample, influence_mode(mode))
         work = self._work(train, train, test, (sample, self._sample(context, test)), shape, top_k)
+        shown = min(top_k, _n_shown(contributions, influence_mode(mode)))
+        work = replace(work, contributions=shown, self_influence=self_influence)
         rates = None
         if calibrate:
             ((_, rates),) = self._executor().run(measure_rates, (context,), [(train.chunks[0],)])
@@ -336,6 +341,7 @@ class InfluenceCalculator(ABC):
         shape = _input_shape(fitted.sample, mode)
         samples = fitted.sample, self._sample(fitted.context, test)
         work = self._work(fitted.train, columns, test, samples, shape, top_k)
+        work = replace(work, contributions=min(top_k, n_shown), self_influence=self_influence)
         asked = replace(asked, train=columns.sizes[0], test=test.sizes[0])
         plan = make_plan(work, self._machine(), asked)
         self.require_space(plan, path, mantissa_bits)

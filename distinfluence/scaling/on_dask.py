@@ -13,11 +13,11 @@ from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.device import check_device, smallest_device
 from distinfluence.scaling.executor import Executor, OnCluster, check_resources, check_workers, worker_memory
-from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.plane import DaskPlane
 from distinfluence.scaling.recipe import ModelRecipe, Recipe, fingerprint_module
 from distinfluence.scaling.sources import Keys, NpyLeaf, recipe_length, spill
 from distinfluence.scaling.stored import stored
+from distinfluence.scaling.work import Machine
 from distinfluence.scaling.worker import WorkerContext, fitted_travelling, travelling
 
 

@@ -19,134 +19,19 @@ added. The gradients of the training set are made ⌈m / panel⌉ times for the 
 """
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from distinfluence.errors import PlanError
-from distinfluence.gradients import GRADIENT_BYTES, MOST_ROWS, ROW_BYTES
-from distinfluence.influence.demand import Demand
-from distinfluence.sample_risk import KEPT_ROW_BYTES
-from distinfluence.scaling.groups import GROUPS, pass_tasks, results_held
+from distinfluence.scaling.groups import GROUPS, results_held
+from distinfluence.scaling.stages import Stage, ceil, solving_bytes, stages_of
+from distinfluence.scaling.work import Asked, Chunks, Machine, Rates, Work
 
 USABLE = 0.8  # of a worker's memory limit: at 0.7 Dask begins to pause, at 0.95 it kills
 RESIDENT_SHARE = 0.25  # of a worker's memory that factors may take during strips
-KEPT_SHARE, KEPT_MOST = 0.125, 2**30  # of a worker's memory for loaded chunks that it keeps between tasks, and no more
 MOST_STRIPS = 4000  # tasks that scheduler and client carry easily
 STRIPS_PER_WORKER = 4  # at least, so that a slow one does not hold up the end
 SMALLEST, LARGEST = 16, 8192  # training points in a strip, where nobody says better
-ON_HOST = frozenset({"an idle process", "data sets", "kept chunks"})  # parts of a stage that no GPU holds
 TEST_CHUNK = 1024  # test points that are solved together, where memory allows
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be computed.
-
-    n_test, n_train, n_fit: samples of the matrix's rows and columns, and of the fit. p: covered parameters; itemsize:
-    bytes of a number. train_bytes: of one training sample as it is loaded. model_bytes: parameters and buffers.
-    built_bytes: of data sets that every process builds for itself. by_gradients: whether the curvature is made of
-    gradients of single samples, some of which a process then keeps between passes. most_rows: multiplied at once.
-    entry: numbers in an entry of the matrix (1, or those of an input for mode "perturbation"). demand: of the method.
-    """
-
-    n_test: int
-    n_train: int
-    n_fit: int
-    p: int
-    itemsize: int
-    train_bytes: int
-    model_bytes: int
-    demand: Demand
-    entry: int = 1
-    top_k: int = 50
-    over_data: bool = True
-    built_bytes: int = 0
-    by_gradients: bool = False
-    most_rows: int = MOST_ROWS
-
-    def kept(self, n: int, most: int) -> int:
-        """Bytes of loaded chunks of n samples that a process keeps; none where they are views of a built data set."""
-        return 0 if self.built_bytes >= n * self.train_bytes else min(most, n * self.train_bytes)
-
-    @property
-    def row(self) -> int:
-        """Bytes of a vector of parameters."""
-        return self.p * self.itemsize
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where it is to run. workers: processes; memory: bytes that each may take; process: bytes of an idle one.
-
-    device_memory: bytes that each may take on the GPU that it computes on; None where that is the host.
-    alone: whether one process does everything, so that sums wait for nobody.
-    """
-
-    workers: int
-    memory: int
-    process: int
-    device_memory: int | None = None
-    alone: bool = False
-
-    @property
-    def kept(self) -> int:
-        """Bytes of loaded chunks that a worker keeps."""
-        return kept_bytes(self.memory)
-
-    @property
-    def resident(self) -> int:
-        """Bytes where factors are held while strips are made: of the host or its GPU, whichever has fewer."""
-        return self.memory if self.device_memory is None else min(self.memory, self.device_memory)
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """Samples in a chunk: of training points (a strip), of test points solved together, of factors in memory."""
-
-    train: int
-    test: int
-    panel: int
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Chunk sizes that are fixed already; None where the plan chooses."""
-
-    train: int | None = None
-    test: int | None = None
-    panel: int | None = None
-    solve: str = "auto"
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Measured speeds of one process: sample gradients, and sample · row products, in a second; flops of a GEMM."""
-
-    gradients: float
-    products: float
-    flops: float
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage. tasks: submitted; passes: over the training data; parts: what a worker holds → bytes."""
-
-    name: str
-    tasks: int
-    passes: int
-    parts: Mapping[str, int]
-    flops: float = 0.0
-    seconds: float | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Peak of a worker."""
-        return sum(self.parts.values())
-
-    @property
-    def on_device(self) -> Mapping[str, int]:
-        """The parts that lie on the GPU of a worker that has one."""
-        return {name: nbytes for name, nbytes in self.parts.items() if name not in ON_HOST}
 
 
 @dataclass(frozen=True)
@@ -170,17 +55,17 @@ class Plan:
     @property
     def n_strips(self) -> int:
         """Strips of the matrix."""
-        return _ceil(self.work.n_train, self.chunks.train)
+        return ceil(self.work.n_train, self.chunks.train)
 
     @property
     def n_solves(self) -> int:
         """Test chunks, each solved once."""
-        return _ceil(self.work.n_test, self.chunks.test)
+        return ceil(self.work.n_test, self.chunks.test)
 
     @property
     def n_panels(self) -> int:
         """How often the gradients of the training set are made for the strips."""
-        return _ceil(self.work.n_test, self.chunks.panel)
+        return ceil(self.work.n_test, self.chunks.panel)
 
     @property
     def peak(self) -> int:
@@ -202,13 +87,13 @@ class Plan:
             f"  chunks: {chunks.train} training points in each of {_count(self.n_strips, 'strip')}, {chunks.test} test "
             f"points in each of {_count(self.n_solves, 'solve')} (by {self.solve}), factors in "
             f"{_count(self.n_panels, 'panel')} of {chunks.panel}",
-            f"  {'stage':<9}{'tasks':>9}{'passes':>9}{'a worker holds':>18}{'flops':>10}{'about':>10}",
+            f"  {'stage':<15}{'tasks':>9}{'passes':>9}{'a worker holds':>18}{'flops':>10}{'about':>10}",
         ]
         for stage in self.stages:
             seconds = "" if stage.seconds is None else _time(stage.seconds)
             flops = f"{stage.flops:.1e}" if stage.flops else ""
             lines.append(
-                f"  {stage.name:<9}{stage.tasks:>9}{stage.passes:>9}{_size(stage.bytes):>18}{flops:>10}{seconds:>10}"
+                f"  {stage.name:<15}{stage.tasks:>9}{stage.passes:>9}{_size(stage.bytes):>18}{flops:>10}{seconds:>10}"
             )
         lines.append(
             f"  on disk: {_size(self.disk_bytes)} for the result, {_size(self.scratch_bytes)} of scratch while it runs;"
@@ -228,12 +113,12 @@ def make_plan(work: Work, machine: Machine, asked: Asked | None = None, rates: R
         test=min(work.n_test, asked.test or _test_chunk(work, machine)),
         panel=min(work.n_test, asked.panel or max(1, int(RESIDENT_SHARE * machine.resident) // work.row)),
     )
-    n_solves, n_strips = _ceil(work.n_test, chunks.test), _ceil(work.n_train, chunks.train)
+    n_solves, n_strips = ceil(work.n_test, chunks.test), ceil(work.n_train, chunks.train)
     solve = asked.solve
     if solve == "auto":
         solve = "rows" if not work.over_data or n_solves >= machine.workers else "data"
-    stages = _stages(work, machine, chunks, solve, rates)
-    held_here = work.demand.fit_bytes + (_solving(work, chunks.test) if solve == "data" else 0)
+    stages = stages_of(work, machine, chunks, solve, rates)
+    held_here = work.demand.fit_bytes + (solving_bytes(work, chunks.test) if solve == "data" else 0)
     rankings = n_strips * min(work.top_k, chunks.train) * 2 * work.n_test * 8 if work.entry == 1 else 0
     scratch = work.n_test * work.row + work.model_bytes + work.demand.state_bytes
     plan = Plan(
@@ -249,95 +134,6 @@ def make_plan(work: Work, machine: Machine, asked: Asked | None = None, rates: R
     )
     _check(plan)
     return plan
-
-
-def kept_bytes(memory: int) -> int:
-    """Bytes of loaded chunks that a process which may take `memory` bytes keeps between tasks."""
-    return min(KEPT_MOST, int(KEPT_SHARE * memory))
-
-
-def _sweep(work: Work, rows: int, gradients: int) -> int:
-    """Bytes of work space of a pass that multiplies rows; one row is taken at once however many bytes it needs."""
-    if work.by_gradients:
-        return 2 * gradients
-    one = 4 * work.row
-    return one * max(1, min(rows, work.most_rows, ROW_BYTES // one))
-
-
-def _stages(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rates | None) -> tuple[Stage, ...]:
-    demand, b = work.demand, work.itemsize
-    n_solves, n_strips = _ceil(work.n_test, chunks.test), _ceil(work.n_train, chunks.train)
-    panels, fit_chunks = _ceil(work.n_test, chunks.panel), _ceil(work.n_fit, chunks.train)
-    kept = work.kept(work.n_fit, machine.kept)
-    common = {"an idle process": machine.process, "the model": work.model_bytes, "data sets": work.built_bytes}
-    gradients = min(chunks.train * work.row, max(GRADIENT_BYTES, work.row))
-    kept_rows = min(work.n_fit * work.row, KEPT_ROW_BYTES // gradients * gradients) if work.by_gradients else 0
-    fitting, sweeping = (_sweep(work, rows, gradients) for rows in (demand.fit_rows, chunks.test))
-    loaded = {"kept chunks": kept, "kept gradients": kept_rows}
-    results = 2 if machine.alone else 2 + results_held(fit_chunks, machine.workers)
-    fit_sums = demand.fit_rows * work.row + results * max(demand.fit_rows * work.row, demand.sum_bytes)
-    data_sums = (1 + results) * chunks.test * work.row
-    a_pass = 0 if machine.alone else pass_tasks(fit_chunks)
-    solving = {"the fitted state": demand.state_bytes, "the solve": _solving(work, chunks.test)}
-    sweeps = demand.solve_passes * n_solves if work.over_data else 0
-    entries = work.n_test * chunks.train * work.entry
-    product_flops = 12.0 * work.p * work.n_fit
-    at_work = min(machine.workers, fit_chunks, GROUPS)
-    per_pass = 0.0 if rates is None else work.n_fit / rates.products / at_work
-    by_rows = min(machine.workers, n_solves) if solve == "rows" else at_work
-    strips_flops = 2.0 * work.n_test * work.n_train * work.p * (1 if work.entry == 1 else 3)
-    gradient_flops = 6.0 * work.p * work.n_train * panels
-
-    def about(seconds: float) -> float | None:
-        return None if rates is None else seconds
-
-    return (
-        Stage(
-            "fit",
-            fit_chunks + demand.fit_passes * a_pass,
-            demand.fit_passes,
-            common | loaded | ({"products": fitting, "sums": fit_sums} if demand.fit_passes else {}),
-            product_flops * demand.fit_passes,
-            about(per_pass * demand.fit_passes),
-        ),
-        Stage(
-            "factors",
-            n_solves if solve == "rows" else n_solves + sweeps * a_pass,
-            sweeps,
-            common
-            | loaded
-            | {"products": sweeping if work.over_data else 0}
-            | (solving if solve == "rows" else {"test gradients": 2 * chunks.test * work.row, "sums": data_sums}),
-            product_flops * sweeps * chunks.test,
-            about(per_pass * sweeps * chunks.test * at_work / by_rows),
-        ),
-        Stage(
-            "strips",
-            n_strips,
-            panels,
-            common
-            | {
-                "kept chunks": work.kept(work.n_train, machine.kept),
-                "the fitted state": demand.state_bytes,
-                "factors of a panel": chunks.panel * work.row,
-                "kept gradients": kept_rows if solve == "rows" else 0,
-                "gradients": 2 * gradients,
-                "a strip": entries * (2 * b + 4) + (8 * entries if work.entry == 1 else 0),
-            },
-            strips_flops + gradient_flops,
-            about(
-                0.0
-                if rates is None
-                else (panels * work.n_train / rates.gradients + strips_flops / rates.flops) / machine.workers
-            ),
-        ),
-    )
-
-
-def _solving(work: Work, rows: int) -> int:
-    needed = int((work.demand.row_vectors + 2) * rows * work.row)
-    beside = int((work.demand.beside_vectors + 2) * rows * work.row)
-    return min(needed, work.demand.most_bytes + beside) if work.demand.most_bytes else needed
 
 
 def _room(work: Work, machine: Machine) -> int:
@@ -367,7 +163,7 @@ def _test_chunk(work: Work, machine: Machine) -> int:
     if work.demand.most_bytes and room > work.demand.most_bytes:
         vectors, room = int((work.demand.beside_vectors + 2) * work.row), room - work.demand.most_bytes
     most = max(1, min(TEST_CHUNK, room // vectors))
-    fair = _ceil(work.n_test, machine.workers)
+    fair = ceil(work.n_test, machine.workers)
     return min(work.n_test, most, fair if fair >= 64 or not work.over_data else most)
 
 
@@ -377,7 +173,7 @@ def _remarks(work: Work, chunks: Chunks) -> tuple[str, ...]:
         remarks.append(
             f"passes of the factors are a usual number ({work.demand.solve_passes} a solve): the matrix decides."
         )
-    panels = _ceil(work.n_test, chunks.panel)
+    panels = ceil(work.n_test, chunks.panel)
     if panels > 1:
         remarks.append(
             f"factors take {_size(work.n_test * work.row)}, {_size(chunks.panel * work.row)} at a time: the training "
@@ -417,10 +213,6 @@ def _check(plan: Plan) -> None:
 
 def _power_of_two(n: int) -> int:
     return 1 << (max(1, n).bit_length() - 1)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _count(n: int, what: str) -> str:

@@ -11,10 +11,10 @@ from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.device import device_memory
 from distinfluence.scaling.executor import Executor, InProcess
-from distinfluence.scaling.plan import Machine
 from distinfluence.scaling.recipe import ModelRecipe
 from distinfluence.scaling.sources import InThisProcess, process_bytes
 from distinfluence.scaling.stored import stored
+from distinfluence.scaling.work import Machine
 from distinfluence.scaling.worker import LocalContext, SourcePlane, WorkerContext, fitted_travelling, travelling
 from distinfluence.solvers.auto import free_bytes
 

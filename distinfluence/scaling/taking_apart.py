@@ -20,6 +20,7 @@ from distinfluence.scaling.chunks import ChunkedData, taken
 from distinfluence.scaling.files import save_whole
 from distinfluence.scaling.logs import logged_task
 from distinfluence.scaling.progress import Progress
+from distinfluence.scaling.stages import FACTOR_BYTES
 from distinfluence.scaling.worker import Chunk, Context, load, named_samples, torch_task
 from distinfluence.store import InfluenceWriter, write_contributions
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from distinfluence.scaling.strips import Fitted
 
 SHOWN = 10  # pairs at each end of a ranking that are taken apart, where nobody says better
-FACTOR_BYTES = 256 * 2**20  # of factors that are multiplied at once
 MOST_TESTS, MOST_TOKEN_POINTS = 64, 4  # test points, training points of sequences, that are multiplied at once
 
 

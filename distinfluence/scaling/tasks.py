@@ -30,8 +30,8 @@ from distinfluence.influence.scores import InfluenceMode
 from distinfluence.risk import EmpiricalRisk
 from distinfluence.scaling.files import appearing, save_whole, scratch_errors
 from distinfluence.scaling.logs import logged_task
-from distinfluence.scaling.plan import Rates
 from distinfluence.scaling.sources import ChunkSource, built_bytes
+from distinfluence.scaling.work import Rates
 from distinfluence.scaling.worker import (
     Chunk,
     Context,

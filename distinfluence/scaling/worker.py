@@ -42,9 +42,9 @@ from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.device import task_device
 from distinfluence.scaling.files import save_whole
-from distinfluence.scaling.plan import kept_bytes
 from distinfluence.scaling.recipe import ModelRecipe
 from distinfluence.scaling.sources import ChunkSource
+from distinfluence.scaling.work import kept_bytes
 from distinfluence.solvers.auto import free_bytes
 
 Chunk: TypeAlias = "ChunkSource | ArrayBatch"

@@ -15,7 +15,7 @@ from distinfluence.influence.demand import Demand
 from distinfluence.scaling import Machine, make_plan
 from distinfluence.scaling.device import device_memory, smallest_device
 from distinfluence.scaling.groups import pass_tasks, results_held
-from distinfluence.scaling.plan import Asked, Rates, Work
+from distinfluence.scaling.work import Asked, Rates, Work
 from tests.zoo import build
 
 GIB = 2**30
@@ -199,3 +199,32 @@ def test_of_many_workers_the_smallest_gpu_counts() -> None:
     assert smallest_device(cast(Client, Reporting(8, None, 5)), "auto") == 5
     assert smallest_device(cast(Client, Reporting(None, None)), "auto") is None
     assert smallest_device(cast(Client, Reporting()), "cpu") is None
+
+
+def test_what_is_asked_for_beside_the_matrix_is_planned_as_stages_of_its_own() -> None:
+    plain = make_plan(WORK, MACHINE, Asked(train=512, test=256), Rates(1e4, 1e5, 1e11))
+    more = replace(WORK, contributions=10, self_influence=True)
+    plan = make_plan(more, MACHINE, Asked(train=512, test=256), Rates(1e4, 1e5, 1e11))
+    assert plan.stages[:3] == plain.stages
+    own, apart = plan.stages[3:]
+    assert (own.name, apart.name) == ("self-influence", "contributions")
+    full, rest = divmod(WORK.n_train, 512)
+    assert own.tasks == apart.tasks == plan.n_strips
+    assert own.passes == WORK.demand.solve_passes * (2 * full + -(-rest // 256))
+    assert own.parts["the solve"] == plain.stages[1].parts.get("the solve", own.parts["the solve"])
+    assert own.seconds is not None and apart.seconds is not None and plain.seconds is not None
+    assert own.seconds > 0 and apart.seconds > 0
+    assert plan.seconds == pytest.approx(plain.seconds + own.seconds + apart.seconds)
+    free = make_plan(replace(more, over_data=False), MACHINE, Asked(train=512, test=256))
+    assert free.stages[3].passes == 0
+    assert "the solve" in free.stages[3].parts
+    assert "self-influence" in str(plan)
+
+
+def test_a_self_influence_that_cannot_be_held_is_refused_before_anything_is_computed() -> None:
+    alone = Machine(1, 8 * GIB, 350 * 2**20, alone=True)
+    work = replace(WORK, n_test=64, p=2_500_000, model_bytes=10_000_000)
+    asked = Asked(train=512, test=64, solve="data")  # the driver holds the solve, but for self-influences workers do
+    assert make_plan(work, alone, asked)
+    with pytest.raises(PlanError, match=r"'self-influence' needs .* most of it is the solve.* `test_chunk_size`"):
+        make_plan(replace(work, self_influence=True), alone, asked)
