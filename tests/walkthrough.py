@@ -107,7 +107,8 @@ def _commands(content: str, folder: Path) -> Iterator[Step]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "XDG_STATE_HOME": str(Path.cwd() / ".state")}  # not the tester's own
 
 
 def _finished(command: str) -> str:
