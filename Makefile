@@ -20,7 +20,7 @@ demo: $(VENV)/.demo ## Install what the demo needs and find mislabelled digits (
 	@$(BIN)/distinfluence demo
 
 test: lint ## Install everything for development, then lint, check types and run every test.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 2
 
 slurm-test: $(VENV)/.dev ## Run the tests that need SLURM on one brought up for them; installs it on Debian, as root.
 	DISTINFLUENCE_SLURM=required $(BIN)/python -m pytest -m slurm tests/slurm

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,10 +132,13 @@ def _interrupted(command: str) -> str:
     )
     assert process.stdout is not None
     came = ""
+    patience = threading.Timer(PATIENCE, process.kill)
+    patience.start()
     with process:
         for line in process.stdout:
             came += line
             if READY.search(line):
                 process.send_signal(signal.SIGINT)
-        process.wait(PATIENCE)
+    assert patience.is_alive(), f"`{command}` had not ended after {PATIENCE:.0f} s:\n{came}"
+    patience.cancel()
     return came

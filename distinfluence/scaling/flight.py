@@ -13,9 +13,10 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dask.delayed import Delayed
@@ -137,6 +138,7 @@ class Flight:
     since: dict[int, float] = field(default_factory=dict)
     latest: dict[int, float] = field(default_factory=dict)
     given: dict[int, float] = field(default_factory=dict)  # how much had been sent when a task was; ∞ if it needs none
+    parts: "dict[int, list[Future[Any]]]" = field(default_factory=dict)  # lazy arguments that the cluster makes
     numbers: Counter[int] = field(default_factory=Counter)
     failed: Counter[int] = field(default_factory=Counter)
     backed_up: set[int] = field(default_factory=set)
@@ -204,10 +206,21 @@ class Flight:
             send(self.client, value, f"{self.name}-shared-{n + i}", workers) for i, value in enumerate(self.shared)
         ]
 
-    def _submit(self, index: int, workers: list[str] | None = None) -> None:
+    def _latest_sent(self) -> "list[Future[Any]]":
+        return self.sent[len(self.sent) - len(self.shared) :]
+
+    def _submit(self, index: int, workers: list[str] | None = None, in_one: bool = False) -> None:
+        """Send a task. in_one: whoever runs it makes its lazy arguments too."""
         client, call = self.client, self.agenda.call(index)
-        parts = [client.compute(part) if isinstance(part, Delayed) else part for part in call.arguments]
-        shared = self.sent[len(self.sent) - len(self.shared) :] if call.with_shared else []
+        run, arguments, parts = call.task, list(call.arguments), list[Future[Any]]()
+        for place, argument in enumerate(arguments):
+            if isinstance(argument, Delayed) and in_one:
+                run, arguments[place] = partial(_in_one, call.task), _Lazy(argument)
+            elif isinstance(argument, Delayed):
+                arguments[place] = part = client.compute(argument)
+                parts.append(part)
+        self.parts[index] = parts
+        shared = self._latest_sent() if call.with_shared else []
         self.numbers[index] += 1
         key = f"{call.task.__name__}-{self.name}-{index}-{self.numbers[index]}"
         extra: dict[str, Any] = {"resources": dict(self.resources)} if self.resources else {}
@@ -215,7 +228,7 @@ class Flight:
         asked = workers or call.workers or (self.workers if self.silent else None)
         if asked:
             extra |= {"workers": asked, "allow_other_workers": True}
-        future = client.submit(call.task, *shared, *parts, key=key, pure=False, priority=call.priority, **extra)
+        future = client.submit(run, *shared, *arguments, key=key, pure=False, priority=call.priority, **extra)
         self.under_way.setdefault(index, {})[key] = future
         self.latest[index] = time.monotonic()
         self.given[index] = len(self.sent) if call.with_shared else math.inf
@@ -290,6 +303,7 @@ class Flight:
                 future.cancel(force=True)
             future.release()
         self.since.pop(index, None)
+        self.parts.pop(index, None)
 
     def _back_up_stragglers(self) -> None:
         """Start again elsewhere what takes far longer than usual, or waits for a worker that is not heard of."""
@@ -297,29 +311,29 @@ class Flight:
         old = [i for i in sorted(self.under_way) if now - self.latest[i] > slow]
         if not old and not self.silent:
             return
-        seen = {a: w["last_seen"] for a, w in client.scheduler_info(n_workers=-1)["workers"].items()}
+        seen = {address: worker["last_seen"] for address, worker in all_workers(client).items()}
         self.silent = {address for address, at in seen.items() if max(seen.values()) - at > slow}
+        processing = client.processing()
         if self.silent:
             self._see_workers()
-            self._make_again_what_only_silent_workers_hold()
+            self._make_again_what_cannot_be_had(processing)
         limit = max(slow, SLOW_FACTOR * statistics.median(self.usual)) if self.usual else math.inf
-        latest = self.sent[len(self.sent) - len(self.shared) :]
-        if self.workers and self._only_silent_workers_hold(latest):
+        if self.workers and self._not_to_be_had(self._latest_sent(), processing):
             self._share(self.workers)
-        processing = client.processing()
         for index in old:
             if index not in self.under_way:
                 continue
             busy = self._busy_on(index, processing)
             # what it was given could be had of nobody, so that it waits, on whichever worker it is
-            waits = self.given[index] < len(self.sent)
+            in_one = bool(self._not_to_be_had(self.parts.get(index, []), processing))
+            waits = in_one or self.given[index] < len(self.sent)
             silent = bool(busy and busy <= self.silent)
             slow_one = now - self.since[index] > limit and index not in self.backed_up
             elsewhere = self.workers if waits else sorted(set(self.workers) - busy)
             if (waits or silent or (busy and slow_one)) and elsewhere:
                 self.events["backed up"] += 1
                 self.backed_up.add(index)
-                self._submit(index, elsewhere)
+                self._submit(index, elsewhere, in_one)
 
     def _busy_on(self, index: int, processing: Mapping[str, Sequence[object]]) -> set[str]:
         """The workers that run a task, or have done it while the result does not come."""
@@ -327,18 +341,27 @@ class Flight:
         busy = {worker for worker, keys in processing.items() if not set(map(str, keys)).isdisjoint(own)}
         return busy | {w for held in self.client.who_has(list(own.values())).values() for w in held}
 
-    def _only_silent_workers_hold(self, futures: "list[Future[Any]]") -> set[str]:
-        """Keys of those futures that are done and cannot be had."""
+    def _not_to_be_had(
+        self, futures: "Iterable[Future[Any]]", processing: Mapping[str, Sequence[object]]
+    ) -> "list[Future[Any]]":
+        """Those that only silent workers hold, or that one of them is to make."""
+        futures = list(futures)
         if not futures or not self.silent:
-            return set()
-        held = self.client.who_has(futures)
-        return {str(key) for key, workers in held.items() if workers and set(workers) <= self.silent}
+            return []
+        making = {str(key) for worker in self.silent for key in processing.get(worker, ())}
+        held = {str(key): set(workers) for key, workers in self.client.who_has(futures).items()}
+        found = []
+        for future in futures:
+            key, holders = str(future.key), held.get(str(future.key), set())
+            if holders <= self.silent and (holders or key in making):
+                found.append(future)
+        return found
 
-    def _make_again_what_only_silent_workers_hold(self) -> None:
+    def _make_again_what_cannot_be_had(self, processing: Mapping[str, Sequence[object]]) -> None:
         kept = self.agenda.kept()
-        stuck = self._only_silent_workers_hold(list(kept.values()))
+        stuck = {future.key for future in self._not_to_be_had(kept.values(), processing)}
         for index, future in kept.items():
-            if str(future.key) in stuck:
+            if future.key in stuck:
                 self.events["made again"] += 1
                 for waiting in self.agenda.lost(index):
                     self._forget(waiting)
@@ -352,6 +375,18 @@ class _Lost:
     """In place of a result that could not be fetched."""
 
     error: BaseException
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """A lazy argument that travels as it is."""
+
+    part: Delayed
+
+
+def _in_one(task: Task, *arguments: object) -> Any:
+    """A task whose lazy arguments are made first, here."""
+    return task(*(a.part.compute(scheduler="synchronous") if isinstance(a, _Lazy) else a for a in arguments))
 
 
 def able_workers(client: Client, resources: Mapping[str, float]) -> dict[str, int]:

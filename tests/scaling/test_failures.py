@@ -5,12 +5,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
-from distributed import Client
+from distributed import Client, wait
 
 from distinfluence import ArnoldiInfluence, DirectInfluence, SequentialInfluenceCalculator, open_influences
 from distinfluence.errors import ChunkFailedError, SettingError
@@ -121,35 +123,65 @@ def test_a_worker_that_stands_still_is_backed_up_and_may_come_back(own_cluster: 
     assert on_cluster.events["set apart"] == on_cluster.events["retried"] == 0
 
 
-def test_tasks_that_wait_for_what_only_a_silent_worker_holds_are_sent_again(
-    own_cluster: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (holder, pid), (other, _) = sorted(own_cluster.run(os.getpid).items())
-    send, stopped, late = flight.send, list[Any](), list[bool]()
+@contextmanager
+def not_for_ever(stopped: int) -> Iterator[None]:
+    """A worker that stands still goes on after a minute, or a run that waits for it would say nothing."""
+    late = list[bool]()
 
-    def send_and_stop(client: Client, value: object, key: str, workers: list[str] | None = None) -> Any:
-        if stopped:
-            return send(client, value, key, workers)
-        stopped.append(client.submit(lambda: value, key=key, workers=[holder], pure=False))
-        stopped[0].result(DEADLINE)
-        os.kill(pid, signal.SIGSTOP)
-        return stopped[0]
-
-    def give_up() -> None:
+    def go_on() -> None:
         late.append(True)
-        os.kill(pid, signal.SIGCONT)
+        os.kill(stopped, signal.SIGCONT)
 
-    monkeypatch.setattr(flight, "send", send_and_stop)
-    timer = threading.Timer(60.0, give_up)  # a run that waits for ever would say nothing
+    timer = threading.Timer(60.0, go_on)
     timer.start()
     try:
-        on_cluster = OnCluster(own_cluster, slow_seconds=1.0)
-        found = dict(on_cluster.follow(flight.Queue(max, [(i,) for i in range(12)], [other]), (5,)))
+        yield
     finally:
         timer.cancel()
-        os.kill(pid, signal.SIGCONT)
+        os.kill(stopped, signal.SIGCONT)
     assert not late
+
+
+@pytest.mark.parametrize("state", ["holds", "is to make"])
+def test_tasks_that_wait_for_what_they_share_with_a_silent_worker_are_sent_again(
+    own_cluster: Client, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    (silent, pid), (other, _) = sorted(own_cluster.run(os.getpid).items())
+    send, sent = flight.send, list[Any]()
+
+    def send_and_stop(client: Client, value: object, key: str, workers: list[str] | None = None) -> Any:
+        if sent:
+            return send(client, value, key, workers)
+        if state == "is to make":
+            os.kill(pid, signal.SIGSTOP)
+        sent.append(client.submit(lambda: value, key=key, workers=[silent], pure=False))
+        if state == "holds":
+            sent[0].result(DEADLINE)
+            os.kill(pid, signal.SIGSTOP)
+        return sent[0]
+
+    monkeypatch.setattr(flight, "send", send_and_stop)
+    with not_for_ever(pid):
+        on_cluster = OnCluster(own_cluster, slow_seconds=1.0)
+        found = dict(on_cluster.follow(flight.Queue(max, [(i,) for i in range(12)], [other]), (5,)))
     assert found == {i: max(i, 5) for i in range(12)}
+
+
+@pytest.mark.parametrize("state", ["holds", "is to make"])
+def test_lazy_arguments_that_a_silent_worker_has_are_made_elsewhere(own_cluster: Client, state: str) -> None:
+    (silent, pid), _ = sorted(own_cluster.run(os.getpid).items())
+    lazy = [dask.delayed(max, pure=True)(i, 5) for i in range(6)]
+    if state == "is to make":
+        os.kill(pid, signal.SIGSTOP)
+    held = [own_cluster.submit(max, i, 5, key=part.key, workers=[silent]) for i, part in enumerate(lazy)]
+    if state == "holds":
+        wait(held, DEADLINE)
+        os.kill(pid, signal.SIGSTOP)
+    with not_for_ever(pid):
+        on_cluster = OnCluster(own_cluster, slow_seconds=1.0)
+        found = dict(on_cluster.run(min, (3,), [(part, 9) for part in lazy]))
+    assert found == dict.fromkeys(range(6), 3)
+    assert on_cluster.events["backed up"] == 6
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
