@@ -106,6 +106,7 @@ class OnCluster(Executor):
         self.client = client
         self.resources = dict(resources or {})
         self.slow_seconds = SLOW_SECONDS if slow_seconds is None else slow_seconds
+        self._silent: set[str] = set()
 
     def run(
         self,
@@ -122,7 +123,7 @@ class OnCluster(Executor):
     ) -> Iterator[tuple[int, Any]]:
         """Do what an agenda says; yields as `run` does."""
         name = uuid.uuid4().hex[:8]
-        flight = Flight(self.client, agenda, shared, name, self.resources, self.slow_seconds, self.events)
+        flight = Flight(self.client, agenda, shared, name, self.resources, self.slow_seconds, self.events, self._silent)
         yield from flight.results(failures)
 
 

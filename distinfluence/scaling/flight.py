@@ -122,7 +122,8 @@ class Flight:
     """The tasks of an agenda: which are under way and since when, which came back how often.
 
     shared: values that tasks have in common; they are sent once, as tasks of their own, so that they survive the
-    workers that hold them. resources: that a worker must have. events: counts what happens.
+    workers that hold them. resources: that a worker must have. events: counts what happens. silent: workers that were
+    not heard of in an earlier flight, to be kept up to date.
     """
 
     client: Client
@@ -132,6 +133,7 @@ class Flight:
     resources: Mapping[str, float]
     slow_seconds: float
     events: Counter[str]
+    silent: set[str]
     sent: "list[Future[Any]]" = field(default_factory=list)
     arrived: "queue.SimpleQueue[tuple[Future[Any], Any]]" = field(default_factory=queue.SimpleQueue)
     under_way: dict[int, dict[str, "Future[Any]"]] = field(default_factory=dict)
@@ -145,7 +147,6 @@ class Flight:
     usual: deque[float] = field(default_factory=lambda: deque(maxlen=101))
     window: int = 2
     workers: list[str] = field(default_factory=list)
-    silent: set[str] = field(default_factory=set)
 
     def results(self, failures: Failures | None) -> Iterator[tuple[int, Any]]:
         """Fill the window, wait, yield, until nothing waits and nothing is under way.
@@ -160,9 +161,11 @@ class Flight:
                 self.client.cancel([*own, *self.agenda.kept().values(), *self.sent], force=True)
 
     def _results(self, failures: Failures | None) -> Iterator[tuple[int, Any]]:
+        if self.silent:
+            self._see_who_is_silent()
         self._see_workers()
         looked = time.monotonic()
-        self._share()
+        self._share(self.workers if self.silent else None)
         while True:
             while (index := self.agenda.next(len(self.under_way), self.window)) is not None:
                 self._submit(index)
@@ -198,6 +201,11 @@ class Flight:
         self.workers = sorted(set(threads) - self.silent)
         self.window = max(2, TASKS_PER_THREAD * sum(threads.values()))
         self.agenda.see(self.workers)
+
+    def _see_who_is_silent(self) -> None:
+        seen = {address: worker["last_seen"] for address, worker in all_workers(self.client).items()}
+        self.silent.clear()
+        self.silent.update(a for a, at in seen.items() if max(seen.values()) - at > self.slow_seconds)
 
     def _share(self, workers: list[str] | None = None) -> None:
         """Send what the tasks share; again where the worker that has it may stand still."""
@@ -311,8 +319,7 @@ class Flight:
         old = [i for i in sorted(self.under_way) if now - self.latest[i] > slow]
         if not old and not self.silent:
             return
-        seen = {address: worker["last_seen"] for address, worker in all_workers(client).items()}
-        self.silent = {address for address, at in seen.items() if max(seen.values()) - at > slow}
+        self._see_who_is_silent()
         processing = client.processing()
         if self.silent:
             self._see_workers()

@@ -18,8 +18,9 @@ from distinfluence import ArnoldiInfluence, DirectInfluence, SequentialInfluence
 from distinfluence.errors import ChunkFailedError, SettingError
 from distinfluence.scaling import ClusterSpec, connected, flight
 from distinfluence.scaling.executor import InProcess, OnCluster
+from distinfluence.scaling.flight import all_workers
 from distinfluence.store import InfluenceWriter
-from tests.scaling.chaos import DEADLINE, marks
+from tests.scaling.chaos import DEADLINE, marks, wait_for
 from tests.zoo import Case, build
 
 
@@ -47,6 +48,11 @@ def fails_always(index: int) -> int:
     if index == 3:
         raise ValueError("sample 3 is bad")
     return index
+
+
+def where(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
 
 
 def kills_its_worker(index: int) -> int:
@@ -182,6 +188,20 @@ def test_lazy_arguments_that_a_silent_worker_has_are_made_elsewhere(own_cluster:
         found = dict(on_cluster.run(min, (3,), [(part, 9) for part in lazy]))
     assert found == dict.fromkeys(range(6), 3)
     assert on_cluster.events["backed up"] == 6
+
+
+def test_a_worker_that_stood_still_is_given_nothing_of_the_next_tasks_until_it_goes_on(own_cluster: Client) -> None:
+    (silent, pid), _ = sorted(own_cluster.run(os.getpid).items())
+    on_cluster = OnCluster(own_cluster, slow_seconds=2.0)
+    os.kill(pid, signal.SIGSTOP)
+    with not_for_ever(pid):
+        for first in (True, False):
+            before = on_cluster.events["backed up"]
+            assert len(dict(on_cluster.run(max, (3,), [(i,) for i in range(6)]))) == 6
+            assert (on_cluster.events["backed up"] > before) == first
+    wait_for(lambda: time.time() - all_workers(own_cluster)[silent]["last_seen"] < 1.0)
+    ran = dict(on_cluster.run(where, (), [(0.1,) for _ in range(12)]))
+    assert set(ran.values()) == set(own_cluster.run(os.getpid).values())
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
