@@ -187,7 +187,7 @@ def test_lazy_arguments_that_a_silent_worker_has_are_made_elsewhere(own_cluster:
         on_cluster = OnCluster(own_cluster, slow_seconds=1.0)
         found = dict(on_cluster.run(min, (3,), [(part, 9) for part in lazy]))
     assert found == dict.fromkeys(range(6), 3)
-    assert on_cluster.events["backed up"] == 6
+    assert on_cluster.events["backed up"] >= 6
 
 
 def test_a_worker_that_stood_still_is_given_nothing_of_the_next_tasks_until_it_goes_on(own_cluster: Client) -> None:

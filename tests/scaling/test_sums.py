@@ -179,6 +179,7 @@ def test_a_sum_waits_for_workers_where_none_is_left(own: Client, plane: DaskPlan
 def test_the_tasks_of_a_pass_are_counted_and_chunks_stay_where_they_were(
     own: Client, plane: DaskPlane, tmp_path: Path
 ) -> None:
+    plane.executor.slow_seconds = 60.0  # or workers that have just started are taken for slow
     before = plane.executor.events["submitted"]
     plane.sum(LossAndGradient())
     assert plane.executor.events["submitted"] - before == pass_tasks(23) == 23 + 6 + 2 + 1
