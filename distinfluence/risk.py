@@ -31,6 +31,7 @@ class LossAndGradient:
             gradients = loss_gradients(risk, part)
             loss += gradients.values.double().sum()
             gradient += gradients.rows.sum(dim=0)
+            del gradients  # or they are held while the next are made
         return loss, gradient
 
 

@@ -30,6 +30,7 @@ class EmpiricalFisherProduct:
         for part in micro_batches(restricted, batch):
             gradients = _rows(restricted, part)
             total.addmm_(rows @ gradients.T, gradients)
+            del gradients  # or they are held while the next are made
         return (total,)
 
 
@@ -47,8 +48,9 @@ class HarmonicMeanProduct:
         total = torch.zeros_like(rows)
         for part in micro_batches(restricted, batch):
             gradients = _rows(restricted, part)
-            weights = 1.0 / (self.damping + torch.linalg.vecdot(gradients, gradients))
+            weights = 1.0 / (self.damping + torch.linalg.vector_norm(gradients, dim=1).square())
             total += rows * gradients.shape[0] - (rows @ gradients.T * weights) @ gradients
+            del gradients
         return (total.div_(self.damping),)
 
 
@@ -63,7 +65,7 @@ class SquaredGradientNorm:
         restricted = risk.restrict(self.block)
         total = torch.zeros((), dtype=torch.float64, device=restricted.device)
         for part in micro_batches(restricted, batch):
-            total += _rows(restricted, part).double().square().sum()
+            total += torch.linalg.vector_norm(_rows(restricted, part), dim=1, dtype=torch.float64).square().sum()
         return (total,)
 
 
@@ -80,6 +82,7 @@ class GradientMoment:
         for part in micro_batches(restricted, batch):
             gradients = _rows(restricted, part).double()
             total.addmm_(gradients.T, gradients)
+            del gradients
         return (total,)
 
 

@@ -175,4 +175,5 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         for part in micro_batches(self.risk, batch):
             rows = gradients_of(part).rows
             parts.append({block: rows[:, own] @ states[block].vectors.T for block, own in columns.items()})
+            del rows  # or they are held while the next are made
         return {block: torch.cat([part[block] for part in parts]) for block in columns}

@@ -58,6 +58,7 @@ def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode
             values.append(factors @ gradients.rows.T)
         else:
             values.append(mixed_gradients(risk, part, factors))
+        del gradients  # or they are held while the next are made
     return Tile(torch.cat(values, dim=1), torch.cat(losses), torch.cat(norms))
 
 

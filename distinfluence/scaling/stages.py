@@ -35,9 +35,12 @@ class Stage:
 
 
 def sweep_bytes(work: Work, rows: int, gradients: int) -> int:
-    """Bytes of work space of a pass that multiplies rows; one row is taken at once however many bytes it needs."""
+    """Bytes of work space of a pass that multiplies rows; one row is taken at once however many bytes it needs.
+
+    Gradients of a micro-batch are there by parameter and as rows, and those before are not always given back by then.
+    """
     if work.by_gradients:
-        return 2 * gradients
+        return 3 * gradients
     one = 4 * work.row
     return one * max(1, min(rows, work.most_rows, ROW_BYTES // one))
 
@@ -83,7 +86,8 @@ class _Run:
 
     @property
     def kept_gradients(self) -> int:
-        if not self.work.by_gradients:
+        """Of a pass for the next one; workers of a cluster keep none, see `SampleRisk.measures`."""
+        if not (self.work.by_gradients and self.machine.alone):
             return 0
         return min(self.work.n_fit * self.work.row, KEPT_ROW_BYTES // self.gradients * self.gradients)
 
