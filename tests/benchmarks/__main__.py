@@ -53,7 +53,7 @@ BENCHES = (
     Bench("passes", "passes", 5),
     Bench("lds", "lds", 5),
     Bench("reading", "reading", 5, ("--memmap",)),
-    Bench("scale", "scale", 10),
+    Bench("scale", "scale", 15),
     Bench("kronecker", "kronecker", 25),
     Bench("cluster", "cluster", 3, ("--models", "mlp", "--limit", "150")),
     Bench("cluster-cnn", "cluster", 40, ("--models", "cnn")),
