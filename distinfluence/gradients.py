@@ -18,6 +18,9 @@ from distinfluence.errors import DtypeError, NonFiniteError
 from distinfluence.sample_risk import Parameters, SampleRisk, double_differentiable, recordable
 
 GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients that are held at once
+REUSED_BYTES = 32 * 2**20  # on a CPU, if that is enough for FEW_SAMPLES: what is larger is paged in anew each time
+FEW_SAMPLES, ENOUGH_SAMPLES = 128, 256  # fewer make products with many rows slower; more than ENOUGH gain nothing
+EVEN = 16  # samples of which a micro-batch is a multiple: products with other numbers take up to half as long again
 ROW_BYTES = 512 * 2**20  # of tangents that one vectorised derivative may hold, by a rough estimate
 MOST_ROWS = 32  # at once on a CPU: fewer cost overhead, more leave its cache (tests/benchmarks/passes.py)
 
@@ -61,11 +64,23 @@ def output_gradients(risk: SampleRisk, batch: Batch, vectors: Tensor) -> SampleG
 
 
 def micro_batches(risk: SampleRisk, batch: Batch) -> Iterator[Batch]:
-    """The batch in pieces whose per-sample gradients fit in GRADIENT_BYTES."""
+    """The batch in pieces of `samples_at_once`."""
     n = batch_length(batch)
-    step = max(1, GRADIENT_BYTES // (risk.size * risk.dtype.itemsize))
+    step = samples_at_once(risk.size * risk.dtype.itemsize, risk.device.type == "cpu")
     for start in range(0, n, step):
         yield take(batch, start, min(start + step, n))
+
+
+def samples_at_once(row: int, on_cpu: bool) -> int:
+    """How many samples' gradients are held at once, in GRADIENT_BYTES; a single one may take more.
+
+    row: bytes of one gradient. On a CPU few are better, as long as products with them are not slowed down by it.
+    """
+    most = GRADIENT_BYTES // row
+    if on_cpu:
+        reused = REUSED_BYTES // row
+        most = min(most, reused if reused >= FEW_SAMPLES else ENOUGH_SAMPLES)
+    return most - most % EVEN if most > EVEN else max(1, most)
 
 
 def rows_at_once(risk: SampleRisk, most: int = MOST_ROWS) -> int:

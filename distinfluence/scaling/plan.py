@@ -1,8 +1,8 @@
 """What a run will need, worked out before it starts: chunk sizes, memory by stage, passes, bytes on disk, time.
 
 A pure function of a few numbers. With b bytes a number, p parameters, m test points, n training points, and for a
-method its `Demand` (s bytes of state, v vectors for each right-hand side), a worker holds, beside an empty process and
-the model (and data sets that it builds for itself):
+method its `Demand` (s bytes of state, v vectors for each right-hand side), a worker holds, beside a process with
+PyTorch, the model, a chunk of samples twice (as loaded, and as computed with), and data sets that it builds for itself:
 
 | stage | bytes |
 |---|---|
@@ -11,10 +11,10 @@ the model (and data sets that it builds for itself):
 | factors, by data | kept chunks + products + sums + 2·t·p·b |
 | strips | kept chunks + s + panel·p·b + 2·G + m·c·(2·b + 12) for c training points in a strip |
 
-with G = min(c·p·b, GRADIENT_BYTES), and for products 4·p·b for each row taken at once, ROW_BYTES at most if that is one
-row or more; or 3·G where the curvature is made of the gradients of samples (the empirical Fisher matrix, DataInf), of
-which one process without a cluster keeps up to KEPT_ROW_BYTES besides. Sums are k·p·b of broadcast rows, for the k rows
-of a pass, and as much, or the matrix that a fit sums, for each of 2 + `results_held` results of a kernel: in the
+with G = min(c, `samples_at_once`)·p·b, and for products 4·p·b for each row taken at once, ROW_BYTES at most if that is
+one row or more; or 3·G where the curvature is made of the gradients of samples (the empirical Fisher matrix, DataInf),
+of which one process without a cluster keeps up to KEPT_ROW_BYTES besides. Sums are k·p·b of broadcast rows, for the k
+rows of a pass, and as much, or the matrix that a fit sums, for each of 2 + `results_held` results of a kernel: in the
 making, and waiting to be added. The gradients of the training set are made ⌈m / panel⌉ times for the strips.
 """
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from distinfluence.errors import PlanError
 from distinfluence.scaling.groups import GROUPS, results_held
-from distinfluence.scaling.stages import Stage, ceil, solving_bytes, stages_of
+from distinfluence.scaling.stages import TORCH_BYTES, Stage, ceil, solving_bytes, stages_of
 from distinfluence.scaling.work import Asked, Chunks, Machine, Rates, Work
 
 USABLE = 0.8  # of a worker's memory limit: at 0.7 Dask begins to pause, at 0.95 it kills
@@ -137,7 +137,8 @@ def make_plan(work: Work, machine: Machine, asked: Asked | None = None, rates: R
 
 
 def _room(work: Work, machine: Machine) -> int:
-    room = int(USABLE * machine.memory) - machine.process - work.model_bytes - work.built_bytes - machine.kept
+    process = machine.process + TORCH_BYTES
+    room = int(USABLE * machine.memory) - process - work.model_bytes - work.built_bytes - machine.kept
     if machine.device_memory is not None:
         room = min(room, int(USABLE * machine.device_memory) - work.model_bytes)
     return max(1, room)
@@ -198,6 +199,7 @@ def _check(plan: Plan) -> None:
             "test gradients": "Pass a smaller `test_chunk_size` (chunks.test).",
             "sums": "Pass a smaller `test_chunk_size` (chunks.test), or a smaller rank to the method.",
             "products": "A row of parameters is multiplied whole: cover fewer parameters.",
+            "a chunk": "Pass a smaller `chunk_size` (chunks.train).",
             "a strip": "Pass a smaller `chunk_size` (chunks.train).",
             "gradients": "Pass a smaller `chunk_size` (chunks.train).",
             "factors of a panel": "Pass a smaller `panel_size` (chunks.panel).",

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distinfluence.gradients import GRADIENT_BYTES, ROW_BYTES
+from distinfluence.gradients import ROW_BYTES, samples_at_once
 from distinfluence.sample_risk import KEPT_ROW_BYTES
 from distinfluence.scaling.groups import GROUPS, pass_tasks, results_held
 from distinfluence.scaling.work import Chunks, Machine, Rates, Work
 
-ON_HOST = frozenset({"an idle process", "data sets", "kept chunks"})  # parts of a stage that no GPU holds
+ON_HOST = frozenset({"an idle process", "PyTorch at work", "data sets", "kept chunks"})  # what no GPU holds
+TORCH_BYTES = 96 * 2**20  # that a process grows by at its first derivative: code that PyTorch loads when it needs it
 FACTOR_BYTES = 256 * 2**20  # of factors that are taken apart at once
 
 
@@ -82,7 +83,8 @@ class _Run:
     @property
     def gradients(self) -> int:
         """Bytes of those of a micro-batch."""
-        return min(self.chunks.train * self.work.row, max(GRADIENT_BYTES, self.work.row))
+        at_once = samples_at_once(self.work.row, self.machine.device_memory is None)
+        return min(self.chunks.train, at_once) * self.work.row
 
     @property
     def kept_gradients(self) -> int:
@@ -97,9 +99,11 @@ class _Run:
         work = self.work
         return {
             "an idle process": self.machine.process,
+            "PyTorch at work": TORCH_BYTES,
             "the model": work.model_bytes,
             "data sets": work.built_bytes,
             "kept chunks": work.kept(work.n_fit, self.machine.kept),
+            "a chunk": 2 * self.chunks.train * work.train_bytes,  # as it is loaded, and as it is computed with
             "kept gradients": self.kept_gradients,
         }
 

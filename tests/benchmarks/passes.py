@@ -3,7 +3,8 @@
 Run: python -m tests.benchmarks.passes
 
 The floor is counted in gradients of the mean loss (one forward and backward over the whole set): a product with one
-row needs at least about one of them. The second table shows what the memory settings of Dask's workers do to a pass.
+row needs at least about one of them. Then what the memory settings of Dask's workers do to a pass, and what the size of
+micro-batches does to a strip.
 """
 
 import argparse
@@ -20,10 +21,13 @@ from distributed import Client, LocalCluster
 from torch import nn
 
 from distinfluence import CgInfluence, DaskInfluenceCalculator, EmpiricalRisk, SecondOrderMode
+from distinfluence.batch import take
 from distinfluence.curvature import DataOperator, operator_class
 from distinfluence.demo import build_model, train_data
+from distinfluence.gradients import EVEN, GRADIENT_BYTES, loss_gradients, samples_at_once
 from distinfluence.sample_risk import SampleRisk, double_differentiable
 from distinfluence.scaling.clusters import WORKER_ENVIRONMENT
+from tests.benchmarks.cluster import models as cluster_models
 from tests.benchmarks.peers.models import build
 
 
@@ -117,6 +121,27 @@ def passes_on_workers(repeats: int) -> None:
             )
 
 
+def strips_in_micro_batches(repeats: int) -> None:
+    """A strip of 2048 samples: gradients of so many at once, times the factors of 1024 test points; p = 50,890."""
+    model, (x, y) = cluster_models.build("mlp"), cluster_models.train_samples(2048)
+    influence = CgInfluence(model, nn.CrossEntropyLoss(), 0.01)
+    batch, factors = influence.place(x, y), torch.randn(1024, influence.n_parameters)
+    row = influence.n_parameters * factors.itemsize
+    most, ours = GRADIENT_BYTES // row, samples_at_once(row, on_cpu=True)
+    for n, what in (
+        (most, f"what {GRADIENT_BYTES >> 20} MiB hold"),
+        (most - most % EVEN, "a few less"),
+        (ours, "ours"),
+    ):
+
+        def strip(n: int = n) -> None:
+            for start in range(0, len(x), n):
+                rows = loss_gradients(influence.risk, take(batch, start, min(start + n, len(x)))).rows
+                torch.mm(factors, rows.T)
+
+        print(f"a strip in micro-batches of {n:>4} samples ({what}): {median_seconds(strip, repeats):.2f} s")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
@@ -126,3 +151,4 @@ if __name__ == "__main__":
     for name in ("mlp", "cnn"):
         products(name, arguments.repeats)
     passes_on_workers(arguments.repeats)
+    strips_in_micro_batches(arguments.repeats)

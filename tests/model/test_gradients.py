@@ -119,6 +119,24 @@ def test_the_mean_loss_and_its_gradient_are_over_samples_whatever_the_batches(mo
     torch.testing.assert_close(gradient, Reference(case).gradients(case.train).mean(dim=0), **EXACT)
 
 
+@pytest.mark.parametrize(
+    ("row", "on_cpu", "expected"),
+    [
+        (4, True, 2**23),  # 32 MiB of small gradients
+        (2**18, True, 128),  # the largest of which 32 MiB hold enough
+        (2**18 + 4, True, 256),  # or as many as products need
+        (2**21, True, 128),  # or as many as there may be
+        (200_000, True, 160),  # a multiple of 16
+        (200_000, False, 1328),
+        (2**27, True, 2),
+        (2**40, True, 1),
+        (2**40, False, 1),
+    ],
+)
+def test_samples_at_once_fill_what_is_reused_or_what_there_is(row: int, on_cpu: bool, expected: int) -> None:
+    assert gradients_module.samples_at_once(row, on_cpu) == expected
+
+
 class Margin(Objective):
     """Batches as dicts; trains on cross-entropy, asks for the margin of the right class."""
 

@@ -4,7 +4,8 @@ Run: python -m tests.benchmarks.cluster [--models mlp cnn] [--limit 900]
 
 256 × 4096 influences, float32, Hessian: a Nyström sketch for an MLP 784-64-10 (p = 50,890), conjugate gradients for a
 small CNN (p = 9,098). pyDVL by its two routes: `influences`, which its documentation begins with, and factors first.
-Times hold fit, solves and scores, and for ours the writing of the result; CPU seconds are those of all processes.
+Times hold fit, solves and scores, and for ours the writing of the result, but not what PyTorch imports at the first use
+of a process; CPU seconds are those of all processes.
 Errors are ‖Î − I‖/‖I‖ of the first 32 rows against float64 conjugate gradients with a residual of 1e-6; for
 conjugate gradients ours take the loosest tolerance whose error is not larger than pyDVL's. Then our own run in one
 process of one thread against two workers of one thread, and strips and sketches against their bare work in two
@@ -138,7 +139,7 @@ def bare(spec: dict[str, Any], limit: float, **work: Any) -> float:
     own = [sys.executable, "-m", "tests.benchmarks.cluster.runner_floor"]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         parts = [spec | work | {"part": part, "meet": folder} for part in range(2)]
-        return max(part["seconds"] for part in pool.map(lambda part: run(own, part, limit), parts))
+        return max(float(part["seconds"]) for part in pool.map(lambda part: run(own, part, limit), parts))
 
 
 def floors(spec: dict[str, Any], ours: dict[str, Any], limit: float) -> None:

@@ -42,18 +42,32 @@ def measure(calculator: InfluenceCalculator, spec: dict[str, Any], folder: str) 
     return {"seconds": seconds, "cpu": cpu, "stages": progress.seconds}
 
 
+def warm() -> int:
+    """What PyTorch imports at the first derivative of a derivative, a second or two in every process; its threads."""
+
+    def gradient(logits: torch.Tensor) -> torch.Tensor:
+        slope: torch.Tensor = torch.func.grad(lambda z: torch.nn.functional.cross_entropy(z, torch.tensor([0])))(logits)
+        return slope
+
+    logits = torch.zeros(1, 2)
+    torch.func.jvp(gradient, (logits,), (logits,))
+    return torch.get_num_threads()
+
+
 def main() -> None:
     """Fit, compute and write; wall and CPU seconds of all processes, seconds by stage, and the matrix."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     model = build(spec["model"])
     model.load_state_dict(torch.load(spec["state"], weights_only=True))
     asked = influence(spec, model)
+    warm()
     with tempfile.TemporaryDirectory() as folder:
         if spec["route"] == "sequential":
             torch.set_num_threads(1)
             found = measure(di.SequentialInfluenceCalculator(asked), spec, folder)
         else:
             with connected(ClusterSpec(workers=2)) as client:
+                client.run(warm)
                 found = measure(di.DaskInfluenceCalculator(asked, client), spec, folder)
     Path(sys.argv[2]).write_text(json.dumps(found))
 
