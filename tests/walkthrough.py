@@ -133,6 +133,7 @@ def _interrupted(command: str) -> str:
     assert process.stdout is not None
     came = ""
     patience = threading.Timer(PATIENCE, process.kill)
+    patience.daemon = True
     patience.start()
     with process:
         for line in process.stdout:

@@ -139,6 +139,7 @@ def not_for_ever(stopped: int) -> Iterator[None]:
         os.kill(stopped, signal.SIGCONT)
 
     timer = threading.Timer(60.0, go_on)
+    timer.daemon = True
     timer.start()
     try:
         yield
