@@ -44,7 +44,7 @@ def run(who: list[str], spec: dict[str, Any], limit: float) -> dict[str, Any]:
         try:
             done = subprocess.run([*who, *map(str, files)], timeout=limit, capture_output=True, text=True)
         except subprocess.TimeoutExpired:
-            return {"why": f"more than {limit:.0f} s"}
+            return {"why": f"more than {limit:.0f} s", "more_than": limit}
         if done.returncode:
             return {"why": done.stderr.strip().splitlines()[-1][:200]}
         found: dict[str, Any] = json.loads(files[1].read_text())
@@ -71,7 +71,8 @@ def error(found: dict[str, Any], exact: NDArray[np.float64]) -> float:
 
 def line(what: str, found: dict[str, Any], exact: NDArray[np.float64], ours: dict[str, Any] | None = None) -> None:
     if "why" in found:
-        print(f"  {what:<34} {found['why']}", flush=True)
+        bound = found.get("more_than", 0.0) / ours["seconds"] if ours and "seconds" in ours else 0.0
+        print(f"  {what:<34} {found['why']}{f', more than {bound:.1f}× wall' if bound else ''}", flush=True)
         return
     ratio = ""
     if ours is not None and "seconds" in ours:
