@@ -54,10 +54,10 @@ BENCHES = (
     Bench("lds", "lds", 5),
     Bench("reading", "reading", 5, ("--memmap",)),
     Bench("scale", "scale", 15),
-    Bench("kronecker", "kronecker", 20, ("--repeats", "2")),
+    Bench("kronecker", "kronecker", 10, ("--repeats", "2")),
     Bench("cluster", "cluster", 4, ("--models", "mlp", "--limit", "150")),
-    Bench("cluster-cnn", "cluster", 25, ("--models", "cnn", "--limit", "600")),
-    Bench("peers", "peers", 40, ("--limit", "120")),
+    Bench("cluster-cnn", "cluster", 35, ("--models", "cnn", "--limit", "600")),
+    Bench("peers", "peers", 30, ("--limit", "30")),
     Bench("gpu", "gpu", 5, cuda=True),
 )
 
