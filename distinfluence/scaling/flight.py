@@ -251,9 +251,10 @@ class Flight:
         """Bring the result here without waiting for it: the worker that holds it may stand still."""
 
         async def fetch() -> None:
-            result: Any = None
+            result: Any = _Lost(None)
             try:
-                if future.status == "finished":
+                # one whose holder has left since is being made again, and gathered when it is there
+                if future.status not in ("error", "cancelled"):
                     result = await self.client.gather(future, asynchronous=True)
             except BaseException as error:
                 result = _Lost(error)
@@ -276,14 +277,17 @@ class Flight:
 
     def _error(self, future: "Future[Any]", index: int, result: object) -> Exception | None:
         """None for a result, _AGAIN if the task goes on in another way, else what it failed with for good."""
-        if future.status == "finished" and not isinstance(result, _Lost):
-            return None
-        if future.status in ("lost", "pending") and self.agenda.keeps(index) and self.client.status == "running":
-            return None  # its holder died just now: the scheduler has it made again
+        if self.agenda.keeps(index):
+            made_again = future.status in ("lost", "pending") and self.client.status == "running"
+            if future.status == "finished" or made_again:  # as its holder died just now
+                return None
+        elif not isinstance(result, _Lost):
+            return None  # it is here, whatever has become of its holder
         if future.status != "error":  # cancelled or lost: the scheduler has gone, or somebody cancelled it
             if self.client.status != "running":
                 raise scheduler_is_gone()
-            why = f": {result.error}" if isinstance(result, _Lost) else ", cancelled by somebody else"
+            fetching = result.error if isinstance(result, _Lost) else None
+            why = ", cancelled by somebody else" if fetching is None else f": {fetching}"
             error: Exception = ClusterError(f"the task {future.key} came to nothing{why}.")
         else:
             found = future.exception()
@@ -379,9 +383,9 @@ _AGAIN = Exception()
 
 @dataclass(frozen=True)
 class _Lost:
-    """In place of a result that could not be fetched."""
+    """In place of a result that could not be fetched. error: why; None if it was not tried, as there is none."""
 
-    error: BaseException
+    error: BaseException | None
 
 
 @dataclass(frozen=True)

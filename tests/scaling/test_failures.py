@@ -108,6 +108,38 @@ def test_a_task_that_kills_every_worker_is_set_apart(own_cluster: Client, monkey
     assert "memory" in str(failures[1])
 
 
+@pytest.mark.parametrize("moment", ["_fetch", "_arrival"])
+def test_a_result_that_is_lost_as_it_comes_is_not_tried_again(
+    client: Client, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Before it is fetched, the scheduler has it made again; after that, nobody needs the worker that had it."""
+    lost = list[str]()
+    original = getattr(flight.Flight, moment)
+
+    def lose(future: Any) -> None:
+        """As the client does when it hears that the only holder has left, until it hears of another one."""
+        if str(future.key).rsplit("-", 2)[1] == "0":
+            lost.append(future.key)
+            future._state.lose()
+            threading.Timer(0.2, lambda: client.loop.add_callback(future._state.finish)).start()
+
+    def fetch(self: flight.Flight, future: Any) -> None:
+        lose(future)
+        original(self, future)
+
+    def arrival(self: flight.Flight) -> Any:
+        found = original(self)
+        if found is not None:
+            lose(found[0])
+        return found
+
+    monkeypatch.setattr(flight.Flight, moment, {"_fetch": fetch, "_arrival": arrival}[moment])
+    on_cluster = OnCluster(client)
+    assert dict(on_cluster.run(fails_always, (), [(i,) for i in range(3)])) == {i: i for i in range(3)}
+    assert len(lost) == 1
+    assert on_cluster.events == {"submitted": 3}
+
+
 def test_a_worker_that_its_nanny_gave_up_comes_back(own_cluster: Client) -> None:
     before = own_cluster.run(os.getpid)
     for nanny in list(own_cluster.cluster.workers.values()):
