@@ -14,7 +14,7 @@ from torch import nn
 
 import distinfluence as di
 from distinfluence.scaling import ClusterSpec, InfluenceCalculator, Progress, connected
-from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, query_samples, train_samples
+from tests.benchmarks.cluster.models import N_TEST, N_TRAIN, build, query_samples, train_samples, warm
 
 
 def cpu_seconds() -> float:
@@ -40,18 +40,6 @@ def measure(calculator: InfluenceCalculator, spec: dict[str, Any], folder: str) 
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
     np.save(spec["scores"], result[:])
     return {"seconds": seconds, "cpu": cpu, "stages": progress.seconds}
-
-
-def warm() -> int:
-    """What PyTorch imports at the first derivative of a derivative, a second or two in every process; its threads."""
-
-    def gradient(logits: torch.Tensor) -> torch.Tensor:
-        slope: torch.Tensor = torch.func.grad(lambda z: torch.nn.functional.cross_entropy(z, torch.tensor([0])))(logits)
-        return slope
-
-    logits = torch.zeros(1, 2)
-    torch.func.jvp(gradient, (logits,), (logits,))
-    return torch.get_num_threads()
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 warnings.simplefilter("ignore")
+import cloudpickle  # noqa: E402
 import dask.array as da  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
@@ -25,23 +26,12 @@ def cpu_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in (own, *own.children(recursive=True)))
 
 
-def warm() -> int:
-    """What PyTorch imports at the first derivative of a derivative, a second or two in every process; its threads."""
-
-    def gradient(logits: torch.Tensor) -> torch.Tensor:
-        slope: torch.Tensor = torch.func.grad(lambda z: torch.nn.functional.cross_entropy(z, torch.tensor([0])))(logits)
-        return slope
-
-    logits = torch.zeros(1, 2)
-    torch.func.jvp(gradient, (logits,), (logits,))
-    return torch.get_num_threads()
-
-
 def main() -> None:
     """Fit and compute; wall and CPU seconds of all processes, and the matrix."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(spec["threads"])
     models = SourceFileLoader("models", spec["models"]).load_module()
+    cloudpickle.register_pickle_by_value(models)  # its workers have no such module
     model = models.build(spec["model"])
     model.load_state_dict(torch.load(spec["state"], weights_only=True))
     (x, y), (xt, yt) = models.train_samples(), models.query_samples()
@@ -64,8 +54,8 @@ def main() -> None:
         LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
-        warm()
-        client.run(warm)
+        models.warm()
+        client.run(models.warm)
         start, before = time.perf_counter(), cpu_seconds()
         influence.fit(DataLoader(TensorDataset(x, y), batch_size=spec["chunk"]))
         calculator = DaskInfluenceCalculator(influence, TorchNumpyConverter(device=torch.device("cpu")), client)
