@@ -17,6 +17,7 @@ from distinfluence import (
     KrylovInfluence,
     SequentialInfluenceCalculator,
 )
+from distinfluence.scaling import ClusterSpec, connected
 from tests.benchmarks.gpu import table
 from tests.zoo import build
 
@@ -24,9 +25,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def test_the_benchmark_of_devices_runs() -> None:
-    lines = table(torch.device("cuda" if torch.cuda.is_available() else "cpu"), width=16, n=32, tests=4)
-    assert len(lines) == 7
-    assert all("%" in line for line in lines[3:])
+    lines = table(torch.device("cuda" if torch.cuda.is_available() else "cpu"), widths=[16], n=32, m=4)
+    timed = [line for line in lines if line.count("|") == 7 and "---" not in line][1:]
+    assert len(timed) == 11
+    assert all(line.count("%") == 2 and "nan" not in line for line in timed)
+    assert sum("Influence" in line for line in lines) == 2
 
 
 def made(method: str, device: str) -> InfluenceFunctionModel:
@@ -85,6 +88,26 @@ def test_workers_of_a_cluster_compute_on_their_device(device: str, tmp_path: Pat
         calculator = DaskInfluenceCalculator(made("krylov", device), client).fit(*train, chunk_size=8)
         result = calculator.to_zarr(tmp_path / "i.zarr", *test, solve="data", progress=False)
         close(result[:], on_cpu("krylov"), 1e-3)
+
+
+def taken_on_gpu() -> int:
+    """Bytes that this process has taken on its GPU at most."""
+    return torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_dask_cuda_starts_a_worker_for_each_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("dask_cuda")
+    train, test = data()
+    with connected(ClusterSpec("cuda")) as client:
+        calculator = DaskInfluenceCalculator(made("krylov", "cpu"), client, device="auto").fit(*train, chunk_size=8)
+        assert calculator.plan(*train, *test).machine.device_memory is not None
+        result = calculator.to_zarr(tmp_path / "i.zarr", *test, progress=False)
+        taken = client.run(taken_on_gpu)
+    close(result[:], on_cpu("krylov"), 1e-3)
+    assert len(taken) == torch.cuda.device_count()
+    assert all(taken.values())
 
 
 def test_mixed_precision_has_two_digits(device: str, tmp_path: Path) -> None:

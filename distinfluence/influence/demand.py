@@ -6,7 +6,7 @@ from dataclasses import dataclass
 USUAL_STEPS = 15  # of an iterative solve, where only the matrix knows
 USUAL_BASIS = 30  # steps that a Krylov basis is prepared for
 DENSE_BYTES = 16  # for each entry of a matrix: itself and its factor in float64, whatever the model's dtype
-EIGEN_BYTES = 24  # more for each, where it is decomposed by eigenvalues: an indefinite one, or for many dampings
+EIGEN_BYTES = 24  # more for each, where it is decomposed by eigenvalues: a singular one, or for many dampings
 DECOMPOSING = 32  # bytes for each entry of a factor in float64, its eigenvectors and work space
 SKETCHING = 8  # times what a Nyström sketch leaves, while it is made
 BESIDE_BASIS = 15.0  # blocks of rows beside a Krylov basis, or for conjugate gradients after it

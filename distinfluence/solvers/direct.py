@@ -1,19 +1,19 @@
 """Solve with a dense factorisation of A + λI, made once.
 
 Cost: p products for the matrix (`operator.dense`), p³/3 flops for its Cholesky factor, 2·p² for each right-hand side.
-Memory: the matrix and its factor, 16·p² bytes. All in float64. A matrix that is indefinite, or singular to rounding, is
-factorised by eigenvalues instead (9·p³ flops or so), and said so. Another λ costs another Cholesky factor of the matrix
-that is there; with eigenvalues, nothing.
+Memory: the matrix and its factor, 16·p² bytes. All in float64. An indefinite matrix has an LU factorisation instead
+(2·p³/3 flops), and says so; one that is singular to rounding is decomposed by eigenvalues (9·p³ flops or so), for the
+solution of least norm. Another λ costs another factorisation of the matrix that is there; with eigenvalues, nothing.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from distinfluence.curvature.base import CurvatureOperator
+from distinfluence.curvature.base import CurvatureOperator, MatrixOperator
 from distinfluence.errors import NonFiniteError
 from distinfluence.solvers.base import (
     Outcome,
@@ -25,6 +25,7 @@ from distinfluence.solvers.base import (
     check_tolerance,
     row_norms,
 )
+from distinfluence.solvers.spectrum import extreme_eigenvalues
 
 EIGEN_PAYS = 16  # dampings from which one eigendecomposition is cheaper than a Cholesky factor for each
 
@@ -33,23 +34,27 @@ EIGEN_PAYS = 16  # dampings from which one eigendecomposition is cheaper than a 
 class Factorisation(SolverState):
     """A [p, p] and the factorisation of A + damping·I, float64.
 
-    factor: the lower Cholesky factor of A + damping·I [p, p], or the eigenvectors of A as columns. eigenvalues: those
-    of A, [p], ascending, with the eigenvectors; empty with a Cholesky factor.
+    factor: the lower Cholesky factor of A + damping·I [p, p], its LU factorisation, or the eigenvectors of A as
+    columns. pivots: of the LU factorisation, else empty. eigenvalues: those of A, [p], ascending, with the
+    eigenvectors, else empty.
     """
 
     matrix: Tensor
     damping: float
     factor: Tensor
+    pivots: Tensor
     eigenvalues: Tensor
 
     @property
     def positive_definite(self) -> bool:
         """Whether A + λI has only positive eigenvalues."""
+        if self.pivots.numel():
+            return False
         return not self.eigenvalues.numel() or float(self.eigenvalues[0]) + self.damping > self.noise
 
     @property
     def noise(self) -> float:
-        """Eigenvalues within ± this are zero to rounding: p·eps·‖A + λI‖; 0 with a Cholesky factor."""
+        """Eigenvalues within ± this are zero to rounding: p·eps·‖A + λI‖; 0 where they are not known."""
         if not self.eigenvalues.numel():
             return 0.0
         return _rounding(self.matrix) * float((self.eigenvalues[[0, -1]] + self.damping).abs().amax())
@@ -63,10 +68,24 @@ class Factorisation(SolverState):
 
     @functools.cached_property
     def smallest_eigenvalue(self) -> float:
-        """Of A: exact with eigenvalues, else by inverse iteration on the Cholesky factor, from below."""
+        """Of A: exact with eigenvalues; by inverse iteration on a Cholesky factor, from below; else by Lanczos.
+
+        That of an indefinite matrix is a Ritz value, above the eigenvalue by at most a thousandth of ‖A‖ as a rule.
+        """
         if self.eigenvalues.numel():
             return float(self.eigenvalues[0])
-        return _smallest_by_inverse_iteration(self.factor) - self.damping
+        if self.pivots.numel():
+            return extreme_eigenvalues(MatrixOperator(self.matrix), rtol=1e-3).smallest
+        return 1.0 / sum(_largest_of_inverse(self.times_inverse, self.matrix, 1e-4)) - self.damping
+
+    def times_inverse(self, columns: Tensor) -> Tensor:
+        """(A + λI)⁻¹ columns, [p, k], from a Cholesky or LU factorisation."""
+        if self.pivots.numel():
+            return torch.linalg.lu_solve(self.factor, self.pivots, columns)
+        # `torch.cholesky_solve` would copy the factor first
+        inner = torch.linalg.solve_triangular(self.factor, columns, upper=False)
+        found: Tensor = torch.linalg.solve_triangular(self.factor.T, inner, upper=True)
+        return found
 
     @property
     def details(self) -> Mapping[str, Tensor]:
@@ -113,13 +132,21 @@ class Direct(Solver[Factorisation]):
             matrix.diagonal().copy_(diagonal)  # subtracting would leave rounding behind
             # whether Cholesky fails on a singular matrix is up to rounding: a pivot within it counts as failed
             pivots = factor.diagonal() ** 2
+            none = matrix.new_empty(0)
             if not int(failed) and bool(pivots.min() > 10 * _rounding(matrix) * largest):
-                return Factorisation(operator, matrix, self.damping, factor, matrix.new_empty(0))
+                return Factorisation(operator, matrix, self.damping, factor, none.int(), none)
+            del factor
+            matrix.diagonal().add_(self.damping)
+            factor, places, failed = torch.linalg.lu_factor_ex(matrix)
+            matrix.diagonal().copy_(diagonal)
+            state = Factorisation(operator, matrix, self.damping, factor, places, none)
+            if not int(failed) and _is_regular(state):
+                return state
         eigenvalues, vectors = torch.linalg.eigh(matrix)
-        return Factorisation(operator, matrix, self.damping, vectors, eigenvalues)
+        return Factorisation(operator, matrix, self.damping, vectors, matrix.new_empty(0).int(), eigenvalues)
 
     def adapt(self, state: Factorisation) -> Factorisation:
-        """Nothing to do with eigenvalues; else a new Cholesky factor. No products."""
+        """Nothing to do with eigenvalues; else a new factorisation. No products."""
         if state.damping == self.damping:
             return state
         if state.eigenvalues.numel():
@@ -127,24 +154,27 @@ class Direct(Solver[Factorisation]):
         return self._factorised(state.operator, state.matrix)
 
     def solve_at(self, state: Factorisation, rhs: Tensor, dampings: Sequence[float]) -> list[Solution]:
-        """By one eigendecomposition for many dampings, else by a Cholesky factor each."""
+        """By one eigendecomposition for many dampings, else by a factorisation each."""
         if len(dampings) >= EIGEN_PAYS and not state.eigenvalues.numel():
             state = replace(self, eigen=True)._factorised(state.operator, state.matrix)
         return super().solve_at(state, rhs, dampings)
 
     def solve(self, state: Factorisation, rhs: Tensor) -> Solution:
-        """Two triangular solves, or the eigenvectors; the residual from the dense matrix."""
+        """Two triangular solves, or the eigenvectors; the residual from the dense matrix.
+
+        The curvature is the smallest eigenvalue of A + λI, NaN with a Cholesky factor: positive.
+        """
         check_rhs(rhs, state.operator)
         b = rhs.double()
-        x = _eigen_solve(state, b) if state.eigenvalues.numel() else _cholesky_solve(state, b)
+        x = _eigen_solve(state, b) if state.eigenvalues.numel() else state.times_inverse(b.T).T.contiguous()
         x = x.to(rhs.dtype)
         norms = row_norms(b)
         wide = x.double()
         residual = row_norms(b - torch.add(wide @ state.matrix, wide, alpha=state.damping))
         relative = torch.where(norms > 0, residual / norms, residual).cpu()
         solved = (residual <= self.rtol * norms + _excused(state, x, norms)).cpu()
-        known = state.eigenvalues.numel() > 0
-        smallest = float(state.eigenvalues[0]) + state.damping if known else float("nan")
+        known = state.eigenvalues.numel() > 0 or not state.positive_definite
+        smallest = state.smallest_eigenvalue + state.damping if known else float("nan")
         k = rhs.shape[0]
         return Solution(
             x=x,
@@ -157,22 +187,17 @@ class Direct(Solver[Factorisation]):
 
     def state_arrays(self, state: Factorisation) -> dict[str, Tensor]:
         """Matrix and factorisation."""
-        return {"matrix": state.matrix, "factor": state.factor, "eigenvalues": state.eigenvalues}
+        return {
+            "matrix": state.matrix,
+            "factor": state.factor,
+            "pivots": state.pivots,
+            "eigenvalues": state.eigenvalues,
+        }
 
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Factorisation:
         """No product and no factorisation."""
-        return Factorisation(operator, arrays["matrix"], self.damping, arrays["factor"], arrays["eigenvalues"])
-
-
-def _cholesky_solve(state: Factorisation, b: Tensor) -> Tensor:
-    return _with_factor(state.factor, b.T).T.contiguous()
-
-
-def _with_factor(factor: Tensor, columns: Tensor) -> Tensor:
-    """(L Lᵀ)⁻¹ of columns [p, k]; `torch.cholesky_solve` would copy the factor first."""
-    inner = torch.linalg.solve_triangular(factor, columns, upper=False)
-    found: Tensor = torch.linalg.solve_triangular(factor.T, inner, upper=True)
-    return found
+        names = ("factor", "pivots", "eigenvalues")
+        return Factorisation(operator, arrays["matrix"], self.damping, *(arrays[name] for name in names))
 
 
 def _eigen_solve(state: Factorisation, b: Tensor) -> Tensor:
@@ -196,22 +221,33 @@ def _rounding(matrix: Tensor) -> float:
     return matrix.shape[0] * torch.finfo(matrix.dtype).eps
 
 
-def _smallest_by_inverse_iteration(factor: Tensor, steps: int = 30) -> float:
-    """A lower estimate of the smallest eigenvalue of L Lᵀ, by subspace iteration with 8 seeded vectors.
+def _is_regular(state: Factorisation) -> bool:
+    """Whether no eigenvalue of A + λI is zero to rounding, by inverse iteration on its LU factorisation."""
+    largest, residual = _largest_of_inverse(state.times_inverse, state.matrix, 0.1)
+    return (largest + residual) * 10 * _rounding(state.matrix) * state.norm < 1  # false for infinity
 
-    The Rayleigh quotient of the inverse is at most its largest eigenvalue; adding the residual makes it an upper bound
-    of that eigenvalue up to the directions that the seeds do not see, hence a lower one here.
+
+def _largest_of_inverse(
+    inverse: Callable[[Tensor], Tensor], matrix: Tensor, accuracy: float, steps: int = 30
+) -> tuple[float, float]:
+    """The largest |eigenvalue| of an inverse [p, p] and its residual, by subspace iteration with 8 seeded vectors.
+
+    matrix: of that size, on its device. The Rayleigh quotient is at most the largest eigenvalue; the sum of both is an
+    upper bound up to the directions that the seeds do not see. accuracy: of the residual, relative to the eigenvalue.
     """
-    p = factor.shape[0]
+    p = matrix.shape[0]
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(p, min(8, p), generator=generator, dtype=torch.float64).to(factor.device)
+    block = torch.randn(p, min(8, p), generator=generator, dtype=torch.float64).to(matrix.device)
     largest = residual = 0.0
     for _ in range(steps):
         q, _ = torch.linalg.qr(block)
-        block = _with_factor(factor, q)
+        block = inverse(q)
+        if not block.isfinite().all():
+            return float("inf"), 0.0
         values, vectors = torch.linalg.eigh(q.T @ block)
-        largest = float(values[-1])
-        residual = float((block @ vectors[:, -1] - largest * (q @ vectors[:, -1])).norm())
-        if residual <= 1e-4 * largest:  # by so much the estimate is too low at most, which errs on the safe side
+        at = int(values.abs().argmax())
+        largest = abs(float(values[at]))
+        residual = float((block @ vectors[:, at] - values[at] * (q @ vectors[:, at])).norm())
+        if residual <= accuracy * largest:
             break
-    return 1.0 / (largest + residual)
+    return largest, residual

@@ -57,7 +57,7 @@ BENCHES = (
     Bench("kronecker", "kronecker", 10, ("--repeats", "2")),
     Bench("cluster", "cluster", 4, ("--models", "mlp", "--limit", "150")),
     Bench("cluster-cnn", "cluster", 35, ("--models", "cnn", "--limit", "600")),
-    Bench("peers", "peers", 30, ("--limit", "30")),
+    Bench("peers", "peers", 35, ("--limit", "45")),
     Bench("gpu", "gpu", 5, cuda=True),
 )
 

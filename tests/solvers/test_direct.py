@@ -38,6 +38,25 @@ class TestDirect(SolverContract[Factorisation]):
         assert not restored.positive_definite
         assert torch.equal(solver.solve(restored, rhs).x, solver.solve(state, rhs).x)
 
+    def test_only_a_singular_matrix_is_decomposed_by_eigenvalues(self) -> None:
+        matrix, rhs = indefinite(), randn(4, P)
+        values, vectors = torch.linalg.eigh(matrix)
+        values[P // 2] = 0.0
+        singular = vectors @ (values[:, None] * vectors.T)
+        regular, zero = (Direct(0.0).fit(MatrixOperator(m)) for m in (matrix, singular))
+        assert (regular.pivots.numel(), regular.eigenvalues.numel()) == (P, 0)
+        assert (zero.pivots.numel(), zero.eigenvalues.numel()) == (0, P)
+        least_norm = torch.linalg.lstsq(singular, rhs.T, driver="gelsd").solution.T
+        assert relative_error(Direct(0.0).solve(zero, rhs).x, least_norm) <= self.accuracy
+
+    def test_an_indefinite_matrix_with_another_damping_is_factorised_anew(self) -> None:
+        matrix, rhs = indefinite(), randn(4, P)
+        state = Direct(0.05).fit(MatrixOperator(matrix))
+        for damping in (0.1, 10.0 + float(torch.linalg.eigvalsh(matrix)[0].abs())):
+            adapted = Direct(damping).adapt(state)
+            assert adapted.positive_definite == (damping > 10)
+            assert relative_error(Direct(damping).solve(adapted, rhs).x, dense_solution(matrix, damping, rhs)) < 1e-8
+
     def test_restoring_and_solving_take_no_pass(self) -> None:
         operator = MatrixOperator(SYSTEM.matrix)
         solver = Direct(SYSTEM.damping)

@@ -44,7 +44,8 @@ def main() -> None:
     net = build(spec["model"])
     net.load_state_dict(data["state"])
     small = (data["x"][:20], data["y"][:20])
-    influence(spec, net).fit(small).influences(data["xt"][:2], data["yt"][:2], *small)  # warm up
+    # warm up, with a damping at which the Hessian of these few is definite: else Direct makes its eigenvalues
+    influence({**spec, "damping": 10.0}, net).fit(small).influences(data["xt"][:2], data["yt"][:2], *small)
     loader = DataLoader(TensorDataset(data["x"], data["y"]), batch_size=spec["batch"])
     start = time.perf_counter()
     model = influence(spec, net).fit(loader)
