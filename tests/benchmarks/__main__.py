@@ -56,7 +56,7 @@ BENCHES = (
     Bench("scale", "scale", 15),
     Bench("kronecker", "kronecker", 10, ("--repeats", "2")),
     Bench("cluster", "cluster", 4, ("--models", "mlp", "--limit", "150")),
-    Bench("cluster-cnn", "cluster", 35, ("--models", "cnn", "--limit", "600")),
+    Bench("cluster-cnn", "cluster", 60, ("--models", "cnn", "--limit", "1800")),
     Bench("peers", "peers", 35, ("--limit", "45")),
     Bench("gpu", "gpu", 5, cuda=True),
 )

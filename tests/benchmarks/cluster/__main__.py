@@ -97,7 +97,7 @@ def compare(name: str, python: Path, limit: float) -> None:
         theirs = [str(python), str(HERE / "runner_pydvl.py")]
         print(f"{name}, {method}, damping {DAMPING}", flush=True)
         peers = {
-            route: run(theirs, spec | {"route": route, "rtol": 1e-4}, limit)
+            route: run(theirs, spec | {"route": route, "rtol": LADDER[0]}, limit)
             for route in ("factors first", "influences")
         }
         errors = [error(found, exact) for found in peers.values() if "scores" in found]
