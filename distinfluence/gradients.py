@@ -17,12 +17,14 @@ from distinfluence.batch import Batch, batch_length, map_batch, take
 from distinfluence.errors import DtypeError, NonFiniteError
 from distinfluence.sample_risk import Parameters, SampleRisk, double_differentiable, recordable
 
-GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients that are held at once
+GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients that are held at once, on a GPU at least
 REUSED_BYTES = 32 * 2**20  # on a CPU, if that is enough for FEW_SAMPLES: what is larger is paged in anew each time
 FEW_SAMPLES, ENOUGH_SAMPLES = 128, 256  # fewer make products with many rows slower; more than ENOUGH gain nothing
 EVEN = 16  # samples of which a micro-batch is a multiple: products with other numbers take up to half as long again
-ROW_BYTES = 512 * 2**20  # of tangents that one vectorised derivative may hold, by a rough estimate
+ROW_BYTES = 512 * 2**20  # of tangents that one vectorised derivative may hold, by a rough estimate, on a GPU at least
 MOST_ROWS = 32  # at once on a CPU: fewer cost overhead, more leave its cache (tests/benchmarks/passes.py)
+MOST_ROWS_ON_GPU = 8 * MOST_ROWS
+GPU_SHARE, MOST_ON_GPU = 12, 4 * 2**30  # of a GPU's memory, and no more: passes of small pieces wait for Python
 
 Value = Callable[[Parameters, Batch], Tensor]
 
@@ -66,30 +68,51 @@ def output_gradients(risk: SampleRisk, batch: Batch, vectors: Tensor) -> SampleG
 def micro_batches(risk: SampleRisk, batch: Batch) -> Iterator[Batch]:
     """The batch in pieces of `samples_at_once`."""
     n = batch_length(batch)
-    step = samples_at_once(risk.size * risk.dtype.itemsize, risk.device.type == "cpu")
+    step = samples_at_once(risk.size * risk.dtype.itemsize, gpu_memory(risk.device))
     for start in range(0, n, step):
         yield take(batch, start, min(start + step, n))
 
 
-def samples_at_once(row: int, on_cpu: bool) -> int:
-    """How many samples' gradients are held at once, in GRADIENT_BYTES; a single one may take more.
+def samples_at_once(row: int, gpu: int | None) -> int:
+    """How many samples' gradients are held at once, in GRADIENT_BYTES or `gpu_bytes`; a single one may take more.
 
-    row: bytes of one gradient. On a CPU few are better, as long as products with them are not slowed down by it.
+    row: bytes of one gradient. gpu: memory of the GPU that they are made on, None for a CPU, where few are better, as
+    long as products with them are not slowed down by it.
     """
-    most = GRADIENT_BYTES // row
-    if on_cpu:
+    if gpu is None:
         reused = REUSED_BYTES // row
-        most = min(most, reused if reused >= FEW_SAMPLES else ENOUGH_SAMPLES)
+        most = min(GRADIENT_BYTES // row, reused if reused >= FEW_SAMPLES else ENOUGH_SAMPLES)
+    else:
+        most = max(GRADIENT_BYTES, gpu_bytes(gpu)) // row
     return most - most % EVEN if most > EVEN else max(1, most)
 
 
 def rows_at_once(risk: SampleRisk, most: int = MOST_ROWS) -> int:
-    """How many rows [p] a vectorised derivative takes at once: about four copies of each must fit in ROW_BYTES.
+    """How many rows [p] a vectorised derivative takes at once: about four copies of each must fit in `row_bytes`.
 
-    most: on a CPU; a GPU takes eight times as many.
+    most: on a CPU; a GPU takes MOST_ROWS_ON_GPU.
     """
-    most = most if risk.device.type == "cpu" else 8 * most
-    return max(1, min(most, ROW_BYTES // (4 * risk.size * risk.dtype.itemsize)))
+    gpu = gpu_memory(risk.device)
+    most = most if gpu is None else MOST_ROWS_ON_GPU
+    return max(1, min(most, row_bytes(gpu) // (4 * risk.size * risk.dtype.itemsize)))
+
+
+def row_bytes(gpu: int | None) -> int:
+    """Of tangents that one vectorised derivative may hold. gpu: as in `samples_at_once`."""
+    return ROW_BYTES if gpu is None else max(ROW_BYTES, gpu_bytes(gpu))
+
+
+def gpu_bytes(memory: int) -> int:
+    """What is held at once on a GPU with this memory: a power of two, the same if a little of it is taken."""
+    share = max(1, memory // GPU_SHARE)
+    return min(MOST_ON_GPU, 1 << (share.bit_length() - 1))
+
+
+def gpu_memory(device: torch.device) -> int | None:
+    """All bytes of a GPU, none where torch does not say; None for a CPU."""
+    if device.type == "cpu":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def _gradients(risk: SampleRisk, value: Value, batch: Batch, what: str) -> SampleGradients:

@@ -204,6 +204,24 @@ class SampleRisk:
         return torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False)
 
     @contextmanager
+    def products(self) -> Iterator[None]:
+        """For products of gradients with factors: in mixed precision they take a GPU's matrix units.
+
+        Those round the numbers to 11 bits (TF32) and add in float32; bfloat16, in which the passes run, has 8.
+        """
+        if self.autocast is None or self.device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        name, wanted = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+        before = getattr(matmul, name)
+        setattr(matmul, name, wanted)
+        try:
+            yield
+        finally:
+            setattr(matmul, name, before)
+
+    @contextmanager
     def in_own_precision(self) -> Iterator[None]:
         """The model runs in `dtype` alone meanwhile: for comparisons that are about more than rounding."""
         autocast, self.autocast = self.autocast, None

@@ -25,7 +25,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def test_the_benchmark_of_devices_runs() -> None:
-    lines = table(torch.device("cuda" if torch.cuda.is_available() else "cpu"), widths=[16], n=32, m=4)
+    lines = list(table(torch.device("cuda" if torch.cuda.is_available() else "cpu"), widths=[16], n=32, m=4))
     timed = [line for line in lines if line.count("|") == 7 and "---" not in line][1:]
     assert len(timed) == 11
     assert all(line.count("%") == 2 and "nan" not in line for line in timed)

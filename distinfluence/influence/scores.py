@@ -55,7 +55,8 @@ def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode
         losses.append(gradients.values)
         norms.append(gradients.norms)
         if influence_mode(mode) is InfluenceMode.UP:
-            values.append(factors @ gradients.rows.T)
+            with risk.products():
+                values.append(factors @ gradients.rows.T)
         else:
             values.append(mixed_gradients(risk, part, factors))
         del gradients  # or they are held while the next are made
@@ -77,7 +78,8 @@ def scores_by_block(
 
 def _up(risk: SampleRisk, factors: Tensor, columns: Mapping[str, slice], batch: Batch) -> dict[str, Tensor]:
     rows = loss_gradients(risk, batch).rows
-    return {block: factors[:, c] @ rows[:, c].T for block, c in columns.items()}
+    with risk.products():
+        return {block: factors[:, c] @ rows[:, c].T for block, c in columns.items()}
 
 
 def _only(factors: Tensor, columns: slice) -> Tensor:

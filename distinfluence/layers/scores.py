@@ -13,13 +13,13 @@ from torch import Tensor
 
 from distinfluence.batch import Batch, batch_length, take
 from distinfluence.errors import NonFiniteError, UnsupportedOperatorError
-from distinfluence.gradients import loss_gradients
+from distinfluence.gradients import gpu_bytes, gpu_memory, loss_gradients, samples_at_once
 from distinfluence.layers.layout import Layout, Record, unit_rows
 from distinfluence.layers.units import Sides, Unit, outer_sides, position_scores
 from distinfluence.sample_risk import SampleRisk
 
 MOST_SEPARATED = 2048  # rows or columns of weights that are decomposed to see whether they are separable
-SCORE_BYTES = 32 * 2**20  # of gradient matrices, or of contracted factors, that are held at once
+SCORE_BYTES = 32 * 2**20  # of contracted factors that are held at once, on a GPU at least
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RankOne:
             return self._separated(left, right, *self.separated)
         total = left.new_zeros(self.left.shape[0], left.shape[0])
         g, o, i = self.weights.shape
-        step = max(1, SCORE_BYTES // ((min(o, i) * left.shape[0] + o * i) * left.element_size()))
+        step = _at_once(left, min(o, i) * left.shape[0] + o * i)
         for start in range(0, len(self.left), step):
             part = slice(start, start + step)
             for group in range(g):
@@ -163,11 +163,13 @@ def layer_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch:
         for number, (unit, m) in enumerate(zip(layout.units, queries.matrices, strict=True)):
             if unit.uses and unit.treatment == "kronecker":
                 sides = outer_sides(unit, record.uses, layout.infos, deltas, record.n)
-                own, norms = _outer_scores(sides, unit, queries, number)
+                with risk.products():
+                    own, norms = _outer_scores(sides, unit, queries, number)
             else:
                 assert isinstance(m, Tensor)
                 rows = _rows(risk, unit, record, deltas, part)
-                own, norms = m.flatten(1) @ rows.T, rows.square().sum(dim=1)
+                with risk.products():
+                    own, norms = m.flatten(1) @ rows.T, rows.square().sum(dim=1)
             scores.append(own)
             squared += norms
         losses = record.losses.detach().to(risk.dtype)
@@ -214,12 +216,19 @@ def _outer_scores(sides: Sides, unit: Unit, queries: QueryFactors, number: int) 
     return _by_matrices(sides, m.shape, queries.flat(number, sides.ones))
 
 
+def _at_once(like: Tensor, numbers: int) -> int:
+    """How many pieces of so many numbers each are held at once, on the device of a tensor and in its dtype."""
+    gpu = gpu_memory(like.device)
+    most = SCORE_BYTES if gpu is None else max(SCORE_BYTES, gpu_bytes(gpu) // 4)
+    return max(1, most // (numbers * like.element_size()))
+
+
 def _by_matrices(sides: Sides, shape: torch.Size, flat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """As `_outer_scores`, from gradient matrices of some samples at a time; a bias's part is a product of its own."""
     _, g, o, i = shape
     weights, biases = flat
     without = Sides(sides.left, sides.right)
-    step = max(1, SCORE_BYTES // (g * o * i * weights.element_size()))
+    step = samples_at_once(g * o * i * weights.element_size(), gpu_memory(weights.device))
     scores, norms = [], []
     for start in range(0, sides.right.shape[1], step):
         part = slice(start, start + step)
@@ -239,7 +248,7 @@ def _contracted(left: Tensor, right: Tensor, m: Tensor) -> Tensor:
     n, g, o = left.shape
     n_queries, i = m.shape[0], m.shape[3]
     total = left.new_zeros(n_queries, n)
-    step = max(1, SCORE_BYTES // (n * min(o, i) * left.element_size()))
+    step = _at_once(left, n * min(o, i))
     for start in range(0, n_queries, step):
         part = slice(start, start + step)
         for group in range(g):
@@ -262,7 +271,7 @@ def _low_rank_scores(left: Tensor, right: Tensor, u: Tensor, v: Tensor) -> Tenso
     n, length, g, _ = left.shape
     n_queries, rank = u.shape[0], u.shape[3]
     total = left.new_zeros(n_queries, n)
-    step = max(1, SCORE_BYTES // (2 * length * n_queries * rank * left.element_size()))
+    step = _at_once(left, 2 * length * n_queries * rank)
     for group in range(g):
         us = u[:, group].permute(1, 0, 2).reshape(u.shape[2], -1)
         vs = v[:, group].permute(1, 0, 2).reshape(v.shape[2], -1)
@@ -293,7 +302,7 @@ def _one_hot_scores(ids: Tensor, right: Tensor, m: Tensor) -> Tensor:
     """Σ_t ⟨M[id_t], r_t⟩ of ids [n, T], right [n, T, i], M [q, tokens, i]."""
     n_queries, (n, length, width) = m.shape[0], right.shape
     total = right.new_zeros(n_queries, n)
-    step = max(1, SCORE_BYTES // (n_queries * length * width * right.element_size()))
+    step = _at_once(right, n_queries * length * width)
     for start in range(0, n, step):
         part = slice(start, start + step)
         taken = m[:, ids[part].flatten()].view(n_queries, -1, length * width)
@@ -351,7 +360,7 @@ def _by_position(unit: Unit, m: Tensor, record: Record, deltas: Sequence[Tensor]
         by_use = torch.stack([torch.einsum("nti,nti->nt", own[sides.left], right[:, :, 0]) for own in m[:, 0]])
     else:
         left = sides.left[0]
-        step = max(1, SCORE_BYTES // (left.numel() * left.element_size()))
+        step = _at_once(left, left.numel())
         by_use = torch.cat([torch.einsum("qgoi,ntgi,ntgo->qnt", part, right, left) for part in m.split(step)])
     return by_use.reshape(*by_use.shape[:2], len(unit.uses), -1).sum(dim=2)
 

@@ -22,7 +22,6 @@ from dask.delayed import Delayed
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.errors import NotFittedError, SettingError, ShapeError, StoreError, StoreExistsError
-from distinfluence.gradients import MOST_ROWS
 from distinfluence.influence.arrays import to_numpy
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
@@ -187,7 +186,6 @@ class InfluenceCalculator(ABC):
             over_data=self.model.solves_over_data,
             by_gradients=self.model.second_order_mode is SecondOrderMode.EMPIRICAL_FISHER,
             built_bytes=sum(sample.built for sample in samples),
-            most_rows=MOST_ROWS if self.model.risk.device.type == "cpu" else 8 * MOST_ROWS,
         )
 
     def _sample(self, context: Any, data: ChunkedData) -> Sample:

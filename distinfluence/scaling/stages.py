@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distinfluence.gradients import ROW_BYTES, samples_at_once
+from distinfluence.gradients import MOST_ROWS, MOST_ROWS_ON_GPU, row_bytes, samples_at_once
 from distinfluence.sample_risk import KEPT_ROW_BYTES
 from distinfluence.scaling.groups import GROUPS, pass_tasks, results_held
 from distinfluence.scaling.work import Chunks, Machine, Rates, Work
@@ -35,15 +35,15 @@ class Stage:
         return {name: nbytes for name, nbytes in self.parts.items() if name not in ON_HOST}
 
 
-def sweep_bytes(work: Work, rows: int, gradients: int) -> int:
+def sweep_bytes(work: Work, machine: Machine, rows: int, gradients: int) -> int:
     """Bytes of work space of a pass that multiplies rows; one row is taken at once however many bytes it needs.
 
     Gradients of a micro-batch are there by parameter and as rows, and those before are not always given back by then.
     """
     if work.by_gradients:
         return 3 * gradients
-    one = 4 * work.row
-    return one * max(1, min(rows, work.most_rows, ROW_BYTES // one))
+    one, gpu = 4 * work.row, machine.device_memory
+    return one * max(1, min(rows, MOST_ROWS if gpu is None else MOST_ROWS_ON_GPU, row_bytes(gpu) // one))
 
 
 def stages_of(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rates | None) -> tuple[Stage, ...]:
@@ -83,7 +83,7 @@ class _Run:
     @property
     def gradients(self) -> int:
         """Bytes of those of a micro-batch."""
-        at_once = samples_at_once(self.work.row, self.machine.device_memory is None)
+        at_once = samples_at_once(self.work.row, self.machine.device_memory)
         return min(self.chunks.train, at_once) * self.work.row
 
     @property
@@ -109,7 +109,7 @@ class _Run:
 
     def solving(self, rows: int) -> dict[str, int]:
         """What a worker holds that solves for `rows` right-hand sides by itself."""
-        products = sweep_bytes(self.work, rows, self.gradients) if self.work.over_data else 0
+        products = sweep_bytes(self.work, self.machine, rows, self.gradients) if self.work.over_data else 0
         state = self.work.demand.state_bytes
         return {"products": products, "the fitted state": state, "the solve": solving_bytes(self.work, rows)}
 
@@ -127,7 +127,7 @@ class _Run:
     def fit(self) -> Stage:
         demand = self.work.demand
         making = {
-            "products": sweep_bytes(self.work, demand.fit_rows, self.gradients),
+            "products": sweep_bytes(self.work, self.machine, demand.fit_rows, self.gradients),
             "sums": self.sums(demand.fit_rows, demand.sum_bytes),
         }
         return Stage(
@@ -144,7 +144,7 @@ class _Run:
         n_solves, by_rows = ceil(work.n_test, rows), self.solve == "rows"
         sweeps = work.demand.solve_passes * n_solves if work.over_data else 0
         here = {  # the solve itself is the driver's
-            "products": sweep_bytes(work, rows, self.gradients) if work.over_data else 0,
+            "products": sweep_bytes(work, self.machine, rows, self.gradients) if work.over_data else 0,
             "test gradients": 2 * rows * work.row,
             "sums": self.sums(rows),
         }

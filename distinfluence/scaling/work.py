@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from distinfluence.gradients import MOST_ROWS
 from distinfluence.influence.demand import Demand
 
 KEPT_SHARE, KEPT_MOST = 0.125, 2**30  # of a worker's memory for loaded chunks that it keeps between tasks, and no more
@@ -15,7 +14,7 @@ class Work:
     n_test, n_train, n_fit: samples of the matrix's rows and columns, and of the fit. p: covered parameters; itemsize:
     bytes of a number. train_bytes: of one training sample as it is loaded. model_bytes: parameters and buffers.
     built_bytes: of data sets that every process builds for itself. by_gradients: whether the curvature is made of
-    gradients of single samples, some of which a process then keeps between passes. most_rows: multiplied at once.
+    gradients of single samples, some of which a process then keeps between passes.
     entry: numbers in an entry of the matrix (1, or those of an input for mode "perturbation"). demand: of the method.
     contributions: pairs at each end of a ranking that are taken apart; self_influence: whether those are made.
     """
@@ -33,7 +32,6 @@ class Work:
     over_data: bool = True
     built_bytes: int = 0
     by_gradients: bool = False
-    most_rows: int = MOST_ROWS
     contributions: int = 0
     self_influence: bool = False
 

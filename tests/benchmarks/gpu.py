@@ -10,6 +10,7 @@ beside what its plan says. Without a GPU it runs on the CPU, to be tested.
 """
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distinfluence import EkfacInfluence, KrylovInfluence, NystroemSketchInfluence, SequentialInfluenceCalculator
-from distinfluence.gradients import loss_gradients, samples_at_once
+from distinfluence import (
+    EkfacInfluence,
+    InfluenceFunctionModel,
+    KrylovInfluence,
+    NystroemSketchInfluence,
+    SequentialInfluenceCalculator,
+)
+from distinfluence.gradients import gpu_memory, loss_gradients, samples_at_once
 
 
 @dataclass(frozen=True)
@@ -76,65 +83,73 @@ def network(width: int, device: torch.device) -> nn.Module:
     return model.to(device).eval()
 
 
-def tasks(model: nn.Module, width: int, x: Tensor, y: Tensor, m: int) -> Iterator[Task]:
-    """What is timed on one model, with n samples and m factors."""
-    n, loss, device = len(x), nn.CrossEntropyLoss(), x.device
-    influence = KrylovInfluence(model, loss, 0.1, second_order_mode="ggn").fit([(x, y)])
-    narrow = influence.in_mixed_precision().fit([(x, y)])
-    p, row = influence.n_parameters, 4.0 * influence.n_parameters
-    k = min(n, samples_at_once(int(row), device.type == "cpu"))
+def passes_of(influence: InfluenceFunctionModel, x: Tensor, y: Tensor, factors: Tensor) -> Iterator[Task]:
+    """What every method does with the model, with n samples and m factors [m, p]."""
+    (m, p), n, risk = factors.shape, len(x), influence.risk
+    row, is_narrow = 4.0 * p, risk.autocast is not None
+    suffix = ", bfloat16" if is_narrow else ""
+    k = min(n, samples_at_once(int(row), gpu_memory(x.device)))
     part = influence.place(x[:k], y[:k])
-    few, many, factors = (torch.randn(rows, p, device=device) for rows in (8, 64, m))
-    for each, suffix in ((influence, ""), (narrow, ", bfloat16")):
-        risk, (operator,), is_narrow = each.risk, each.operators.values(), each is narrow
-        yield Task(f"{k} sample gradients{suffix}", lambda: loss_gradients(risk, part), 6 * k * p, k * row, is_narrow)
-        for rows in (few, many):
-            name = f"product of {len(rows)} rows over {n}{suffix}"
-            flops, moved = 12.0 * p * n * len(rows), 2 * len(rows) * row
-            yield Task(name, lambda rows=rows: operator.matmat(rows), flops, moved, is_narrow)  # type: ignore[misc]
-        flops, moved = (6.0 + 2 * m) * p * n, (m + n) * row
-        yield Task(
-            f"strip of {m} × {n}{suffix}", lambda: each.influences_from_factors(factors, x, y), flops, moved, is_narrow
-        )
-    ekfac = EkfacInfluence(model, True, 0.1, loss=loss)
+    gradients = functools.partial(loss_gradients, risk, part)
+    yield Task(f"{k} sample gradients{suffix}", gradients, 6.0 * k * p, k * row, is_narrow)
+    (operator,) = influence.operators.values()
+    for k in (8, 64):
+        product = functools.partial(operator.matmat, torch.randn(k, p, device=x.device))
+        yield Task(f"product of {k} rows over {n}{suffix}", product, 12.0 * p * n * k, 2 * k * row, is_narrow)
+    strip = functools.partial(influence.influences_from_factors, factors, x, y)
+    yield Task(f"strip of {m} × {n}{suffix}", strip, (6.0 + 2 * m) * p * n, (m + n) * row, is_narrow)
+
+
+def ekfac_tasks(model: nn.Module, width: int, x: Tensor, y: Tensor, factors: Tensor) -> Iterator[Task]:
+    """Fit and strip of EKFAC, with what of the fit are eigenvectors."""
+    (m, p), n = factors.shape, len(x)
+    ekfac = EkfacInfluence(model, True, 0.1, loss=nn.CrossEntropyLoss())
     sides = [width, width + 1] * 2 + [10, width + 1]
     sums = 2.0 * n * sum(side**2 for side in sides)
-    yield Task(f"EKFAC fit over {n}", lambda: ekfac.fit([(x, y)]), (2 * 6 + 2) * p * n + sums, 8.0 * p)
-    squares = [s @ s.T for s in (torch.randn(side, side, device=device, dtype=torch.float64) for side in sides)]
-    decomposed = 9.0 * sum(side**3 for side in sides)
-    yield Task("- its eigendecompositions", lambda: [torch.linalg.eigh(s) for s in squares], decomposed, 0.0)
-    yield Task(
-        f"EKFAC strip of {m} × {n}",
-        lambda: ekfac.influences_from_factors(factors, x, y),
-        (6.0 + 2 * m) * p * n,
-        m * row,
-    )
+    yield Task(f"EKFAC fit over {n}", functools.partial(ekfac.fit, [(x, y)]), (2 * 6 + 2) * p * n + sums, 8.0 * p)
+    draws = (torch.randn(side, side, device=x.device, dtype=torch.float64) for side in sides)
+    squares = [draw @ draw.T for draw in draws]
+
+    def decompose() -> None:
+        for square in squares:
+            torch.linalg.eigh(square)
+
+    yield Task("- its eigendecompositions", decompose, 9.0 * sum(side**3 for side in sides), 0.0)
+    strip = functools.partial(ekfac.influences_from_factors, factors, x, y)
+    yield Task(f"EKFAC strip of {m} × {n}", strip, (6.0 + 2 * m) * p * n, 4.0 * m * p)
 
 
-def rates(model: nn.Module, width: int, device: torch.device, n: int, m: int, own: Own) -> list[str]:
+def tasks(model: nn.Module, width: int, x: Tensor, y: Tensor, m: int) -> Iterator[Task]:
+    """What is timed on one model, with n samples and m factors."""
+    influence = KrylovInfluence(model, nn.CrossEntropyLoss(), 0.1, second_order_mode="ggn").fit([(x, y)])
+    factors = torch.randn(m, influence.n_parameters, device=x.device)
+    yield from passes_of(influence, x, y, factors)
+    yield from passes_of(influence.in_mixed_precision().fit([(x, y)]), x, y, factors)
+    yield from ekfac_tasks(model, width, x, y, factors)
+
+
+def rates(model: nn.Module, width: int, device: torch.device, n: int, m: int, own: Own) -> Iterator[str]:
     """The table of one model."""
     x, y = torch.randn(n, width, device=device), torch.randint(0, 10, (n,), device=device)
     p = sum(parameter.numel() for parameter in model.parameters())
-    lines = [
-        f"MLP of width {width}: p = {p}, {n} samples",
-        "| work | ms | TFLOP/s | of the GEMM's | GB/s | of the copy's |",
-        "|---|---|---|---|---|---|",
-    ]
+    yield f"MLP of width {width}: p = {p}, {n} samples"
+    yield "| work | ms | TFLOP/s | of the GEMM's | GB/s | of the copy's |"
+    yield "|---|---|---|---|---|---|"
     for task in tasks(model, width, x, y, m):
         took = seconds(task.call, device)
         gemm = own.narrow if task.narrow else own.flops
-        lines.append(
+        yield (
             f"| {task.name} | {1e3 * took:.2f} | {task.flops / took / 1e12:.3f} | {task.flops / took / gemm:.0%} | "
             f"{task.moved / took / 1e9:.1f} | {task.moved / took / own.copy:.0%} |"
         )
-    return lines
 
 
-def memory(model: nn.Module, width: int, device: torch.device, n: int, m: int) -> list[str]:
+def memory(model: nn.Module, width: int, device: torch.device, n: int, m: int) -> Iterator[str]:
     """What each stage of a run takes at most of the device's memory, beside the plan; for a CPU the plan alone."""
     train = torch.randn(n, width), torch.randint(0, 10, (n,))
     test = torch.randn(m, width), torch.randint(0, 10, (m,))
-    lines = ["| stage | plan, MiB | measured | measured/plan |", "|---|---|---|---|"]
+    yield "| run | GPU memory, MiB, by the plan | measured | measured/plan |"
+    yield "|---|---|---|---|"
     for influence in (
         KrylovInfluence(model, nn.CrossEntropyLoss(), 1.0, second_order_mode="ggn"),
         NystroemSketchInfluence(model, nn.CrossEntropyLoss(), min(50, n), 1.0, second_order_mode="ggn"),
@@ -150,23 +165,24 @@ def memory(model: nn.Module, width: int, device: torch.device, n: int, m: int) -
             fitted.to_zarr(Path(folder) / "i.zarr", *test, test_chunk_size=plan.chunks.test, progress=False)
         held = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else float("nan")
         name = f"{type(influence).__name__}, {m} × {n}, width {width}"
-        lines.append(f"| {name} | {planned:.0f} | {held:.0f} | {held / planned:.2f} |")
+        yield f"| {name} | {planned:.0f} | {held:.0f} | {held / planned:.2f} |"
         del calculator, influence, fitted
-    return lines
 
 
-def table(device: torch.device, widths: list[int], n: int, m: int) -> list[str]:
-    """All lines."""
+def table(device: torch.device, widths: list[int], n: int, m: int) -> Iterator[str]:
+    """All lines, as they are measured."""
     own = own_rates(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    lines = [
+    yield (
         f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; GEMM {own.flops / 1e12:.1f} TFLOP/s in "
-        f"float32, {own.narrow / 1e12:.1f} in bfloat16; copy {own.copy / 1e9:.0f} GB/s",
-    ]
+        f"float32, {own.narrow / 1e12:.1f} in bfloat16; copy {own.copy / 1e9:.0f} GB/s"
+    )
     for width in widths:
         model = network(width, device)
-        lines += ["", *rates(model, width, device, n, m, own), "", *memory(model, width, device, n, max(1, m // 4))]
-    return lines
+        yield ""
+        yield from rates(model, width, device, n, m, own)
+        yield ""
+        yield from memory(model, width, device, n, max(1, m // 4))
 
 
 def main() -> None:
@@ -176,7 +192,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--tests", type=int, default=256)
     given = parser.parse_args()
-    print("\n".join(table(torch.device(given.device), given.widths, given.samples, given.tests)))
+    for line in table(torch.device(given.device), given.widths, given.samples, given.tests):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -120,21 +120,25 @@ def test_the_mean_loss_and_its_gradient_are_over_samples_whatever_the_batches(mo
 
 
 @pytest.mark.parametrize(
-    ("row", "on_cpu", "expected"),
+    ("row", "gpu", "expected"),
     [
-        (4, True, 2**23),  # 32 MiB of small gradients
-        (2**18, True, 128),  # the largest of which 32 MiB hold enough
-        (2**18 + 4, True, 256),  # or as many as products need
-        (2**21, True, 128),  # or as many as there may be
-        (200_000, True, 160),  # a multiple of 16
-        (200_000, False, 1328),
-        (2**27, True, 2),
-        (2**40, True, 1),
-        (2**40, False, 1),
+        (4, None, 2**23),  # 32 MiB of small gradients
+        (2**18, None, 128),  # the largest of which 32 MiB hold enough
+        (2**18 + 4, None, 256),  # or as many as products need
+        (2**21, None, 128),  # or as many as there may be
+        (200_000, None, 160),  # a multiple of 16
+        (2**27, None, 2),
+        (2**40, None, 1),
+        (200_000, 0, 1328),  # a GPU that does not say what it has
+        (200_000, 2 * 2**30, 1328),
+        (2**20, 15 * 2**30, 1024),  # a gibibyte of one that has sixteen
+        (2**20, 79 * 2**30, 4096),  # and four of one that has eighty
+        (2**20, 72 * 2**30, 4096),  # of which some is taken
+        (2**40, 79 * 2**30, 1),
     ],
 )
-def test_samples_at_once_fill_what_is_reused_or_what_there_is(row: int, on_cpu: bool, expected: int) -> None:
-    assert gradients_module.samples_at_once(row, on_cpu) == expected
+def test_samples_at_once_fill_what_is_reused_or_what_there_is(row: int, gpu: int | None, expected: int) -> None:
+    assert gradients_module.samples_at_once(row, gpu) == expected
 
 
 class Margin(Objective):
