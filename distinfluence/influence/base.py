@@ -377,8 +377,10 @@ class InfluenceFunctionModel(ABC):
     ) -> Tensor:
         """Influence of training samples on the test points of these factors [n_test, p]; shapes as `influences`."""
         columns = slice(0, self.n_parameters)
-        rows = self._check_factors(factors, columns)
-        return scores_by_block(self.risk, rows, {"": columns}, self.place(x, y), mode)[""]
+        rows, batch = self._check_factors(factors, columns), self.place(x, y)
+        if influence_mode(mode) is InfluenceMode.UP:
+            return tile_of(self.risk, rows, batch).values
+        return scores_by_block(self.risk, rows, {"": columns}, batch, mode)[""]
 
     def influences_from_factors_by_block(
         self,

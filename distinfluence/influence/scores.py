@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from distinfluence.batch import Batch
-from distinfluence.errors import SettingError
+from distinfluence.errors import LayoutError, SettingError
 from distinfluence.gradients import loss_gradients, micro_batches, mixed_gradients
+from distinfluence.layers import layout_of
+from distinfluence.layers.scores import scores_of_factors
 from distinfluence.sample_risk import SampleRisk
 
 
@@ -49,6 +51,11 @@ def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode
     factors: [n_test, p]; batch: placed.
     """
     factors = factors.to(risk.dtype)
+    if influence_mode(mode) is InfluenceMode.UP and by_layers(risk.device):
+        try:
+            return _by_layers(risk, factors, batch)
+        except LayoutError:
+            risk.found["scores"] = None
     values, losses, norms = [], [], []
     for part in micro_batches(risk, batch):
         gradients = loss_gradients(risk, part)
@@ -61,6 +68,31 @@ def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode
             values.append(mixed_gradients(risk, part, factors))
         del gradients  # or they are held while the next are made
     return Tile(torch.cat(values, dim=1), torch.cat(losses), torch.cat(norms))
+
+
+def by_layers(device: torch.device) -> bool:
+    """Whether scores are made layer by layer where a model has layers that are known; a CPU gains nothing by it."""
+    return device.type != "cpu"
+
+
+def _by_layers(risk: SampleRisk, factors: Tensor, batch: Batch) -> Tile:
+    """From inputs and output gradients of the layers, whose gradients [n, p] are never made.
+
+    On a GPU: a micro-batch of gradients is many small kernels there, and few samples of a large model. Raises
+    LayoutError where the model has no layers that are known, or uses them in another way in this batch.
+    """
+    if "scores" not in risk.found:
+        layout = layout_of(risk, batch)
+        risk.found["scores"] = layout if any(unit.uses for unit in layout.units) else None
+    layout = risk.found["scores"]
+    if layout is None:
+        raise LayoutError("`model` has no layers that are known.")
+    parts = list(scores_of_factors(risk, layout, factors, batch))
+    return Tile(
+        torch.cat([part.by_unit[0] for part in parts], dim=1),
+        torch.cat([part.losses for part in parts]),
+        torch.cat([part.gradient_norms for part in parts]),
+    )
 
 
 def scores_by_block(

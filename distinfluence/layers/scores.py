@@ -5,7 +5,7 @@ one side and the result with the other, or the sample's gradient matrix is made 
 move; several positions are summed into that matrix first, which divides the work by their number. Never n × p.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -177,6 +177,40 @@ def layer_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch:
         yield LayerScores(scores, losses, squared.sqrt())
 
 
+def scores_of_factors(risk: SampleRisk, layout: Layout, factors: Tensor, batch: Batch) -> Iterator[LayerScores]:
+    """As `layer_scores` with all units in one, from factors [q, p] as they are: no copy of them is kept."""
+    tensors = risk.blocks.unflatten(factors)
+    for part, record in recorded(risk, layout, batch):
+        deltas = record.of_losses()
+        total = factors.new_zeros(factors.shape[0], record.n)
+        squared = factors.new_zeros(record.n)
+        for unit in layout.units:
+            with risk.products():
+                if unit.uses and unit.treatment == "kronecker":
+                    sides = outer_sides(unit, record.uses, layout.infos, deltas, record.n)
+                    own, norms = _sides_scores(sides, unit, tensors)
+                else:
+                    rows = _rows(risk, unit, record, deltas, part)
+                    own, norms = unit.matrix(tensors).flatten(1) @ rows.T, rows.square().sum(dim=1)
+            total += own
+            squared += norms
+        losses = record.losses.detach().to(risk.dtype)
+        _check_finite(losses, squared)
+        yield LayerScores([total], losses, squared.sqrt())
+
+
+def _sides_scores(sides: Sides, unit: Unit, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """As `_outer_scores`, from factors by parameter."""
+    if unit.one_hot:
+        m, right = unit.matrix(tensors)[:, 0], sides.right[0][:, :, 0]
+        return _one_hot_scores(sides.left, right, m), _one_hot_norms(sides.left, right, unit)
+    weight = tensors[unit.parameters[0]]
+    weights = (weight.transpose(1, 2) if unit.transposed else weight).flatten(1)
+    biases = tensors[unit.parameters[1]].flatten(1) if unit.has_bias else weights
+    way = _by_contraction if sides.n_positions == 1 else _by_matrices
+    return way(sides, unit, (weights, biases))
+
+
 def recorded(risk: SampleRisk, layout: Layout, batch: Batch) -> Iterator[tuple[Batch, Record]]:
     """The batch, some samples at a time, with their records."""
     n = batch_length(batch)
@@ -210,10 +244,10 @@ def _outer_scores(sides: Sides, unit: Unit, queries: QueryFactors, number: int) 
     if low_rank is not None and length * low_rank[0].shape[3] * (o + i) < o * i:
         right = sides.with_ones().right[0]
         return _low_rank_scores(left, right, *low_rank), _outer_norms(left, right)
+    flat = queries.flat(number, sides.ones)
     if length == 1 and n_queries * min(o, i) < o * i:
-        right = sides.with_ones().right[0]
-        return _contracted(left[:, 0], right[:, 0], m), _outer_norms(left, right)
-    return _by_matrices(sides, m.shape, queries.flat(number, sides.ones))
+        return _by_contraction(sides, unit, flat)
+    return _by_matrices(sides, unit, flat)
 
 
 def _at_once(like: Tensor, numbers: int) -> int:
@@ -223,12 +257,32 @@ def _at_once(like: Tensor, numbers: int) -> int:
     return max(1, most // (numbers * like.element_size()))
 
 
-def _by_matrices(sides: Sides, shape: torch.Size, flat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """As `_outer_scores`, from gradient matrices of some samples at a time; a bias's part is a product of its own."""
-    _, g, o, i = shape
+def _by_contraction(sides: Sides, unit: Unit, flat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As `_by_matrices`, for one position: lᵀ M r, some queries at a time."""
+    weights, biases = flat
+    left, right = sides.left[0], sides.right[0]
+    (n, _, g, o), i = left.shape, right.shape[3]
+    scores = left.new_empty(weights.shape[0], n)
+    step = _at_once(left, g * o * i + n * min(o, i))
+    for start in range(0, weights.shape[0], step):
+        part = slice(start, start + step)
+        m = weights[part].reshape(-1, g, o, i)
+        scores[part] = sum(_contracted_pairs(m[:, k], left[:, 0, k], right[:, 0, k]) for k in range(g))
+    norms = _outer_norms(left, right)
+    if sides.ones:
+        scores.addmm_(biases, left.flatten(1).T)
+        norms += left.square().sum(dim=(1, 2, 3))
+    return scores, norms
+
+
+def _by_matrices(sides: Sides, unit: Unit, flat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As `_outer_scores`, from gradient matrices of some samples at a time; a bias's part is a product of its own.
+
+    flat: as `QueryFactors.flat` has them.
+    """
     weights, biases = flat
     without = Sides(sides.left, sides.right)
-    step = samples_at_once(g * o * i * weights.element_size(), gpu_memory(weights.device))
+    step = samples_at_once(unit.size * weights.element_size(), gpu_memory(weights.device))
     scores, norms = [], []
     for start in range(0, sides.right.shape[1], step):
         part = slice(start, start + step)
@@ -241,19 +295,6 @@ def _by_matrices(sides: Sides, shape: torch.Size, flat: tuple[Tensor, Tensor]) -
         scores.append(own)
         norms.append(squared)
     return torch.cat(scores, dim=1), torch.cat(norms)
-
-
-def _contracted(left: Tensor, right: Tensor, m: Tensor) -> Tensor:
-    """⟨M, l rᵀ⟩ of left [n, g, o], right [n, g, i], M [q, g, o, i]: some queries at a time."""
-    n, g, o = left.shape
-    n_queries, i = m.shape[0], m.shape[3]
-    total = left.new_zeros(n_queries, n)
-    step = _at_once(left, n * min(o, i))
-    for start in range(0, n_queries, step):
-        part = slice(start, start + step)
-        for group in range(g):
-            total[part] += _contracted_pairs(m[part, group], left[:, group], right[:, group])
-    return total
 
 
 def _contracted_pairs(m: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -81,10 +81,11 @@ class Factorisation(SolverState):
     def times_inverse(self, columns: Tensor) -> Tensor:
         """(A + λI)⁻¹ columns, [p, k], from a Cholesky or LU factorisation."""
         if self.pivots.numel():
-            return torch.linalg.lu_solve(self.factor, self.pivots, columns)
+            found: Tensor = torch.linalg.lu_solve(self.factor, self.pivots, columns)
+            return found
         # `torch.cholesky_solve` would copy the factor first
-        inner = torch.linalg.solve_triangular(self.factor, columns, upper=False)
-        found: Tensor = torch.linalg.solve_triangular(self.factor.T, inner, upper=True)
+        found = torch.linalg.solve_triangular(self.factor, columns, upper=False)
+        found = torch.linalg.solve_triangular(self.factor.T, found, upper=True)
         return found
 
     @property

@@ -3,10 +3,12 @@
 Run: python -m tests.benchmarks.gpu [--device cuda] [--widths 1024 3072] [--samples 4096]
 
 The device's own rates are measured in the same run: a GEMM of 8192³ (512³ on a CPU) in float32 and in bfloat16, and a
-copy of 1 GiB (128 MiB). Flops are those of the mathematics: 2·p a sample for a forward pass, 6·p for a gradient, 12·p
-for a product with one row, 2·m·p a training sample for a strip against m factors. Bytes are what has to be moved once:
-gradients written; rows read and written; factors read. Below them: what a run's stages take of the device's memory,
-beside what its plan says. Without a GPU it runs on the CPU, to be tested.
+copy of 1 GiB (128 MiB). Flops are those of the mathematics. The network has two layers of nearly all its p parameters,
+and the first one's inputs have neither gradient nor tangent: a sample takes 2·p for a forward pass, p for the gradients
+by the layers' outputs, p for its gradient from these, 6·p for a Gauss–Newton product with one row, and 2·m·p in a strip
+against m factors. Bytes are what has to be moved once: gradients written; rows read and written; factors read.
+Below them: what a run takes of the device's memory at most, beside what its plan says. Without a GPU all of it runs on
+the CPU, to be tested.
 """
 
 import argparse
@@ -91,13 +93,13 @@ def passes_of(influence: InfluenceFunctionModel, x: Tensor, y: Tensor, factors: 
     k = min(n, samples_at_once(int(row), gpu_memory(x.device)))
     part = influence.place(x[:k], y[:k])
     gradients = functools.partial(loss_gradients, risk, part)
-    yield Task(f"{k} sample gradients{suffix}", gradients, 6.0 * k * p, k * row, is_narrow)
+    yield Task(f"{k} sample gradients{suffix}", gradients, 4.0 * k * p, k * row, is_narrow)
     (operator,) = influence.operators.values()
     for k in (8, 64):
         product = functools.partial(operator.matmat, torch.randn(k, p, device=x.device))
-        yield Task(f"product of {k} rows over {n}{suffix}", product, 12.0 * p * n * k, 2 * k * row, is_narrow)
+        yield Task(f"product of {k} rows over {n}{suffix}", product, 6.0 * p * n * k, 2 * k * row, is_narrow)
     strip = functools.partial(influence.influences_from_factors, factors, x, y)
-    yield Task(f"strip of {m} × {n}{suffix}", strip, (6.0 + 2 * m) * p * n, (m + n) * row, is_narrow)
+    yield Task(f"strip of {m} × {n}{suffix}", strip, (3.0 + 2 * m) * p * n, m * row, is_narrow)
 
 
 def ekfac_tasks(model: nn.Module, width: int, x: Tensor, y: Tensor, factors: Tensor) -> Iterator[Task]:
@@ -106,7 +108,7 @@ def ekfac_tasks(model: nn.Module, width: int, x: Tensor, y: Tensor, factors: Ten
     ekfac = EkfacInfluence(model, True, 0.1, loss=nn.CrossEntropyLoss())
     sides = [width, width + 1] * 2 + [10, width + 1]
     sums = 2.0 * n * sum(side**2 for side in sides)
-    yield Task(f"EKFAC fit over {n}", functools.partial(ekfac.fit, [(x, y)]), (2 * 6 + 2) * p * n + sums, 8.0 * p)
+    yield Task(f"EKFAC fit over {n}", functools.partial(ekfac.fit, [(x, y)]), 2 * 3.0 * p * n + sums, 8.0 * p)
     draws = (torch.randn(side, side, device=x.device, dtype=torch.float64) for side in sides)
     squares = [draw @ draw.T for draw in draws]
 
@@ -116,7 +118,7 @@ def ekfac_tasks(model: nn.Module, width: int, x: Tensor, y: Tensor, factors: Ten
 
     yield Task("- its eigendecompositions", decompose, 9.0 * sum(side**3 for side in sides), 0.0)
     strip = functools.partial(ekfac.influences_from_factors, factors, x, y)
-    yield Task(f"EKFAC strip of {m} × {n}", strip, (6.0 + 2 * m) * p * n, 4.0 * m * p)
+    yield Task(f"EKFAC strip of {m} × {n}", strip, (3.0 + 2 * m) * p * n, 4.0 * m * p)
 
 
 def tasks(model: nn.Module, width: int, x: Tensor, y: Tensor, m: int) -> Iterator[Task]:
