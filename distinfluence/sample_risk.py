@@ -98,6 +98,7 @@ class SampleRisk:
             self._take_tensors(module)
         self.measures = False
         self.kept_rows = KeptRows()
+        self._recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
         self.found: dict[str, Any] = {}  # what has been found out about the model, for the next chunk
         self._choices: dict[str, int] = {}
         self._restricted: dict[str, SampleRisk] = {}
@@ -191,7 +192,7 @@ class SampleRisk:
         """The module as a callable, with these parameters."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with untouched_attributes(self.module), self._mixed():
+            with untouched_attributes(self.module), self._mixed(), self._plain_recurrence():
                 outputs = functional_call(self.module, {**self._constants, **parameters}, args, kwargs)
             return outputs if self.autocast is None else _widened_outputs(outputs, self.dtype)
 
@@ -202,6 +203,16 @@ class SampleRisk:
             return nullcontext()
         # without its cache of converted weights, which must not outlive a transform that they were made in
         return torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False)
+
+    @contextmanager
+    def _plain_recurrence(self) -> Iterator[None]:
+        """Recurrent layers without cuDNN, which differentiates them in train mode only, and once."""
+        before = torch.backends.cudnn.enabled
+        torch.backends.cudnn.enabled = before and not self._recurrent
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.enabled = before
 
     @contextmanager
     def products(self) -> Iterator[None]:

@@ -72,6 +72,11 @@ class Layout:
         return found
 
 
+def _widened(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """An activation in the risk's dtype, which autocast makes narrower; token ids as they are."""
+    return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+
+
 def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
 
@@ -82,7 +87,8 @@ class Record:
     def __init__(self, risk: SampleRisk, layout: Layout, batch: Batch) -> None:
         self.n = batch_length(batch)
         self.layout = layout
-        self.uses, self.outputs, self.losses, _ = _forward(risk, batch, layout.recorded, layout.expanded, layout.cloned)
+        uses, self.outputs, self.losses, _ = _forward(risk, batch, layout.recorded, layout.expanded, layout.cloned)
+        self.uses = [replace(use, input=_widened(use.input, risk.dtype)) for use in uses]
         met = [(use.rule, use.weight, use.bias) for use in self.uses]
         if met != [(info.rule, info.weight, info.bias) for info in layout.infos]:
             raise LayoutError(
@@ -128,7 +134,15 @@ def _forward(
 
 
 def layout_of(risk: SampleRisk, batch: Batch, most_dense: int = MOST_DENSE, recognise: bool = True) -> Layout:
-    """Find the layout of a model from a batch of at least one sample. recognise: False to look for no layers."""
+    """Find the layout of a model from a batch of at least one sample. recognise: False to look for no layers.
+
+    In mixed precision, too, layers are recognised by gradients in the risk's own, which rounding does not tell apart.
+    """
+    with risk.in_own_precision():
+        return _layout_of(risk, batch, most_dense, recognise)
+
+
+def _layout_of(risk: SampleRisk, batch: Batch, most_dense: int, recognise: bool) -> Layout:
     if not recognise:
         return Layout(_in_order(risk, _rest(risk, set(), most_dense)), (), ())
     few = {n: _samples(batch, n) for n in (2, 3)}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from distinfluence import EkfacInfluence, KrylovInfluence
 from distinfluence.blocks import ParameterBlocks
 from distinfluence.gradients import loss_gradients
 from distinfluence.influence import scores
@@ -62,6 +63,20 @@ def test_factors_of_convolutions_of_groups_and_of_frozen_layers_have_their_colum
     factors = torch.randn(5, risk.size).double()
     whole = loss_gradients(risk, risk.place(data)).rows
     torch.testing.assert_close(tile_of(risk, factors, risk.place(data)).values, factors @ whole.T)
+
+
+@pytest.mark.parametrize("name", ["mlp classification", "cnn", "embedding and layer norm", "tied weights", "attention"])
+def test_layers_are_recognised_in_mixed_precision(name: str) -> None:
+    case = build(name, dtype=torch.float32)
+    ekfac = EkfacInfluence(case.model, True, 0.1, loss=case.loss)
+    assert ekfac.in_mixed_precision().fit([case.train]).layout == ekfac.fit([case.train]).layout
+    wide = KrylovInfluence(case.model, case.loss, 0.1).fit([case.train])
+    narrow = wide.in_mixed_precision().fit([case.train])
+    factors = torch.randn(4, wide.n_parameters, generator=torch.Generator().manual_seed(0))
+    expected, found = (model.influences_from_factors(factors, *case.train) for model in (wide, narrow))
+    assert narrow.risk.found["scores"] == wide.risk.found["scores"]
+    # bfloat16 rounds each of a handful of passes' steps to 2⁻⁹
+    assert 0 < float((found - expected).norm()) < 0.03 * float(expected.norm())
 
 
 def test_a_model_that_uses_its_layers_in_another_way_later_gets_whole_gradients() -> None:

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distinfluence import CgInfluence, DirectInfluence, EmpiricalRisk, SecondOrderMode
+from distinfluence.blocks import ParameterBlocks
 from distinfluence.errors import DistinfluenceError, ModelModeError, NonFiniteError
 from distinfluence.gradients import loss_gradients, mixed_gradients
+from distinfluence.objective import as_objective
+from distinfluence.sample_risk import SampleRisk
 from tests.reference import Reference
-from tests.zoo import BUILDERS, Case, build
+from tests.zoo import BUILDERS, Case, Recurrent, build
 
 
 class Remembering(nn.Module):
@@ -263,3 +266,15 @@ def test_a_model_with_a_lock_can_be_used() -> None:
     case.model.lock = threading.Lock()  # type: ignore[assignment]
     with unchanged(case.model):
         DirectInfluence(case.model, case.loss, 1.0).fit(case.train)
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_recurrent_layers_run_without_cudnn_which_is_left_as_it_was(recurrent: bool) -> None:
+    seen: list[bool] = []
+    net = (Recurrent() if recurrent else nn.Linear(3, 2)).double().eval()
+    net.register_forward_pre_hook(lambda module, inputs: seen.append(torch.backends.cudnn.enabled))
+    shape = (4, 3, 2) if recurrent else (4, 3)
+    risk = SampleRisk(net, as_objective(nn.CrossEntropyLoss()), ParameterBlocks.of(net))
+    loss_gradients(risk, risk.place((torch.randn(shape).double(), torch.tensor([0, 1, 0, 1]))))
+    assert set(seen) == {not recurrent}
+    assert torch.backends.cudnn.enabled
