@@ -208,7 +208,7 @@ def _sides_scores(sides: Sides, unit: Unit, tensors: Mapping[str, Tensor]) -> tu
     weights = (weight.transpose(1, 2) if unit.transposed else weight).flatten(1)
     biases = tensors[unit.parameters[1]].flatten(1) if unit.has_bias else weights
     way = _by_contraction if sides.n_positions == 1 else _by_matrices
-    return way(sides, unit, (weights, biases))
+    return way(sides, unit, weights, biases)
 
 
 def recorded(risk: SampleRisk, layout: Layout, batch: Batch) -> Iterator[tuple[Batch, Record]]:
@@ -244,10 +244,9 @@ def _outer_scores(sides: Sides, unit: Unit, queries: QueryFactors, number: int) 
     if low_rank is not None and length * low_rank[0].shape[3] * (o + i) < o * i:
         right = sides.with_ones().right[0]
         return _low_rank_scores(left, right, *low_rank), _outer_norms(left, right)
-    flat = queries.flat(number, sides.ones)
     if length == 1 and n_queries * min(o, i) < o * i:
-        return _by_contraction(sides, unit, flat)
-    return _by_matrices(sides, unit, flat)
+        return _by_contraction(sides, unit, m[..., :-1] if sides.ones else m, m[..., -1].flatten(1))
+    return _by_matrices(sides, unit, *queries.flat(number, sides.ones))
 
 
 def _at_once(like: Tensor, numbers: int) -> int:
@@ -257,9 +256,8 @@ def _at_once(like: Tensor, numbers: int) -> int:
     return max(1, most // (numbers * like.element_size()))
 
 
-def _by_contraction(sides: Sides, unit: Unit, flat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """As `_by_matrices`, for one position: lᵀ M r, some queries at a time."""
-    weights, biases = flat
+def _by_contraction(sides: Sides, unit: Unit, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_by_matrices`, for one position: lᵀ M r, some queries at a time. weights: [q, …], copied part by part."""
     left, right = sides.left[0], sides.right[0]
     (n, _, g, o), i = left.shape, right.shape[3]
     scores = left.new_empty(weights.shape[0], n)
@@ -275,12 +273,11 @@ def _by_contraction(sides: Sides, unit: Unit, flat: tuple[Tensor, Tensor]) -> tu
     return scores, norms
 
 
-def _by_matrices(sides: Sides, unit: Unit, flat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _by_matrices(sides: Sides, unit: Unit, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
     """As `_outer_scores`, from gradient matrices of some samples at a time; a bias's part is a product of its own.
 
-    flat: as `QueryFactors.flat` has them.
+    weights, biases: as `QueryFactors.flat` has them; without a bias, the biases are not looked at.
     """
-    weights, biases = flat
     without = Sides(sides.left, sides.right)
     step = samples_at_once(unit.size * weights.element_size(), gpu_memory(weights.device))
     scores, norms = [], []
