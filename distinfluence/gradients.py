@@ -17,14 +17,13 @@ from distinfluence.batch import Batch, batch_length, map_batch, take
 from distinfluence.errors import DtypeError, NonFiniteError
 from distinfluence.sample_risk import Parameters, SampleRisk, double_differentiable, recordable
 
-GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients that are held at once, on a GPU at least
+GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients that are held at once
 REUSED_BYTES = 32 * 2**20  # on a CPU, if that is enough for FEW_SAMPLES: what is larger is paged in anew each time
 FEW_SAMPLES, ENOUGH_SAMPLES = 128, 256  # fewer make products with many rows slower; more than ENOUGH gain nothing
 EVEN = 16  # samples of which a micro-batch is a multiple: products with other numbers take up to half as long again
-ROW_BYTES = 512 * 2**20  # of tangents that one vectorised derivative may hold, by a rough estimate, on a GPU at least
+ROW_BYTES = 512 * 2**20  # of tangents that one vectorised derivative may hold, by a rough estimate
 MOST_ROWS = 32  # at once on a CPU: fewer cost overhead, more leave its cache (tests/benchmarks/passes.py)
-MOST_ROWS_ON_GPU = 8 * MOST_ROWS
-GPU_SHARE, MOST_ON_GPU = 12, 4 * 2**30  # of a GPU's memory, and no more: passes of small pieces wait for Python
+ON_GPU = 4  # times as many bytes, and twice that in rows: small pieces wait for Python (tests/benchmarks/gpu.py)
 
 Value = Callable[[Parameters, Batch], Tensor]
 
@@ -68,51 +67,58 @@ def output_gradients(risk: SampleRisk, batch: Batch, vectors: Tensor) -> SampleG
 def micro_batches(risk: SampleRisk, batch: Batch) -> Iterator[Batch]:
     """The batch in pieces of `samples_at_once`."""
     n = batch_length(batch)
-    step = samples_at_once(risk.size * risk.dtype.itemsize, gpu_memory(risk.device))
+    step = samples_at_once(risk.size * risk.dtype.itemsize, risk.device.type == "cpu")
     for start in range(0, n, step):
         yield take(batch, start, min(start + step, n))
 
 
-def samples_at_once(row: int, gpu: int | None) -> int:
-    """How many samples' gradients are held at once, in GRADIENT_BYTES or `gpu_bytes`; a single one may take more.
+def samples_at_once(row: int, on_cpu: bool) -> int:
+    """How many samples' gradients are held at once, in GRADIENT_BYTES; a single one may take more.
 
-    row: bytes of one gradient. gpu: memory of the GPU that they are made on, None for a CPU, where few are better, as
-    long as products with them are not slowed down by it.
+    row: bytes of one gradient. On a CPU few are better, as long as products with them are not slowed down by it.
     """
-    if gpu is None:
+    if on_cpu:
         reused = REUSED_BYTES // row
         most = min(GRADIENT_BYTES // row, reused if reused >= FEW_SAMPLES else ENOUGH_SAMPLES)
     else:
-        most = max(GRADIENT_BYTES, gpu_bytes(gpu)) // row
+        most = ON_GPU * GRADIENT_BYTES // row
     return most - most % EVEN if most > EVEN else max(1, most)
 
 
-def rows_at_once(risk: SampleRisk, most: int = MOST_ROWS) -> int:
-    """How many rows [p] a vectorised derivative takes at once: about four copies of each must fit in `row_bytes`.
+def rows_at_once(row: int, on_cpu: bool, most: int = MOST_ROWS) -> int:
+    """How many rows [p] a vectorised derivative takes at once: about four copies of each must fit in ROW_BYTES.
 
-    most: on a CPU; a GPU takes MOST_ROWS_ON_GPU.
+    row: bytes of one. most: on a CPU.
     """
-    gpu = gpu_memory(risk.device)
-    most = most if gpu is None else MOST_ROWS_ON_GPU
-    return max(1, min(most, row_bytes(gpu) // (4 * risk.size * risk.dtype.itemsize)))
+    if on_cpu:
+        return max(1, min(most, ROW_BYTES // (4 * row)))
+    return max(1, min(2 * ON_GPU * MOST_ROWS, ON_GPU * ROW_BYTES // (4 * row)))
 
 
-def row_bytes(gpu: int | None) -> int:
-    """Of tangents that one vectorised derivative may hold. gpu: as in `samples_at_once`."""
-    return ROW_BYTES if gpu is None else max(ROW_BYTES, gpu_bytes(gpu))
+def in_pieces(
+    risk: SampleRisk, of_one: Callable[..., Tensor], in_dims: Any, most: int = MOST_ROWS
+) -> Callable[..., Tensor]:
+    """vmap of a function over rows [k, p], the argument that comes first, `rows_at_once` of them at a time.
 
+    On a GPU what a model holds for each row besides is not known before: where memory ends, half as many are taken from
+    then on. in_dims: as `torch.func.vmap` has them.
+    """
+    on_cpu = risk.device.type == "cpu"
 
-def gpu_bytes(memory: int) -> int:
-    """What is held at once on a GPU with this memory: a power of two, the same if a little of it is taken."""
-    share = max(1, memory // GPU_SHARE)
-    return min(MOST_ON_GPU, 1 << (share.bit_length() - 1))
+    def apply(*arguments: Any) -> Tensor:
+        while True:
+            known = rows_at_once(risk.size * risk.dtype.itemsize, on_cpu, most)
+            step = min(known, risk.found.get("rows that fit", known))
+            try:
+                result: Tensor = vmap(of_one, in_dims=in_dims, chunk_size=step)(*arguments)
+                return result
+            except torch.OutOfMemoryError:
+                if on_cpu or step == 1:
+                    raise
+            risk.found["rows that fit"] = min(step, arguments[0].shape[0]) // 2 or 1
+            torch.cuda.empty_cache()
 
-
-def gpu_memory(device: torch.device) -> int | None:
-    """All bytes of a GPU, none where torch does not say; None for a CPU."""
-    if device.type == "cpu":
-        return None
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return apply
 
 
 def _gradients(risk: SampleRisk, value: Value, batch: Batch, what: str) -> SampleGradients:
@@ -165,9 +171,8 @@ def mixed_gradients(risk: SampleRisk, batch: Batch, rows: Tensor) -> Tensor:
         return directional
 
     def vectorised(some: Tensor) -> Tensor:
-        by_input = vmap(grad(along, argnums=2), in_dims=(0, None, None), chunk_size=rows_at_once(risk))
-        slopes: Tensor = by_input(some, dict(risk.parameters), x)
-        return slopes
+        by_input = in_pieces(risk, grad(along, argnums=2), (0, None, None))
+        return by_input(some, dict(risk.parameters), x)
 
     def looped(some: Tensor) -> Tensor:
         with differentiable(risk) as parameters:

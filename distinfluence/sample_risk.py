@@ -206,9 +206,12 @@ class SampleRisk:
 
     @contextmanager
     def _plain_recurrence(self) -> Iterator[None]:
-        """Recurrent layers without cuDNN, which differentiates them in train mode only, and once."""
+        """A model with recurrent layers without cuDNN, which differentiates these in train mode only, and once."""
+        if not self._recurrent:
+            yield
+            return
         before = torch.backends.cudnn.enabled
-        torch.backends.cudnn.enabled = before and not self._recurrent
+        torch.backends.cudnn.enabled = False
         try:
             yield
         finally:

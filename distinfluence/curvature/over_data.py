@@ -6,13 +6,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from distinfluence.batch import Batch, map_batch
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.dataplane import Kernel
 from distinfluence.errors import NonFiniteError, ParameterBlockError
-from distinfluence.gradients import rows_at_once
+from distinfluence.gradients import in_pieces
 from distinfluence.risk import EmpiricalRisk
 from distinfluence.sample_risk import SampleRisk, double_differentiable, recordable
 
@@ -94,17 +93,13 @@ class InDouble:
 
 
 FEW_ROWS = 8  # fewer rows have a choice of their own; and as many are timed for that of more
-AT_ONCE = 16  # rows through one vectorised derivative: fewer cost overhead, more leave the cache
+AT_ONCE = 16  # rows through one vectorised derivative on a CPU: fewer cost overhead, more leave the cache
 
 
 def vectorised(product: Product, risk: SampleRisk) -> Product:
     """Apply the product of one row [p] to rows [k, p], AT_ONCE at once or as many as memory allows."""
 
-    def rows_product(rows: Tensor) -> Tensor:
-        result: Tensor = vmap(product, chunk_size=rows_at_once(risk, AT_ONCE))(rows)
-        return result
-
-    return rows_product
+    return in_pieces(risk, product, 0, AT_ONCE)
 
 
 def product_of_rows(risk: SampleRisk, what: str, ways: Sequence[Product], rows: Tensor) -> Tensor:

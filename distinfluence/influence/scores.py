@@ -8,12 +8,14 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from distinfluence.batch import Batch
-from distinfluence.errors import LayoutError, SettingError
+from distinfluence.batch import Batch, batch_length, take
+from distinfluence.errors import NonFiniteError, SettingError
 from distinfluence.gradients import loss_gradients, micro_batches, mixed_gradients
 from distinfluence.layers import layout_of
 from distinfluence.layers.scores import scores_of_factors
 from distinfluence.sample_risk import SampleRisk
+
+CONFIRMED = 4  # samples of a batch whose scores are compared with those of their gradients
 
 
 class InfluenceMode(StrEnum):
@@ -51,11 +53,10 @@ def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode
     factors: [n_test, p]; batch: placed.
     """
     factors = factors.to(risk.dtype)
-    if influence_mode(mode) is InfluenceMode.UP and by_layers(risk.device):
-        try:
-            return _by_layers(risk, factors, batch)
-        except LayoutError:
-            risk.found["scores"] = None
+    if influence_mode(mode) is InfluenceMode.UP and by_layers(risk.device) and len(factors):
+        tile = _by_layers(risk, factors, batch)
+        if tile is not None:
+            return tile
     values, losses, norms = [], [], []
     for part in micro_batches(risk, batch):
         gradients = loss_gradients(risk, part)
@@ -75,24 +76,50 @@ def by_layers(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _by_layers(risk: SampleRisk, factors: Tensor, batch: Batch) -> Tile:
+def _by_layers(risk: SampleRisk, factors: Tensor, batch: Batch) -> Tile | None:
     """From inputs and output gradients of the layers, whose gradients [n, p] are never made.
 
-    On a GPU: a micro-batch of gradients is many small kernels there, and few samples of a large model. Raises
-    LayoutError where the model has no layers that are known, or uses them in another way in this batch.
+    On a GPU: a micro-batch of gradients is many small kernels there, and few samples of a large model. None, from then
+    on, where layers that are known have less than half of the parameters, or the model uses them in another way in
+    this batch than in the first: some samples of every batch are compared with their gradients.
     """
     if "scores" not in risk.found:
         layout = layout_of(risk, batch)
-        risk.found["scores"] = layout if any(unit.uses for unit in layout.units) else None
+        known = sum(unit.size for unit in layout.units if unit.uses)
+        risk.found["scores"] = layout if 2 * known >= risk.size else None
     layout = risk.found["scores"]
     if layout is None:
-        raise LayoutError("`model` has no layers that are known.")
-    parts = list(scores_of_factors(risk, layout, factors, batch))
-    return Tile(
-        torch.cat([part.by_unit[0] for part in parts], dim=1),
-        torch.cat([part.losses for part in parts]),
-        torch.cat([part.gradient_norms for part in parts]),
-    )
+        return None
+    try:
+        parts = list(scores_of_factors(risk, layout, factors, batch))
+        tile = Tile(
+            torch.cat([part.by_unit[0] for part in parts], dim=1),
+            torch.cat([part.losses for part in parts]),
+            torch.cat([part.gradient_norms for part in parts]),
+        )
+    except (torch.OutOfMemoryError, NonFiniteError):
+        raise
+    except (RuntimeError, ValueError, IndexError):  # a layout that is not this batch's, shapes that do not go together
+        risk.found["scores"] = None
+        return None
+    if not _confirmed(risk, factors, batch, tile):
+        risk.found["scores"] = None
+        return None
+    return tile
+
+
+def _confirmed(risk: SampleRisk, factors: Tensor, batch: Batch, tile: Tile) -> bool:
+    """Whether scores and norms of the last samples are those of their gradients, up to rounding."""
+    n = batch_length(batch)
+    gradients = loss_gradients(risk, take(batch, max(0, n - CONFIRMED), n))
+    some = slice(-len(gradients.values), None)
+    narrow = risk.autocast if risk.autocast is not None else risk.dtype
+    share = 0.1 if risk.autocast is not None else 10 * torch.finfo(risk.dtype).eps ** 0.5
+    expected = factors @ gradients.rows.T
+    rounding = torch.finfo(narrow).eps * risk.size**0.5 * factors.norm() * gradients.norms.norm()
+    scores = (tile.values[:, some] - expected).norm() <= share * expected.norm() + rounding
+    norms = (tile.gradient_norms[some] - gradients.norms).norm() <= share * gradients.norms.norm()
+    return bool(scores & norms)
 
 
 def scores_by_block(

@@ -23,7 +23,7 @@ from distinfluence.layers.units import SampleAxis, Treatment, Unit, UseInfo, out
 from distinfluence.sample_risk import SampleRisk, agree
 
 MOST_DENSE = 1024  # parameters without Kronecker structure up to which a block is kept whole
-CPU_BYTES, GPU_BYTES = 32 * 2**20, 512 * 2**20  # of activations that are held at once
+CPU_BYTES, GPU_BYTES = 32 * 2**20, 2**30  # of activations that are held at once
 MOST_ONE_HOT = 4096  # tokens of an embedding that is tied to another layer, whose factor is then kept whole
 
 
@@ -73,7 +73,7 @@ class Layout:
 
 
 def _widened(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """An activation in the risk's dtype, which autocast makes narrower; token ids as they are."""
+    """An activation in the risk's dtype, as gradients are; token ids as they are."""
     return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
 
@@ -86,7 +86,7 @@ class Record:
 
     def __init__(self, risk: SampleRisk, layout: Layout, batch: Batch) -> None:
         self.n = batch_length(batch)
-        self.layout = layout
+        self.layout, self._dtype = layout, risk.dtype
         uses, self.outputs, self.losses, _ = _forward(risk, batch, layout.recorded, layout.expanded, layout.cloned)
         self.uses = [replace(use, input=_widened(use.input, risk.dtype)) for use in uses]
         met = [(use.rule, use.weight, use.bias) for use in self.uses]
@@ -109,11 +109,12 @@ class Record:
     def _gradients(self, value: Tensor, vector: Tensor | None, keep: bool) -> list[Tensor]:
         outputs = [use.output for use in self.uses]
         if not outputs or not value.requires_grad:
-            return [torch.zeros_like(output).detach().unsqueeze(0) for output in outputs]
+            return [torch.zeros_like(output, dtype=self._dtype).detach().unsqueeze(0) for output in outputs]
         parts = torch.autograd.grad(
             value, outputs, vector, retain_graph=keep, allow_unused=True, materialize_grads=True
         )
-        return [part.detach().unsqueeze(0).to(value.dtype) for part in parts]  # which autocast makes narrower
+        # autocast makes them narrower, a loss against float64 targets wider
+        return [part.detach().unsqueeze(0).to(self._dtype) for part in parts]
 
 
 def _forward(

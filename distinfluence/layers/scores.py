@@ -13,13 +13,13 @@ from torch import Tensor
 
 from distinfluence.batch import Batch, batch_length, take
 from distinfluence.errors import NonFiniteError, UnsupportedOperatorError
-from distinfluence.gradients import gpu_bytes, gpu_memory, loss_gradients, samples_at_once
+from distinfluence.gradients import loss_gradients, samples_at_once
 from distinfluence.layers.layout import Layout, Record, unit_rows
 from distinfluence.layers.units import Sides, Unit, outer_sides, position_scores
 from distinfluence.sample_risk import SampleRisk
 
 MOST_SEPARATED = 2048  # rows or columns of weights that are decomposed to see whether they are separable
-SCORE_BYTES = 32 * 2**20  # of contracted factors that are held at once, on a GPU at least
+SCORE_BYTES, SCORE_BYTES_ON_GPU = 32 * 2**20, 2**30  # of contracted factors that are held at once
 
 
 @dataclass(frozen=True)
@@ -178,37 +178,53 @@ def layer_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch:
 
 
 def scores_of_factors(risk: SampleRisk, layout: Layout, factors: Tensor, batch: Batch) -> Iterator[LayerScores]:
-    """As `layer_scores` with all units in one, from factors [q, p] as they are: no copy of them is kept."""
+    """As `layer_scores` with all units in one, from factors [q, p] as they are, of which nothing is kept.
+
+    One forward and one reverse pass, and a second of each where parameters have no layer that is known.
+    """
     tensors = risk.blocks.unflatten(factors)
+    rest = tuple(name for unit in layout.units if not unit.uses for name in unit.parameters)
     for part, record in recorded(risk, layout, batch):
         deltas = record.of_losses()
         total = factors.new_zeros(factors.shape[0], record.n)
         squared = factors.new_zeros(record.n)
         for unit in layout.units:
-            with risk.products():
-                if unit.uses and unit.treatment == "kronecker":
-                    sides = outer_sides(unit, record.uses, layout.infos, deltas, record.n)
+            if unit.uses and unit.treatment == "kronecker":
+                sides = outer_sides(unit, record.uses, layout.infos, deltas, record.n)
+                with risk.products():
                     own, norms = _sides_scores(sides, unit, tensors)
-                else:
-                    rows = _rows(risk, unit, record, deltas, part)
-                    own, norms = unit.matrix(tensors).flatten(1) @ rows.T, rows.square().sum(dim=1)
-            total += own
-            squared += norms
+                total += own
+                squared += norms
+            elif unit.uses:
+                rows = unit_rows(record, unit, deltas)[0].flatten(1)
+                _add_products(risk, total, squared, unit.matrix(tensors).flatten(1), rows)
+        if rest:
+            restricted = risk.only(rest)
+            of_rest = restricted.blocks.unflatten(loss_gradients(restricted, part).rows)
+            for name in rest:
+                _add_products(risk, total, squared, tensors[name].flatten(1), of_rest[name].flatten(1))
         losses = record.losses.detach().to(risk.dtype)
         _check_finite(losses, squared)
         yield LayerScores([total], losses, squared.sqrt())
 
 
+def _add_products(risk: SampleRisk, total: Tensor, squared: Tensor, factors: Tensor, rows: Tensor) -> None:
+    with risk.products():
+        total.addmm_(factors, rows.T)
+    squared += rows.square().sum(dim=1)
+
+
 def _sides_scores(sides: Sides, unit: Unit, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """As `_outer_scores`, from factors by parameter."""
+    """As `_outer_scores`, from factors by parameter, in the orientation of the weight."""
     if unit.one_hot:
         m, right = unit.matrix(tensors)[:, 0], sides.right[0][:, :, 0]
         return _one_hot_scores(sides.left, right, m), _one_hot_norms(sides.left, right, unit)
-    weight = tensors[unit.parameters[0]]
-    weights = (weight.transpose(1, 2) if unit.transposed else weight).flatten(1)
-    biases = tensors[unit.parameters[1]].flatten(1) if unit.has_bias else weights
+    turned = Sides(sides.right, sides.left) if unit.transposed else Sides(sides.left, sides.right)
     way = _by_contraction if sides.n_positions == 1 else _by_matrices
-    return way(sides, unit, weights, biases)
+    scores, squared = way(turned, tensors[unit.parameters[0]].flatten(1))
+    if not unit.has_bias:
+        return scores, squared
+    return _with_bias(scores, squared, sides, tensors[unit.parameters[1]].flatten(1))
 
 
 def recorded(risk: SampleRisk, layout: Layout, batch: Batch) -> Iterator[tuple[Batch, Record]]:
@@ -245,19 +261,26 @@ def _outer_scores(sides: Sides, unit: Unit, queries: QueryFactors, number: int) 
         right = sides.with_ones().right[0]
         return _low_rank_scores(left, right, *low_rank), _outer_norms(left, right)
     if length == 1 and n_queries * min(o, i) < o * i:
-        return _by_contraction(sides, unit, m[..., :-1] if sides.ones else m, m[..., -1].flatten(1))
-    return _by_matrices(sides, unit, *queries.flat(number, sides.ones))
+        own, squared = _by_contraction(sides, m[..., :-1] if sides.ones else m)
+        biases = m[..., -1].flatten(1)
+    else:
+        weights, biases = queries.flat(number, sides.ones)
+        own, squared = _by_matrices(sides, weights)
+    return _with_bias(own, squared, sides, biases) if sides.ones else (own, squared)
 
 
 def _at_once(like: Tensor, numbers: int) -> int:
     """How many pieces of so many numbers each are held at once, on the device of a tensor and in its dtype."""
-    gpu = gpu_memory(like.device)
-    most = SCORE_BYTES if gpu is None else max(SCORE_BYTES, gpu_bytes(gpu) // 4)
-    return max(1, most // (numbers * like.element_size()))
+    most = SCORE_BYTES if like.device.type == "cpu" else SCORE_BYTES_ON_GPU
+    return max(1, most // max(1, numbers * like.element_size()))
 
 
-def _by_contraction(sides: Sides, unit: Unit, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_by_matrices`, for one position: lᵀ M r, some queries at a time. weights: [q, …], copied part by part."""
+def _by_contraction(sides: Sides, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(lᵀ M r [q, n], ‖l‖²‖r‖² [n]) for one position, some queries at a time.
+
+    weights: [q, …], the factors M [q, g, o, i] in some shape, copied part by part where they are not contiguous. A
+    bias's ones are left out.
+    """
     left, right = sides.left[0], sides.right[0]
     (n, _, g, o), i = left.shape, right.shape[3]
     scores = left.new_empty(weights.shape[0], n)
@@ -266,32 +289,28 @@ def _by_contraction(sides: Sides, unit: Unit, weights: Tensor, biases: Tensor) -
         part = slice(start, start + step)
         m = weights[part].reshape(-1, g, o, i)
         scores[part] = sum(_contracted_pairs(m[:, k], left[:, 0, k], right[:, 0, k]) for k in range(g))
-    norms = _outer_norms(left, right)
-    if sides.ones:
-        scores.addmm_(biases, left.flatten(1).T)
-        norms += left.square().sum(dim=(1, 2, 3))
-    return scores, norms
+    return scores, _outer_norms(left, right)
 
 
-def _by_matrices(sides: Sides, unit: Unit, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_outer_scores`, from gradient matrices of some samples at a time; a bias's part is a product of its own.
+def _by_matrices(sides: Sides, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(scores [q, n], ‖S‖² [n]) from gradient matrices S of some samples at a time. weights: [q, g·o·i].
 
-    weights, biases: as `QueryFactors.flat` has them; without a bias, the biases are not looked at.
+    A bias's ones are left out.
     """
     without = Sides(sides.left, sides.right)
-    step = samples_at_once(unit.size * weights.element_size(), gpu_memory(weights.device))
+    step = samples_at_once(weights.shape[1] * weights.element_size(), weights.device.type == "cpu")
     scores, norms = [], []
     for start in range(0, sides.right.shape[1], step):
-        part = slice(start, start + step)
-        s = without.matrices(0, part).flatten(1)
-        own, squared = weights @ s.T, torch.linalg.vector_norm(s, dim=1).square()
-        if sides.ones:
-            sums = sides.left[0, part].sum(dim=1).flatten(1)
-            own.addmm_(biases, sums.T)
-            squared += torch.linalg.vector_norm(sums, dim=1).square()
-        scores.append(own)
-        norms.append(squared)
+        s = without.matrices(0, slice(start, start + step)).flatten(1)
+        scores.append(weights @ s.T)
+        norms.append(torch.linalg.vector_norm(s, dim=1).square())
     return torch.cat(scores, dim=1), torch.cat(norms)
+
+
+def _with_bias(scores: Tensor, squared: Tensor, sides: Sides, biases: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [q, n] and squared norms [n] with those of a bias, whose factors are [q, g·o]."""
+    sums = sides.left[0].sum(dim=1).flatten(1)
+    return scores.addmm_(biases, sums.T), squared.add_(sums.square().sum(dim=1))
 
 
 def _contracted_pairs(m: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -11,12 +11,11 @@ PyTorch, the model, a chunk of samples twice (as loaded, and as computed with), 
 | factors, by data | kept chunks + products + sums + 2·t·p·b |
 | strips | kept chunks + s + panel·p·b + 2·G + m·c·(2·b + 12) for c training points in a strip |
 
-with G = min(c, `samples_at_once`)·p·b, and for products 4·p·b for each row taken at once, `row_bytes` at most if that
-is one row or more; or 3·G where the curvature is made of the gradients of samples (the empirical Fisher matrix,
-DataInf), of which one process without a cluster keeps up to KEPT_ROW_BYTES besides. Sums are k·p·b of broadcast rows,
-for the k rows of a pass, and as much, or the matrix that a fit sums, for each of 2 + `results_held` results of a
-kernel: in the making, and waiting to be added. The gradients of the training set are made ⌈m / panel⌉ times for the
-strips.
+with G = min(c, `samples_at_once`)·p·b, and for products 4·p·b for each row taken at once, `rows_at_once` at most; or
+3·G where the curvature is made of the gradients of samples (the empirical Fisher matrix, DataInf), of which one process
+without a cluster keeps up to KEPT_ROW_BYTES besides. Sums are k·p·b of broadcast rows, for the k rows of a pass, and as
+much, or the matrix that a fit sums, for each of 2 + `results_held` results of a kernel: in the making, and waiting to
+be added. The gradients of the training set are made ⌈m / panel⌉ times for the strips.
 """
 
 import itertools

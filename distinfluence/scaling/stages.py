@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distinfluence.gradients import MOST_ROWS, MOST_ROWS_ON_GPU, row_bytes, samples_at_once
+from distinfluence.gradients import rows_at_once, samples_at_once
 from distinfluence.sample_risk import KEPT_ROW_BYTES
 from distinfluence.scaling.groups import GROUPS, pass_tasks, results_held
 from distinfluence.scaling.work import Chunks, Machine, Rates, Work
@@ -42,8 +42,7 @@ def sweep_bytes(work: Work, machine: Machine, rows: int, gradients: int) -> int:
     """
     if work.by_gradients:
         return 3 * gradients
-    one, gpu = 4 * work.row, machine.device_memory
-    return one * max(1, min(rows, MOST_ROWS if gpu is None else MOST_ROWS_ON_GPU, row_bytes(gpu) // one))
+    return 4 * work.row * max(1, min(rows, rows_at_once(work.row, machine.device_memory is None)))
 
 
 def stages_of(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rates | None) -> tuple[Stage, ...]:
@@ -83,7 +82,7 @@ class _Run:
     @property
     def gradients(self) -> int:
         """Bytes of those of a micro-batch."""
-        at_once = samples_at_once(self.work.row, self.machine.device_memory)
+        at_once = samples_at_once(self.work.row, self.machine.device_memory is None)
         return min(self.chunks.train, at_once) * self.work.row
 
     @property

@@ -7,7 +7,8 @@ solution of least norm. Another λ costs another factorisation of the matrix tha
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,12 +71,12 @@ class Factorisation(SolverState):
     def smallest_eigenvalue(self) -> float:
         """Of A: exact with eigenvalues; by inverse iteration on a Cholesky factor, from below; else by Lanczos.
 
-        That of an indefinite matrix is a Ritz value, above the eigenvalue by at most a thousandth of ‖A‖ as a rule.
+        That of an indefinite A + λI is a Ritz value less its residual, about a thousandth of ‖A‖, and −λ at most.
         """
         if self.eigenvalues.numel():
             return float(self.eigenvalues[0])
         if self.pivots.numel():
-            return extreme_eigenvalues(MatrixOperator(self.matrix), rtol=1e-3).smallest
+            return min(-self.damping, extreme_eigenvalues(MatrixOperator(self.matrix), rtol=1e-3).lower)
         return 1.0 / sum(_largest_of_inverse(self.times_inverse, self.matrix, 1e-4)) - self.damping
 
     def times_inverse(self, columns: Tensor) -> Tensor:
@@ -126,20 +127,17 @@ class Direct(Solver[Factorisation]):
 
     def _factorised(self, operator: CurvatureOperator, matrix: Tensor) -> Factorisation:
         if not self.eigen:
-            diagonal = matrix.diagonal().clone()
-            matrix.diagonal().add_(self.damping)
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            largest = matrix.diagonal().max()
-            matrix.diagonal().copy_(diagonal)  # subtracting would leave rounding behind
+            with _shifted(matrix, self.damping):
+                factor, failed = torch.linalg.cholesky_ex(matrix)
+                largest = matrix.diagonal().max()
             # whether Cholesky fails on a singular matrix is up to rounding: a pivot within it counts as failed
             pivots = factor.diagonal() ** 2
             none = matrix.new_empty(0)
             if not int(failed) and bool(pivots.min() > 10 * _rounding(matrix) * largest):
                 return Factorisation(operator, matrix, self.damping, factor, none.int(), none)
             del factor
-            matrix.diagonal().add_(self.damping)
-            factor, places, failed = torch.linalg.lu_factor_ex(matrix)
-            matrix.diagonal().copy_(diagonal)
+            with _shifted(matrix, self.damping):
+                factor, places, failed = torch.linalg.lu_factor_ex(matrix)
             state = Factorisation(operator, matrix, self.damping, factor, places, none)
             if not int(failed) and _is_regular(state):
                 return state
@@ -199,6 +197,17 @@ class Direct(Solver[Factorisation]):
         """No product and no factorisation."""
         names = ("factor", "pivots", "eigenvalues")
         return Factorisation(operator, arrays["matrix"], self.damping, *(arrays[name] for name in names))
+
+
+@contextmanager
+def _shifted(matrix: Tensor, damping: float) -> Iterator[None]:
+    """A + λI in the place of A, which comes back to the bit: subtracting would leave rounding behind."""
+    diagonal = matrix.diagonal().clone()
+    matrix.diagonal().add_(damping)
+    try:
+        yield
+    finally:
+        matrix.diagonal().copy_(diagonal)
 
 
 def _eigen_solve(state: Factorisation, b: Tensor) -> Tensor:

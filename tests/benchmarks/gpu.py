@@ -29,7 +29,7 @@ from distinfluence import (
     NystroemSketchInfluence,
     SequentialInfluenceCalculator,
 )
-from distinfluence.gradients import gpu_memory, loss_gradients, samples_at_once
+from distinfluence.gradients import loss_gradients, samples_at_once
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def passes_of(influence: InfluenceFunctionModel, x: Tensor, y: Tensor, factors: 
     (m, p), n, risk = factors.shape, len(x), influence.risk
     row, is_narrow = 4.0 * p, risk.autocast is not None
     suffix = ", bfloat16" if is_narrow else ""
-    k = min(n, samples_at_once(int(row), gpu_memory(x.device)))
+    k = min(n, samples_at_once(int(row), x.device.type == "cpu"))
     part = influence.place(x[:k], y[:k])
     gradients = functools.partial(loss_gradients, risk, part)
     yield Task(f"{k} sample gradients{suffix}", gradients, 4.0 * k * p, k * row, is_narrow)

@@ -127,7 +127,7 @@ def strips_in_micro_batches(repeats: int) -> None:
     influence = CgInfluence(model, nn.CrossEntropyLoss(), 0.01)
     batch, factors = influence.place(x, y), torch.randn(1024, influence.n_parameters)
     row = influence.n_parameters * factors.itemsize
-    most, ours = GRADIENT_BYTES // row, samples_at_once(row, None)
+    most, ours = GRADIENT_BYTES // row, samples_at_once(row, on_cpu=True)
     for n, what in (
         (most, f"what {GRADIENT_BYTES >> 20} MiB hold"),
         (most - most % EVEN, "a few less"),

@@ -120,25 +120,50 @@ def test_the_mean_loss_and_its_gradient_are_over_samples_whatever_the_batches(mo
 
 
 @pytest.mark.parametrize(
-    ("row", "gpu", "expected"),
+    ("row", "on_cpu", "expected"),
     [
-        (4, None, 2**23),  # 32 MiB of small gradients
-        (2**18, None, 128),  # the largest of which 32 MiB hold enough
-        (2**18 + 4, None, 256),  # or as many as products need
-        (2**21, None, 128),  # or as many as there may be
-        (200_000, None, 160),  # a multiple of 16
-        (2**27, None, 2),
-        (2**40, None, 1),
-        (200_000, 0, 1328),  # a GPU that does not say what it has
-        (200_000, 2 * 2**30, 1328),
-        (2**20, 15 * 2**30, 1024),  # a gibibyte of one that has sixteen
-        (2**20, 79 * 2**30, 4096),  # and four of one that has eighty
-        (2**20, 72 * 2**30, 4096),  # of which some is taken
-        (2**40, 79 * 2**30, 1),
+        (4, True, 2**23),  # 32 MiB of small gradients
+        (2**18, True, 128),  # the largest of which 32 MiB hold enough
+        (2**18 + 4, True, 256),  # or as many as products need
+        (2**21, True, 128),  # or as many as there may be
+        (200_000, True, 160),  # a multiple of 16
+        (2**27, True, 2),
+        (2**40, True, 1),
+        (2**20, False, 1024),  # a gibibyte on a GPU
+        (200_000, False, 5360),
+        (2**40, False, 1),
     ],
 )
-def test_samples_at_once_fill_what_is_reused_or_what_there_is(row: int, gpu: int | None, expected: int) -> None:
-    assert gradients_module.samples_at_once(row, gpu) == expected
+def test_samples_at_once_fill_what_is_reused_or_what_there_is(row: int, on_cpu: bool, expected: int) -> None:
+    assert gradients_module.samples_at_once(row, on_cpu) == expected
+
+
+@pytest.mark.parametrize("fits", [3, 1, 0])
+def test_where_a_gpu_has_no_room_for_so_many_rows_half_as_many_are_taken(
+    fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def vmap_with_little_memory(of_one: Any, in_dims: Any, chunk_size: int) -> Any:
+        tried.append(chunk_size)
+        if chunk_size > fits:
+            raise torch.OutOfMemoryError("no room")
+        return torch.func.vmap(of_one, in_dims=in_dims, chunk_size=chunk_size)
+
+    risk = sample_risk(build("mlp classification"))
+    monkeypatch.setattr(gradients_module, "vmap", vmap_with_little_memory)
+    monkeypatch.setattr(risk, "device", torch.device("meta"))  # a GPU, as far as its size is asked for
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    twice = gradients_module.in_pieces(risk, lambda row: 2 * row, 0)
+    rows = torch.randn(14, 5)
+    if not fits:
+        with pytest.raises(torch.OutOfMemoryError):
+            twice(rows)
+        assert tried[1:] == [7, 3, 1]
+        return
+    torch.testing.assert_close(twice(rows), 2 * rows)
+    torch.testing.assert_close(twice(rows), 2 * rows)
+    assert tried[1:] == [7, 3, *([1] if fits == 1 else []), fits]  # found once
 
 
 class Margin(Objective):

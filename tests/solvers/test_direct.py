@@ -28,7 +28,8 @@ class TestDirect(SolverContract[Factorisation]):
         assert solution.converged.all()
         assert relative_error(solution.x, dense_solution(matrix, damping, rhs)) <= self.accuracy
         smallest = float(torch.linalg.eigvalsh(matrix)[0]) + damping
-        assert torch.allclose(solution.curvature, torch.full((4,), smallest, dtype=torch.float64))
+        norm = float(torch.linalg.matrix_norm(matrix, 2))
+        assert ((smallest - 1e-3 * norm <= solution.curvature) & (solution.curvature <= smallest + 1e-9)).all()
 
     def test_the_indefinite_factorisation_survives_being_stored(self) -> None:
         matrix, rhs = indefinite(), randn(4, P)
@@ -37,6 +38,26 @@ class TestDirect(SolverContract[Factorisation]):
         restored = solver.restore(MatrixOperator(matrix), solver.state_arrays(state))
         assert not restored.positive_definite
         assert torch.equal(solver.solve(restored, rhs).x, solver.solve(state, rhs).x)
+
+    def test_an_indefinite_matrix_is_never_given_a_positive_curvature(self) -> None:
+        # a cluster of small eigenvalues around zero, which Lanczos for the ends of the spectrum does not resolve
+        values = torch.cat([torch.linspace(-1.05e-4, 1.05e-4, 199), torch.ones(1)]).double()
+        state = Direct(1e-4).fit(MatrixOperator(with_spectrum(values)))
+        assert not state.positive_definite
+        assert state.smallest_eigenvalue <= -1e-4
+        assert (Direct(1e-4).solve(state, randn(2, 200)).curvature <= 0).all()
+
+    def test_a_matrix_is_as_it_was_where_its_factorisation_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*arguments: object) -> object:
+            raise torch.OutOfMemoryError("no room")
+
+        state = Direct(0.05).fit(MatrixOperator(indefinite()))
+        before = state.matrix.clone()
+        for name in ("lu_factor_ex", "cholesky_ex"):
+            monkeypatch.setattr(torch.linalg, name, full)
+            with pytest.raises(torch.OutOfMemoryError):
+                Direct(0.1).adapt(state)
+            assert torch.equal(state.matrix, before)
 
     def test_only_a_singular_matrix_is_decomposed_by_eigenvalues(self) -> None:
         matrix, rhs = indefinite(), randn(4, P)
