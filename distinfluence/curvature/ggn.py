@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from distinfluence.batch import Batch
-from distinfluence.curvature.over_data import DataOperator, Product, product_of_rows, vectorised
+from distinfluence.curvature.over_data import DataOperator, Product, pieces_of, product_of_rows, sum_of, vectorised
 from distinfluence.gradients import differentiable
 from distinfluence.sample_risk import Parameters, SampleRisk
 
@@ -28,11 +28,12 @@ class GGNProduct:
         """Forward, loss Hessian, reverse; the forward derivative by two reverse ones where the model has none."""
         (rows,) = broadcast
         restricted = risk.restrict(self.block)
-        ways = (
-            _forward_then_reverse(restricted, batch),
-            _all_reverse(restricted, batch),
-        )
-        return (product_of_rows(restricted, "GGN products", ways, rows),)
+
+        def of_piece(piece: Batch) -> Tensor:
+            ways = (_forward_then_reverse(restricted, piece), _all_reverse(restricted, piece))
+            return product_of_rows(restricted, "GGN products", ways, rows)
+
+        return (sum_of(map(of_piece, pieces_of(restricted, batch))),)
 
 
 class GGNOperator(DataOperator):

@@ -14,7 +14,7 @@ from torch.func import grad, jvp
 from distinfluence.batch import Batch
 from distinfluence.curvature.dense_hessian import DenseHessian
 from distinfluence.curvature.ggn import GGNOperator
-from distinfluence.curvature.over_data import DataOperator, Product, product_of_rows, vectorised
+from distinfluence.curvature.over_data import DataOperator, Product, pieces_of, product_of_rows, sum_of, vectorised
 from distinfluence.gradients import differentiable, flat_grad
 from distinfluence.sample_risk import Parameters, SampleRisk, agree
 
@@ -29,13 +29,16 @@ class HessianProduct:
         """Forward over reverse, or reverse over reverse, for several rows at once or in a loop; what is fastest."""
         (rows,) = broadcast
         restricted = risk.restrict(self.block)
-        product = forward_over_reverse(restricted, batch)
-        ways = (
-            vectorised(product, restricted),
-            reverse_twice_together(restricted, batch),
-            reverse_twice(restricted, batch),
-        )
-        return (product_of_rows(restricted, "Hessian products", ways, rows),)
+
+        def of_piece(piece: Batch) -> Tensor:
+            ways = (
+                vectorised(forward_over_reverse(restricted, piece), restricted),
+                reverse_twice_together(restricted, piece),
+                reverse_twice(restricted, piece),
+            )
+            return product_of_rows(restricted, "Hessian products", ways, rows)
+
+        return (sum_of(map(of_piece, pieces_of(restricted, batch))),)
 
 
 class HessianOperator(DataOperator):

@@ -1,13 +1,14 @@
 """Curvature operators over a data set: the mean over samples of a kernel's products, one pass for all rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distinfluence.batch import Batch, map_batch
+from distinfluence.batch import Batch, batch_length, map_batch, take
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.dataplane import Kernel
 from distinfluence.errors import NonFiniteError, ParameterBlockError
@@ -92,6 +93,8 @@ class InDouble:
         return self.kernel(wide, map_batch(wide.widened, batch), *broadcast)
 
 
+WORKING_BYTES = 16 * 2**20  # of activations and their tangents of AT_ONCE rows, on a CPU: more leave its cache
+FEWEST = 16  # samples in a piece of a chunk
 FEW_ROWS = 8  # fewer rows have a choice of their own; and as many are timed for that of more
 AT_ONCE = 16  # rows through one vectorised derivative on a CPU: fewer cost overhead, more leave the cache
 
@@ -100,6 +103,71 @@ def vectorised(product: Product, risk: SampleRisk) -> Product:
     """Apply the product of one row [p] to rows [k, p], AT_ONCE at once or as many as memory allows."""
 
     return in_pieces(risk, product, 0, AT_ONCE)
+
+
+def pieces_of(risk: SampleRisk, batch: Batch) -> Iterator[Batch]:
+    """A chunk in pieces whose activations, for AT_ONCE rows, stay near a CPU's cache; the chunk itself on a GPU.
+
+    Convolutions take twice as long where they don't (tests/benchmarks/passes.py).
+    """
+    n = batch_length(batch)
+    if risk.device.type != "cpu" or n <= FEWEST:
+        yield batch
+        return
+    if "activation bytes" not in risk.found:
+        risk.found["activation bytes"] = activation_bytes(risk, batch)
+    at_most = max(FEWEST, WORKING_BYTES // max(1, AT_ONCE * risk.found["activation bytes"]))
+    n_pieces = -(-n // at_most)
+    for k in range(n_pieces):  # of nearly equal size
+        yield take(batch, k * n // n_pieces, (k + 1) * n // n_pieces)
+
+
+def activation_bytes(risk: SampleRisk, batch: Batch) -> int:
+    """Bytes that one more sample adds to what the operators of a forward pass return; views are not counted.
+
+    0 where the model cannot be watched.
+    """
+    found: list[int] = []
+    for n in (1, 2):
+        try:
+            with _Returned() as returned, torch.no_grad():
+                risk.outputs(risk.parameters, take(batch, 0, n))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a model does that cannot be watched
+            return 0
+        found.append(returned.nbytes)
+    return max(0, found[1] - found[0])
+
+
+def sum_of(parts: Iterator[Tensor]) -> Tensor:
+    """The sum of at least one tensor of one shape, into the first."""
+    total = next(parts)
+    for part in parts:
+        total.add_(part)
+    return total
+
+
+class _Returned(TorchDispatchMode):
+    """Adds up the bytes of new tensors that operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.nbytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in args if _is_strided(tensor)}
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if _is_strided(tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.nbytes += tensor.nbytes
+        return result
+
+
+def _is_strided(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def product_of_rows(risk: SampleRisk, what: str, ways: Sequence[Product], rows: Tensor) -> Tensor:

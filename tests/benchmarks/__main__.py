@@ -57,7 +57,7 @@ BENCHES = (
     Bench("kronecker", "kronecker", 10, ("--repeats", "2")),
     Bench("cluster", "cluster", 4, ("--models", "mlp", "--limit", "150")),
     Bench("cluster-cnn", "cluster", 60, ("--models", "cnn", "--limit", "1800")),
-    Bench("peers", "peers", 35, ("--limit", "45")),
+    Bench("peers", "peers", 25, ("--limit", "45", "--dampings", "0.1", "0.01")),
     Bench("gpu", "gpu", 5, cuda=True),
 )
 

@@ -18,7 +18,14 @@ from distinfluence import (
     gradients,
     sample_risk,
 )
-from distinfluence.curvature import DataOperator, MatrixOperator, SecondOrderMode, empirical_fisher, operator_class
+from distinfluence.curvature import (
+    DataOperator,
+    MatrixOperator,
+    SecondOrderMode,
+    empirical_fisher,
+    operator_class,
+    over_data,
+)
 from distinfluence.errors import DtypeError, NonFiniteError, ParameterBlockError, ShapeError
 from distinfluence.objective import SupervisedObjective
 from distinfluence.sample_risk import SampleRisk
@@ -393,3 +400,27 @@ def test_a_matrix_is_an_operator_too() -> None:
     torch.testing.assert_close(operator.dense(), matrix.double())
     with pytest.raises(ShapeError, match="square"):
         MatrixOperator(torch.zeros(2, 3))
+
+
+def test_activations_are_counted_without_views_and_parameters() -> None:
+    net = nn.Sequential(nn.Unflatten(1, (1, 28)), nn.Flatten(), nn.Linear(28, 64), nn.Tanh(), nn.Linear(64, 10))
+    risk = EmpiricalRisk(net, nn.CrossEntropyLoss(), [(torch.randn(5, 28), torch.zeros(5, dtype=torch.long))]).sample
+    batch = risk.place((torch.randn(5, 28), torch.zeros(5, dtype=torch.long)))
+    assert over_data.activation_bytes(risk, batch) == 4 * (64 + 64 + 10)
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_products_of_a_chunk_in_pieces_are_those_of_the_chunk(
+    operator: type[DataOperator], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = build(name)
+    rows = torch.randn(3, case.n_parameters, dtype=torch.float64)
+    whole = operator(EmpiricalRisk(case.model, case.loss, [case.train])).matmat(rows)
+    monkeypatch.setattr(over_data, "WORKING_BYTES", 1)
+    monkeypatch.setattr(over_data, "FEWEST", 5)
+    risk = EmpiricalRisk(case.model, case.loss, [case.train])
+    torch.testing.assert_close(operator(risk).matmat(rows), whole, rtol=1e-10, atol=1e-12)
+    sizes = [len(piece[1]) for piece in over_data.pieces_of(risk.sample, risk.sample.place(case.train))]
+    assert sum(sizes) == 23
+    assert set(sizes) == {4, 5}
