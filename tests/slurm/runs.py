@@ -130,9 +130,10 @@ def wait_for(condition: Callable[[], Any], what: str, process: "subprocess.Popen
 
 
 def marks(result: Path) -> dict[str, int]:
-    """Strip → when its mark was set. One that is made again gets a new mark."""
+    """Strip → when its mark was set. One that is made again gets a new mark; those on their way have another name."""
     folder = result / "strip_status" / "c"
-    return {entry.name: entry.stat().st_mtime_ns for entry in folder.iterdir()} if folder.is_dir() else {}
+    there = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+    return {entry.name: entry.stat().st_mtime_ns for entry in there}
 
 
 def made_once(before: dict[str, int], result: Path) -> bool:
