@@ -8,11 +8,12 @@ micro-batches does to a strip.
 """
 
 import argparse
+import functools
 import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import dask
@@ -29,6 +30,8 @@ from distinfluence.sample_risk import SampleRisk, double_differentiable
 from distinfluence.scaling.clusters import WORKER_ENVIRONMENT
 from tests.benchmarks.cluster import models as cluster_models
 from tests.benchmarks.peers.models import build
+
+Way = Callable[[torch.Tensor], torch.Tensor]
 
 
 def median_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -67,20 +70,26 @@ def products(name: str, repeats: int) -> None:
             rows = torch.randn(k, operator.size)
             ways = ways_of(operator, rows)
             with double_differentiable():
-                times = [median_seconds(lambda way=way, rows=rows: way(rows), repeats) for way in ways]  # type: ignore[misc]
+                times = [median_seconds(functools.partial(apply_all, way, rows), repeats) for way in ways]
             taken = median_seconds(lambda operator=operator, rows=rows: operator.matmat(rows), repeats)  # type: ignore[misc]
             ratio = f"{taken / min(times):.2f}× the least" if times else ""
             cells = "".join(f"{seconds / k / unit:>8.2f}" for seconds in times)
             print(f"{mode:<18}{k:>5} rows  taken {taken / k / unit:>6.2f}  {ratio:<16} ways {cells}")
 
 
-def ways_of(operator: DataOperator, rows: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """The ways to the product of the first chunk that the operator chooses among; none where there is but one."""
-    found: list[Callable[[torch.Tensor], torch.Tensor]] = []
+def apply_all(ways: Sequence[Way], rows: torch.Tensor) -> None:
+    """One way for all pieces of the chunk."""
+    for way in ways:
+        way(rows)
+
+
+def ways_of(operator: DataOperator, rows: torch.Tensor) -> list[tuple[Way, ...]]:
+    """The ways to the product that the operator chooses among, each piece by piece; none where there is but one."""
+    found: list[Sequence[Way]] = []
     fastest = SampleRisk.fastest
 
     def spying(risk: SampleRisk, what: str, ways: Any, small: Any, real: Any) -> Any:
-        found[:] = list(ways)
+        found.append(ways)
         return fastest(risk, what, ways, small, real)
 
     SampleRisk.fastest = spying  # type: ignore[assignment, method-assign]
@@ -88,7 +97,7 @@ def ways_of(operator: DataOperator, rows: torch.Tensor) -> list[Callable[[torch.
         operator.matmat(rows)
     finally:
         SampleRisk.fastest = fastest  # type: ignore[method-assign]
-    return found
+    return list(zip(*found, strict=True))
 
 
 def page_faults() -> int:
