@@ -72,7 +72,7 @@ def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode
 
 
 def by_layers(device: torch.device) -> bool:
-    """Whether scores are made layer by layer where a model's layers are known: on a GPU; a gain on a CPU is not measured."""
+    """Whether known layers' scores are made layer by layer: on a GPU; a gain on a CPU has not been measured."""
     return device.type != "cpu"
 
 
