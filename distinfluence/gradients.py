@@ -95,7 +95,7 @@ def rows_at_once(row: int, on_cpu: bool, most: int = MOST_ROWS) -> int:
     return max(1, min(2 * ON_GPU * MOST_ROWS, ON_GPU * ROW_BYTES // (4 * row)))
 
 
-def in_pieces(
+def over_rows(
     risk: SampleRisk, of_one: Callable[..., Tensor], in_dims: Any, most: int = MOST_ROWS
 ) -> Callable[..., Tensor]:
     """vmap of a function over rows [k, p], the argument that comes first, `rows_at_once` of them at a time.
@@ -171,7 +171,7 @@ def mixed_gradients(risk: SampleRisk, batch: Batch, rows: Tensor) -> Tensor:
         return directional
 
     def vectorised(some: Tensor) -> Tensor:
-        by_input = in_pieces(risk, grad(along, argnums=2), (0, None, None))
+        by_input = over_rows(risk, grad(along, argnums=2), (0, None, None))
         return by_input(some, dict(risk.parameters), x)
 
     def looped(some: Tensor) -> Tensor:

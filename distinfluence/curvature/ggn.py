@@ -33,7 +33,7 @@ class GGNProduct:
             ways = (_forward_then_reverse(restricted, piece), _all_reverse(restricted, piece))
             return product_of_rows(restricted, "GGN products", ways, rows)
 
-        return (sum_of(map(of_piece, pieces_of(restricted, batch))),)
+        return (sum_of(map(of_piece, pieces_of(restricted, batch, len(rows)))),)
 
 
 class GGNOperator(DataOperator):

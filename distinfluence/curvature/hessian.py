@@ -38,7 +38,7 @@ class HessianProduct:
             )
             return product_of_rows(restricted, "Hessian products", ways, rows)
 
-        return (sum_of(map(of_piece, pieces_of(restricted, batch))),)
+        return (sum_of(map(of_piece, pieces_of(restricted, batch, len(rows)))),)
 
 
 class HessianOperator(DataOperator):

@@ -12,7 +12,7 @@ from distinfluence.batch import Batch, batch_length, map_batch, take
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.dataplane import Kernel
 from distinfluence.errors import NonFiniteError, ParameterBlockError
-from distinfluence.gradients import in_pieces
+from distinfluence.gradients import over_rows
 from distinfluence.risk import EmpiricalRisk
 from distinfluence.sample_risk import SampleRisk, double_differentiable, recordable
 
@@ -93,7 +93,7 @@ class InDouble:
         return self.kernel(wide, map_batch(wide.widened, batch), *broadcast)
 
 
-WORKING_BYTES = 16 * 2**20  # of activations and their tangents of AT_ONCE rows, on a CPU: more leave its cache
+WORKING_BYTES = 32 * 2**20  # of the activations of all rows at once, where there are convolutions, on a CPU
 FEWEST = 16  # samples in a piece of a chunk
 FEW_ROWS = 8  # fewer rows have a choice of their own; and as many are timed for that of more
 AT_ONCE = 16  # rows through one vectorised derivative on a CPU: fewer cost overhead, more leave the cache
@@ -102,30 +102,31 @@ AT_ONCE = 16  # rows through one vectorised derivative on a CPU: fewer cost over
 def vectorised(product: Product, risk: SampleRisk) -> Product:
     """Apply the product of one row [p] to rows [k, p], AT_ONCE at once or as many as memory allows."""
 
-    return in_pieces(risk, product, 0, AT_ONCE)
+    return over_rows(risk, product, 0, AT_ONCE)
 
 
-def pieces_of(risk: SampleRisk, batch: Batch) -> Iterator[Batch]:
-    """A chunk in pieces whose activations, for AT_ONCE rows, stay near a CPU's cache; the chunk itself on a GPU.
+def pieces_of(risk: SampleRisk, batch: Batch, n_rows: int) -> Iterator[Batch]:
+    """A chunk as a product of that many rows takes it: in pieces where a CPU convolves, else whole.
 
-    Convolutions take twice as long where they don't (tests/benchmarks/passes.py).
+    A convolution with the weights of each row is cheap in the cache alone, by a factor of two; the products of matrices
+    of other models lose as much by pieces (tests/benchmarks/passes.py shows both).
     """
     n = batch_length(batch)
     if risk.device.type != "cpu" or n <= FEWEST:
         yield batch
         return
-    if "activation bytes" not in risk.found:
-        risk.found["activation bytes"] = activation_bytes(risk, batch)
-    at_most = max(FEWEST, WORKING_BYTES // max(1, AT_ONCE * risk.found["activation bytes"]))
+    if "convolved bytes" not in risk.found:
+        risk.found["convolved bytes"] = convolved_bytes(risk, batch)
+    at_most = max(FEWEST, WORKING_BYTES // max(1, min(n_rows, AT_ONCE) * risk.found["convolved bytes"]))
     n_pieces = -(-n // at_most)
     for k in range(n_pieces):  # of nearly equal size
         yield take(batch, k * n // n_pieces, (k + 1) * n // n_pieces)
 
 
-def activation_bytes(risk: SampleRisk, batch: Batch) -> int:
-    """Bytes that one more sample adds to what the operators of a forward pass return; views are not counted.
+def convolved_bytes(risk: SampleRisk, batch: Batch) -> int:
+    """Bytes that one more sample adds to what the operators of a forward pass with convolutions return, without views.
 
-    0 where the model cannot be watched.
+    0 where there is no convolution, or the model cannot be watched.
     """
     found: list[int] = []
     for n in (1, 2):
@@ -136,7 +137,7 @@ def activation_bytes(risk: SampleRisk, batch: Batch) -> int:
             raise
         except Exception:  # whatever a model does that cannot be watched
             return 0
-        found.append(returned.nbytes)
+        found.append(returned.nbytes if returned.convolved else 0)
     return max(0, found[1] - found[0])
 
 
@@ -149,16 +150,17 @@ def sum_of(parts: Iterator[Tensor]) -> Tensor:
 
 
 class _Returned(TorchDispatchMode):
-    """Adds up the bytes of new tensors that operators return."""
+    """Adds up the bytes of new tensors that operators return, and sees convolutions."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.nbytes = 0
+        self.nbytes, self.convolved = 0, False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.convolved |= func is torch.ops.aten.convolution.default
         given = {tensor.untyped_storage().data_ptr() for tensor in args if _is_strided(tensor)}
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if _is_strided(tensor) and tensor.untyped_storage().data_ptr() not in given:

@@ -32,7 +32,7 @@ from distinfluence.solvers.spectrum import Extremes
 from distinfluence.store.fingerprint import to_json
 from distinfluence.store.folder import surfaced_errors, sync_to_disk
 
-KIND, VERSION = "distinfluence fit", 2
+KIND, VERSION = "distinfluence fit", 3
 PLAIN = [field.name for field in fields(FitReport) if field.name not in ("details", "spectrum")]
 
 

@@ -30,6 +30,8 @@ from distinfluence.solvers.spectrum import extreme_eigenvalues
 
 EIGEN_PAYS = 16  # dampings from which one eigendecomposition is cheaper than a Cholesky factor for each
 
+ENDS, MOST_PRODUCTS = 1e-6, 300  # residual of an indefinite matrix's smallest eigenvalue by ‖A‖, and products for it
+
 
 @dataclass(frozen=True)
 class Factorisation(SolverState):
@@ -71,12 +73,13 @@ class Factorisation(SolverState):
     def smallest_eigenvalue(self) -> float:
         """Of A: exact with eigenvalues; by inverse iteration on a Cholesky factor, from below; else by Lanczos.
 
-        That of an indefinite A + λI is a Ritz value less its residual, about a thousandth of ‖A‖, and −λ at most.
+        That of an indefinite A + λI is a Ritz value less its residual, about ENDS·‖A‖, and −λ at most.
         """
         if self.eigenvalues.numel():
             return float(self.eigenvalues[0])
         if self.pivots.numel():
-            return min(-self.damping, extreme_eigenvalues(MatrixOperator(self.matrix), rtol=1e-3).lower)
+            ends = extreme_eigenvalues(MatrixOperator(self.matrix), rtol=ENDS, max_passes=MOST_PRODUCTS)
+            return min(-self.damping, ends.lower)
         return 1.0 / sum(_largest_of_inverse(self.times_inverse, self.matrix, 1e-4)) - self.damping
 
     def times_inverse(self, columns: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 Run: python -m tests.benchmarks.passes
 
 The floor is counted in gradients of the mean loss (one forward and backward over the whole set): a product with one
-row needs at least about one of them. Then what the memory settings of Dask's workers do to a pass, and what the size of
-micro-batches does to a strip.
+row needs at least about one of them. Then what pieces of a chunk do to products, what the memory settings of Dask's
+workers do to a pass, and what the size of micro-batches does to a strip.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch import nn
 
 from distinfluence import CgInfluence, DaskInfluenceCalculator, EmpiricalRisk, SecondOrderMode
 from distinfluence.batch import take
-from distinfluence.curvature import DataOperator, operator_class
+from distinfluence.curvature import DataOperator, operator_class, over_data
 from distinfluence.demo import build_model, train_data
 from distinfluence.gradients import EVEN, GRADIENT_BYTES, loss_gradients, samples_at_once
 from distinfluence.sample_risk import SampleRisk, double_differentiable
@@ -100,6 +100,23 @@ def ways_of(operator: DataOperator, rows: torch.Tensor) -> list[tuple[Way, ...]]
     return list(zip(*found, strict=True))
 
 
+def pieces(repeats: int) -> None:
+    """Products of 64 rows with a chunk of 512 samples, whole, in pieces of 64 samples, and as the operator takes it."""
+    wide = [nn.Linear(784, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10)]
+    x, y = cluster_models.train_samples(512)
+    of_64 = over_data.WORKING_BYTES // (over_data.AT_ONCE * 64)
+    for name, model in (("MLP 784-512-512-10", nn.Sequential(*wide).eval()), ("CNN", cluster_models.build("cnn"))):
+        for mode in (SecondOrderMode.GGN, SecondOrderMode.HESSIAN):
+            cells = []
+            for what, known in (("whole", 0), ("pieces of 64", of_64), ("ours", None)):
+                operator = operator_class(mode)(EmpiricalRisk(model, nn.CrossEntropyLoss(), [(x, y)]))
+                if known is not None:
+                    operator.risk.sample.found["convolved bytes"] = known
+                product = functools.partial(operator.matmat, torch.randn(64, operator.size))
+                cells.append(f"{what} {median_seconds(product, repeats):.2f} s")
+            print(f"{name}, {mode}, 64 rows of a chunk of 512: {', '.join(cells)}")
+
+
 def page_faults() -> int:
     """Page faults of this process so far that needed no disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -159,5 +176,6 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, 1 thread per process")
     for name in ("mlp", "cnn"):
         products(name, arguments.repeats)
+    pieces(arguments.repeats)
     passes_on_workers(arguments.repeats)
     strips_in_micro_batches(arguments.repeats)

@@ -402,11 +402,24 @@ def test_a_matrix_is_an_operator_too() -> None:
         MatrixOperator(torch.zeros(2, 3))
 
 
-def test_activations_are_counted_without_views_and_parameters() -> None:
-    net = nn.Sequential(nn.Unflatten(1, (1, 28)), nn.Flatten(), nn.Linear(28, 64), nn.Tanh(), nn.Linear(64, 10))
-    risk = EmpiricalRisk(net, nn.CrossEntropyLoss(), [(torch.randn(5, 28), torch.zeros(5, dtype=torch.long))]).sample
-    batch = risk.place((torch.randn(5, 28), torch.zeros(5, dtype=torch.long)))
-    assert over_data.activation_bytes(risk, batch) == 4 * (64 + 64 + 10)
+@pytest.mark.parametrize(("convolves", "expected"), [(True, 4 * (2 * 26 + 2 * 26 + 10)), (False, 0)])
+def test_activations_of_models_with_convolutions_are_counted_without_views(convolves: bool, expected: int) -> None:
+    first = nn.Conv1d(1, 2, 3) if convolves else nn.Linear(28, 26)
+    net = nn.Sequential(nn.Unflatten(1, (1, 28)), first, nn.Tanh(), nn.Flatten(), nn.LazyLinear(10))
+    data = torch.randn(5, 28), torch.zeros(5, dtype=torch.long)
+    net(data[0])
+    risk = EmpiricalRisk(net, nn.CrossEntropyLoss(), [data]).sample
+    assert over_data.convolved_bytes(risk, risk.place(data)) == expected
+    many, few = (len(list(over_data.pieces_of(risk, risk.place(data), k))) for k in (100, 1))
+    assert many == few == 1  # of fewer samples than a piece has
+
+
+def test_pieces_hold_what_the_rows_at_once_leave_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build("cnn", n_train=90)
+    risk = EmpiricalRisk(case.model, case.loss, [case.train]).sample
+    batch = risk.place(case.train)
+    monkeypatch.setattr(over_data, "WORKING_BYTES", 16 * 45 * over_data.convolved_bytes(risk, batch))
+    assert [len(list(over_data.pieces_of(risk, batch, k))) for k in (1, 8, 16, 1000)] == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
@@ -417,10 +430,11 @@ def test_products_of_a_chunk_in_pieces_are_those_of_the_chunk(
     case = build(name)
     rows = torch.randn(3, case.n_parameters, dtype=torch.float64)
     whole = operator(EmpiricalRisk(case.model, case.loss, [case.train])).matmat(rows)
+    monkeypatch.setattr(over_data, "convolved_bytes", lambda risk, batch: 1)  # as if all of them convolved
     monkeypatch.setattr(over_data, "WORKING_BYTES", 1)
     monkeypatch.setattr(over_data, "FEWEST", 5)
     risk = EmpiricalRisk(case.model, case.loss, [case.train])
     torch.testing.assert_close(operator(risk).matmat(rows), whole, rtol=1e-10, atol=1e-12)
-    sizes = [len(piece[1]) for piece in over_data.pieces_of(risk.sample, risk.sample.place(case.train))]
+    sizes = [len(piece[1]) for piece in over_data.pieces_of(risk.sample, risk.sample.place(case.train), 3)]
     assert sum(sizes) == 23
     assert set(sizes) == {4, 5}

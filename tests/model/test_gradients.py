@@ -154,7 +154,7 @@ def test_where_a_gpu_has_no_room_for_so_many_rows_half_as_many_are_taken(
     monkeypatch.setattr(gradients_module, "vmap", vmap_with_little_memory)
     monkeypatch.setattr(risk, "device", torch.device("meta"))  # a GPU, as far as its size is asked for
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    twice = gradients_module.in_pieces(risk, lambda row: 2 * row, 0)
+    twice = gradients_module.over_rows(risk, lambda row: 2 * row, 0)
     rows = torch.randn(14, 5)
     if not fits:
         with pytest.raises(torch.OutOfMemoryError):
