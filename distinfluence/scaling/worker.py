@@ -218,12 +218,15 @@ def fitted_travelling(
 
 
 _models: OrderedDict[str, InfluenceFunctionModel] = OrderedDict()
-_modules: OrderedDict[tuple[str, str | None], nn.Module] = OrderedDict()
+_modules: OrderedDict[bytes, nn.Module] = OrderedDict()
 
 
 def _module(recipe: ModelRecipe) -> nn.Module:
-    """The module of a recipe, built once; fitted and unfitted influence models share it, since they only read it."""
-    key = (recipe.sha256, recipe.checkpoint)
+    """The module of a recipe, built once; fitted and unfitted influence models share it, since they only read it.
+
+    The key is the whole recipe: models with equal tensors may differ in what their forward does with them.
+    """
+    key: bytes = cloudpickle.dumps(recipe)
     if key not in _modules:
         _modules[key] = recipe.build()
         while len(_modules) > 2:

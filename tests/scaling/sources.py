@@ -20,6 +20,14 @@ def model() -> nn.Module:
     return build("mlp classification").model
 
 
+def activated(name: str) -> nn.Module:
+    """The model with another activation: the same tensors by the same names, and another function."""
+    network = model()
+    assert isinstance(network, nn.Sequential)
+    network[1] = getattr(nn, name)()
+    return network
+
+
 class Slow(nn.Module):
     """The model, but each evaluation takes some time."""
 

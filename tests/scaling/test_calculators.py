@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,19 @@ def test_a_model_is_built_once_per_process(case: Case, client: Client, tmp_path:
     assert here == str(os.getpid())
     assert 1 <= len(workers) <= 2
     assert len(set(workers)) == len(workers)
+
+
+@pytest.mark.parametrize("spilled", [True, False])
+def test_workers_tell_models_apart_that_differ_in_their_forward_alone(
+    case: Case, client: Client, tmp_path: Path, spilled: bool
+) -> None:
+    for name in ("Tanh", "Softplus"):
+        other = replace(case, model=sources.activated(name))
+        recipe = None if spilled else ModelRecipe(Recipe("tests.scaling.sources:activated", {"name": name}))
+        calculator = DaskInfluenceCalculator(cg(other), client, recipe=recipe, scratch=tmp_path)
+        found = calculator.fit(*case.train, chunk_size=9).influences(*case.test).compute()
+        expected = Reference(other).influences("ggn", DAMPING).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
 def test_dask_arrays_are_computed_by_workers_once_and_give_the_same(
