@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import dask
-import dask.array as da
 import numpy as np
 from dask.delayed import Delayed
 
@@ -26,7 +25,7 @@ from distinfluence.influence.arrays import to_numpy
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.influence.scores import InfluenceMode, influence_mode
-from distinfluence.scaling.chunks import CHUNK_SIZE, ChunkedData, chunked
+from distinfluence.scaling.chunks import CHUNK_SIZE, ChunkedData, chunked, is_dask_array
 from distinfluence.scaling.executor import Executor
 from distinfluence.scaling.files import require_space
 from distinfluence.scaling.plan import Plan, make_plan
@@ -52,6 +51,9 @@ from distinfluence.store import InfluenceResult, check_output, chunks_of, combin
 from distinfluence.store.folder import place_of
 from distinfluence.store.layout import FLOAT32_BITS
 from distinfluence.store.remote import RemoteFolder
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
 STRATEGIES = ("auto", "rows", "data")
@@ -193,8 +195,10 @@ class InfluenceCalculator(ABC):
         assert isinstance(sample, Sample)
         return sample
 
-    def gradients(self, x: object, y: object | None = None, *, chunk_size: int | None = None) -> da.Array:
+    def gradients(self, x: object, y: object | None = None, *, chunk_size: int | None = None) -> "da.Array":
         """Per-sample gradients of the training loss, [n, p], one block per chunk; lazy."""
+        import dask.array as da
+
         data = self._chunked(x, y, chunk_size)
         node, p = self._node(), self.model.n_parameters
         blocks = [
@@ -212,6 +216,8 @@ class InfluenceCalculator(ABC):
         With `return_report`, also a dict of lazy [n_test] arrays: relative_residual, iterations, converged and
         error_bound (NaN where there is none).
         """
+        import dask.array as da
+
         data = self._chunked(x, y, chunk_size, TEST_CHUNK_SIZE)
         node, p = self._node(), self.model.n_parameters
         solved = [
@@ -240,7 +246,7 @@ class InfluenceCalculator(ABC):
         *,
         chunk_size: int | None = None,
         test_chunk_size: int | None = None,
-    ) -> da.Array:
+    ) -> "da.Array":
         """The influence matrix [n_test, n_train] (or [n_test, n_train, *input]), one block per training chunk; lazy.
 
         x, y: the training points; those of the fit if left out.
@@ -256,8 +262,10 @@ class InfluenceCalculator(ABC):
         mode: InfluenceMode | str = InfluenceMode.UP,
         *,
         chunk_size: int | None = None,
-    ) -> da.Array:
+    ) -> "da.Array":
         """As `influences`, from factors [n_test, p] as a dask or NumPy array; lazy."""
+        import dask.array as da
+
         mode = influence_mode(mode)
         p = self.model.n_parameters
         if factors.ndim != 2 or factors.shape[1] != p:
@@ -267,7 +275,7 @@ class InfluenceCalculator(ABC):
         data = self._stages().train if x is None else self._chunked(x, y, chunk_size)
         shape = _input_shape(self._stages().sample, mode)
         node, n_test = self._node(), factors.shape[0]
-        whole = factors.rechunk(-1).to_delayed()[0, 0] if isinstance(factors, da.Array) else dask.delayed(factors)
+        whole = factors.rechunk(-1).to_delayed()[0, 0] if is_dask_array(factors) else dask.delayed(factors)
         blocks = [
             da.from_delayed(
                 _call(influences_of_chunk, node, whole, chunk, str(mode)), (n_test, size, *shape), dtype=self._dtype

@@ -6,6 +6,7 @@ arrays and data sets given as a `Recipe` are never read by the caller at all.
 """
 
 import itertools
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from typing import Any
 
 import cloudpickle
 import dask
-import dask.array as da
 import numpy as np
 from dask.delayed import Delayed
 from numpy.typing import NDArray
@@ -190,12 +190,21 @@ def _of_dataset(data: "Dataset[Any]", collate: Callable[..., object] | None, chu
     return _cut(len(data), chunk_size, lambda a, b: DatasetSource(pickled, fixed_collate, a, b, f"{key}/{a}-{b}"))
 
 
+def is_dask_array(data: object) -> bool:
+    """Whether it is a dask array, which only a process that has imported `dask.array` can hold.
+
+    Workers and runs of other data do without: the import takes two seconds where xarray is installed.
+    """
+    module = sys.modules.get("dask.array")
+    return module is not None and isinstance(data, module.Array)
+
+
 def _any_dask(data: object) -> bool:
     if isinstance(data, Mapping):
         return any(_any_dask(value) for value in data.values())
     if isinstance(data, (tuple, list)):
         return any(_any_dask(value) for value in data)
-    return isinstance(data, da.Array)
+    return is_dask_array(data)
 
 
 def _of_dask(data: object, chunk_size: int | None) -> ChunkedData:
@@ -231,7 +240,7 @@ def _dask_columns(data: object, name: str) -> list[tuple[str, Any]]:
         return [pair for key, value in data.items() for pair in _dask_columns(value, f"{name}[{key!r}]")]
     if isinstance(data, (tuple, list)):
         return [pair for index, value in enumerate(data) for pair in _dask_columns(value, f"{name}[{index}]")]
-    if not isinstance(data, da.Array):
+    if not is_dask_array(data):
         raise ChunkError(
             f"`{name}` must be a dask array as the others are, got {type(data).__name__}. Call "
             "`dask.array.from_array(…, chunks=…)` with the same chunks along the samples."
