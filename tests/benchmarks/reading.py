@@ -1,5 +1,8 @@
 """What looking into 2000 x 1,000,000 influences (8 GB) costs: rows, columns, tiles, rankings, pictures of the page.
 
+The last line of the result's table is the time from the navigation of a browser to the drawn matrix, without the start
+of the browser. It needs Chromium.
+
 Run: python -m tests.benchmarks.reading [--folder FOLDER] [--memmap]
 
 The strips of the result are one file, linked 245 times, so that it takes 400 MB of disk. With --memmap, 8 GB of plain
@@ -19,6 +22,7 @@ import numpy as np
 
 from distinfluence.browse.api import ResultApi
 from distinfluence.store import open_influences
+from tests.browse.conftest import CHROMIUM, serving
 from tests.browse.results import WIDE, wide, wide_strip
 
 PAGE = 4096
@@ -62,6 +66,27 @@ def from_result(path: Path) -> None:
         print(
             f"{name:20s} {1e3 * seconds:8.0f} ms {api.bytes_read / 1e6:9.2f} MB {100 * api.bytes_read / whole:8.4f} %"
         )
+
+
+def in_a_browser(path: Path) -> None:
+    """The time from navigation to the drawn matrix."""
+    name = "page: in a browser"
+    if not Path(CHROMIUM).exists():
+        print(f"{name:20s} not measured: there is no {CHROMIUM}")
+        return
+    from playwright.sync_api import sync_playwright
+
+    forget(path)
+    with sync_playwright() as playwright, serving(path) as server:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 860})
+        page.goto(server.url)
+        page.wait_for_selector("#map[data-drawn]")
+        drawn = page.evaluate("performance.getEntriesByName('matrix drawn')[0].startTime")
+        read = server.api.bytes_read
+        browser.close()
+    whole = 4 * WIDE.n_test * WIDE.n_train
+    print(f"{name:20s} {drawn:8.0f} ms {read / 1e6:9.2f} MB {100 * read / whole:8.4f} %")
 
 
 def from_memmap(path: Path) -> None:
@@ -112,6 +137,7 @@ def compare(folder: Path, memmap: bool) -> None:
     wide(path)
     print("result, strips of 4096, chunks of 32 x 2048, crc32c")
     from_result(path)
+    in_a_browser(path)
     shutil.rmtree(path)
     if memmap:
         print("memmap, row by row")

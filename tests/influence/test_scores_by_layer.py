@@ -80,14 +80,20 @@ def test_batches_of_few_samples(n: int) -> None:
     few = Case(case.model, case.loss, (case.train[0][:n], case.train[1][:n]), case.test)
     risk = risk_of(few)
     factors = factors_for(risk, 3)
-    found = tile_of(risk, factors, risk.place(few.train)).values
-    torch.testing.assert_close(found, factors @ Reference(few).gradients(few.train).T)
+    tile, gradients = tile_of(risk, factors, risk.place(few.train)), Reference(few).gradients(few.train)
+    torch.testing.assert_close(tile.values, factors @ gradients.T)
+    torch.testing.assert_close(tile.gradient_norms, gradients.norm(dim=1))
 
 
 def test_no_factors_have_no_scores() -> None:
     case = build("embedding and layer norm")
     risk = risk_of(case)
-    assert tile_of(risk, factors_for(risk, 0), risk.place(case.train)).values.shape == (0, 23)
+    tile = tile_of(risk, factors_for(risk, 0), risk.place(case.train))
+    assert (tile.values.shape, tile.values.dtype) == ((0, 23), torch.float64)
+    reference = Reference(case)
+    torch.testing.assert_close(tile.gradient_norms, reference.gradients(case.train).norm(dim=1))
+    losses = [reference.loss(reference.theta, x[None], y[None]) for x, y in zip(*case.train, strict=True)]
+    torch.testing.assert_close(tile.losses, torch.stack(losses).detach())
 
 
 def test_groups_of_a_convolution_with_one_position_have_their_columns() -> None:

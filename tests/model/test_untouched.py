@@ -263,9 +263,11 @@ def test_callers_who_switched_gradients_off_get_the_same(
 def test_a_model_with_a_lock_can_be_used() -> None:
     """Nothing of the module is copied or pickled here."""
     case = build("mlp classification")
+    expected = DirectInfluence(case.model, case.loss, 1.0).fit(case.train).influences(*case.test)
     case.model.lock = threading.Lock()  # type: ignore[assignment]
     with unchanged(case.model):
-        DirectInfluence(case.model, case.loss, 1.0).fit(case.train)
+        found = DirectInfluence(case.model, case.loss, 1.0).fit(case.train).influences(*case.test)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("recurrent", [True, False])

@@ -123,7 +123,9 @@ def test_a_fit_of_zeros_is_whole(case: Case, tmp_path: Path) -> None:
     for tensor in influence.state_arrays().values():
         tensor.zero_()
     save_fit(influence, tmp_path / "fit")
-    load_fit(MAKE["direct"](case), tmp_path / "fit", case.train)
+    loaded = load_fit(MAKE["direct"](case), tmp_path / "fit", case.train).state_arrays()
+    assert loaded.keys() == influence.state_arrays().keys()
+    assert not any(tensor.any() for tensor in loaded.values())
 
 
 def test_a_fit_is_on_the_disk_before_it_has_its_name(case: Case, tmp_path: Path, monkeypatch: Any) -> None:

@@ -160,8 +160,22 @@ class TestArnoldi(SolverContract[Eigenpairs]):
         assert restored.remarks == state.remarks
 
     def test_fewer_passes_than_the_rank_needs_give_fewer_vectors(self) -> None:
-        state = Arnoldi(0.1, rank_estimate=40, block_size=8, maxiter=2).fit(MatrixOperator(falling()))
-        assert state.vectors.shape == (16, 200)
+        matrix, operator = falling(), MatrixOperator(falling())
+        state = Arnoldi(0.1, rank_estimate=40, block_size=8, maxiter=2, seed=3).fit(operator)
+        assert (operator.work.passes, operator.work.rows) == (2, 16)
+        vectors = state.vectors
+        assert vectors.shape == (16, 200)
+        torch.testing.assert_close(vectors @ vectors.T, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-13)
+        torch.testing.assert_close(vectors @ matrix @ vectors.T, state.values.diag(), rtol=0, atol=1e-13)
+        # the space of the start vectors and their products, which two passes reach
+        start = random_rows(operator, 8, 3)
+        space, _ = torch.linalg.qr(torch.cat([start, start @ matrix]).T)
+        torch.testing.assert_close(vectors @ space @ space.T, vectors, rtol=0, atol=1e-11)
+        expected, _ = leading(space.T @ matrix @ space, 16)
+        torch.testing.assert_close(state.values, expected, rtol=0, atol=1e-12)
+        residuals = (vectors @ matrix - state.values[:, None] * vectors).norm(dim=1)
+        torch.testing.assert_close(state.residuals, residuals, rtol=1e-9, atol=1e-13)
+        assert state.n_missed == int((residuals > 1e-6 * state.values.abs().max()).sum()) > 0
 
     def test_negative_eigenvalues_are_said_and_kept_or_dropped_as_asked(self) -> None:
         matrix, rhs, damping = indefinite(), randn(4, P), 0.05
