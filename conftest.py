@@ -1,6 +1,7 @@
 """Runs every ```python block of the README and of the documentation, page by page, each page in an empty folder.
 
-But for those that tests/test_tutorial.py follows with their files and commands.
+Two pages are followed with their files and commands instead: the tutorial by `make tutorial-test`, the other by
+tests/test_tutorial.py.
 """
 
 import os
@@ -10,6 +11,8 @@ from typing import Any
 
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+pytest_plugins = ["tests.timeouts"]
 
 
 def _enter_folder(namespace: dict[str, Any]) -> None:

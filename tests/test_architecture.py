@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import inspect
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 import distinfluence
 from distinfluence import errors, solvers
 from distinfluence.solvers import Solver
+from tests.processes import finished
 from tests.solvers.contract import SolverForm
 
 ROOT = Path(__file__).parents[1]
@@ -212,13 +212,35 @@ def unsafe(file: str, source: str) -> list[str]:
     return found
 
 
+_STARTS = {"subprocess": ("run", "Popen", "call", "check_call", "check_output"), "os": ("system", "popen")}
+_MAY_START = ("tests/processes.py", "tests/steps.py", "tests/slurm/host.py", "tests/first_minutes.py")
+
+
+def processes_of_its_own(file: str, source: str) -> list[str]:
+    """Uses of what starts a process, whatever the module or the function is called there; annotations are none."""
+    tree = ast.parse(source)
+    modules = {"subprocess": "subprocess", "os": "os"}  # by the name that they have in this file
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name: alias.name for alias in node.names if alias.name in _STARTS}
+        elif isinstance(node, ast.ImportFrom) and node.module in _STARTS:
+            names = [alias.name for alias in node.names if alias.name in (*_STARTS[node.module], "*")]
+            found += [f"{file}:{node.lineno}: from {node.module} import {name}" for name in names]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            if module is not None and node.attr in _STARTS[module]:
+                found.append(f"{file}:{node.lineno}: {module}.{node.attr}")
+    return found
+
+
 def read(file: str) -> str:
     return (ROOT / file).read_text()
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_imports_only_what_its_layer_may(file: str) -> None:
-    assert violations(file, read(file)) == []
+def test_files_import_only_what_their_layers_may() -> None:
+    assert [found for file in FILES for found in violations(file, read(file))] == []
 
 
 @pytest.mark.parametrize(
@@ -256,9 +278,8 @@ def test_an_allowed_import_is_no_violation(file: str, source: str) -> None:
     assert violations(f"distinfluence/{file}", source) == []
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_nothing_unpickles_or_evaluates_what_it_reads(file: str) -> None:
-    assert unsafe(file, read(file)) == []
+def test_nothing_unpickles_or_evaluates_what_it_reads() -> None:
+    assert [found for file in FILES for found in unsafe(file, read(file))] == []
 
 
 @pytest.mark.parametrize(
@@ -276,9 +297,42 @@ def test_an_unsafe_read_is_found(source: str) -> None:
     assert len(unsafe("distinfluence/new.py", source)) == 1
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_module_says_what_is_in_it(file: str) -> None:
-    assert ast.get_docstring(ast.parse(read(file)))
+def test_processes_of_tests_are_started_where_they_are_ended_too() -> None:
+    paths = (path for path in (ROOT / "tests").rglob("*.py") if ROOT / "tests" / "benchmarks" not in path.parents)
+    files = sorted({path.relative_to(ROOT).as_posix() for path in paths} - set(_MAY_START))
+    found = [each for file in files for each in processes_of_its_own(file, read(file))]
+    assert found == [], "use `started` or `finished` of tests/processes.py"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import subprocess\nsubprocess.run(['true'])",
+        "import subprocess\nwith subprocess.Popen(['true']) as process: pass",
+        "import subprocess as sp\ndef f():\n    return sp.check_output(['true'])",
+        "import subprocess\nrun = subprocess.call",
+        "from subprocess import PIPE, check_call",
+        "import os\nos.system('true')",
+        "def f():\n    from os import popen",
+    ],
+)
+def test_a_process_that_a_test_starts_by_itself_is_found(source: str) -> None:
+    assert len(processes_of_its_own("tests/test_new.py", source)) == 1
+
+
+def test_names_of_subprocess_that_start_nothing_may_be_used() -> None:
+    source = """
+import os, subprocess
+from subprocess import TimeoutExpired
+def f(process: "subprocess.Popen[str]") -> None:
+    with started(["true"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ): pass
+    raise subprocess.CalledProcessError(1, "true")
+"""
+    assert processes_of_its_own("tests/test_new.py", source) == []
+
+
+def test_every_module_says_what_is_in_it() -> None:
+    assert [file for file in FILES if not ast.get_docstring(ast.parse(read(file)))] == []
 
 
 def test_no_file_is_named_for_what_it_is_not_about() -> None:
@@ -348,13 +402,13 @@ def test_the_package_is_typed_and_has_a_version() -> None:
 
 
 def test_every_python_block_of_the_docs_is_run() -> None:
-    followed = {ROOT / "docs" / page for page in ("tutorial.md", "howto/own_model.md")}  # by tests/test_tutorial.py
+    followed = {ROOT / "docs" / page for page in ("tutorial.md", "howto/own_model.md")}  # as conftest.py says
     pages = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - followed)]
     written = {
         page.relative_to(ROOT).as_posix(): len(re.findall(r"^```python$", page.read_text(), re.MULTILINE))
         for page in pages
     }
     command = [sys.executable, "-m", "pytest", "README.md", "docs", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    collected = finished(command, cwd=ROOT, check=True).stdout
     run = Counter(re.findall(r"^(.*?)::line:", collected, re.MULTILINE))
     assert dict(run) == {page: count for page, count in written.items() if count}

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.benchmarks import __main__ as benchmarks
 from tests.benchmarks.__main__ import BENCHES, NOT_RUN, RECORDS, ROOT, Bench
+from tests.processes import finished
 
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
 HERE = Path(__file__).parent / "benchmarks"
@@ -57,6 +57,6 @@ def test_a_run_is_recorded_and_one_that_fails_leaves_the_record(
 
 def test_an_unknown_benchmark_is_refused() -> None:
     command = [sys.executable, "-m", "tests.benchmarks", "pases"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = finished(command, cwd=ROOT)
     assert done.returncode == 2
     assert "no such benchmark: pases" in done.stderr

@@ -20,6 +20,7 @@ from distinfluence.cli import STOPPING, _clean_errors, main
 from distinfluence.scaling import ClusterSpec, Progress, connected
 from distinfluence.store import InfluenceWriter, Layout
 from distinfluence.store.manifest import RunState, manifest_file, write_state
+from tests.processes import finished, started
 from tests.reference import Reference
 from tests.test_job import content
 from tests.zoo import build
@@ -132,7 +133,7 @@ def test_what_fails_on_a_worker_is_said_once_and_without_a_trace(tmp_path: Path)
     source = "import torch\n\n\ndef samples():\n    return torch.zeros(5, 4), torch.zeros(6).long()\n"
     (tmp_path / "ragged.py").write_text(source)
     line = [sys.executable, "-m", "distinfluence", "run", str(job)]
-    outcome = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    outcome = finished(line, cwd=ROOT)
     assert outcome.returncode == 1
     assert "Traceback" not in outcome.stderr
     assert outcome.stderr.count("`x` and `y` must have as many samples") == 1
@@ -163,8 +164,8 @@ def test_info_says_of_a_run_whether_it_lives_died_or_is_complete(tmp_path: Path)
     writer = InfluenceWriter.create(path, Layout(n_test=2, n_train=6, strip=3), {})
     writer.write_strip(0, np.zeros((2, 3)))
     assert "no run is at work on it" in command("info", path).output
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
+    with started([sys.executable, "-c", ""]) as child:
+        child.wait()
     write_state(manifest_file(path), replace(RunState.here(), pid=child.pid, stage="strips", done=1, total=2))
     assert "run dead (strips: 1 of 2" in command("info", path).output
     writer.write_strip(1, np.zeros((2, 3)))
@@ -191,27 +192,22 @@ def test_an_interrupt_or_termination_stops_cleanly_and_the_run_can_be_resumed(
 ) -> None:
     path = job_file(
         tmp_path,
-        model={"factory": "tests.scaling.sources:slow_model"},
+        model={"factory": {"target": "tests.scaling.sources:slow_model", "arguments": {"seconds": 0.03}}},
         chunks={"train": 1},
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distinfluence", "run", str(path)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    status = tmp_path / "influences.zarr" / "strip_status" / "c"
-    deadline = time.monotonic() + 120
-    while not (status.is_dir() and any(status.iterdir())) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.05)
-    if sent is signal.SIGINT:
-        os.killpg(process.pid, sent)  # as a terminal does: to every process of the run
-    else:
-        process.send_signal(sent)
-    _, errors = process.communicate(timeout=60)
+    line = [sys.executable, "-m", "distinfluence", "run", path]
+    with started(line, stderr=subprocess.PIPE, env=environment) as process:
+        status = tmp_path / "influences.zarr" / "strip_status" / "c"
+        deadline = time.monotonic() + 120
+        while not (status.is_dir() and any(status.iterdir())) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.05)
+        if sent is signal.SIGINT:
+            os.killpg(process.pid, sent)  # as a terminal does: to every process of the run
+        else:
+            process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"distinfluence run {path} --resume" in errors
     assert "Traceback" not in errors
@@ -256,6 +252,7 @@ def test_a_signal_that_is_ignored_on_purpose_stays_ignored() -> None:
     try:
         with _clean_errors():
             os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from distinfluence.demo import (
 from distinfluence.errors import ForeignStoreError
 from distinfluence.evaluate import mislabel_recall, net_harm
 from distinfluence.scaling import Progress
+from tests.processes import finished
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,14 +64,11 @@ def missing_words(readme: str, printed: str) -> list[str]:
 
 def test_the_demo_finds_flipped_labels_and_says_what_to_do_next(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    outcome = subprocess.run(
-        [sys.executable, "-m", "distinfluence", "demo", "--output", str(folder)],
-        capture_output=True,
-        text=True,
+    outcome = finished(
+        [sys.executable, "-m", "distinfluence", "demo", "--output", folder],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
+        check=True,
     )
-    assert outcome.returncode == 0, outcome.stderr
     result = open_influences(folder / "influences.zarr")
     assert result.shape == (297, 1500)
     assert result.complete

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import xarray
 
 from distinfluence import open_influences
+from tests.processes import finished
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -47,14 +47,7 @@ def environment() -> dict[str, str]:
 
 def run(name: str, out: Path) -> Outcome:
     """The script's `main`, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(EXAMPLES / f"{name}.py"), str(out)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished([sys.executable, "-c", RUN, EXAMPLES / f"{name}.py", out], env=environment(), check=True)
     printed, _, findings = done.stdout.rstrip("\n").rpartition("\n")
     return Outcome(json.loads(findings), printed)
 
@@ -121,14 +114,7 @@ def test_one_fit_serves_every_damping(tmp_path: Path) -> None:
 
 def test_clusters_give_the_same_bits(tmp_path: Path) -> None:
     script = EXAMPLES / "on_a_cluster.py"  # as a user calls it: workers read the file again
-    done = subprocess.run(
-        [sys.executable, str(script), "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = finished([sys.executable, script, "--out", tmp_path], env=environment(), check=True)
     assert "All bits are equal." in done.stdout
     here, joined = (open_influences(tmp_path / f"{kind}.zarr") for kind in ("local", "address"))
     assert here.complete

@@ -1,7 +1,6 @@
 """What an import loads, and what a wheel holds: the first minutes of someone who has just installed the package."""
 
 import ast
-import subprocess
 import sys
 from email.message import Message
 from email.parser import Parser
@@ -11,6 +10,7 @@ from zipfile import ZipFile
 import pytest
 
 import distinfluence
+from tests.processes import finished
 
 ROOT = Path(__file__).parents[1]
 SLOW = ("dask", "distributed", "matplotlib", "pandas", "pydantic", "tornado", "torch", "xarray", "zarr")
@@ -19,7 +19,7 @@ SLOW = ("dask", "distributed", "matplotlib", "pandas", "pydantic", "tornado", "t
 def loaded_by(code: str) -> set[str]:
     """Names of the modules that a fresh interpreter has after running `code`."""
     command = [sys.executable, "-c", f"{code}\nimport sys\nprint('\\n'.join(sys.modules), file=sys.stderr)"]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stderr.split())
+    return set(finished(command, check=True, cwd=ROOT).stderr.split())
 
 
 HELP = "from distinfluence.cli import main\nmain(['--help'], standalone_mode=False)"
@@ -66,7 +66,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    finished(command, cwd=ROOT, check=True)
     (made,) = folder.iterdir()
     return made
 

@@ -18,9 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+if __package__:
+    from tests.processes import finished, kill_group, started
+else:  # tests/first_minutes.py has only this folder on the path: the one above would hide the installed package
+    from processes import finished, kill_group, started  # type: ignore[import-not-found, no-redef]
+
 READER = "/home/you/digits"  # the reader's folder, as the page calls it
 PATIENCE = 300.0
-READY = re.compile("look at test data: |http://")  # what a command says when it is worth an interruption
+READY = re.compile("look at training data: |http://")  # what a command says when it is worth an interruption
 
 _BLOCK = re.compile(r"^```(python|yaml|console|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# ([\w.]+\.\w+)\n")
@@ -103,7 +108,7 @@ def _commands(content: str, folder: Path) -> Iterator[Step]:
             came = _interrupted(command)
             shown = shown.replace("^C\n", "")
         else:
-            came = _finished(command)
+            came = _printed(command)
         yield Step(command, shown, came.replace(str(folder.resolve()), READER))
 
 
@@ -112,34 +117,25 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "XDG_STATE_HOME": str(Path.cwd() / ".state")}  # not the tester's own
 
 
-def _finished(command: str) -> str:
-    done = subprocess.run(
-        command, shell=True, capture_output=True, text=True, env=_environment(), timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 0, f"`{command}` ended with {done.returncode}:\n{done.stdout}{done.stderr}"
-    return done.stdout
+def _printed(command: str) -> str:
+    return finished(["/bin/sh", "-c", command], limit=PATIENCE, env=_environment(), check=True).stdout
 
 
 def _interrupted(command: str) -> str:
     """What it says up to its end, with Ctrl-C as soon as it is READY."""
-    process = subprocess.Popen(
-        f"exec {command}",
-        shell=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=_environment() | {"PYTHONUNBUFFERED": "1"},
-    )
-    assert process.stdout is not None
     came = ""
-    patience = threading.Timer(PATIENCE, process.kill)
-    patience.daemon = True
-    patience.start()
-    with process:
-        for line in process.stdout:
-            came += line
-            if READY.search(line):
+    environment = _environment() | {"PYTHONUNBUFFERED": "1"}
+    line = ["/bin/sh", "-c", f"exec {command}"]
+    with started(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+        assert process.stdout is not None
+        patience = threading.Timer(PATIENCE, kill_group, [process])
+        patience.daemon = True
+        patience.start()
+        for text in process.stdout:
+            came += text
+            if READY.search(text):
                 process.send_signal(signal.SIGINT)
+        process.wait()
     assert patience.is_alive(), f"`{command}` had not ended after {PATIENCE:.0f} s:\n{came}"
     patience.cancel()
     return came

@@ -79,9 +79,12 @@ def serving(
         assert not thread.is_alive()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A headless Chromium; a machine that has none skips these tests, but CI does not."""
+    """A headless Chromium; a machine that has none skips these tests, but CI does not.
+
+    Not for the whole session: Playwright keeps an event loop running in this thread, where no other can run meanwhile.
+    """
     if not Path(CHROMIUM).exists():
         if os.environ.get("CI"):
             pytest.fail(f"{CHROMIUM} is missing: .ci/run installs it")

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from distinfluence.browse.picture import Pictures, cluster_order
 from distinfluence.browse.png import encode
 from distinfluence.store import InfluenceWriter, Layout, annotate, open_influences
+from tests.processes import finished
 from tests.test_cli import command
 
 
@@ -102,11 +102,11 @@ def test_highlights_of_the_digits_show_digits(digits: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("what", ["heatmap", "scores", "residuals"])
-@pytest.mark.parametrize("finished", [True, False])
-def test_plots_are_pngs(result: Path, tmp_path: Path, what: str, finished: bool) -> None:
-    if not finished:
+@pytest.mark.parametrize("complete", [True, False])
+def test_plots_are_pngs(result: Path, tmp_path: Path, what: str, complete: bool) -> None:
+    if not complete:
         InfluenceWriter.create(tmp_path / "empty.zarr", Layout(3, 10, 4), {})
-    path = result if finished else tmp_path / "empty.zarr"
+    path = result if complete else tmp_path / "empty.zarr"
     outcome = command("plot", path, tmp_path / "p.png", "--what", what)
     assert outcome.exit_code == 0, outcome.output
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -169,9 +169,7 @@ main(["browse", sys.argv[1], "--no-open"])
 
 
 def test_the_page_ends_cleanly_at_ctrl_c_as_soon_as_its_address_is_there(result: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", INTERRUPTED_AT_ONCE, str(result)], capture_output=True, text=True
-    )
+    done = finished([sys.executable, "-W", "error", "-c", INTERRUPTED_AT_ONCE, result])
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=\S+\n", done.stdout)
 

@@ -28,6 +28,7 @@ from distinfluence.browse.server import BrowseServer
 from distinfluence.errors import CorruptStoreError, SettingError, ShapeError
 from distinfluence.store import InfluenceWriter, Layout, annotate, open_influences
 from tests.browse.conftest import serving
+from tests.processes import started
 
 
 class Answer:
@@ -326,14 +327,13 @@ def test_a_port_that_is_taken_is_said(server: BrowseServer) -> None:
 def test_the_command_serves_until_it_is_stopped(tmp_path: Path, sent: signal.Signals) -> None:
     path = small(tmp_path / "i.zarr")
     root = str(Path(__file__).parents[2])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distinfluence", "browse", str(path), "--no-open"],
+    with started(
+        [sys.executable, "-m", "distinfluence", "browse", path, "--no-open"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         env={**os.environ, "PYTHONPATH": root},
-    )
-    try:
+    ) as process:
+        assert process.stdout is not None
         url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:") and "?token=" in url
         address, _, token = url.partition("/?token=")
@@ -349,7 +349,6 @@ def test_the_command_serves_until_it_is_stopped(tmp_path: Path, sent: signal.Sig
                 time.sleep(0.05)
             finally:
                 connection.close()
-    finally:
         process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")

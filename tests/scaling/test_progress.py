@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pytest
 
 from distinfluence.scaling import Progress, progress
 from distinfluence.store.manifest import RunState, pace_of, read_runs
+from tests.processes import started
 
 
 def test_without_a_terminal_a_stage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,8 +122,8 @@ def test_a_run_that_ended_badly_or_died_says_so(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     (state,) = read_runs(output)
     assert state.condition() == "stopped"
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
+    with started([sys.executable, "-c", ""]) as child:
+        child.wait()
     gone = replace(RunState.here(), pid=child.pid)
     assert gone.condition() == "dead"
     old = replace(RunState.here(), heard=time.time() - 1000.0)
