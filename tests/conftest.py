@@ -3,8 +3,14 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
+
+from tests.forking import forked_workers
 
 # A torchvision that another package brings may be built for another torch than the one installed here; transformers
 # imports it wherever it finds it. No test needs it.
@@ -18,3 +24,49 @@ for _each, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # threads of several test processes would wait for each other, spinning
+
+
+# Files whose tests kill, stop and time workers: one process runs all of them, so that they never run side by side.
+CLUSTERS = ("scaling/test_failures_of_workers.py", "scaling/test_failures_of_runs.py", "scaling/test_failures.py")
+# Other files that take long and therefore start first.
+LONG = (
+    "browse/test_page.py",
+    "test_examples.py",
+    "scaling/test_calculators.py",
+    "test_cli.py",
+    "scaling/test_memory.py",
+)
+
+
+def place(item: pytest.Item) -> int:
+    """The place of a test's file among those that start first."""
+    order = [*CLUSTERS, *LONG]
+    return next((i for i, file in enumerate(order) if item.path.as_posix().endswith(f"tests/{file}")), len(order))
+
+
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """The tests of a file stay together, as they share what is expensive to make, and so do those of CLUSTERS.
+
+    xdist's own groups are lost with pytest 9.2: xdist renames tests, and pytest does not read the new name.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "clusters" if file.removeprefix("tests/") in CLUSTERS else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "ByFile | None":
+    """Share the tests of `--dist loadfile` between processes."""
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest."""
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _workers_start_at_once() -> Iterator[None]:
+    with forked_workers():
+        yield

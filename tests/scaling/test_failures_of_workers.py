@@ -25,7 +25,7 @@ from distinfluence import (
 )
 from distinfluence.scaling import LogToFolder, executor
 from tests.scaling import sources
-from tests.scaling.chaos import DEADLINE, KILLS, Killer, Staged, forked, made, quick_workers, wait_for
+from tests.scaling.chaos import DEADLINE, KILLS, SEED, Killer, Staged, forked, made, quick_workers, wait_for
 from tests.zoo import Case, build
 
 
@@ -77,12 +77,13 @@ class Run:
 
 RUNS = {
     "look and fit": Run({"look at training data", "fit"}, arnoldi, 1, 6, "rows", 0.03),
-    "factors by rows": Run({"factors"}, cg, 12, 1, "rows", 0.01, times=8),
+    "factors by rows": Run({"factors"}, cg, 12, 1, "rows", 0.01, times=4),
     "factors by data": Run({"factors"}, cg, 1, 3, "data", 0.02),
     "strips": Run({"strips"}, direct, 1, 6, "rows", 0.1),
 }
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("name", RUNS)
 def test_workers_killed_at_random_in_a_stage_cost_their_tasks_and_nothing_else(
     quick: Client, case: Case, tmp_path: Path, name: str
@@ -93,7 +94,7 @@ def test_workers_killed_at_random_in_a_stage_cost_their_tasks_and_nothing_else(
         if kills == KILLS:
             break
         progress, path = Staged(), tmp_path / f"{attempt}.zarr"
-        with Killer(progress, run.stages, KILLS - kills, seed=attempt) as killer:
+        with Killer(quick, progress, run.stages, KILLS - kills, seed=SEED + attempt) as killer:
             result = run(quick, case, path, progress)
         kills += killer.kills
         assert result.complete

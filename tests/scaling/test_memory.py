@@ -88,7 +88,7 @@ def measured(
         return plan, int(most)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.soak) for name in SHAPES])
 def test_workers_take_what_the_plan_says(name: str, tmp_path: Path) -> None:
     plan, most = measured(SHAPES[name], tmp_path)
     assert abs(most - plan.peak) <= 0.25 * plan.peak  # allocators keep pages, kernels have work space
@@ -108,11 +108,12 @@ def test_workers_hold_as_many_partial_sums_as_the_plan_says(what: str, tmp_path:
     assert abs(most - plan.peak) <= 0.25 * plan.peak
 
 
-def test_memory_is_flat_while_the_training_set_grows_tenfold(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_train", [8_192, pytest.param(40_960, marks=pytest.mark.soak)])
+def test_memory_is_flat_while_the_training_set_grows_tenfold(n_train: int, tmp_path: Path) -> None:
     """Beyond the data set itself, which each worker of this test builds."""
     taken = []
-    for n_train in (40_960, 409_600):
-        plan, most = measured(Shape(n_test=512, n_train=n_train, width=2, features=8), tmp_path / str(n_train))
+    for n in (n_train, 10 * n_train):
+        plan, most = measured(Shape(n_test=512, n_train=n, width=2, features=8), tmp_path / str(n), chunk_size=2048)
         assert plan.machine.process < most
         taken.append(most - plan.work.built_bytes)
     assert taken[1] < 1.1 * taken[0]

@@ -12,6 +12,8 @@ from distinfluence.scaling.flight import TASKS_PER_THREAD, Flight
 from tests.benchmarks.scale import QUIET, pretend
 
 WORKERS, TASKS = 50, 1000
+# A result whose holder has just left is asked for once more after this long.
+SETTINGS = {**QUIET, "distributed.comm.timeouts.connect": "5s"}
 
 
 def test_a_thousand_tasks_on_fifty_workers_that_leave_and_join_are_done_once_with_few_in_flight(
@@ -27,7 +29,7 @@ def test_a_thousand_tasks_on_fifty_workers_that_leave_and_join_are_done_once_wit
     monkeypatch.setattr(Flight, "_submit", counting)
     options = {"threads_per_worker": 1, "processes": False, "dashboard_address": "127.0.0.1:0"}
     with (
-        dask.config.set(QUIET),
+        dask.config.set(SETTINGS),
         LocalCluster(n_workers=WORKERS, memory_limit=0, **options) as cluster,
         Client(cluster) as client,
     ):
