@@ -1,4 +1,4 @@
-"""One SLURM for the whole session, and what every test of it leaves behind: an empty queue."""
+"""One SLURM for each process of the session, and what every test of it leaves behind: an empty queue."""
 
 import os
 import time
@@ -9,19 +9,43 @@ import pytest
 
 from tests.slurm.host import SlurmHost, SlurmUnavailableError, install
 
+# Those that take longest start first, as several processes share the tests.
+LONGEST = ("shorter_than_the_run", "at_its_limit_and_when_it_is_requeued", "in_a_job_that_is_requeued", "by_each_way")
+ATTEMPTS = 3  # Another process may take a port between its choice and its use.
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((place for place, name in enumerate(LONGEST) if name in item.name), len(LONGEST))
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def running_slurm() -> Iterator[SlurmHost]:
     try:
         install()
-        host = SlurmHost()
-        host.start()
+        host = _started()
     except SlurmUnavailableError as error:
         unavailable(error)
     try:
         yield host
     finally:
         host.stop()
+
+
+def _started() -> SlurmHost:
+    for left in reversed(range(ATTEMPTS)):
+        host = SlurmHost()
+        try:
+            host.start()
+        except SlurmUnavailableError:
+            if not left:
+                raise
+        else:
+            return host
+    raise AssertionError
 
 
 def unavailable(error: SlurmUnavailableError) -> NoReturn:

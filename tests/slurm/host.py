@@ -7,6 +7,7 @@ jobs are requeued when one of urgent wants their place) and urgent. Nothing here
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -75,7 +76,17 @@ class SlurmUnavailableError(Exception):
 
 
 def install() -> None:
-    """Debian's packages, where programs are missing. Raises SlurmUnavailableError where that is impossible."""
+    """Install Debian's packages where programs are missing, one process at a time.
+
+    Raises:
+        SlurmUnavailableError: If that is impossible here.
+    """
+    with Path(tempfile.gettempdir(), f"{PREFIX}install-{os.geteuid()}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _install()
+
+
+def _install() -> None:
     missing = [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
     if not missing:
         return
@@ -152,9 +163,13 @@ class SlurmHost:
         self._end_job_processes()
         for name in (*NODES, "slurmctld", "munged"):
             self._end_daemon(name)
-        if (self.root / "address").is_file():
-            subprocess.run(["ip", "addr", "del", *SECOND_ADDRESS], capture_output=True, check=False)
+        ours = (self.root / "address").is_file()
         shutil.rmtree(self.root, ignore_errors=True)
+        others = [root for root in Path("/tmp").glob(f"{PREFIX}*/") if (root / "owner").is_file()]
+        if ours and others:  # they listen on it too: the last of them takes it away
+            (others[0] / "address").touch()
+        elif ours:
+            subprocess.run(["ip", "addr", "del", *SECOND_ADDRESS], capture_output=True, check=False)
 
     def __call__(self, *command: object, check: bool = True, timeout: float = 60) -> str:
         """Run a command of SLURM; its output. Raises CalledProcessError with its errors as a note."""

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from distinfluence import open_influences
+from tests.processes import finished, started
 from tests.reference import Reference
 from tests.slurm.host import SlurmHost
 from tests.test_job import content
@@ -73,33 +74,24 @@ def environment(slurm: SlurmHost) -> dict[str, str]:
     }
 
 
-def finished(slurm: SlurmHost, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_to_its_end(slurm: SlurmHost, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """A command of ours, run to its end."""
-    return subprocess.run(
-        command(*arguments), env=environment(slurm), capture_output=True, text=True, timeout=SECONDS, check=False
-    )
+    return finished(command(*arguments), limit=SECONDS, env=environment(slurm))
 
 
 @contextmanager
-def running(slurm: SlurmHost, *arguments: object, path: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+def running(slurm: SlurmHost, *arguments: object, path: Path | None = None) -> Iterator["subprocess.Popen[str]"]:
     """A command of ours, under way; ended if the test leaves it behind. path: a folder of programs that go first."""
     env = environment(slurm)
-    process = subprocess.Popen(
+    with started(
         command(*arguments),
         env=env if path is None else {**env, "PATH": f"{path}:{env['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
         # a shell has what it runs in the background ignore Ctrl-C, these tests included
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
+    ) as process:
         yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate(timeout=60)
 
 
 def all_marks(process: "subprocess.Popen[str]", result: Path) -> set[tuple[str, int]]:
@@ -149,17 +141,8 @@ def submitted(slurm: SlurmHost, folder: Path, script: str, *arguments: object, o
 
 def sbatch(slurm: SlurmHost, folder: Path, *arguments: object) -> str:
     """The number of a job submitted from this folder, with one thread for torch."""
-    done = subprocess.run(
-        ["sbatch", "--parsable", *map(str, arguments)],
-        env={**environment(slurm), "OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    env = {**environment(slurm), "OMP_NUM_THREADS": "1"}
+    return finished(["sbatch", "--parsable", *arguments], env=env, cwd=folder, check=True).stdout.strip()
 
 
 def log_of(folder: Path, number: str) -> str:

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from distinfluence.config import ClusterSection
 from distinfluence.scaling.job_settings import cluster_class, job_arguments
+from tests.processes import finished, started
 from tests.slurm.runs import ROOT
 
 FILES = ROOT / "deploy" / "slurm"
@@ -70,8 +70,8 @@ def test_the_image_is_built_from_files_that_are_there() -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_valid_and_says_what_is_missing(name: str) -> None:
-    subprocess.run(["bash", "-n", FILES / name], check=True)
-    done = subprocess.run(["bash", FILES / name], capture_output=True, text=True, check=False)
+    finished(["bash", "-n", FILES / name], check=True)
+    done = finished(["bash", FILES / name])
     assert done.returncode != 0
     assert "the job file is missing: sbatch" in done.stderr
 
@@ -102,7 +102,7 @@ def test_a_driver_job_queues_again_at_its_limit_and_not_when_it_is_cancelled(
     # stands for the run: it stops in its own time after SIGTERM
     python = f"trap 'sleep 0.2; exit {status}' TERM; touch {tmp_path}/up; while :; do sleep 0.05; done"
     environment = stubs(tmp_path, python=python, scontrol=f'echo "$@" >{tmp_path}/requeued')
-    with subprocess.Popen(["bash", FILES / "driver.sbatch", "job.yaml", "cpu.yaml"], env=environment) as driver:
+    with started(["bash", FILES / "driver.sbatch", "job.yaml", "cpu.yaml"], env=environment) as driver:
         until((tmp_path / "up").exists)
         driver.send_signal(signum)
         assert driver.wait(timeout=30) == status
@@ -117,7 +117,7 @@ def test_one_allocation_leaves_no_key_when_it_is_cancelled(when: str, tmp_path: 
     openssl = f"touch {tmp_path}/up; sleep 0.3" if when == "certificate" else "exit 0"
     environment = stubs(tmp_path, openssl=openssl, python=run, srun=up.replace("/up", "/step"))
     environment |= {"SLURM_CPUS_PER_TASK": "1"}
-    with subprocess.Popen(["bash", FILES / "allocation.sbatch", "job.yaml"], env=environment, cwd=tmp_path) as script:
+    with started(["bash", FILES / "allocation.sbatch", "job.yaml"], env=environment, cwd=tmp_path) as script:
         until((tmp_path / "up").exists)
         assert (tmp_path / ".influences-7").is_dir()
         script.send_signal(signal.SIGTERM)

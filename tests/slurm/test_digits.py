@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from distinfluence import open_influences
 from distinfluence.demo import job_content, train_model
+from tests.processes import finished
 from tests.slurm.conftest import queue
 from tests.slurm.host import SlurmHost
 from tests.slurm.runs import (
@@ -50,11 +50,10 @@ def test_the_digits_by_each_way_through_the_queue_give_the_local_result_bit_for_
     workers = shipped(tmp_path, "cpu.yaml", keys={"workers": 4}, cores=1, memory="2GB")
     with running(slurm, "run", jobs["run"], "--cluster", workers) as process:
         # as a worker with one core: one thread, and so the same order of every sum
-        subprocess.run(
+        finished(
             command("run", jobs["local"], "--quiet"),
             env=environment(slurm),
             check=True,
-            capture_output=True,
             preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
         )
         assert "waiting for workers, 4 jobs" in end_of(process)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import started
 from tests.slurm.conftest import unavailable
 from tests.slurm.host import NODES, SlurmHost, SlurmUnavailableError, stop_orphans
 from tests.slurm.runs import ROOT
@@ -74,16 +75,14 @@ def test_a_second_one_beside_it_leaves_no_process_folder_or_port(running_slurm: 
 
 @pytest.mark.slurm
 def test_what_a_killed_one_left_is_taken_down_by_the_next(running_slurm: SlurmHost) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.slurm.host"], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    root = Path(line.partition("=")[2].strip()).parent
-    assert root.name.startswith("di-slurm-")
-    ports = with_a_job(SlurmHost(root))
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+    with started([sys.executable, "-m", "tests.slurm.host"], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        root = Path(line.partition("=")[2].strip()).parent
+        assert root.name.startswith("di-slurm-")
+        ports = with_a_job(SlurmHost(root))
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=30)
     stop_orphans()
     assert_gone(root, ports)
 
@@ -99,4 +98,4 @@ def test_where_there_is_no_slurm_its_tests_are_skipped_but_not_if_they_are_requi
     with pytest.raises(pytest.fail.Exception, match="sbatch not found"):
         unavailable(missing)
     makefile = (ROOT / "Makefile").read_text()
-    assert "DISTINFLUENCE_SLURM=required $(BIN)/python -m pytest -m slurm" in makefile
+    assert 'DISTINFLUENCE_SLURM=required $(PYTEST) -m "slurm and not soak"' in makefile

@@ -1,6 +1,5 @@
 """What queues do to jobs by themselves: time limits, jobs that are pushed aside, as many as there is work for."""
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -27,41 +26,41 @@ from tests.slurm.runs import (
 
 pytestmark = pytest.mark.slurm
 
-# both give a worker about 70 seconds: SLURM ends a job of one minute at its next look, and workers leave one of two
-# minutes in good time
-LIMITS: dict[str, dict[str, object]] = {
-    "leave": {"walltime": "2"},
-    "killed": {"walltime": "1", "worker_extra_args": ["--lifetime", "1h"]},
+# Workers that leave by themselves in good time. The first is what a limit of two minutes leads to: about 70 seconds.
+LEAVING: dict[str, dict[str, object]] = {
+    "limit": {"walltime": "2"},
+    "lifetime": {"worker_extra_args": ["--lifetime", "40s"]},
 }
 
 
-def test_a_time_limit_shorter_than_the_run_loses_nothing_whether_workers_leave_before_it_or_are_killed(
-    slurm: SlurmHost, tmp_path: Path
+@pytest.mark.parametrize(("name", "seconds"), [("lifetime", 4.0), pytest.param("limit", 7.0, marks=pytest.mark.soak)])
+def test_workers_that_leave_before_their_limit_are_replaced_and_lose_nothing(
+    slurm: SlurmHost, tmp_path: Path, name: str, seconds: float
 ) -> None:
+    ended = states_of_limited(slurm, tmp_path, seconds, **LEAVING[name])
+    assert "TIMEOUT" not in ended
+
+
+def test_a_time_limit_shorter_than_the_run_loses_nothing(slurm: SlurmHost, tmp_path: Path) -> None:
+    """SLURM ends a job of one minute at its next look, after about 70 seconds."""
+    ended = states_of_limited(slurm, tmp_path, 7.0, walltime="1", worker_extra_args=["--lifetime", "1h"])
+    assert "TIMEOUT" in ended
+
+
+def states_of_limited(slurm: SlurmHost, folder: Path, seconds: float, **settings: object) -> list[str]:
+    """How the jobs of a run ended that lost nothing, although none of its workers could stay to its end."""
     known = set(states(slurm))
-    seen: dict[str, set[tuple[str, int]]] = {}
-    with ExitStack() as stack:
-        processes = {}
-        for name, settings in LIMITS.items():
-            job = slow_job(tmp_path / name, 7, chunks={"train": 1, "test": 6, "panel": 6})
-            cluster = cluster_file(tmp_path / name, job_name=name, **settings)
-            processes[name] = stack.enter_context(running(slurm, "run", job, "--cluster", cluster))
-        for name, process in processes.items():
-            seen[name] = all_marks(process, tmp_path / name / "influences.zarr")
-            end_of(process)
+    job, result = slow_job(folder, seconds, chunks={"train": 1, "test": 6, "panel": 6}), folder / "influences.zarr"
+    with running(slurm, "run", job, "--cluster", cluster_file(folder, **settings)) as process:
+        seen = all_marks(process, result)
+        end_of(process)
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
-    ended: dict[str, list[str]] = {"leave": [], "killed": []}
-    for line in slurm("squeue", "-h", "--states=all", "-o", "%A %j %T").splitlines():
-        number, job_name, state = line.split()
-        if number not in known:
-            ended[job_name.partition("-")[0]].append(state)
-    assert "TIMEOUT" in ended["killed"]
-    assert "TIMEOUT" not in ended["leave"]
-    for name, jobs in ended.items():
-        assert len(jobs) > 2, name  # some were replaced
-        assert_right(tmp_path / name / "influences.zarr")
-        # what was made twice was in the making when its worker went, one strip for each that did
-        assert len(seen[name]) - STRIPS <= len(jobs) - 2, name
+    ended = [state for number, state in states(slurm).items() if number not in known]
+    assert len(ended) > 2  # some were replaced
+    assert_right(result)
+    # what was made twice was in the making when its worker went, one strip for each that did
+    assert len(seen) - STRIPS <= len(ended) - 2
+    return ended
 
 
 def test_jobs_that_are_pushed_aside_are_replaced_and_there_are_as_many_as_there_is_work_for(

@@ -11,10 +11,10 @@ from tests.slurm.runs import (
     assert_right,
     cluster_file,
     end_of,
-    finished,
     jobs_in,
     made_once,
     marks,
+    run_to_its_end,
     running,
     shipped,
     slow_job,
@@ -82,7 +82,7 @@ def test_each_worker_sees_the_gpu_that_it_was_granted(slurm: SlurmHost, tmp_path
     job = slow_job(tmp_path, log=str(log))
     own = {"job-extra-directives": ["--gres=gpu:1", "--nodelist=n1"]}
     cluster = shipped(tmp_path, "gpu.yaml", keys={"workers": 2}, cores=1, memory="2GB", **own)
-    done = finished(slurm, "run", job, "--cluster", cluster, "--quiet")
+    done = run_to_its_end(slurm, "run", job, "--cluster", cluster, "--quiet")
     assert done.returncode == 0, done.stderr
     seen = {tuple(line.split()) for line in log.read_text().splitlines()}
     assert {devices for node, devices in seen if node == "n1"} == {"0", "1"}
