@@ -7,23 +7,35 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Only wheels, so that no set-up needs a compiler; compiled to bytecode afterwards, by every core.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --only-binary :all: -c constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
+PYTEST := $(BIN)/python -m pytest --durations=60 --max-worker-restart 2
 
-.PHONY: help demo test wheel-test tutorial-test slurm-test lint format browser docs bench clean
+# Tests start hundreds of interpreters; each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help install demo test soak wheel-test tutorial-test slurm-test lint format browser slurm docs bench clean
 
 help: ## Say what can be made.
 	@echo 'distinfluence: influence functions of PyTorch models. Needs Python 3.11 or newer; the rest installs into $(VENV).'
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+install: $(VENV)/.dev ## Set up .venv for development.
+
 demo: $(VENV)/.demo ## Install what the demo needs and find mislabelled digits (the result: distinfluence-demo/).
 	@$(BIN)/distinfluence demo
 
 test: lint ## Install everything for development, then lint, check types and run every test.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 2
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --junitxml=build/tests.xml
 
-slurm-test: $(VENV)/.dev ## Run the tests that need SLURM on one brought up for them; installs it on Debian, as root.
-	DISTINFLUENCE_SLURM=required $(BIN)/python -m pytest -m slurm tests/slurm
+slurm-test: $(VENV)/.dev ## Run the tests that need SLURM, each process on a SLURM of its own; installs it on Debian, as root.
+	DISTINFLUENCE_SLURM=required $(PYTEST) -m "slurm and not soak" -n 3 --dist load --maxschedchunk=1 \
+	  -o timeout=400 -o faulthandler_timeout=500 --junitxml=build/slurm-tests.xml tests/slurm
+
+soak: $(VENV)/.dev ## Run the long tests and keep their table: twenty kills a stage, SLURM's own limits, a thousand workers, …
+	$(BIN)/python -m tests.benchmarks soak scale
 
 wheel-test: $(VENV)/.dev ## Install the built wheel where nothing else is, without a compiler, and run the README there.
 	$(BIN)/python -m tests.first_minutes wheel
@@ -44,6 +56,9 @@ browser: ## Install Debian's Chromium, if there is none, for the tests of the pa
 	@test -x "$${DISTINFLUENCE_CHROMIUM:-/usr/bin/chromium}" || { \
 	  echo 'Installing Chromium …'; export DEBIAN_FRONTEND=noninteractive; \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
+
+slurm: ## Install Debian's SLURM, if there is none, for the tests that need one (needs root).
+	@$(PYTHON) -c 'from tests.slurm.host import install; install()'
 
 docs: $(VENV)/.dev ## Build the documentation into docs/_build/html; warnings are errors.
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
@@ -68,9 +83,11 @@ $(VENV)/.made:
 $(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
 	@echo 'Installing (a minute or two; PyTorch is large) …'
 	@$(INSTALL) -e '.[demo]'
+	@$(COMPILE) || true # some packages bring templates that are not Python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 	@echo 'Installing (a few minutes; PyTorch is large) …'
 	@$(INSTALL) -e '.[demo,browse,slurm,docs,test]'
+	@$(COMPILE) || true
 	@touch $@ $(VENV)/.demo
