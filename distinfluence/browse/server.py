@@ -103,7 +103,7 @@ class BrowseServer:
     @property
     def url(self) -> str:
         """The address of the page with the token."""
-        everywhere = self.host in ("0.0.0.0", "::")
+        everywhere = self.host in ("0.0.0.0", "::")  # noqa: S104  # recognised here, never chosen
         return f"http://{socket.gethostname() if everywhere else _bracketed(self.host)}:{self.port}/?token={self.token}"
 
     def is_called(self, host: str) -> bool:
