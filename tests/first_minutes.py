@@ -61,7 +61,7 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
         env={**inherited, **environment},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     if done.returncode:

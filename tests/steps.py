@@ -42,14 +42,14 @@ class Step:
 SET_UP = ("packages", "environment")
 STEPS = (
     Step("packages", ("make", "browser", "slurm"), 300),
-    Step("environment", ("make", "install"), 600),
+    Step("environment", ("make", "install"), 1200),
     Step("test", ("make", "test"), 1200, SET_UP),
     # They mostly wait for the queue, so that the smaller steps have the cores meanwhile.
     Step("slurm-test", ("make", "slurm-test"), 1200, SET_UP, ("test",)),
-    Step("docs", ("make", "docs"), 300, SET_UP, ("test",)),
-    Step("site", (".venv/bin/python", "docs/make_screenshots.py", *SITE), 300, ("docs",)),
-    Step("wheel", ("make", "wheel-test"), 300, SET_UP, ("test", "site")),
-    Step("tutorial", ("make", "tutorial-test"), 300, SET_UP, ("wheel",)),
+    Step("docs", ("make", "docs"), 600, SET_UP, ("test",)),
+    Step("site", (".venv/bin/python", "docs/make_screenshots.py", *SITE), 600, ("docs",)),
+    Step("wheel", ("make", "wheel-test"), 600, SET_UP, ("test", "site")),
+    Step("tutorial", ("make", "tutorial-test"), 900, SET_UP, ("wheel",)),
 )
 
 
