@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_what_a_command_leaves_running_ends_with_the_block() -> None:
         assert process.stdout.readline() == "up\n"
         (child,) = below(process.pid)
     assert process.poll() is not None
-    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text()
+    wait_until_gone("dozes", child)
 
 
 def test_a_command_that_does_not_end_shows_the_stacks_of_all_its_processes() -> None:
@@ -80,14 +81,22 @@ def test_a_step_that_does_not_end_is_ended_with_all_stacks(capfd: pytest.Capture
     assert ended["stuck"].how == "did not end within 3 s"
     shown = capfd.readouterr().out
     assert "waits (<string>" in shown and "dozes (<string>" in shown
-    assert not any("dozes" in _command(pid) for pid in below(os.getpid()))
+    wait_until_gone("dozes", *below(os.getpid()))
 
 
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
+def wait_until_gone(name: str, *pids: int) -> None:
+    """Wait until none of the processes has the name in its command line: one that is killed takes a moment to end."""
+
+    def command(pid: int) -> str:
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            return ""
+
+    end = time.monotonic() + 30
+    while any(name in command(pid) for pid in pids):
+        assert time.monotonic() < end, f"{name} lives on"
+        time.sleep(0.05)
 
 
 def test_the_table_has_a_line_for_each_step() -> None:
