@@ -55,12 +55,17 @@ def test_a_test_that_sleeps_for_ever_ends_with_its_stack_and_those_of_its_proces
     assert all(name in done.stdout for name in ("test_stuck.py:2:", "waits (<string>", "dozes (<string>"))
 
 
-def test_steps_run_side_by_side_and_those_after_a_failure_do_not(capfd: pytest.CaptureFixture[str]) -> None:
-    met = "i=0; while [ $i -lt 300 ]; do i=$((i+1)); sleep 0.1; done"
+def test_steps_run_side_by_side_and_those_after_a_failure_do_not(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def meets(own: str, other: str) -> tuple[str, ...]:
+        """A command that ends when another one like it runs at the same time."""
+        return "sh", "-c", f"cd {tmp_path}; touch {own}; until [ -e {other} ]; do sleep 0.05; done; echo {own} met"
+
     steps = (
-        Step("last", ("echo", "never"), 30, ("bad",)),
-        Step("first", ("sh", "-c", f"trap 'echo met; exit 0' USR1; {met}"), 30),
-        Step("second", ("sh", "-c", "sleep 0.5; pkill -USR1 -f 'trap .echo me[t]'; echo here"), 30),
+        Step("last", ("echo", "never"), 60, ("bad",)),
+        Step("first", meets("one", "two"), 60),
+        Step("second", meets("two", "one"), 60),
         Step("bad", ("sh", "-c", "echo oh; exit 3"), 30, ("first",)),
         Step("behind", ("true",), 30, (), ("bad",)),
     )
@@ -73,7 +78,7 @@ def test_steps_run_side_by_side_and_those_after_a_failure_do_not(capfd: pytest.C
         "behind": "passed",
     }
     shown = capfd.readouterr().out
-    assert "=== first passed" in shown and "\nmet\n" in shown and "\noh\n" in shown and "never\n" not in shown
+    assert "=== first passed" in shown and "\none met\n" in shown and "\noh\n" in shown and "never\n" not in shown
 
 
 def test_a_step_that_does_not_end_is_ended_with_all_stacks(capfd: pytest.CaptureFixture[str]) -> None:
