@@ -11,6 +11,7 @@ other. `make install` takes wheels alone, so none of them needed a compiler.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -154,6 +155,8 @@ def main() -> None:
     """Do the parts that are named."""
     if not sys.argv[1:] or set(sys.argv[1:]) - set(PARTS):
         sys.exit(f"name one of {', '.join(PARTS)}")
+    # a shell has what it runs in the background ignore Ctrl-C, and with it the commands that the tutorial interrupts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             PARTS[name](Path(folder))
