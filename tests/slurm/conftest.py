@@ -10,14 +10,18 @@ import pytest
 from tests.slurm.host import SlurmHost, SlurmUnavailableError, install
 
 # Those that take longest start first, as several processes share the tests.
-LONGEST = ("shorter_than_the_run", "at_its_limit_and_when_it_is_requeued", "in_a_job_that_is_requeued", "by_each_way")
+LONGEST = ("shorter_than_the_run", "by_each_way", "in_a_job_that_is_requeued", "at_its_limit_and_when_it_is_requeued")
+# xdist hands each process two tests at once, and the second waits for the first: it is one that takes little time.
+SHORTEST = ("a_second_one_beside_it", "what_a_killed_one_left", "run_on_both_nodes", "jobs_that_cannot_start")
 ATTEMPTS = 3  # Another process may take a port between its choice and its use.
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = [name for pair in zip(LONGEST, SHORTEST, strict=True) for name in pair]
+
     def place(item: pytest.Item) -> int:
-        return next((place for place, name in enumerate(LONGEST) if name in item.name), len(LONGEST))
+        return next((place for place, name in enumerate(first) if name in item.name), len(first))
 
     items.sort(key=place)
 

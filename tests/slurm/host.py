@@ -9,6 +9,8 @@ jobs are requeued when one of urgent wants their place) and urgent. Nothing here
 import contextlib
 import fcntl
 import os
+import random
+import re
 import shutil
 import signal
 import socket
@@ -19,12 +21,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from tests.processes import finished
+
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 PACKAGES = ("slurmd", "slurmctld", "slurm-client", "munge")
 NODES = ("n1", "n2")
 GPUS = 2
 PREFIX = "di-slurm-"
 SECOND_ADDRESS = ("127.0.0.2/8", "dev", "lo")
+# Linux gives outgoing connections ports from 32768 on, so none of them takes one of these, also while a node is down.
+PORTS = range(20000, 32000)
+START_SECONDS = 120.0  # A daemon that takes longer to answer counts as one that does not start.
 SEARCH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"  # where Debian keeps the daemons
 
 CONFIGURATION = """
@@ -81,9 +88,16 @@ def install() -> None:
     Raises:
         SlurmUnavailableError: If that is impossible here.
     """
-    with Path(tempfile.gettempdir(), f"{PREFIX}install-{os.geteuid()}").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone("install"):
         _install()
+
+
+@contextlib.contextmanager
+def _alone(what: str) -> Iterator[None]:
+    """Only one process of this user is in here at a time; a process that is killed lets the next one in."""
+    with Path(tempfile.gettempdir(), f"{PREFIX}{what}-{os.geteuid()}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _install() -> None:
@@ -100,10 +114,8 @@ def _install() -> None:
     with _no_services_started():
         for before in ([], ["apt-get", "update"]):
             if before:
-                subprocess.run(before, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-            done = subprocess.run(
-                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-            )
+                finished(before, limit=600, env=environment)
+            done = finished(command, limit=600, env=environment)
             if done.returncode == 0:
                 return
     raise SlurmUnavailableError(f"{' '.join(command)}: {done.stderr[-500:]}")
@@ -141,13 +153,14 @@ class SlurmHost:
         """Bring all up, or take all down again and raise SlurmUnavailableError with the logs."""
         stop_orphans()
         try:
-            self._write_files()
-            self._second_address()
+            with _alone("shared"):  # ports and the second address are shared with all others on this host
+                self._write_files()
+                self._second_address()
             self._start_munge()
             self.start_controller()
             for node in NODES:
                 self.start_node(node)
-            self._until(self._nodes_are_up, 60, "the nodes did not register")
+            self._until(self._nodes_are_up, START_SECONDS, "the nodes did not register")
         except SlurmUnavailableError:
             self.stop()
             raise
@@ -163,24 +176,18 @@ class SlurmHost:
         self._end_job_processes()
         for name in (*NODES, "slurmctld", "munged"):
             self._end_daemon(name)
-        ours = (self.root / "address").is_file()
-        shutil.rmtree(self.root, ignore_errors=True)
-        others = [root for root in Path("/tmp").glob(f"{PREFIX}*/") if (root / "owner").is_file()]
-        if ours and others:  # they listen on it too: the last of them takes it away
-            (others[0] / "address").touch()
-        elif ours:
-            subprocess.run(["ip", "addr", "del", *SECOND_ADDRESS], capture_output=True, check=False)
+        with _alone("shared"):
+            ours = (self.root / "address").is_file()
+            shutil.rmtree(self.root, ignore_errors=True)
+            others = _roots()
+            if ours and others:  # they listen on it too: the last of them takes it away
+                (others[0] / "address").touch()
+            elif ours:
+                finished(["ip", "addr", "del", *SECOND_ADDRESS])
 
     def __call__(self, *command: object, check: bool = True, timeout: float = 60) -> str:
         """Run a command of SLURM; its output. Raises CalledProcessError with its errors as a note."""
-        done = subprocess.run(
-            [str(part) for part in command],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        done = finished(command, limit=timeout, env=self.environment)
         if check and done.returncode:
             error = subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
             error.add_note(done.stderr)
@@ -190,7 +197,7 @@ class SlurmHost:
     def start_controller(self) -> None:
         """slurmctld, from an empty state."""
         self._daemon("slurmctld", "-c", "-f", self.configuration)
-        self._until(self._controller_answers, 30, "the controller does not answer")
+        self._until(self._controller_answers, START_SECONDS, "the controller does not answer")
 
     def start_node(self, node: str) -> None:
         """slurmd of one virtual node, if it does not run."""
@@ -203,7 +210,8 @@ class SlurmHost:
             (self.root / name).mkdir(parents=True)
         self.root.chmod(0o755)  # munge wants its socket to be reachable, and its key not to be
         (self.root / "munge").chmod(0o700)
-        (self.root / "owner").write_text(str(os.getpid()))
+        (self.root / "owner.new").write_text(str(os.getpid()))
+        (self.root / "owner.new").rename(self.root / "owner")  # never seen without its number
         key = self.root / "munge" / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
@@ -229,9 +237,8 @@ class SlurmHost:
 
     def _second_address(self) -> None:
         """Where 127.0.0.1 is the only address, name look-ups of the C library find nothing, and SLURM cannot listen."""
-        addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
-        if not addresses:
-            added = subprocess.run(["ip", "addr", "add", *SECOND_ADDRESS], capture_output=True, check=False)
+        if not finished(["hostname", "-I"]).stdout.split():
+            added = finished(["ip", "addr", "add", *SECOND_ADDRESS])
             if added.returncode == 0:
                 (self.root / "address").touch()  # ours to take away again
 
@@ -256,10 +263,11 @@ class SlurmHost:
             "--force",
         )
         check = ("munge", "-S", str(run / "munge.socket"), "-n")
-        self._until(lambda: self._succeeds(check), 20, "munge does not answer")
+        self._until(lambda: self._succeeds(check), START_SECONDS, "munge does not answer")
 
     def _daemon(self, *command: object) -> None:
         with (self.root / "log" / "daemons.log").open("a") as log:
+            # not `finished`: it would kill the daemon, which is still in the group of the command that starts it
             done = subprocess.run(
                 [str(part) for part in command],
                 env=self.environment,
@@ -274,18 +282,8 @@ class SlurmHost:
 
     def _succeeds(self, command: Sequence[str]) -> bool:
         try:
-            return (
-                subprocess.run(
-                    command,
-                    env=self.environment,
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    timeout=10,
-                    check=False,
-                ).returncode
-                == 0
-            )
-        except subprocess.TimeoutExpired:
+            return finished(command, limit=30, env=self.environment).returncode == 0
+        except AssertionError:  # no answer in that time
             return False
 
     def _controller_answers(self) -> bool:
@@ -359,18 +357,37 @@ class SlurmHost:
 
 def stop_orphans() -> None:
     """Take down what was left when the process that brought it up was killed."""
-    for root in Path("/tmp").glob(f"{PREFIX}*"):
-        owner = root / "owner"
-        if owner.is_file() and owner.owner() == _user() and not _command(int(owner.read_text() or 0)):
-            SlurmHost(root).stop()
+    with _alone("orphans"):
+        for root in _roots():
+            if _is_orphan(root):
+                SlurmHost(root).stop()
+
+
+def _roots() -> list[Path]:
+    """Return the folders of every SLURM of these tests that is up, or was left."""
+    return [root for root in Path("/tmp").glob(f"{PREFIX}*/") if (root / "owner").is_file()]
+
+
+def _is_orphan(root: Path) -> bool:
+    owner = root / "owner"
+    try:
+        return owner.owner() == _user() and not _command(int(owner.read_text()))
+    except FileNotFoundError:  # its owner is just taking it down
+        return False
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Return ports that nobody listens on and that no other SLURM of these tests has been given."""
+    texts = [(root / "slurm.conf").read_text() for root in _roots() if (root / "slurm.conf").is_file()]
+    given = {int(port) for text in texts for port in re.findall(r"Port=(\d+)", text)}
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            found += [port] if port not in given else []
+        if len(found) == count:
+            return found
+    raise SlurmUnavailableError(f"{count} free ports were expected in {PORTS}, found {found}. End other programs.")
 
 
 def _user() -> str:

@@ -39,12 +39,17 @@ def shipped(folder: Path, name: str, *, keys: Mapping[str, object], **settings: 
 
 
 def slow_job(folder: Path, seconds: float = 0.5, *, log: str = "", **changes: Any) -> Path:
-    """A job each of whose strips takes so many seconds; log: see `tests.slurm.sources.slow_model`."""
+    """A job each of whose strips takes so many seconds, until `hurry`; log: see `tests.slurm.sources.slow_model`."""
     folder.mkdir(exist_ok=True)
-    arguments = {"seconds": seconds, "log": log}
+    arguments = {"seconds": seconds, "folder": str(folder), "log": log}
     model = {"factory": {"target": "tests.slurm.sources:slow_model", "arguments": arguments}}
     chunks = {"train": 1, "test": 2, "panel": 6}
     return written(folder / "job.yaml", content(**{"model": model, "chunks": chunks, "solve": "rows", **changes}))
+
+
+def hurry(job: Path) -> None:
+    """What the slow job was slow for has happened: the rest of its strips takes no time."""
+    (job.parent / "hurry").touch()
 
 
 def assert_right(result: Path) -> None:
@@ -117,7 +122,7 @@ def wait_for(condition: Callable[[], Any], what: str, process: "subprocess.Popen
         if process is not None and process.poll() is not None:
             raise AssertionError(f"ended before {what}: {process.communicate()[0]}")
         assert time.monotonic() < end, f"not within {SECONDS:g} s: {what}"
-        time.sleep(0.1)
+        time.sleep(0.5)  # most conditions ask SLURM, which takes time from the runs
     return found
 
 
@@ -158,6 +163,11 @@ def strips_done(result: Path) -> int:
 def jobs_in(slurm: SlurmHost, state: str) -> list[str]:
     """Numbers of the jobs in this state."""
     return slurm("squeue", "-h", "-t", state, "-o", "%A").split()
+
+
+def is_back(slurm: SlurmHost, number: str, times: int) -> bool:
+    """Whether a job that was requeued waits again, or has been started again that many times."""
+    return number in jobs_in(slurm, "PENDING") or f"Restarts={times} " in slurm("scontrol", "show", "job", number)
 
 
 def states(slurm: SlurmHost) -> dict[str, str]:

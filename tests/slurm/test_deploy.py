@@ -11,7 +11,7 @@ import pytest
 
 from distinfluence.config import ClusterSection
 from distinfluence.scaling.job_settings import cluster_class, job_arguments
-from tests.processes import finished, started
+from tests.processes import LIMIT, finished, started
 from tests.slurm.runs import ROOT
 
 FILES = ROOT / "deploy" / "slurm"
@@ -85,7 +85,7 @@ def stubs(folder: Path, **programs: str) -> dict[str, str]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -105,14 +105,14 @@ def test_a_driver_job_queues_again_at_its_limit_and_not_when_it_is_cancelled(
     with started(["bash", FILES / "driver.sbatch", "job.yaml", "cpu.yaml"], env=environment) as driver:
         until((tmp_path / "up").exists)
         driver.send_signal(signum)
-        assert driver.wait(timeout=30) == status
+        assert driver.wait(timeout=LIMIT) == status
     asked = tmp_path / "requeued"
     assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if requeued else "")
 
 
 @pytest.mark.parametrize("when", ["certificate", "run"])
 def test_one_allocation_leaves_no_key_when_it_is_cancelled(when: str, tmp_path: Path) -> None:
-    up = f"touch {tmp_path}/up; exec sleep 30"
+    up = f"touch {tmp_path}/up; exec sleep 3600"
     run = f"trap 'exit 130' TERM; touch {tmp_path}/up; while :; do sleep 0.05; done"
     openssl = f"touch {tmp_path}/up; sleep 0.3" if when == "certificate" else "exit 0"
     environment = stubs(tmp_path, openssl=openssl, python=run, srun=up.replace("/up", "/step"))
@@ -121,5 +121,6 @@ def test_one_allocation_leaves_no_key_when_it_is_cancelled(when: str, tmp_path: 
         until((tmp_path / "up").exists)
         assert (tmp_path / ".influences-7").is_dir()
         script.send_signal(signal.SIGTERM)
-        assert script.wait(timeout=20) == (143 if when == "certificate" else 130)  # not the steps' 30 s
+        # the steps would go on for an hour
+        assert script.wait(timeout=LIMIT) == (143 if when == "certificate" else 130)
     assert not (tmp_path / ".influences-7").exists()

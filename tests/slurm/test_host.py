@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from tests.processes import started
 from tests.slurm.conftest import unavailable
 from tests.slurm.host import NODES, SlurmHost, SlurmUnavailableError, stop_orphans
-from tests.slurm.runs import ROOT
+from tests.slurm.runs import ROOT, wait_for
 
 
 @pytest.mark.slurm
@@ -22,9 +21,7 @@ def test_jobs_run_on_both_nodes_and_see_the_gpus_that_they_were_given(slurm: Slu
     script.write_text("#!/bin/bash\nsrun -l bash -c 'echo $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES'\n")
     options = ("-p", "gpu", "-N", 2, "--ntasks-per-node=1", "--gres=gpu:1", "-o", tmp_path / "out", "-t", 5)
     number = slurm("sbatch", "--parsable", *options, script).strip()
-    deadline = time.monotonic() + 60
-    while slurm("squeue", "-h", "-j", number) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_for(lambda: number not in slurm("squeue", "-h", "-o", "%A").split(), "the end of the job")
     lines = sorted((tmp_path / "out").read_text().split())
     assert lines == sorted(["0:", "1:", *NODES, "0", "0"])
 
@@ -32,9 +29,7 @@ def test_jobs_run_on_both_nodes_and_see_the_gpus_that_they_were_given(slurm: Slu
 def with_a_job(host: SlurmHost) -> list[int]:
     """Have it run one that would go on; the ports that it listens on."""
     host("sbatch", "-o", "/dev/null", "--wrap", "sleep 3600 & sleep 3600")
-    deadline = time.monotonic() + 30
-    while not any("sleep" in command for command in traces(host.root)) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(lambda: any("sleep" in command for command in traces(host.root)), "the job")
     assert len(traces(host.root)) > 5  # munge, the controller, two nodes, the job
     return [int(port) for port in re.findall(r"Port=(\d+)", host.configuration.read_text())]
 
@@ -82,7 +77,7 @@ def test_what_a_killed_one_left_is_taken_down_by_the_next(running_slurm: SlurmHo
         assert root.name.startswith("di-slurm-")
         ports = with_a_job(SlurmHost(root))
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)
+        process.wait()
     stop_orphans()
     assert_gone(root, ports)
 

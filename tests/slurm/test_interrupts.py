@@ -10,10 +10,12 @@ import pytest
 from tests.slurm.conftest import queue
 from tests.slurm.host import SlurmHost
 from tests.slurm.runs import (
+    SECONDS,
     STRIPS,
     assert_right,
     cluster_file,
     end_of,
+    hurry,
     jobs_in,
     made_once,
     marks,
@@ -37,7 +39,7 @@ def interrupted(slurm: SlurmHost, signum: signal.Signals, result: Path, *argumen
         wait_for(lambda: strips_done(result) > before, "more strips", process)
         assert len(jobs_in(slurm, "PENDING")) == 2
         process.send_signal(signum)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 130, output
     assert "stopped; what was written stays. Go on with: distinfluence run" in output
     assert "Traceback" not in output
@@ -54,6 +56,7 @@ def test_sigterm_and_ctrl_c_cancel_waiting_jobs_too_and_the_result_is_resumed(sl
         assert before.items() <= after.items()
         assert len(before) < len(after) < STRIPS
         before = after
+    hurry(job)
     with running(slurm, "run", job, "--cluster", cluster_file(tmp_path), "--resume") as process:
         end_of(process)
     assert made_once(before, result)

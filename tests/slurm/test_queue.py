@@ -12,6 +12,7 @@ from tests.slurm.runs import (
     assert_right,
     cluster_file,
     end_of,
+    hurry,
     jobs_in,
     made_once,
     marks,
@@ -26,24 +27,26 @@ from tests.slurm.runs import (
 
 pytestmark = pytest.mark.slurm
 
-# Workers that leave by themselves in good time. The first is what a limit of two minutes leads to: about 70 seconds.
-LEAVING: dict[str, dict[str, object]] = {
-    "limit": {"walltime": "2"},
-    "lifetime": {"worker_extra_args": ["--lifetime", "40s"]},
-}
+OVER = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT"}  # States of a job that has ended.
 
 
-@pytest.mark.parametrize(("name", "seconds"), [("lifetime", 4.0), pytest.param("limit", 7.0, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("walltime", "seconds"),
+    [
+        ("00:00:30", 6.0),  # Workers leave after about 17 seconds. SLURM rounds the limit up to a minute.
+        pytest.param("00:02:00", 10.0, marks=pytest.mark.soak),  # Workers leave after about 70 seconds.
+    ],
+)
 def test_workers_that_leave_before_their_limit_are_replaced_and_lose_nothing(
-    slurm: SlurmHost, tmp_path: Path, name: str, seconds: float
+    slurm: SlurmHost, tmp_path: Path, walltime: str, seconds: float
 ) -> None:
-    ended = states_of_limited(slurm, tmp_path, seconds, **LEAVING[name])
+    ended = states_of_limited(slurm, tmp_path, seconds, walltime=walltime)
     assert "TIMEOUT" not in ended
 
 
 def test_a_time_limit_shorter_than_the_run_loses_nothing(slurm: SlurmHost, tmp_path: Path) -> None:
     """SLURM ends a job of one minute at its next look, after about 70 seconds."""
-    ended = states_of_limited(slurm, tmp_path, 7.0, walltime="1", worker_extra_args=["--lifetime", "1h"])
+    ended = states_of_limited(slurm, tmp_path, 10.0, walltime="1", worker_extra_args=["--lifetime", "1h"])
     assert "TIMEOUT" in ended
 
 
@@ -52,7 +55,15 @@ def states_of_limited(slurm: SlurmHost, folder: Path, seconds: float, **settings
     known = set(states(slurm))
     job, result = slow_job(folder, seconds, chunks={"train": 1, "test": 6, "panel": 6}), folder / "influences.zarr"
     with running(slurm, "run", job, "--cluster", cluster_file(folder, **settings)) as process:
-        seen = all_marks(process, result)
+        seen: set[tuple[str, int]] = set()
+
+        def first_are_over() -> bool:
+            seen.update(marks(result).items())
+            return sum(state in OVER for number, state in states(slurm).items() if number not in known) > 1
+
+        wait_for(first_are_over, "the end of the first two jobs", process)
+        hurry(job)
+        seen |= all_marks(process, result)
         end_of(process)
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
     ended = [state for number, state in states(slurm).items() if number not in known]
@@ -78,6 +89,7 @@ def test_jobs_that_are_pushed_aside_are_replaced_and_there_are_as_many_as_there_
         urgent = sbatch(slurm, tmp_path, "-p", "urgent", "-w", "n1", "-c", 8, "-o", "/dev/null", "--wrap", "sleep 5")
         wait_for(lambda: urgent in jobs_in(slurm, "RUNNING"), "the urgent job", process)
         wait_for(lambda: not set(on_n1) & set(jobs_in(slurm, "RUNNING")), "the end of those in its way", process)
+        hurry(job)
         assert len(set(jobs_in(slurm, "RUNNING,PENDING")) - {urgent}) <= 3
         end_of(process)
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")

@@ -34,7 +34,7 @@ CASES = {
         ("ended before their worker had started", "exit code 3", ".err:", "/no/such/scratch: No such file"),
     ),
     "held": Case(
-        {"job_extra_directives": ["--hold"]}, ("no worker job started within `timeout`", "JobHeldUser"), {"timeout": 5}
+        {"job_extra_directives": ["--hold"]}, ("no worker job started within `timeout`", "JobHeldUser"), {"timeout": 20}
     ),
 }
 

@@ -11,6 +11,7 @@ from tests.slurm.runs import (
     assert_right,
     cluster_file,
     end_of,
+    hurry,
     jobs_in,
     made_once,
     marks,
@@ -37,6 +38,7 @@ def test_jobs_that_are_cancelled_or_requeued_are_replaced(slurm: SlurmHost, tmp_
         slurm("scancel", cancelled)
         slurm("scontrol", "requeue", requeued)
         wait_for(lambda: two(sorted(set(jobs_in(slurm, "RUNNING")) - set(old))), "two replacements", process)
+        hurry(job)
         end_of(process)
     assert 0 < len(before) < STRIPS
     assert made_once(before, result)
@@ -67,6 +69,7 @@ def test_a_worker_that_ends_by_itself_and_a_node_that_dies_are_made_up_for(slurm
             wait_for(lambda: len(set(jobs_in(slurm, "RUNNING")) - set(on_n1)) == 2, "two replacements", process)
             slurm.start_node("n2")
             wait_for(lambda: is_up(slurm, "n2"), "the node", process)
+            hurry(job)
             end_of(process)
     finally:
         slurm.start_node("n2")  # if it is not there yet

@@ -12,6 +12,8 @@ from tests.slurm.runs import (
     assert_right,
     cluster_file,
     command,
+    hurry,
+    is_back,
     jobs_in,
     log_of,
     made_once,
@@ -41,6 +43,8 @@ def test_a_driver_job_goes_on_where_it_stopped_at_its_limit_and_when_it_is_reque
     wait_for(lambda: strips_done(result) > len(before), "more strips")
     second = set(jobs_in(slurm, "RUNNING")) - {number}
     slurm("scontrol", "requeue", number)
+    wait_for(lambda: is_back(slurm, number, 2), "its place in the queue")
+    hurry(job)
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
     assert states(slurm)[number] == "COMPLETED", log_of(tmp_path, number)
     assert made_once(before, result)
@@ -79,9 +83,13 @@ def test_a_run_in_a_job_that_is_requeued_goes_on_by_itself_and_an_array_makes_up
 
     wait_for(lambda: strips_done(result) > 0, "strips of the array")
     slurm("scancel", "--signal=KILL", "--full", f"{elements}_1")
+    wait_for(lambda: f"{elements}_1" not in slurm("squeue", "-h", "-o", "%F_%K").split(), "the end of the element")
+    hurry(shared)
     wait_for(lambda: strips_done(begun) > 0, "strips of the plain run")
     first = marks(begun)
     slurm("scontrol", "requeue", number)
+    wait_for(lambda: is_back(slurm, number, 1), "its place in the queue")
+    hurry(plain)
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
 
     log = (plain.parent / "log").read_text()
