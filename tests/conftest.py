@@ -45,7 +45,7 @@ def place(item: pytest.Item) -> int:
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
-    """The tests of a file stay together, as they share what is expensive to make, and so do those of CLUSTERS.
+    """Keep the tests of a file together, which share what is expensive to make, and the tests of all CLUSTERS files.
 
     xdist's own groups are lost with pytest 9.2: xdist renames tests, and pytest does not read the new name.
     """

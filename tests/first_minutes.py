@@ -101,7 +101,7 @@ def lend(folder: Path, *extras: str) -> list[str]:
 
 
 def wheel(folder: Path) -> None:
-    """Build it, install it beside what it requires alone, ask for help, and run the README's Python."""
+    """Build the wheel, install it next to its requirements alone, and run its help and the README's Python."""
     run([sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)], ROOT)
     (built,) = folder.glob("*.whl")
     lent = lend(folder / "lent")

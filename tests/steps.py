@@ -41,7 +41,7 @@ class Step:
 
 SET_UP = ("packages", "environment")
 STEPS = (
-    Step("packages", ("make", "browser", "slurm"), 300),
+    Step("packages", ("make", "browser", "slurm"), 900),
     Step("environment", ("make", "install"), 1200),
     Step("test", ("make", "test"), 1200, SET_UP),
     # They mostly wait for the queue, so that the smaller steps have the cores meanwhile.

@@ -16,7 +16,9 @@ import pytest
 import distinfluence
 from distinfluence import errors, solvers
 from distinfluence.solvers import Solver
+from tests.conftest import CLUSTERS, LONG
 from tests.processes import finished
+from tests.slurm.conftest import LONGEST, SHORTEST
 from tests.solvers.contract import SolverForm
 
 ROOT = Path(__file__).parents[1]
@@ -318,6 +320,14 @@ def test_processes_of_tests_are_started_where_they_are_ended_too() -> None:
 )
 def test_a_process_that_a_test_starts_by_itself_is_found(source: str) -> None:
     assert len(processes_of_its_own("tests/test_new.py", source)) == 1
+
+
+def test_the_tests_that_start_first_are_there() -> None:
+    """A file or a test that is renamed would otherwise lose its place, and chaos would run beside other chaos."""
+    assert [file for file in (*CLUSTERS, *LONG) if not (ROOT / "tests" / file).is_file()] == []
+    slurm = "".join(path.read_text() for path in (ROOT / "tests" / "slurm").glob("test_*.py"))
+    names = re.findall(r"^def (test_\w+)", slurm, re.MULTILINE)
+    assert [part for part in (*LONGEST, *SHORTEST) if not any(part in name for name in names)] == []
 
 
 def test_names_of_subprocess_that_start_nothing_may_be_used() -> None:

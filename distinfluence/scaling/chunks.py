@@ -191,9 +191,9 @@ def _of_dataset(data: "Dataset[Any]", collate: Callable[..., object] | None, chu
 
 
 def is_dask_array(data: object) -> bool:
-    """Whether it is a dask array, which only a process that has imported `dask.array` can hold.
+    """Return whether this is a dask array, which only a process that has imported `dask.array` can hold.
 
-    Workers and runs of other data do without: the import takes two seconds where xarray is installed.
+    Workers and runs of other data do not import it: that takes almost a second of CPU where xarray is installed.
     """
     module = sys.modules.get("dask.array")
     return module is not None and isinstance(data, module.Array)

@@ -32,6 +32,7 @@ def main() -> None:
     chaos = os.environ.get("DISTINFLUENCE_CHAOS", f"20:{datetime.date.today():%Y%m%d}")
     environment = {**os.environ, "DISTINFLUENCE_CHAOS": chaos, "DISTINFLUENCE_SLURM": "required"}
     command = [sys.executable, "-m", "pytest", "-m", "soak or chaos", *LIMITS, f"--junitxml={REPORT}", "tests"]
+    REPORT.unlink(missing_ok=True)  # or the table of an earlier run is shown where this one writes none
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
     print(f"DISTINFLUENCE_CHAOS={chaos}\n")
     print("\n".join(table(REPORT)))

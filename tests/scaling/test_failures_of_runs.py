@@ -109,7 +109,7 @@ def test_driver_and_scheduler_killed_at_random_moments_of_all_stages_cost_what_w
     hit: Counter[str] = Counter()
     stage = tmp_path / "killed.stage"
     for number in range(4 * KILLS):
-        aims = [place for place, name in enumerate(STAGES) if hit[name] < KILLS // len(STAGES)]
+        aims = [place for place, name in enumerate(STAGES) if hit[name] < max(1, KILLS // len(STAGES))]
         if not aims and hit.total() >= KILLS:
             break
         wanted = STAGES[aims[0] if aims else -1 :]
@@ -123,7 +123,8 @@ def test_driver_and_scheduler_killed_at_random_moments_of_all_stages_cost_what_w
             hit[stage.read_text()] += 1
         if number % 2:
             rig.kill_scheduler()
-    assert all(hit[name] >= KILLS // len(STAGES) for name in STAGES), hit
+    assert hit.total() >= KILLS - 2, hit
+    assert all(hit[name] >= max(1, KILLS // len(STAGES)) for name in STAGES), hit
     for name in ("killed", "quiet"):
         driver = rig.start(name)
         driver.join(DEADLINE)
