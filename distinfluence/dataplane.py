@@ -7,17 +7,24 @@ scaling layer has one that runs the same kernels on Dask workers.
 
 import copy
 import itertools
+import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from distinfluence.batch import Batch, batch_length, nbytes, take
-from distinfluence.errors import EmptyDataError, ShapeError
+from distinfluence.batch import Batch, as_batch, batch_length, nbytes, take
+from distinfluence.draw import Draw, Place, grouped, sample_keys, sample_of
+from distinfluence.errors import EmptyDataError, NonDeterministicDataError, ShapeError
+from distinfluence.probe import Checked
 from distinfluence.sample_risk import SampleRisk
+
+READ_TWICE = 16  # samples of a data set, before it is used
 
 KEPT_BYTES = 2 * 2**30  # of batches that stay on the device between passes
 JOINED_SAMPLES, JOINED_BYTES = 2048, 4 * 2**20  # of small batches that are put together for sums
@@ -34,6 +41,8 @@ class DataPlane(ABC):
     """A data set in chunks, with the risk that is evaluated on it.
 
     risk: on this process's device. n_samples: of all chunks. chunk_sizes: samples of each chunk, in order.
+    drawn: samples from all over the data, joined where their shapes allow, for checks; digest: of all samples' content,
+    whatever their order; checked: what the checks of derivatives found, None before.
     random_access: whether `one` costs the same for any index; else 0, 1, 2, … again and again is cheap.
     remarks: how the loss was understood, for reports. passes: sweeps over the data so far; on_pass: called at the start
     of each, for progress bars.
@@ -42,6 +51,9 @@ class DataPlane(ABC):
     risk: SampleRisk
     n_samples: int
     chunk_sizes: tuple[int, ...]
+    drawn: tuple[Batch, ...] = ()
+    digest: str = ""
+    checked: Checked | None = None
     random_access: bool = True
     remarks: tuple[str, ...]
     passes: int = 0
@@ -106,8 +118,9 @@ class LocalPlane(LoopPlane):
 
     Batches are collated and checked once and stay on the device between passes, up to KEPT_BYTES; beyond, the loader is
     run through again for each pass. Small ones are put together for sums, of which a fixed cost for each batch would be
-    the larger part; `one` still takes the loader's own. Raises EmptyDataError for a loader without samples, and
-    whatever `SampleRisk.check` raises for its first batch.
+    the larger part; `one` still takes the loader's own. Raises EmptyDataError for a loader without samples,
+    NonDeterministicDataError for one that gives other values when it is read again, and whatever `SampleRisk.check`
+    raises for samples from all over the data.
     """
 
     def __init__(self, risk: SampleRisk, data: object) -> None:
@@ -118,18 +131,23 @@ class LocalPlane(LoopPlane):
         self._together: list[Batch] = []  # the same samples in fewer, larger batches
         self._running: Iterator[Batch] | None = None
         self._next = 0
-        self.chunk_sizes, self.remarks = self._first_pass()
+        check_repeatable(self._loader)
+        self._read_twice = False
+        self.chunk_sizes = self._first_pass()
+        self.remarks = tuple(dict.fromkeys(remark for batch in self.drawn for remark in risk.check(batch)))
         self.n_samples = sum(self.chunk_sizes)
         self.random_access = self._kept is not None
 
-    def _first_pass(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    def _first_pass(self) -> tuple[int, ...]:
         sizes: list[int] = []
         kept_bytes = 0
-        remarks: tuple[str, ...] = ()
+        draw, samples = Draw(), dict[Place, Batch]()
         for data in read(self._loader):
             batch = self.risk.place(data)
             if not sizes:
-                remarks = self.risk.check(batch)
+                self.risk.check_takes(batch)
+            draw = draw + Draw.of(batch, len(sizes))
+            samples = {p: samples[p] if p in samples else sample_of(batch, p[1]) for p in draw.candidates}
             sizes.append(batch_length(batch))
             kept_bytes += nbytes(batch)
             if self._kept is not None:
@@ -140,7 +158,8 @@ class LocalPlane(LoopPlane):
             self._together, self._kept = together(self._kept)
         if not sizes:
             raise EmptyDataError("`data` must hold at least one sample, got none. Pass a data set that isn't empty.")
-        return tuple(sizes), remarks
+        self.digest, self.drawn = draw.digest, tuple(grouped([samples[place] for place in draw.places]))
+        return tuple(sizes)
 
     def to(self, risk: SampleRisk) -> "LocalPlane":
         """The same loader; batches that were kept move along."""
@@ -148,6 +167,7 @@ class LocalPlane(LoopPlane):
         other.risk = risk
         if self._kept is not None:
             other._together, other._kept = together([risk.place(batch) for batch in self._kept])
+        other.drawn = tuple(risk.place(batch) for batch in self.drawn)
         other._running = None
         return other
 
@@ -165,16 +185,56 @@ class LocalPlane(LoopPlane):
         if self._kept is not None:
             yield from self._together
         else:
-            n_samples = 0
+            n_samples, again = 0, Draw()
             for data in read(self._loader):
                 batch = self.risk.place(data)
                 n_samples += batch_length(batch)
+                if not self._read_twice:
+                    again = again + Draw.of(batch, 0)
                 yield batch
             if n_samples != self.n_samples:
                 raise ShapeError(
                     f"`data` must give the same samples each time it is read, got {self.n_samples} at first and now "
                     f"{n_samples}. Pass a DataLoader over a map-style data set."
                 )
+            if not self._read_twice and again.digest != self.digest:
+                raise NonDeterministicDataError(OTHER_VALUES.format(what="`data`"))
+            self._read_twice = True
+
+
+OTHER_VALUES = (
+    "{what} must give the same values for a sample each time it is read, got others the second time. Take random "
+    "transforms out, and seed what is drawn when the data set is made: influence is that of the very samples."
+)
+
+
+def check_repeatable(loader: object) -> None:
+    """Read some samples of a loader's map-style data set twice. Raises NonDeterministicDataError where they differ."""
+    data = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or isinstance(data, (IterableDataset, TensorDataset)):
+        return
+    n, collate = len(data), loader.collate_fn  # type: ignore[arg-type]
+    if loader.batch_size is None or not n:
+        return
+    with untouched_generators():
+        for index in sorted({i * n // READ_TWICE for i in range(READ_TWICE)}):
+            first, second = (as_batch(collate([data[index]])) for _ in range(2))  # type: ignore[index]
+            if not torch.equal(sample_keys(first)[0], sample_keys(second)[0]):
+                raise NonDeterministicDataError(OTHER_VALUES.format(what=f"`data` (sample {index})"))
+
+
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Restore the random state of torch, NumPy's global generator and Python's afterwards."""
+    numpy: Any = sys.modules.get("numpy")
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        if numpy:
+            numpy.random.set_state(before[2])
 
 
 def together(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:

@@ -34,6 +34,18 @@ class NonDeterministicModelError(DistinfluenceError, RuntimeError):
     """Two evaluations of the model on the same batch gave different losses."""
 
 
+class NonDeterministicDataError(DistinfluenceError, RuntimeError):
+    """A data set gave other values for the same sample when it was read again."""
+
+
+class InPlaceError(DistinfluenceError, RuntimeError):
+    """A model writes to its own parameters when it is called."""
+
+
+class DerivativeError(DistinfluenceError, ArithmeticError):
+    """Derivatives of a model or a loss are not those of what it computes."""
+
+
 class LossError(DistinfluenceError, ValueError):
     """The loss cannot be written as one value per sample."""
 

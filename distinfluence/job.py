@@ -21,6 +21,7 @@ from distinfluence.errors import (
 )
 from distinfluence.evaluate import Verification, verify_entries
 from distinfluence.evaluate.verify import sampled
+from distinfluence.identity import structure
 from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
 from distinfluence.influence.arrays import to_tensor_batch
 from distinfluence.scaling import (
@@ -41,10 +42,11 @@ from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.share import Share
 from distinfluence.scaling.slurm import batch_job
 from distinfluence.scaling.sources import InThisProcess, process_bytes
-from distinfluence.scaling.strips import look
+from distinfluence.scaling.strips import Looked, drawn_samples, look, require_same_probe
 from distinfluence.scaling.work import Machine
 from distinfluence.scaling.worker import LocalContext, SourcePlane
 from distinfluence.store import InfluenceResult, check_output, chunks_of, find_damage, open_influences
+from distinfluence.store.fingerprint import to_json
 
 
 def run_job(
@@ -261,8 +263,12 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
     cut = result.provenance["chunks"]
     train = chunked(job.recipe(job.data.train), None, home, cut["train"])
     test = chunked(job.recipe(job.data.test), None, home, cut["test"][0])
-    require_same_inputs(result, model, {"train_data": train, "test_data": test})
-    model.fit(SourcePlane(model.risk, train))
+    looked = require_same_inputs(result, model, {"train_data": train, "test_data": test})["train_data"]
+    plane = SourcePlane(model.risk, looked.data)
+    plane.drawn, plane.digest = tuple(drawn_samples(InProcess(), model.risk, looked)), looked.draw.digest
+    plane.checked = model.check(plane.drawn)
+    require_same_probe(result.provenance, plane.checked.probe, result.path)
+    model.fit(plane)
     rows, columns = sampled(result.shape, n_test, n_train, seed)
     given = np.asarray(result.influences.oindex[rows, columns], dtype=np.float64)
     tests, trains = (to_tensor_batch(take_samples(d, i)) for d, i in ((test, rows), (train, columns)))
@@ -272,17 +278,24 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
 
 def require_same_inputs(
     result: InfluenceResult, model: InfluenceFunctionModel, data: Mapping[str, ChunkedData]
-) -> None:
-    """Pass if the result was made with this model and these data. Raises FingerprintError naming what differs."""
+) -> dict[str, Looked]:
+    """Pass if the result was made with this model, this objective and these data, which are looked at.
+
+    Raises FingerprintError naming what differs.
+    """
     context, quiet = LocalContext("verify", model), Progress(False)
-    here = {name: look(InProcess(), context, chunks, quiet, name) for name, chunks in data.items()}
-    here["parameters"] = fingerprint_module(model.risk.module)
-    recorded = result.provenance["fingerprints"]
-    other = [name.replace("_", " ") for name, sha256 in here.items() if recorded[name] != sha256]
+    looked = {name: look(InProcess(), context, chunks, quiet, name) for name, chunks in data.items()}
+    here: dict[str, object] = {name: own.sha256 for name, own in looked.items()}
+    here |= {"parameters": fingerprint_module(model.risk.module), "forward": structure(model.risk.module)}
+    here |= {"objective": to_json(model.objective.settings(), "objective")}
+    provenance = result.provenance
+    recorded = provenance["fingerprints"] | {"forward": provenance["structure"], "objective": provenance["objective"]}
+    other = [name.replace("_", " ") for name, own in here.items() if recorded[name] != own]
     if other:
         raise FingerprintError(
             f"`{result.path}` was made with other {' and '.join(other)} than this job names. Take the job that made it."
         )
+    return looked
 
 
 def _remove(job: Job, scratch: Path, calculator: InfluenceCalculator) -> None:

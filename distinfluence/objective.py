@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distinfluence.batch import Batch, batch_length, describe, take
 from distinfluence.errors import DtypeError, LossError, ShapeError
+from distinfluence.identity import identity
 from distinfluence.predictive import Categorical, Dense, Independent, Predictive
 
 FEW_OUTPUTS = 64  # of a sample, for which the loss's Hessian is made whole where it has no closed form
@@ -48,6 +49,9 @@ CONVEX_FUNCTIONS = (
 )
 
 
+WEIGHTED_FUNCTIONS = (nn.functional.cross_entropy, nn.functional.nll_loss)  # as `nn.CrossEntropyLoss`, with weights
+
+
 class Forward(Protocol):
     """The model as an objective sees it: called as the module is, with the parameters at hand."""
 
@@ -58,7 +62,8 @@ class Forward(Protocol):
 class Objective(ABC):
     """Per-sample training loss, and the measurement of a query; both [n] for a batch of n samples.
 
-    A sample's value must not depend on the other samples of the batch; this is checked on the first batch.
+    A sample's value must not depend on the other samples of the batch; this is checked on samples from all over the
+    data.
     convex: whether a sample's loss is convex in its outputs, for certain. The Gauss–Newton matrix is then positive
     semi-definite, and error bounds on its solutions rigorous.
     """
@@ -120,8 +125,11 @@ class Objective(ABC):
         return Dense.of((hessians + hessians.transpose(1, 2)) / 2, outputs.shape)
 
     def settings(self) -> dict[str, object]:
-        """What fixes the objective, in JSON's types, for provenance and fingerprints: its name unless overridden."""
-        return {"objective": f"{type(self).__module__}.{type(self).__qualname__}"}
+        """Return what fixes the objective, in JSON's types, for provenance and fingerprints.
+
+        Its name, the code of its class and its attributes (see `distinfluence.identity`) unless overridden.
+        """
+        return {"objective": f"{type(self).__module__}.{type(self).__qualname__}"} | _details(self)
 
     def check(self, outputs: Tensor, batch: Batch) -> tuple[str, ...]:
         """Remarks on how the loss was understood, for the fit report. Raises LossError where it cannot be."""
@@ -146,25 +154,27 @@ class SupervisedObjective(Objective):
         self.loss = loss
         self.convex = _is_convex(loss)
         self._vmap = True
-        self._unreduced = getattr(loss, "reduction", None) == "none"
-        weighted = getattr(loss, "weight", None) is not None and not isinstance(loss, PLAIN_WEIGHTS)
-        if weighted and getattr(loss, "reduction", None) == "mean":
+        self._unreduced = _setting(loss, "reduction") == "none"
+        named = _innermost(loss)
+        weighted = _setting(loss, "weight") is not None and not isinstance(loss, PLAIN_WEIGHTS)
+        usual = "mean" if named in WEIGHTED_FUNCTIONS else None
+        if weighted and _setting(loss, "reduction", usual) == "mean":
             raise LossError(
-                f"`loss` is {type(loss).__name__} with class weights and reduction 'mean', which divides by the "
-                "weights of the batch: a sample's loss then depends on the others. Use reduction='none' or 'sum'."
+                f"`loss` is {getattr(named, '__name__', type(loss).__name__)} with class weights and reduction 'mean', "
+                "which divides by the weights of the batch: a sample's loss then depends on the others. Use "
+                "reduction='none' or 'sum'."
             )
 
     def settings(self) -> dict[str, object]:
-        """The loss's name, its plain attributes and buffers (reduction, label smoothing, class weights, …)."""
+        """Return the loss's name, settings and tensors, and of a user's own its code and what it captured."""
+        own = {} if type(self) is SupervisedObjective else {"class": identity(type(self))}
         if isinstance(self.loss, functools.partial):
             inner = SupervisedObjective(self.loss.func).settings()
-            return {**inner, "args": [_plain(a) for a in self.loss.args]} | {
-                key: _plain(value) for key, value in self.loss.keywords.items()
+            return {**inner, "args": identity(self.loss.args), **own} | {
+                key: identity(value) for key, value in self.loss.keywords.items()
             }
         named = self.loss if hasattr(self.loss, "__qualname__") else type(self.loss)
-        plain = {k: v for k, v in getattr(self.loss, "__dict__", {}).items() if _is_plain(k, v)}
-        buffers = self.loss.named_buffers() if isinstance(self.loss, nn.Module) else ()
-        return {"loss": f"{named.__module__}.{named.__qualname__}", **plain} | {k: _plain(b) for k, b in buffers}
+        return {"loss": f"{named.__module__}.{named.__qualname__}", **own} | _details(self.loss)
 
     def outputs(self, model: Forward, batch: Batch) -> Tensor:
         """model(x), which must be one tensor [n, ...]."""
@@ -264,7 +274,7 @@ class SupervisedObjective(Objective):
 
     def _call(self, outputs: Tensor, y: Tensor) -> Tensor:
         try:
-            return self.loss(outputs, y)
+            return self.loss(outputs, y.clone())
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise DtypeError(
                 f"`loss` cannot take outputs {outputs.dtype} {list(outputs.shape)} with targets `y` {y.dtype} "
@@ -276,7 +286,7 @@ class SupervisedObjective(Objective):
         return torch.stack([self._one(outputs[i : i + 1], y[i : i + 1]) for i in range(y.shape[0])])
 
     def _one(self, outputs: Tensor, y: Tensor) -> Tensor:
-        value = self.loss(outputs, y)
+        value = self.loss(outputs, y.clone())  # a loss may work in place; the targets are the user's
         if value.numel() != 1:
             raise LossError(
                 f"`loss` must return one number for a batch of one, got shape {tuple(value.shape)}. "
@@ -285,13 +295,24 @@ class SupervisedObjective(Objective):
         return value.reshape(())
 
     def _whole(self, outputs: Tensor, y: Tensor) -> Tensor:
-        values = self.loss(outputs, y)
+        values = self.loss(outputs, y.clone())
         if values.shape != y.shape[:1]:
             raise LossError(
                 f"`loss` with reduction='none' must return one value per sample, [{y.shape[0]}], got "
                 f"{tuple(values.shape)}. Use reduction='mean', or reduce all dimensions but the first."
             )
         return values
+
+
+def _innermost(loss: Any) -> Any:
+    return _innermost(loss.func) if isinstance(loss, functools.partial) else loss
+
+
+def _setting(loss: Any, name: str, default: object = None) -> object:
+    """An attribute of a loss, or the argument of a `functools.partial`."""
+    if isinstance(loss, functools.partial):
+        return loss.keywords[name] if name in loss.keywords else _setting(loss.func, name, default)
+    return getattr(loss, name, default)
 
 
 def _is_convex(loss: Loss) -> bool:
@@ -305,14 +326,12 @@ def as_objective(loss: Loss | Objective) -> Objective:
     return loss if isinstance(loss, Objective) else SupervisedObjective(loss)
 
 
-def _is_plain(name: str, value: object) -> bool:
-    return not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return value if isinstance(value, (bool, int, float, str)) else repr(value)
+def _details(of: object) -> dict[str, object]:
+    """Its identity beside the name."""
+    found = identity(of)
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if key != "class" or isinstance(value, dict)}
 
 
 def _pair(batch: Batch) -> tuple[Tensor, Tensor]:

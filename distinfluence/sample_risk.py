@@ -5,6 +5,7 @@ never writes to it: parameters are passed in functionally, gradients returned, `
 stay as found. Everything that differentiates goes through `losses` and `measurements` here.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
@@ -21,6 +22,7 @@ from distinfluence.blocks import ParameterBlocks
 from distinfluence.errors import (
     DistinfluenceError,
     DtypeError,
+    InPlaceError,
     LossError,
     ModelModeError,
     NonDeterministicModelError,
@@ -30,7 +32,7 @@ from distinfluence.errors import (
 )
 from distinfluence.objective import Forward, Objective, check_independence
 
-CHECKED_SAMPLES = 8  # of the first batch, for the checks that evaluate the model several times
+CHECKED_SAMPLES = 16  # of a batch, for the checks that evaluate the model several times
 KEPT_ROW_BYTES = 512 * 2**20  # of per-sample gradients that one process keeps between passes
 RANDOM_IN_TRAINING = (
     nn.modules.dropout._DropoutNd,
@@ -105,6 +107,8 @@ class SampleRisk:
         self._in_double: SampleRisk | None = None
 
     def _take_tensors(self, module: nn.Module) -> None:
+        self.written = written_parameters(module)
+        self._padding = padding_rows(module)
         self._versions = [(name, p, _version(p)) for name, p in module.named_parameters()]
         tensors = {name: self.widened(p.detach().to(self.device)) for name, p in module.named_parameters()}
         self.parameters: Parameters = {name: tensors[name] for name in self.blocks.shapes}
@@ -144,6 +148,20 @@ class SampleRisk:
     def size(self) -> int:
         """p, the number of covered parameters."""
         return self.blocks.size
+
+    def at(self, parameters: Parameters) -> "SampleRisk":
+        """The same risk at other parameters, which knows nothing yet of what has been found out about the model."""
+        other = copy.copy(self)
+        other.parameters = dict(parameters)
+        other.measures, other.kept_rows = False, KeptRows()
+        other.found, other._choices, other._restricted, other._in_double = {}, {}, {}, None
+        return other
+
+    def with_objective(self, objective: Objective) -> "SampleRisk":
+        """The same model with another objective."""
+        other = self.at(self.parameters)
+        other.objective = objective
+        return other
 
     def restrict(self, block: str | None) -> "SampleRisk":
         """The same risk as a function of one block's parameters; itself for None."""
@@ -188,12 +206,34 @@ class SampleRisk:
                 "Call `fit` again."
             )
 
+    def without_padding(self, rows: Tensor) -> Tensor:
+        """rows [k, p] with zeros where a parameter is held fixed by an embedding's `padding_idx`.
+
+        Its gradient is zero there by definition, though the loss depends on it: a matrix of second derivatives is
+        symmetric over the other parameters alone.
+        """
+        held = {name: row for name, row in self._padding.items() if name in self.blocks.shapes}
+        if not held:
+            return rows
+        rows = rows.clone()
+        views = self.blocks.unflatten(rows)
+        for name, row in held.items():
+            views[name][..., row, :] = 0
+        return rows
+
     def forward(self, parameters: Parameters) -> Forward:
-        """The module as a callable, with these parameters."""
+        """The module as a callable, with these parameters.
+
+        It gets copies of its inputs, and of parameters that it is known to write to: a model may work in place, and
+        what it is called with is the user's.
+        """
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = {**self._constants, **parameters}
+            tensors |= {name: tensors[name].clone() for name in self.written}
+            args, kwargs = _copied(args), _copied(kwargs)
             with untouched_attributes(self.module), self._mixed(), self._plain_recurrence():
-                outputs = functional_call(self.module, {**self._constants, **parameters}, args, kwargs)
+                outputs = functional_call(self.module, tensors, args, kwargs)
             return outputs if self.autocast is None else _widened_outputs(outputs, self.dtype)
 
         return call
@@ -263,16 +303,23 @@ class SampleRisk:
         with torch.inference_mode(False):
             return map_batch(lambda tensor: recordable(self.widened(tensor.to(self.device))), formed)
 
-    def check(self, batch: Batch) -> tuple[str, ...]:
-        """Evaluate the model on a few samples and raise where influence would be meaningless.
+    def check_takes(self, batch: Batch) -> None:
+        """Raise ShapeError or DtypeError, at once, if the model cannot take a batch."""
+        few = map_batch(lambda tensor: tensor[:CHECKED_SAMPLES].contiguous(), batch)
+        with untouched_randomness(), double_differentiable(), self.in_own_precision():
+            self._first_outputs(few)
 
-        Raises LossError, NonFiniteError, NonDeterministicModelError or ShapeError. Returns remarks for the report.
+    def check(self, batch: Batch) -> tuple[str, ...]:
+        """Evaluate the model on some samples and raise where influence would be meaningless.
+
+        Raises InPlaceError, LossError, NonFiniteError, NonDeterministicModelError or ShapeError. Returns remarks for
+        the report.
         """
         stride = -(-batch_length(batch) // CHECKED_SAMPLES)  # from all over the batch: data may be sorted by class
         few = map_batch(lambda tensor: tensor[::stride].contiguous(), batch)
         with untouched_randomness(), double_differentiable(), self.in_own_precision():
+            outputs = self._first_outputs(few)
             forward = self.forward(self.parameters)
-            outputs = self._first_outputs(forward, few)
             remarks = self.objective.check(outputs, few)
             losses = self.objective.losses(outputs, few)
             self._check_losses(losses, few, stride)
@@ -291,7 +338,27 @@ class SampleRisk:
                 )
         return self.remarks + remarks
 
-    def _first_outputs(self, forward: Forward, batch: Batch) -> Tensor:
+    def _first_outputs(self, batch: Batch) -> Tensor:
+        """The outputs, from copies of all parameters. Raises InPlaceError if the model writes to any but known ones."""
+        copies = {name: tensor.clone() for name, tensor in self.parameters.items()}
+        constants = self._constants
+        frozen = [name for name, _, _ in self._versions if name in constants]
+        self._constants = constants | {name: constants[name].clone() for name in frozen}
+        watched = {**copies, **{name: self._constants[name] for name in frozen}}
+        before = {name: tensor._version for name, tensor in watched.items()}
+        try:
+            outputs = self._taken(self.forward(copies), batch)
+        finally:
+            self._constants = constants
+        changed = [name for name, tensor in watched.items() if tensor._version != before[name]]
+        if changed:
+            raise InPlaceError(
+                f"`model` must leave its parameters as they are when it is called, got writes to {changed[:5]} "
+                f"({len(changed)} in all). Work on a copy of them in `forward`."
+            )
+        return outputs
+
+    def _taken(self, forward: Forward, batch: Batch) -> Tensor:
         try:
             return self.objective.outputs(forward, batch)
         except DistinfluenceError:
@@ -374,6 +441,37 @@ class SampleRisk:
         return len(ways) - 1
 
 
+def _copied(value: Any) -> Any:
+    """Arguments with tensors of their own."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map(_copied, value))
+    return value
+
+
+def written_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that a module writes to whenever it is called: embeddings whose norms it keeps small."""
+    return tuple(
+        name
+        for path, child in module.named_modules()
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None
+        for name in ([f"{path}.weight" if path else "weight"])
+        if "weight" in child._parameters
+    )
+
+
+def padding_rows(module: nn.Module) -> dict[str, int]:
+    """Name of an embedding's weight → the row that never receives a gradient."""
+    return {
+        f"{path}.weight" if path else "weight": child.padding_idx
+        for path, child in module.named_modules()
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.padding_idx is not None
+    }
+
+
 def _widened_outputs(outputs: Any, dtype: torch.dtype) -> Any:
     """What a model returned, with its floating-point tensors in the dtype: a tensor, or a tuple, list or dict of them.
 
@@ -452,14 +550,21 @@ def untouched_randomness() -> Iterator[None]:
 
 @contextmanager
 def untouched_attributes(module: nn.Module) -> Iterator[None]:
-    """Put back the attributes that a forward rebinds: caches and activations would else be torch.func's wrappers."""
-    before = [(child, child.__dict__.copy()) for child in module.modules()]
+    """Put back the attributes that a forward rebinds: caches and activations would else be torch.func's wrappers.
+
+    Parameters and buffers, too: torch's functional call leaves a plain tensor where a module has two names.
+    """
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (held, held.copy())
+        for child in module.modules()
+        for held in (child.__dict__, child._parameters, child._buffers)
+    ]
     try:
         yield
     finally:
-        for child, attributes in before:
-            child.__dict__.clear()
-            child.__dict__.update(attributes)
+        for held, content in before:
+            held.clear()
+            held.update(content)
 
 
 @contextmanager

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from distinfluence import ArnoldiInfluence, DirectInfluence, EkfacInfluence, InverseHarmonicMeanInfluence
+from distinfluence.dataplane import LocalPlane
+from distinfluence.influence.checks import check_bytes
+from distinfluence.probe import PROBE_BYTES
 from distinfluence.solvers import BlockKrylov, Direct, NystroemSketch
 from tests.benchmarks.memory import METHODS, ROWS, SIZE, Spread, blocks, peak, peak_bytes
 
@@ -71,12 +74,24 @@ def test_ekfac_is_fitted_and_solves_in_the_memory_that_is_reserved(sides: tuple[
     model = nn.Sequential(nn.Linear(*sides))
     data = torch.randn(20, sides[0]), torch.randint(10, (20,))
     influence = EkfacInfluence(model, True, 1.0, fisher="empirical")
-    demand = influence.demand()
-    assert 0.8 * demand.fit_bytes <= peak_bytes(lambda: influence.fit(data)) <= 1.1 * demand.fit_bytes
+    demand, plane = influence.demand(), LocalPlane(influence.risk, data)
+    checks = peak_bytes(lambda: setattr(plane, "checked", influence.check(plane.drawn)))
+    assert checks <= check_bytes(influence.n_parameters, 4) + 3 * PROBE_BYTES
+    assert 0.8 * demand.fit_bytes <= peak_bytes(lambda: influence.fit(plane)) <= 1.1 * demand.fit_bytes
     held = sum(array.numel() * array.element_size() for array in influence.state_arrays().values())
     assert 0.98 * held <= demand.state_bytes <= 1.1 * held  # the layout, some hundred bytes, is not counted
     rhs = torch.randn(64, influence.n_parameters)
     close(1 + peak_bytes(lambda: influence.solve(rhs)) / (4 * rhs.numel()), demand.row_vectors)
+
+
+@pytest.mark.parametrize("mode", ["hessian", "ggn", "empirical_fisher"])
+@pytest.mark.parametrize("width", [60, 800])
+def test_checks_take_no_more_than_plans_reserve(mode: str, width: int) -> None:
+    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
+    influence = DirectInfluence(model, nn.CrossEntropyLoss(), 1.0, second_order_mode=mode)
+    plane = LocalPlane(influence.risk, (torch.randn(20, width), torch.arange(20) % 10))
+    taken = peak_bytes(lambda: influence.check(plane.drawn))
+    assert taken <= check_bytes(influence.n_parameters, 4) + 3 * PROBE_BYTES
 
 
 def test_datainf_solves_in_the_memory_that_is_reserved() -> None:

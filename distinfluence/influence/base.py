@@ -22,6 +22,7 @@ from distinfluence.curvature import CurvatureOperator, SecondOrderMode, operator
 from distinfluence.dataplane import DataPlane, LocalPlane
 from distinfluence.errors import NotFittedError, SettingError, ShapeError
 from distinfluence.gradients import SampleGradients, loss_gradients, measurement_gradients
+from distinfluence.influence.checks import check_derivatives
 from distinfluence.influence.damping import Regularization, RelativeDamping, damping_by_block, resolved
 from distinfluence.influence.demand import Demand
 from distinfluence.influence.fitted import Fitted
@@ -29,6 +30,7 @@ from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode, scores_by_block, tile_of
 from distinfluence.influence.self_influence import SelfInfluences, self_influences_of
 from distinfluence.objective import Loss, Objective, as_objective
+from distinfluence.probe import Checked
 from distinfluence.risk import EmpiricalRisk
 from distinfluence.sample_risk import SampleRisk, check_mode
 from distinfluence.solvers.base import Solver
@@ -88,6 +90,12 @@ class InfluenceFunctionModel(ABC):
     @abstractmethod
     def settings(self) -> dict[str, object]:
         """What fixes the numbers besides model, loss and data, in JSON's types: for provenance and fingerprints."""
+
+    def asked_settings(self) -> dict[str, object]:
+        """As `settings`, with the damping as it was asked for: the same before and after a fit."""
+        bare = copy.copy(self)
+        bare._fit = None
+        return bare.settings()
 
     def demand(self) -> Demand:
         """What a fit and a solve will need, before anything is computed: for plans. Iterative methods' unless said."""
@@ -171,10 +179,22 @@ class InfluenceFunctionModel(ABC):
         else:
             self._bind(self.risk.module, self.risk.device)  # buffers and mode as they are now
             plane = LocalPlane(self.risk, data)
+        if plane.checked is None and plane.drawn:
+            plane.checked = self.check(plane.drawn)
+            plane.remarks = tuple(dict.fromkeys((*plane.remarks, *plane.checked.remarks)))
         begun, operators = (start, plane.passes), self._operators(plane)
         solvers = self._solvers(resolved(self._asked, operators))
         self._fit = Fitted.of(self.risk, plane, str(self.second_order_mode), operators, solvers, begun)
         return self
+
+    def check(self, drawn: Sequence[Batch]) -> Checked:
+        """Check the derivatives that a fit will use, at samples from all over its data; see `influence.checks`."""
+        return check_derivatives(self.risk, drawn, self._products)
+
+    @property
+    def _products(self) -> SecondOrderMode | None:
+        """The matrix whose products with rows the fit or the solves will use."""
+        return self.second_order_mode
 
     def _solvers(self, damping: Mapping[str, float]) -> dict[str, Solver[Any]]:
         return {block: self.block_solver(block, value) for block, value in damping.items()}

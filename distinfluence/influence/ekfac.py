@@ -135,6 +135,10 @@ class EkfacInfluence(InfluenceFunctionModel):
         """Whether a solve sweeps over the training data: only for conjugate gradients and residuals."""
         return self.cg_iterations > 0 or self.residual_rows > 0
 
+    @property
+    def _products(self) -> SecondOrderMode | None:
+        return self.second_order_mode if self.solves_over_data else None
+
     def solver(self, damping: float) -> Ekfac:
         """The inverse in the eigenbasis."""
         return Ekfac(damping)

@@ -9,7 +9,7 @@ import copy
 import math
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +19,15 @@ import dask
 import numpy as np
 from dask.delayed import Delayed
 
+from distinfluence.batch import Batch
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.errors import NotFittedError, SettingError, ShapeError, StoreError, StoreExistsError
-from distinfluence.influence.arrays import to_numpy
+from distinfluence.identity import structure
+from distinfluence.influence.arrays import to_numpy, to_numpy_batch
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.influence.scores import InfluenceMode, influence_mode
+from distinfluence.probe import Checked
 from distinfluence.scaling.chunks import CHUNK_SIZE, ChunkedData, chunked, is_dask_array
 from distinfluence.scaling.executor import Executor
 from distinfluence.scaling.files import require_space
@@ -35,10 +38,11 @@ from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.scaling.saved import VERSION, load_fit, save_fit
 from distinfluence.scaling.share import Share
 from distinfluence.scaling.sources import Home
-from distinfluence.scaling.strips import Fitted, Request, look, write_influences
+from distinfluence.scaling.strips import Fitted, Request, drawn_samples, look, write_influences
 from distinfluence.scaling.taking_apart import SHOWN
 from distinfluence.scaling.tasks import (
     Sample,
+    check_drawn,
     check_model,
     chunk_factors,
     chunk_gradients,
@@ -90,20 +94,27 @@ class InfluenceCalculator(ABC):
         bars = _progress(progress)
         data = self._everywhere(self._chunked(x, y, chunk_size))
         context, executor = self._unfitted_context(), self._executor()
-        sha256 = look(executor, context, data, bars, "training data")
+        looked = look(executor, context, data, bars, "training data")
+        data, sha256 = looked.data, looked.sha256
         sample = self._sample(context, data)
-        plane = self._plane(context, data, sample.remarks)
+        drawn = drawn_samples(executor, self.model.risk, looked)
+        checked = self._checked(context, drawn)
+        plane = self._plane(context, data, checked.remarks)
+        plane.checked, plane.digest = checked, looked.draw.digest
         with bars.stage("fit", None, "passes") as bar:
             plane.on_pass = bar.advance
             self._fit_or_load(plane, sha256, certify, bars)
             plane.on_pass = None
-        self._fitted = Fitted(self.model, self._fitted_context(context, data), executor, data, sha256, sample)
+        self._fitted = Fitted(
+            self.model, self._fitted_context(context, data), executor, data, sha256, sample, checked.probe
+        )
         return self
 
     def _fit_or_load(self, plane: DaskPlane | SourcePlane, sha256: str, certify: bool, bars: Progress) -> None:
         """Fit, and leave the fit in the scratch folder if that stays; or take the one that a run that died left."""
         asked: dict[str, object] = {"solver": self.model.settings(), "certify": certify, "format": VERSION}
         asked |= {"objective": self.model.objective.settings(), "chunks": list(plane.chunk_sizes)}
+        asked |= {"structure": structure(self.model.risk.module)}
         parameters = fingerprint_module(self.model.risk.module)
         key = combine({"parameters": parameters, "data": sha256, "settings": fingerprint_settings(asked)})
         folder = self._fit_folder = self._scratch.kept / f"fit-{key[:16]}"
@@ -189,6 +200,12 @@ class InfluenceCalculator(ABC):
             by_gradients=self.model.second_order_mode is SecondOrderMode.EMPIRICAL_FISHER,
             built_bytes=sum(sample.built for sample in samples),
         )
+
+    def _checked(self, context: Any, drawn: Sequence[Batch]) -> Checked:
+        """Check the model's derivatives where it will compute, at samples from all over the training data."""
+        ((_, checked),) = self._executor().run(check_drawn, (context,), [([to_numpy_batch(b) for b in drawn],)])
+        assert isinstance(checked, Checked)
+        return checked
 
     def _sample(self, context: Any, data: ChunkedData) -> Sample:
         ((_, sample),) = self._executor().run(check_model, (context,), [(data.chunks[0],)])

@@ -8,7 +8,7 @@ arrays and data sets given as a `Recipe` are never read by the caller at all.
 import itertools
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +58,14 @@ class ChunkedData:
             raise ChunkError("dask arrays must be stored before every worker can read them. Call `stored` first.")
         return found
 
+    def looked_at(self, sha256: Sequence[str]) -> "ChunkedData":
+        """The same chunks, which are compared with these fingerprints whenever they are loaded again."""
+        chunks = [
+            replace(chunk, sha256=own) if isinstance(chunk, (ArraySource, DatasetSource)) else chunk
+            for chunk, own in zip(self.chunks, sha256, strict=True)
+        ]
+        return replace(self, chunks=tuple(chunks))
+
     @property
     def strip(self) -> int:
         """The common chunk size. Raises ChunkError if a chunk but the last is smaller or larger."""
@@ -80,7 +88,7 @@ def recut(data: ChunkedData, size: int) -> ChunkedData:
     ):
         raise ChunkError("`data` lies in files of one chunk each. Rechunk the arrays that it was made of.")
     name = first.key.partition("/")[0]
-    return _cut(data.n_samples, size, lambda a, b: replace(first, start=a, stop=b, key=f"{name}/{a}-{b}"))
+    return _cut(data.n_samples, size, lambda a, b: replace(first, start=a, stop=b, key=f"{name}/{a}-{b}", sha256=""))
 
 
 def take_samples(data: ChunkedData, index: NDArray[np.int64]) -> ArrayBatch:

@@ -1,14 +1,16 @@
 """The stages of a run on a Dask cluster."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from distributed import Client
 
+from distinfluence.batch import Batch
 from distinfluence.errors import ClusterError, RecipeError
 from distinfluence.influence.arrays import Array
 from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.probe import Checked, probed
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.device import check_device, smallest_device
@@ -60,6 +62,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         self._there = OnWorkers(client, self._scratch.folder)
         self._seen = check_workers(client, str(self._scratch.folder), timeout)
         self._recipe = self._travelling(recipe)
+        self._named = recipe is not None
 
     def _travelling(self, recipe: ModelRecipe | None) -> ModelRecipe:
         module = self.model.risk.module
@@ -71,6 +74,18 @@ class DaskInfluenceCalculator(InfluenceCalculator):
                 "`recipe` promises other tensors than the model has. Build the model with `recipe.build()`."
             )
         return replace(recipe, sha256=sha256)
+
+    def _checked(self, context: WorkerContext, drawn: Sequence[Batch]) -> Checked:
+        checked = super()._checked(context, drawn)
+        if not self._named:  # the workers have this very module
+            return checked
+        differences = probed(self.model.risk, drawn).probe.differences(checked.probe)
+        if differences:
+            raise RecipeError(
+                "`recipe` builds a model that has the tensors of the model at hand and computes something else: "
+                f"{'; '.join(differences)}. Build the model with `recipe.build()`, from the same code as the workers."
+            )
+        return checked
 
     def _home(self) -> "OnWorkers":
         return self._there

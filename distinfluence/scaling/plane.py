@@ -6,6 +6,7 @@ however many chunks there are, and go the way of all others: tried again if they
 stands still.
 """
 
+import copy
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -88,8 +89,9 @@ class DaskPlane(DataPlane):
 
     def to(self, risk: SampleRisk) -> "DaskPlane":
         """The same chunks; the workers' device is fixed by their context."""
-        client, resources = self.executor.client, self.executor.resources
-        return DaskPlane(risk, client, self._context, self._data, self.remarks, self._folder, resources)
+        other = copy.copy(self)
+        other.risk = risk
+        return other
 
     def _chunks(self, group: range) -> tuple[object, ...]:
         data = self._data

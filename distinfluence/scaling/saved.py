@@ -24,15 +24,24 @@ from distinfluence.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
+from distinfluence.identity import structure
 from distinfluence.influence.arrays import to_numpy, to_tensor
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
+from distinfluence.probe import Probe
 from distinfluence.scaling.recipe import fingerprint_module
 from distinfluence.solvers.spectrum import Extremes
 from distinfluence.store.fingerprint import to_json
 from distinfluence.store.folder import surfaced_errors, sync_to_disk
 
-KIND, VERSION = "distinfluence fit", 3
+KIND, VERSION = "distinfluence fit", 4
+DIFFERENT = {
+    "parameters": "other parameters than the model has",
+    "structure": "another forward",
+    "settings": "other settings",
+    "objective": "another objective",
+    "data": "other data",
+}
 PLAIN = [field.name for field in fields(FitReport) if field.name not in ("details", "spectrum")]
 
 
@@ -51,8 +60,7 @@ def save_fit(influence: InfluenceFunctionModel, path: str | Path) -> Path:
         "kind": KIND,
         "version": VERSION,
         "names": list(arrays),
-        "parameters": fingerprint_module(influence.risk.module),
-        "settings": to_json(influence.settings(), "settings"),
+        **_belongs(influence, influence.plane),
         "report": to_json(_plain(report), "report"),
     }
     with surfaced_errors("write a fit to", target):
@@ -84,34 +92,60 @@ def _write(folder: Path, arrays: Mapping[str, Tensor], attributes: Mapping[str, 
     sync_to_disk([file for file in folder.rglob("*") if file.is_file()])
 
 
+def _belongs(influence: InfluenceFunctionModel, plane: DataPlane) -> dict[str, Any]:
+    """What fixes a fit, by what to call it when it differs."""
+    return {
+        "parameters": fingerprint_module(influence.risk.module),
+        "structure": dict(structure(influence.risk.module)),
+        "settings": to_json(influence.asked_settings(), "settings"),
+        "objective": to_json(influence.objective.settings(), "objective"),
+        "data": plane.digest,
+        "probe": None if plane.checked is None else plane.checked.probe.to_json(),
+    }
+
+
 def load_fit(influence: InfluenceFunctionModel, path: str | Path, data: object) -> InfluenceFunctionModel:
     """The influence model, fitted as it was when `save_fit` wrote it, without the work of `fit`.
 
-    influence: made with the same model and settings. data: the training set, as for `fit`; it is read once and checked,
-    and its number of samples compared. Raises StoreNotFoundError, ForeignStoreError for a folder that is no saved fit,
-    CorruptStoreError for one whose bytes are not those that were written, FingerprintError, saying what differs, for
-    another model, other settings or other data.
+    influence: made with the same model, objective and settings. data: the training set, as for `fit`, in any order. All
+    are compared before anything is restored, also by what the model makes of some samples. Raises StoreNotFoundError,
+    ForeignStoreError for a folder that is no saved fit, CorruptStoreError for one whose bytes are not those that were
+    written, FingerprintError, saying what differs, for another model, objective, damping or other settings, or other
+    data; and what the checks of `fit` raise.
     """
     source = Path(path).expanduser()
     if not source.exists():
         raise StoreNotFoundError(f"`path` {source} does not exist. Pass a folder that `save_fit` wrote.")
     with surfaced_errors("read the fit", source):
         attributes, arrays = _read(source)
-    if attributes["parameters"] != fingerprint_module(influence.risk.module):
-        raise FingerprintError(f"`path` {source} was fitted to other parameters than the model has. Fit again.")
-    report = _report(attributes["report"], arrays)
     plane = data if isinstance(data, DataPlane) else LocalPlane(influence.risk, data)
-    if plane.n_samples != report.n_samples:
-        raise FingerprintError(f"`data` has {plane.n_samples} samples; {source} was fitted to {report.n_samples}.")
+    if plane.checked is None and plane.drawn:
+        plane.checked = influence.check(plane.drawn)
+    _require_same(source, attributes, _belongs(influence, plane))
+    report = _report(attributes["report"], arrays)
     state = {name.removeprefix("state/"): t for name, t in arrays.items() if name.startswith("state/")}
     device = influence.risk.device
-    fitted = influence.restore(plane, {name: tensor.to(device) for name, tensor in state.items()}, report)
-    own, saved = to_json(fitted.settings(), "settings"), attributes["settings"]
-    if own != saved:
-        both = sorted({*own, *saved}) if isinstance(own, dict) and isinstance(saved, dict) else []
-        differ = [key for key in both if own.get(key) != saved.get(key)]  # type: ignore[union-attr]
-        raise FingerprintError(f"`influence` differs from {source} in {differ}. Make it with the same settings.")
-    return fitted
+    return influence.restore(plane, {name: tensor.to(device) for name, tensor in state.items()}, report)
+
+
+def _require_same(source: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise FingerprintError naming all that differs."""
+    differ = []
+    for name, words in DIFFERENT.items():
+        if there[name] == here[name]:
+            continue
+        both = isinstance(there[name], dict) and isinstance(here[name], dict)
+        if name == "data":
+            words += f", {here[name].rpartition('-')[2]} samples in place of {there[name].rpartition('-')[2]}"
+        keys = [k for k in {**there[name], **here[name]} if there[name].get(k) != here[name].get(k)] if both else []
+        differ.append(f"{words} ({', '.join(repr(key) for key in keys[:5])})" if keys else words)
+    if there["probe"] and here["probe"] and not differ:
+        differ += Probe.from_json(here["probe"]).differences(Probe.from_json(there["probe"]))
+    if differ:
+        raise FingerprintError(
+            f"`path` {source} holds a fit of another model, objective, data or settings: {'; '.join(differ)}. Load it "
+            "with those that it was made with, or fit again."
+        )
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

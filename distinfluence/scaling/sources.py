@@ -123,11 +123,15 @@ class InThisProcess(Keys):
 
 
 class ChunkSource(ABC):
-    """Samples start to stop, where they are. key: the same for the same samples, within a run."""
+    """Samples start to stop, where they are.
+
+    key: the same for the same samples, within a run. sha256: of their arrays when they were looked at, "" before.
+    """
 
     start: int
     stop: int
     key: str
+    sha256: str
 
     @abstractmethod
     def load(self) -> ArrayBatch:
@@ -142,6 +146,7 @@ class ArraySource(ChunkSource):
     start: int
     stop: int
     key: str
+    sha256: str = ""
 
     def load(self) -> ArrayBatch:
         """Read the range of each array."""
@@ -164,6 +169,7 @@ class DatasetSource(ChunkSource):
     start: int
     stop: int
     key: str
+    sha256: str = ""
 
     def load(self) -> ArrayBatch:
         """Collate the samples, or slice the arrays."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distinfluence.gradients import rows_at_once, samples_at_once
+from distinfluence.influence.checks import check_bytes
 from distinfluence.sample_risk import KEPT_ROW_BYTES
 from distinfluence.scaling.groups import GROUPS, pass_tasks, results_held
 from distinfluence.scaling.work import Chunks, Machine, Rates, Work
@@ -126,7 +127,10 @@ class _Run:
     def fit(self) -> Stage:
         demand = self.work.demand
         making = {
-            "products": sweep_bytes(self.work, self.machine, demand.fit_rows, self.gradients),
+            "products": max(
+                sweep_bytes(self.work, self.machine, demand.fit_rows, self.gradients),
+                check_bytes(self.work.p, self.work.itemsize),  # before
+            ),
             "sums": self.sums(demand.fit_rows, demand.sum_bytes),
         }
         return Stage(

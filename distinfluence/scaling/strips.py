@@ -12,6 +12,7 @@ A run that died goes on where it stopped: factors that are on disk are not solve
 Factors have checksums; those that are not as they were written are solved again.
 """
 
+import json
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -19,17 +20,30 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from distinfluence.errors import ChunkFailedError, DistinfluenceError, StoreNotFoundError
-from distinfluence.influence.arrays import Array, to_numpy, to_tensor
+from distinfluence.batch import Batch
+from distinfluence.dataplane import OTHER_VALUES
+from distinfluence.draw import Draw, Place, grouped, sample_keys, sample_of
+from distinfluence.errors import (
+    ChunkFailedError,
+    DistinfluenceError,
+    FingerprintError,
+    NonDeterministicDataError,
+    StoreNotFoundError,
+)
+from distinfluence.identity import structure
+from distinfluence.influence.arrays import Array, to_numpy, to_tensor, to_tensor_batch
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.scores import InfluenceMode
+from distinfluence.probe import Probe
+from distinfluence.sample_risk import SampleRisk
 from distinfluence.scaling.chunks import ChunkedData
 from distinfluence.scaling.executor import Executor
-from distinfluence.scaling.files import scratch_errors
+from distinfluence.scaling.files import appearing, scratch_errors
 from distinfluence.scaling.flight import Failures
 from distinfluence.scaling.own_influence import write_self_influences
 from distinfluence.scaling.plan import Plan
@@ -45,6 +59,7 @@ from distinfluence.scaling.tasks import (
     fields_file,
     inspect_chunk,
     make_factor_file,
+    read_again,
     save_factors,
     saved_fields,
     solve_chunk,
@@ -63,7 +78,7 @@ FACTORS_FORMAT = 2  # of their files in the scratch folder; those of another are
 class Fitted:
     """What a fit leaves for the stages after it.
 
-    sha256: of the data that was fitted to; sample: what one of them is like.
+    sha256: of the data that was fitted to; sample: what one of them is like; probe: what the model makes of some.
     """
 
     model: InfluenceFunctionModel
@@ -72,6 +87,7 @@ class Fitted:
     train: ChunkedData
     sha256: str
     sample: Sample
+    probe: Probe
 
 
 @dataclass(frozen=True)
@@ -100,19 +116,28 @@ class Request:
     share: Share | None = None
 
 
-def look(executor: Executor, context: Context, data: ChunkedData, progress: Progress, what: str) -> str:
-    """Load and check every chunk where it will be used; the sha256 of the data set in these chunks.
+@dataclass(frozen=True)
+class Looked:
+    """A data set that was looked at. data: with the fingerprint of each chunk; sha256: of it all, in these chunks."""
+
+    data: ChunkedData
+    sha256: str
+    draw: Draw
+
+
+def look(executor: Executor, context: Context, data: ChunkedData, progress: Progress, what: str) -> Looked:
+    """Load and check every chunk where it will be used.
 
     All chunks are looked at before the bad ones are named: raises the error of the only one, the common kind of error
     of several, else ChunkFailedError.
     """
     items = [(chunk, i, data.starts[i], data.sizes[i]) for i, chunk in enumerate(data.chunks)]
-    found: dict[str, str] = {}
+    found: dict[int, Inspection] = {}
     with progress.stage(f"look at {what}", len(items), "chunks") as bar:
         failures: Failures = {}
         for index, inspection in executor.run(inspect_chunk, (context,), items, failures):
             assert isinstance(inspection, Inspection)
-            found[str(index)] = inspection.sha256
+            found[index] = inspection
             bar.advance()
     if failures:
         kinds = {type(error) for error in failures.values()}
@@ -122,7 +147,32 @@ def look(executor: Executor, context: Context, data: ChunkedData, progress: Prog
         if not others:
             raise kind(first) from next(iter(failures.values()))
         raise kind(f"{len(failures)} of {len(items)} chunks of {what}:\n  " + _listed([first, *others]))
-    return combine(found)
+    whole = combine({str(index): inspection.sha256 for index, inspection in found.items()})
+    ordered = [found[index] for index in range(len(items))]
+    draw = sum((inspection.draw for inspection in ordered), Draw())
+    return Looked(data.looked_at([inspection.sha256 for inspection in ordered]), whole, draw)
+
+
+def drawn_samples(executor: Executor, risk: SampleRisk, looked: Looked) -> list[Batch]:
+    """The drawn samples, read once more, joined where their shapes allow and placed.
+
+    Raises NonDeterministicDataError where they are not what they were: the data set draws random numbers, or each
+    process builds another one.
+    """
+    by_chunk: dict[int, list[int]] = {}
+    for chunk, index in looked.draw.places:
+        by_chunk.setdefault(chunk, []).append(index)
+    chunks = list(by_chunk)
+    samples: dict[Place, Batch] = {}
+    for position, arrays in executor.run(read_again, (), [(looked.data.chunks[c], by_chunk[c]) for c in chunks]):
+        batch = risk.place(to_tensor_batch(arrays))
+        for number, index in enumerate(by_chunk[chunks[position]]):
+            samples[chunks[position], index] = sample_of(batch, number)
+    for (chunk, index), key in looked.draw.places.items():
+        if int(sample_keys(samples[chunk, index])[0]) != key:
+            where = f"the data set (sample {looked.data.starts[chunk] + index})"
+            raise NonDeterministicDataError(OTHER_VALUES.format(what=where))
+    return grouped([samples[place] for place in looked.draw.places])
 
 
 def _reasons(data: ChunkedData, failures: Failures) -> dict[int, str]:
@@ -144,7 +194,14 @@ def write_influences(
     path: Path | RemoteFolder, fitted: Fitted, request: Request, scratch: Path, progress: Progress
 ) -> InfluenceResult:
     """Carry out a request; see the module. Raises FingerprintError if the result there is of another run."""
-    columns, test = request.columns, request.test
+    executor, context = fitted.executor, fitted.context
+    seen = look(executor, context, request.test, progress, "test data")
+    columns, train_sha256 = fitted.train, fitted.sha256
+    if request.columns is not fitted.train:
+        also = look(executor, context, request.columns, progress, "training data")
+        columns, train_sha256 = also.data, also.sha256
+    request = replace(request, test=seen.data, columns=columns)
+    test = request.test
     layout = Layout(
         n_test=test.n_samples,
         n_train=columns.n_samples,
@@ -157,14 +214,13 @@ def write_influences(
     fingerprints = {
         "parameters": fingerprint_module(fitted.model.risk.module),
         "fit_data": fitted.sha256,
-        "test_data": look(fitted.executor, fitted.context, test, progress, "test data"),
-        "train_data": fitted.sha256
-        if columns is fitted.train
-        else look(fitted.executor, fitted.context, columns, progress, "training data"),
+        "test_data": seen.sha256,
+        "train_data": train_sha256,
     }
     settings: dict[str, object] = {
         "solver": fitted.model.settings(),
         "objective": fitted.model.objective.settings(),
+        "structure": structure(fitted.model.risk.module),
         "mode": str(request.mode),
         # where is solved is an arithmetic of its own, and "auto" decides it by the workers that there are
         "chunks": {"test": list(test.sizes), "train": layout.strip, "panel": panel, "solve": request.plan.solve},
@@ -178,6 +234,7 @@ def write_influences(
     folder = scratch / f"factors-{combine(belongs)[:16]}"
     with scratch_errors(scratch, folder.name):
         folder.mkdir(parents=True, exist_ok=True)
+        _own_factors(folder, fitted.probe, progress)
     pending = writer.pending() if share is None else share.of(writer.pending())
     if pending:
         file = _write_factors(writer, fitted, request, folder, progress)
@@ -198,6 +255,28 @@ def write_influences(
         _write_extras(writer, fitted, request, folder, progress)
         shutil.rmtree(folder, ignore_errors=True)
     return open_influences(path)
+
+
+def require_same_probe(recorded: Mapping[str, Any], here: Probe, path: object) -> None:
+    """Raise FingerprintError if a result was made with a model or an objective that computes something else."""
+    differences = here.differences(Probe.from_json(recorded["probe"]))
+    if differences:
+        raise FingerprintError(
+            f"`path` {path} was made with a model or an objective that computes something else: "
+            f"{'; '.join(differences)}. Take the model and the objective that it was begun with, write to another "
+            "path, or pass overwrite=True to start again."
+        )
+
+
+def _own_factors(folder: Path, probe: Probe, progress: Progress) -> None:
+    """Leave no factors in the folder that a model made which computes something else."""
+    file = folder / "probe.json"
+    if file.is_file() and (differences := probe.differences(Probe.from_json(json.loads(file.read_text())))):
+        progress.warn(f"factors in {folder} are of another model, and are made again: {'; '.join(differences)}")
+        shutil.rmtree(folder)
+        folder.mkdir()
+    with appearing(file) as partial:
+        partial.write_text(json.dumps(probe.to_json()))
 
 
 def _write_extras(writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress) -> None:
@@ -224,7 +303,9 @@ def _writer(
 ) -> InfluenceWriter:
     if request.resume:
         try:
-            return InfluenceWriter.resume(path, layout, fingerprints, settings)
+            writer = InfluenceWriter.resume(path, layout, fingerprints, settings)
+            require_same_probe(open_influences(path).provenance, fitted.probe, path)
+            return writer
         except StoreNotFoundError:
             pass  # nothing to go on with: begin
     blocks = fitted.model.risk.blocks
@@ -232,6 +313,7 @@ def _writer(
         **request.attributes,
         **settings,
         "fingerprints": fingerprints,
+        "probe": fitted.probe.to_json(),
         "parameters": {
             "covered": blocks.size,
             "total": blocks.n_total,

@@ -4,7 +4,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from distinfluence.batch import batch_length, take
 from distinfluence.curvature import operator_class
 from distinfluence.dataplane import Kernel, LocalPlane, add
+from distinfluence.draw import Draw
 from distinfluence.errors import DistinfluenceError
 from distinfluence.influence.arrays import (
     Array,
@@ -27,7 +28,9 @@ from distinfluence.influence.arrays import (
 )
 from distinfluence.influence.report import SolveReport
 from distinfluence.influence.scores import InfluenceMode
+from distinfluence.probe import Checked
 from distinfluence.risk import EmpiricalRisk
+from distinfluence.scaling.chunks import taken
 from distinfluence.scaling.files import appearing, save_whole, scratch_errors
 from distinfluence.scaling.logs import logged_task
 from distinfluence.scaling.sources import ChunkSource, built_bytes
@@ -50,18 +53,32 @@ RATE_SAMPLES, RATE_ROWS = 32, 8  # of a calibration
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a chunk before any computation. sha256: of its arrays. n: its samples."""
+    """What is known of a chunk before any computation. sha256: of its arrays. draw: which samples may be drawn."""
 
     sha256: str
-    n: int
+    draw: Draw
 
 
 def inspect_chunk(context: Context, chunk: Chunk, index: int, start: int, size: int) -> Inspection:
     """Load a chunk and check it: lengths, NaN and infinity."""
     with logged_task("look", chunk=index), torch_task(context) as model, named_samples(index, start, size):
         arrays = load(chunk)
-        n = batch_length(model.risk.place(to_tensor_batch(arrays)))
-        return Inspection(fingerprint_arrays(named_arrays(arrays)), n)
+        batch = model.risk.place(to_tensor_batch(arrays))
+        return Inspection(fingerprint_arrays(named_arrays(arrays)), Draw.of(batch, index))
+
+
+def read_again(chunk: Chunk, index: Sequence[int]) -> ArrayBatch:
+    """Some samples of a chunk, read anew: not those that this process may have kept."""
+    return taken(chunk.load() if isinstance(chunk, ChunkSource) else chunk, np.asarray(index))
+
+
+def check_drawn(context: Context, samples: Sequence[ArrayBatch]) -> Checked:
+    """Check the model's derivatives at samples that were drawn from all over the data."""
+    with torch_task(context) as model:
+        batches = [model.risk.place(to_tensor_batch(own)) for own in samples]
+        remarks = tuple(dict.fromkeys(remark for batch in batches for remark in model.risk.check(batch)))
+        checked = model.check(batches)
+        return replace(checked, remarks=tuple(dict.fromkeys((*remarks, *checked.remarks))))
 
 
 @dataclass(frozen=True)

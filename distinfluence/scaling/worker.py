@@ -5,6 +5,7 @@ at a time in a process (threads that share a module give wrong numbers, silently
 the host. Arguments and results are NumPy arrays and small values.
 """
 
+import copy
 import fcntl
 import shutil
 import socket
@@ -27,8 +28,8 @@ from distributed import get_worker
 from torch import nn
 
 from distinfluence.batch import Batch
-from distinfluence.dataplane import LoopPlane
-from distinfluence.errors import ClusterError, DistinfluenceError, SampleError, StoreError
+from distinfluence.dataplane import OTHER_VALUES, LoopPlane
+from distinfluence.errors import ClusterError, DistinfluenceError, NonDeterministicDataError, SampleError, StoreError
 from distinfluence.influence.arrays import (
     ArrayBatch,
     named_arrays,
@@ -46,6 +47,7 @@ from distinfluence.scaling.recipe import ModelRecipe
 from distinfluence.scaling.sources import ChunkSource
 from distinfluence.scaling.work import kept_bytes
 from distinfluence.solvers.auto import free_bytes
+from distinfluence.store.fingerprint import fingerprint_arrays
 
 Chunk: TypeAlias = "ChunkSource | ArrayBatch"
 
@@ -276,7 +278,9 @@ class SourcePlane(LoopPlane):
 
     def to(self, risk: SampleRisk) -> "SourcePlane":
         """The same chunks for a risk on another device."""
-        return SourcePlane(risk, self._data, self.remarks)
+        other = copy.copy(self)
+        other.risk = risk
+        return other
 
 
 def samples_of(index: int, start: int, size: int) -> str:
@@ -328,7 +332,10 @@ def load(chunk: Chunk) -> ArrayBatch:
     if not isinstance(chunk, ChunkSource):
         return chunk
     if chunk.key not in _chunks:
-        _chunks[chunk.key] = chunk.load()
+        arrays = chunk.load()
+        if chunk.sha256 and fingerprint_arrays(named_arrays(arrays)) != chunk.sha256:
+            raise NonDeterministicDataError(OTHER_VALUES.format(what="the data set"))
+        _chunks[chunk.key] = arrays
         _chunk_bytes[chunk.key] = sum(array.nbytes for array in named_arrays(_chunks[chunk.key]).values())
         while sum(_chunk_bytes.values()) > kept_bytes(memory_limit()) and len(_chunks) > 1:
             oldest, _ = _chunks.popitem(last=False)

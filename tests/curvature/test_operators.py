@@ -402,7 +402,7 @@ def test_a_matrix_is_an_operator_too() -> None:
         MatrixOperator(torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize(("convolves", "expected"), [(True, 4 * (2 * 26 + 2 * 26 + 10)), (False, 0)])
+@pytest.mark.parametrize(("convolves", "expected"), [(True, 4 * (28 + 2 * 26 + 2 * 26 + 10)), (False, 0)])
 def test_activations_of_models_with_convolutions_are_counted_without_views(convolves: bool, expected: int) -> None:
     first = nn.Conv1d(1, 2, 3) if convolves else nn.Linear(28, 26)
     net = nn.Sequential(nn.Unflatten(1, (1, 28)), first, nn.Tanh(), nn.Flatten(), nn.LazyLinear(10))

@@ -307,7 +307,7 @@ def _with_nan(case: Case) -> Tensor:
         (lambda c: (c.model, c.loss, (c.train[0], c.train[1][:-1])), ShapeError, "as many samples in every tensor"),
         (lambda c: (c.model, c.loss, (c.train[0], c.train[1].double())), DtypeError, "targets `y` torch.float64"),
         (lambda c: (c.model, c.loss, (c.train[0].float(), c.train[1])), DtypeError, "cannot take this batch"),
-        (lambda c: (c.model, c.loss, (c.train[0][:, :2], c.train[1])), ShapeError, r"float64 \[8, 2\]"),
+        (lambda c: (c.model, c.loss, (c.train[0][:, :2], c.train[1])), ShapeError, r"float64 \[16, 2\]"),
         (lambda c: (c.model, c.loss, (_with_nan(c), c.train[1])), NonFiniteError, r"`batch\[0\]`.*samples \[4\]"),
         (lambda c: (c.model, c.loss, (c.train[0][:0], c.train[1][:0])), EmptyDataError, "at least one sample"),
         (lambda c: (c.model, c.loss, []), EmptyDataError, "at least one sample"),

@@ -200,7 +200,7 @@ def test_an_objective_must_give_one_value_per_sample() -> None:
         return f.sum(dim=1)
 
     for objective, error, message in (
-        (Wrong(torch.sum, right), LossError, r"`objective\.losses` must return one loss per sample, \[8\], got \(\)"),
+        (Wrong(torch.sum, right), LossError, r"`objective\.losses` must return one loss per sample, \[16\], got \(\)"),
         (Wrong(torch.tanh, right), LossError, "one loss per sample"),
         (Wrong(right, torch.sum), ShapeError, r"`objective\.measurements` must return one value per sample"),
         (Wrong(lambda f: f.sum(dim=1) - f.mean(), right), LossError, "a sample the loss .* alone and"),

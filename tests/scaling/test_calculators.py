@@ -275,7 +275,7 @@ def test_dict_batches_and_an_objective_go_all_the_way(make: Make, case: Case, ex
     calculator = make(model).fit(train, chunk_size=10)
     result = calculator.to_zarr(tmp_path / "i.zarr", test, progress=False)
     np.testing.assert_allclose(result[:], expected, **STORED)
-    assert result.provenance["objective"] == {"objective": "tests.scaling.sources.Labelled"}
+    assert result.provenance["objective"]["objective"] == "tests.scaling.sources.Labelled"
 
 
 def test_a_model_is_built_once_per_process(case: Case, client: Client, tmp_path: Path) -> None:

@@ -1,0 +1,5 @@
+"""The small cluster of the scaling tests."""
+
+from tests.scaling.conftest import client
+
+__all__ = ["client"]

@@ -1,0 +1,201 @@
+"""Second derivatives are compared with differences of first ones, forward derivatives with reverse ones."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from distinfluence import DirectInfluence, EkfacInfluence
+from distinfluence.errors import DerivativeError, DistinfluenceError
+from tests.silent.dense import Dense
+
+cross_entropy = nn.functional.cross_entropy
+DATA = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(30) % 3
+
+
+def saved(ctx: Any) -> Tensor:
+    (x,) = ctx.saved_tensors
+    assert isinstance(x, Tensor)
+    return x
+
+
+class Once(torch.autograd.Function):
+    """x² whose backward is marked to be taken once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * saved(ctx) * grad
+
+
+class Keeps(torch.autograd.Function):
+    """tanh that keeps its result in ctx: the backward of the backward does not know that it depends on x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.tanh(x)
+        ctx.out = out
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        out: Tensor = ctx.out.detach()
+        return grad * (1 - out**2)
+
+
+class Cuts(torch.autograd.Function):
+    """sin whose backward leaves the graph by `.data`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * saved(ctx).data.cos()
+
+
+class WithoutGradients(torch.autograd.Function):
+    """x³ whose backward computes under `no_grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        with torch.no_grad():
+            return grad * 3 * saved(ctx) ** 2
+
+
+class Forward(torch.autograd.Function):
+    """x² with a forward derivative that is half of what it should be."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * saved(ctx) * grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return saved(ctx) * tangent
+
+
+class Right(torch.autograd.Function):
+    """x² as it should be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * saved(ctx) * grad
+
+
+# their backward is linear in its gradient, which is all that J takes of it; or J is found without a wrong `jvp`
+RIGHT_ONCE = (Keeps, Cuts, Forward)
+
+
+class Net(nn.Module):
+    def __init__(self, function: Any, detached: bool = False) -> None:
+        super().__init__()
+        self.first, self.last, self.function, self.detached = nn.Linear(4, 4), nn.Linear(4, 3), function, detached
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        out: Tensor = self.last(self.function.apply(h) if not self.detached else h * h.detach().exp())
+        return out
+
+
+def net(function: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Net(function).double()
+
+
+@pytest.mark.parametrize("function", [Once, Keeps, Cuts, WithoutGradients])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_hessian_that_is_not_one_is_refused(function: Any, dtype: torch.dtype) -> None:
+    x, y = DATA
+    with pytest.raises(DistinfluenceError, match="second_order_mode") as caught:
+        DirectInfluence(net(function).to(dtype), cross_entropy, 0.1).fit((x.to(dtype), y))
+    assert function.__name__ in str(caught.value)
+    assert "empirical_fisher" in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [Once, Keeps, Cuts, WithoutGradients, Forward, Right])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_gauss_newton_matrix_is_right_or_refused(function: Any, dtype: torch.dtype) -> None:
+    x, y = DATA
+    model = net(function)
+    influence = DirectInfluence(net(function).to(dtype), cross_entropy, 0.1, second_order_mode="ggn")
+    if function not in (Right, *RIGHT_ONCE):
+        with pytest.raises(DistinfluenceError, match="empirical_fisher"):
+            influence.fit((x.to(dtype), y))
+        return
+    influence.fit((x.to(dtype), y))
+    expected = Dense(model, cross_entropy, 0.1, "ggn").matrix(*DATA)
+    found = influence.operators["full"].dense()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 if dtype == torch.float64 else 1e-3)
+
+
+def test_a_detached_factor_is_an_own_gradient_but_no_second_derivative() -> None:
+    """Straight-through estimates: the gradient that is trained with is none of the forward's."""
+    torch.manual_seed(0)
+    model = Net(None, detached=True).double()
+    with pytest.raises(DerivativeError, match="products with the Hessian are wrong"):
+        DirectInfluence(model, cross_entropy, 0.1).fit(DATA)
+    DirectInfluence(model, cross_entropy, 0.1, second_order_mode="ggn").fit(DATA)
+
+
+def focal(f: Tensor, y: Tensor) -> Tensor:
+    """A loss whose weights are detached: no second derivative of it is right."""
+    own = cross_entropy(f, y, reduction="none")
+    return ((1 - (-own).exp()).detach() ** 2 * own).mean()
+
+
+def test_a_loss_whose_second_derivative_is_cut_is_refused_in_both_modes() -> None:
+    for mode, message in (("ggn", "second derivative by the outputs"), ("hessian", "products with the Hessian")):
+        with pytest.raises(DerivativeError, match=message):
+            DirectInfluence(net(Right), focal, 0.1, second_order_mode=mode).fit(DATA)
+    DirectInfluence(net(Right), focal, 0.1, second_order_mode="empirical_fisher").fit(DATA)
+
+
+@pytest.mark.parametrize("mode", ["ggn", "hessian"])
+def test_a_right_operator_gives_right_influences(mode: str) -> None:
+    expected = Dense(net(Right), cross_entropy, 0.3, mode).influences(DATA, DATA)
+    found = DirectInfluence(net(Right), cross_entropy, 0.3, second_order_mode=mode).fit(DATA).influences(*DATA)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [Once, Keeps, Cuts, WithoutGradients])
+def test_methods_that_differentiate_once_take_them_all(function: Any) -> None:
+    reference = EkfacInfluence(net(function), True, 0.1, recognise=False).fit(DATA).influences(*DATA)
+    assert torch.isfinite(reference).all()
+    DirectInfluence(net(function), cross_entropy, 0.1, second_order_mode="empirical_fisher").fit(DATA)
+    refined = EkfacInfluence(net(function), True, 0.1, cg_iterations=2)
+    if function in RIGHT_ONCE:
+        refined.fit(DATA)
+        return
+    with pytest.raises(DistinfluenceError, match="empirical_fisher"):
+        refined.fit(DATA)
