@@ -50,7 +50,7 @@ class DenseHessian:
             return (_in_columns(restricted, units, self._by_outputs(restricted, layout, units, batch)),)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:
+        except Exception:  # whatever a model raises under a transform
             return (self._by_columns(risk, restricted, batch),)
 
     def _by_outputs(self, restricted: SampleRisk, layout: Layout, units: Sequence[Unit], batch: Batch) -> Tensor:

@@ -106,6 +106,20 @@ class Record:
         found = [self._gradients(self.outputs, v, keep=True) for v in vectors]
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
+    def reached(self) -> tuple[str, ...]:
+        """Recorded parameters for which the backward pass from the losses to all outputs of their uses works."""
+        lost: set[str] = set()
+        with torch.inference_mode(False), torch.enable_grad():
+            total = self.losses.sum()
+            for use in self.uses:
+                try:
+                    torch.autograd.grad(total, use.output, retain_graph=True, allow_unused=True)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:  # whatever a model raises in its backward pass
+                    lost.update(_names(use))
+        return tuple(name for name in self.layout.recorded if name not in lost)
+
     def _gradients(self, value: Tensor, vector: Tensor | None, keep: bool) -> list[Tensor]:
         outputs = [use.output for use in self.uses]
         if not outputs or not value.requires_grad:
@@ -147,23 +161,44 @@ def _layout_of(risk: SampleRisk, batch: Batch, most_dense: int, recognise: bool)
     if not recognise:
         return Layout(_in_order(risk, _rest(risk, set(), most_dense)), (), ())
     few = {n: _samples(batch, n) for n in (2, 3)}
-    watched, expanded, cloned, infos, sample_bytes = _resolved(risk, few)
-    layout = Layout((), infos, watched, expanded, cloned, sample_bytes)
-    units = _recorded_units(risk, infos, _forward(risk, few[3], watched, expanded, cloned)[0]) if infos else []
-    units = [
-        replace(unit, treatment="dense" if unit.size <= most_dense else "diagonal")
-        if unit.treatment in ("dense", "diagonal")
-        else unit
-        for unit in units
-    ]
-    layout = replace(layout, units=tuple(units))
-    if units:
-        layout = replace(layout, units=tuple(_confirmed(risk, layout, few[3])))
+    layout = _recorded_layout(risk, few, tuple(risk.parameters), most_dense)
     covered = {name for unit in layout.units for name in unit.parameters}
     used = sorted({number for unit in layout.units for number in unit.uses})
     if not used:
         layout = replace(layout, recorded=(), infos=(), expanded=(), cloned=False)
     return replace(layout, units=_in_order(risk, [*layout.units, *_rest(risk, covered, most_dense)]))
+
+
+def _recorded_layout(
+    risk: SampleRisk, few: Mapping[int, Batch], names: tuple[str, ...], most_dense: int, again: bool = True
+) -> Layout:
+    """The layout of what can be recorded of these parameters, with confirmed units only.
+
+    Where the backward pass to some outputs fails, the others are recorded alone: a custom operator may refuse it, or a
+    hook of the model. again: whether this may still be tried.
+    """
+    watched, expanded, cloned, infos, sample_bytes = _resolved(risk, few, names)
+    if not infos:
+        return Layout((), (), ())
+    layout = Layout((), infos, watched, expanded, cloned, sample_bytes)
+    units = [
+        replace(unit, treatment="dense" if unit.size <= most_dense else "diagonal")
+        if unit.treatment in ("dense", "diagonal")
+        else unit
+        for unit in _recorded_units(risk, infos, _forward(risk, few[3], watched, expanded, cloned)[0])
+    ]
+    if not units:
+        return layout
+    layout = replace(layout, units=tuple(units))
+    record = Record(risk, layout, few[3])
+    try:
+        deltas = record.of_losses()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model raises in its backward pass
+        reached = Record(risk, layout, few[3]).reached() if again else ()
+        return _recorded_layout(risk, few, reached, most_dense, again=False) if reached else Layout((), (), ())
+    return replace(layout, units=tuple(_confirmed(risk, record, deltas, few[3])))
 
 
 def _samples(batch: Batch, n: int) -> Batch:
@@ -173,10 +208,10 @@ def _samples(batch: Batch, n: int) -> Batch:
 
 
 def _resolved(
-    risk: SampleRisk, few: Mapping[int, Batch]
+    risk: SampleRisk, few: Mapping[int, Batch], names: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[int, ...], bool, tuple[UseInfo, ...], int]:
-    """What can be recorded of this model, with the samples' place in each input and output."""
-    watched, cloned = tuple(risk.parameters), False
+    """What can be recorded of these parameters, with the samples' place in each input and output."""
+    watched, cloned = names, False
     expanded: tuple[int, ...] = ()
     for _ in range(len(watched) + 4):
         try:
@@ -335,10 +370,8 @@ def unit_rows(record: Record, unit: Unit, deltas: Sequence[Tensor]) -> Tensor:
     return rows.reshape(n_vectors, n, 1, unit.shape[1], width)
 
 
-def _confirmed(risk: SampleRisk, layout: Layout, few: Batch) -> list[Unit]:
-    """The units whose gradients are autograd's."""
-    record = Record(risk, layout, few)
-    deltas = record.of_losses()
+def _confirmed(risk: SampleRisk, record: Record, deltas: Sequence[Tensor], few: Batch) -> list[Unit]:
+    """The units whose gradients are autograd's. deltas: the losses' gradients by the outputs."""
     expected = risk.blocks.unflatten(loss_gradients(risk, few).rows)
 
     def right(unit: Unit) -> bool:
@@ -351,7 +384,7 @@ def _confirmed(risk: SampleRisk, layout: Layout, few: Batch) -> list[Unit]:
         return all(found[name].shape == expected[name].shape and agree(found[name], expected[name]) for name in found)
 
     kept: list[Unit] = []
-    for unit in layout.units:
+    for unit in record.layout.units:
         if right(unit):
             kept.append(unit)
         elif unit.has_bias:  # the bias may be what it seems to be all the same
