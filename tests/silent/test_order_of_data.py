@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from distinfluence import DaskInfluenceCalculator, DirectInfluence, Recipe, SequentialInfluenceCalculator
 from distinfluence.draw import Draw, sample_keys
 from distinfluence.errors import DistinfluenceError, LossError, NonDeterministicDataError
+from distinfluence.scaling import sources, worker
 
 cross_entropy = nn.functional.cross_entropy
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2])
@@ -209,3 +210,21 @@ def test_a_model_that_depends_on_the_batch_is_refused_in_any_order() -> None:
     x = x + 3.0 * y.unsqueeze(1)
     with pytest.raises(LossError, match="alone and"):
         DirectInfluence(nn.Sequential(Batchwise(), net()), cross_entropy, 0.1).fit(DataLoader(TensorDataset(x, y), 1))
+
+
+def kept_in_a_file(path: str) -> tuple[Tensor, Tensor]:
+    x, y = data(40)
+    return x + float(Path(path).read_text()), y
+
+
+def test_a_data_set_that_changes_under_a_run_is_refused(tmp_path: Path) -> None:
+    """What a process no longer has in memory is compared when it is loaded again."""
+    (tmp_path / "shift").write_text("0.0")
+    recipe = Recipe("tests.silent.test_order_of_data:kept_in_a_file", {"path": str(tmp_path / "shift")})
+    model = DirectInfluence(net(), cross_entropy, 0.1, second_order_mode="ggn")
+    fitted = SequentialInfluenceCalculator(model).fit(recipe, chunk_size=10)
+    sources._data_sets.clear()
+    worker._chunks.clear()
+    (tmp_path / "shift").write_text("1e-3")
+    with pytest.raises(DistinfluenceError, match="same values for a sample each time"):
+        fitted.to_zarr(tmp_path / "i.zarr", *data(6), progress=False)
