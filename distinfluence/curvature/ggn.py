@@ -12,10 +12,23 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from distinfluence.batch import Batch
-from distinfluence.curvature.over_data import DataOperator, Product, pieces_of, product_of_rows, sum_of, vectorised
+from distinfluence.batch import Batch, take
+from distinfluence.curvature.empirical_fisher import EmpiricalFisherProduct
+from distinfluence.curvature.over_data import (
+    ONCE,
+    DataOperator,
+    Mode,
+    Product,
+    once_differentiable_in,
+    pieces_of,
+    product_of_rows,
+    sum_of,
+    vectorised,
+)
+from distinfluence.errors import UnsupportedOperatorError
 from distinfluence.gradients import differentiable
-from distinfluence.sample_risk import Parameters, SampleRisk
+from distinfluence.objective import FEW_OUTPUTS
+from distinfluence.sample_risk import Parameters, SampleRisk, attempt
 
 
 @dataclass(frozen=True)
@@ -25,13 +38,19 @@ class GGNProduct:
     block: str | None = None
 
     def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
-        """Forward, loss Hessian, reverse; the forward derivative by two reverse ones where the model has none."""
+        """Forward, loss Hessian, reverse; the forward derivative by two reverse ones where the model has none.
+
+        Where the model has no second derivatives either, by the rows of each sample's Jacobian, one reverse each.
+        """
         (rows,) = broadcast
         restricted = risk.restrict(self.block)
+        rows = restricted.without_padding(rows)
 
         def of_piece(piece: Batch) -> Tensor:
             ways = (_forward_then_reverse(restricted, piece), _all_reverse(restricted, piece))
-            return product_of_rows(restricted, "GGN products", ways, rows)
+            last = by_rows_of_jacobian(restricted, piece)
+            mode = Mode("ggn", "GGN products", {"empirical_fisher": EmpiricalFisherProduct()}, last)
+            return product_of_rows(restricted, mode, ways, piece, rows)
 
         return (sum_of(map(of_piece, pieces_of(restricted, batch, len(rows)))),)
 
@@ -107,12 +126,71 @@ def _row(
     flat: Tensor,
 ) -> Tensor:
     (pushed,) = torch.autograd.grad(flat @ row, probe, retain_graph=True)
-    curved = torch.zeros_like(predictions)
-    if slope.requires_grad:
-        (curved,) = torch.autograd.grad(
-            slope, detached, pushed, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+    return _pulled_back(risk, parameters, predictions, _curved(slope, detached, pushed))
+
+
+def _curved(slope: Tensor, outputs: Tensor, along: Tensor) -> Tensor:
+    """The loss's Hessian in the outputs times one vector. slope: the loss's gradient, in the graph."""
+    if not slope.requires_grad:
+        return torch.zeros_like(outputs)
+    return torch.autograd.grad(slope, outputs, along, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+
+def _pulled_back(risk: SampleRisk, parameters: Parameters, outputs: Tensor, vector: Tensor) -> Tensor:
+    """Jᵀ·vector, [p]."""
     parts = torch.autograd.grad(
-        predictions, list(parameters.values()), curved, retain_graph=True, allow_unused=True, materialize_grads=True
+        outputs, list(parameters.values()), vector, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     return risk.blocks.flatten(dict(zip(parameters, parts, strict=True))).detach()
+
+
+def by_rows_of_jacobian(risk: SampleRisk, batch: Batch) -> Product:
+    """Products of rows [k, p] from first derivatives of the model, for up to FEW_OUTPUTS outputs of a sample.
+
+    Costs a reverse pass for each output of each sample, and one of the batch for each row. Holds the Jacobian [m, p] of
+    one sample at a time.
+    """
+
+    def product(rows: Tensor) -> Tensor:
+        with differentiable(risk) as parameters:
+            predictions = risk.outputs(parameters, batch)
+            n, m = predictions.shape[0], predictions[0].numel()
+            if m > FEW_OUTPUTS:
+                raise UnsupportedOperatorError(
+                    f"First derivatives of the model alone are enough for up to {FEW_OUTPUTS} outputs of a sample, and "
+                    f"this model has {m}."
+                )
+            if not predictions.requires_grad:
+                return torch.zeros_like(rows)
+            pushed = torch.stack([rows @ _jacobian(risk, take(batch, j, j + 1)).T for j in range(n)], dim=1)
+            curved = _curvature(risk, predictions.detach(), batch)
+            return torch.stack(
+                [_pulled_back(risk, parameters, predictions, curved(u.view_as(predictions))) for u in pushed]
+            )
+
+    return product
+
+
+def _jacobian(risk: SampleRisk, sample: Batch) -> Tensor:
+    """Of one sample's outputs, [m, p]."""
+    with differentiable(risk) as parameters:
+        outputs = risk.outputs(parameters, sample)
+        units = torch.eye(outputs.numel(), dtype=outputs.dtype, device=outputs.device)
+        return torch.stack([_pulled_back(risk, parameters, outputs, unit.view_as(outputs)) for unit in units])
+
+
+def _curvature(risk: SampleRisk, outputs: Tensor, batch: Batch) -> Product:
+    """u [n, ...] → the loss's Hessian in the outputs times u; in closed form only where the loss has no derivative."""
+    leaf = outputs.requires_grad_()
+    loss = risk.objective.losses(leaf, batch).sum()
+    if not loss.requires_grad:
+        return torch.zeros_like
+    closed = risk.objective.output_curvature(outputs.detach(), batch)
+    if once_differentiable_in(loss):
+        if closed is None:
+            raise RuntimeError(ONCE)
+        return closed
+    (slope,) = torch.autograd.grad(loss, leaf, create_graph=True, allow_unused=True, materialize_grads=True)
+    if closed is None or attempt(lambda u: _curved(slope, leaf, u), outputs)[1] is None:
+        return lambda u: _curved(slope, leaf, u)
+    return closed

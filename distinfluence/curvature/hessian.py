@@ -13,8 +13,17 @@ from torch.func import grad, jvp
 
 from distinfluence.batch import Batch
 from distinfluence.curvature.dense_hessian import DenseHessian
-from distinfluence.curvature.ggn import GGNOperator
-from distinfluence.curvature.over_data import DataOperator, Product, pieces_of, product_of_rows, sum_of, vectorised
+from distinfluence.curvature.empirical_fisher import EmpiricalFisherProduct
+from distinfluence.curvature.ggn import GGNOperator, GGNProduct
+from distinfluence.curvature.over_data import (
+    DataOperator,
+    Mode,
+    Product,
+    pieces_of,
+    product_of_rows,
+    sum_of,
+    vectorised,
+)
 from distinfluence.gradients import differentiable, flat_grad
 from distinfluence.sample_risk import Parameters, SampleRisk, agree
 
@@ -29,6 +38,8 @@ class HessianProduct:
         """Forward over reverse, or reverse over reverse, for several rows at once or in a loop; what is fastest."""
         (rows,) = broadcast
         restricted = risk.restrict(self.block)
+        rows = restricted.without_padding(rows)
+        mode = Mode("hessian", "Hessian products", {"ggn": GGNProduct(), "empirical_fisher": EmpiricalFisherProduct()})
 
         def of_piece(piece: Batch) -> Tensor:
             ways = (
@@ -36,7 +47,7 @@ class HessianProduct:
                 reverse_twice_together(restricted, piece),
                 reverse_twice(restricted, piece),
             )
-            return product_of_rows(restricted, "Hessian products", ways, rows)
+            return product_of_rows(restricted, mode, ways, piece, rows)
 
         return (sum_of(map(of_piece, pieces_of(restricted, batch, len(rows)))),)
 

@@ -1,6 +1,7 @@
 """Curvature operators over a data set: the mean over samples of a kernel's products, one pass for all rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distinfluence.batch import Batch, batch_length, map_batch, take
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.dataplane import Kernel
-from distinfluence.errors import NonFiniteError, ParameterBlockError
-from distinfluence.gradients import over_rows
+from distinfluence.errors import NonFiniteError, ParameterBlockError, UnsupportedOperatorError
+from distinfluence.gradients import differentiable, over_rows
 from distinfluence.risk import EmpiricalRisk
-from distinfluence.sample_risk import SampleRisk, double_differentiable, recordable
+from distinfluence.sample_risk import SampleRisk, attempt, double_differentiable, recordable
 
 Product = Callable[[Tensor], Tensor]
 
@@ -172,9 +173,130 @@ def _is_strided(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided
 
 
-def product_of_rows(risk: SampleRisk, what: str, ways: Sequence[Product], rows: Tensor) -> Tensor:
-    """rows [k, p] through the fastest way that the model can take; the last is the loop of plain autograd."""
+@dataclass(frozen=True)
+class Mode:
+    """A matrix of second derivatives, for `product_of_rows`.
+
+    name: the second-order mode. what: its products in words. last: a way that is taken where all others fail. others:
+    names and kernels of other modes, of which those that work are named in an error.
+    """
+
+    name: str
+    what: str
+    others: Mapping[str, Kernel]
+    last: Product | None = None
+
+
+def product_of_rows(risk: SampleRisk, mode: Mode, ways: Sequence[Product], batch: Batch, rows: Tensor) -> Tensor:
+    """rows [k, p] through the fastest way that the model can take; the last is the loop of plain autograd.
+
+    Raises UnsupportedOperatorError, with the operator's name, where torch cannot differentiate often enough.
+    """
+
+    def usual(rows: Tensor) -> Tensor:
+        if once_differentiable(risk, batch):
+            raise RuntimeError(ONCE)
+        what = f"{mode.what}, {'many' if rows.shape[0] >= FEW_ROWS else 'few'} rows"
+        try:
+            way = risk.fastest(what, ways, rows[:1], rows[:FEW_ROWS])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # for one row already: not tried again
+            risk.found[fails] = True
+            raise
+        return way(rows)
+
+    fails = f"{mode.what} fail"
     with double_differentiable():
         rows = recordable(rows)
-        many = rows.shape[0] >= FEW_ROWS
-        return risk.fastest(f"{what}, {'many' if many else 'few'} rows", ways, rows[:1], rows[:FEW_ROWS])(rows)
+        product, failure = (None, None) if mode.last and fails in risk.found else attempt(usual, rows)
+        if product is not None and (mode.last is None or torch.isfinite(product).all()):
+            return product
+        instead, reason = (None, failure) if mode.last is None else attempt(mode.last, rows)
+        if instead is not None and (product is None or torch.isfinite(instead).all()):
+            return instead
+        if product is not None:
+            return product
+        failure = failure or attempt(usual, rows[:1])[1] or reason
+        assert failure is not None
+        raise _refusal(risk, mode, batch, rows, failure, reason) from failure
+
+
+def _refusal(
+    risk: SampleRisk, mode: Mode, batch: Batch, rows: Tensor, failure: Exception, reason: Exception | None
+) -> Exception:
+    """What to raise where the usual ways failed for `failure` and the last one for `reason`."""
+    beside = f" {reason}" if isinstance(reason, UnsupportedOperatorError) else ""
+    missing = (None if reason is None else missing_derivative(reason, risk, batch)) or missing_derivative(
+        failure, risk, batch
+    )
+    if missing is None:
+        return failure
+    working = [repr(name) for name, kernel in mode.others.items() if _works(kernel, risk, take(batch, 0, 1), rows[:1])]
+    advice = f"Take second_order_mode={' or '.join(working)} instead." if working else "No other mode works either."
+    return UnsupportedOperatorError(
+        f"`second_order_mode={mode.name!r}` needs derivatives that PyTorch does not have: {missing}.{beside} {advice}"
+    )
+
+
+def _works(kernel: Kernel, risk: SampleRisk, sample: Batch, row: Tensor) -> bool:
+    return attempt(lambda rows: kernel(risk, sample, rows)[0], row)[1] is None
+
+
+_MISSING = (
+    re.compile(r"derivative for '?(?:aten::)?([\w.]+?)'? is not implemented"),
+    re.compile(r"forward AD with '?(?:aten::)?([\w.]+?)'? that does not support it"),
+    re.compile(r"[`']?(?:aten::)?([\w.]+)[`']? does not support (?:double|second|higher)"),
+)
+
+
+def missing_derivative(error: Exception, risk: SampleRisk, batch: Batch) -> str | None:
+    """Which derivative torch misses, in words, by its error; None for an error that says something else."""
+    text = str(error)
+    if "@once_differentiable" in text:
+        names = once_differentiable(risk, batch)
+        of = " or ".join(f"`{name}`" for name in names) or "a custom operator"
+        return f"the second derivative of {of}, whose backward is marked with @once_differentiable"
+    for pattern in _MISSING:
+        found = pattern.search(text)
+        if found:
+            name = found[1]
+            if name.endswith("_backward"):
+                return f"the second derivative of `{name.removesuffix('_backward').strip('_')}` (that of `{name}`)"
+            return f"the derivative of `{name}`"
+    return None
+
+
+ONCE = "the graph has an operator whose backward is marked with @once_differentiable"
+
+
+def once_differentiable(risk: SampleRisk, batch: Batch) -> list[str]:
+    """Custom operators between the parameters and the losses whose backward torch's `once_differentiable` wraps.
+
+    Autograd seldom raises for them: it cuts the graph there, and second derivatives are wrong.
+    """
+    if ONCE not in risk.found:
+        with differentiable(risk) as parameters:
+            risk.found[ONCE] = once_differentiable_in(risk.losses(parameters, batch).sum())
+    names: list[str] = risk.found[ONCE]
+    return names
+
+
+def once_differentiable_in(value: Tensor) -> list[str]:
+    """Names of such operators in the graph of a tensor."""
+    front: list[Any] = [value.grad_fn]
+    names, seen = set[str](), set[Any]()
+    while front:
+        node = front.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        operator = getattr(type(node), "_forward_cls", None)
+        code = getattr(getattr(operator, "backward", None), "__code__", None)
+        if operator is not None and code in _WRAPPERS:
+            names.add(operator.__name__)
+        front += [following for following, _ in node.next_functions]
+    return sorted(names)
+
+
+_WRAPPERS = (torch.autograd.function.once_differentiable(lambda ctx: None).__code__,)
