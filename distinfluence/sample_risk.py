@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distinfluence.batch import Batch, as_batch, batch_length, check_batch, describe, leaves, map_batch
 from distinfluence.blocks import ParameterBlocks
+from distinfluence.checkpointing import without_checkpointing
 from distinfluence.errors import (
     DistinfluenceError,
     DtypeError,
@@ -232,7 +233,8 @@ class SampleRisk:
             tensors = {**self._constants, **parameters}
             tensors |= {name: tensors[name].clone() for name in self.written}
             args, kwargs = _copied(args), _copied(kwargs)
-            with untouched_attributes(self.module), self._mixed(), self._plain_recurrence():
+            alone = untouched_attributes(self.module), without_checkpointing()
+            with alone[0], alone[1], self._mixed(), self._plain_recurrence():
                 outputs = functional_call(self.module, tensors, args, kwargs)
             return outputs if self.autocast is None else _widened_outputs(outputs, self.dtype)
 

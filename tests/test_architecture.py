@@ -59,6 +59,7 @@ LAYERS = {
         files=(
             "batch",
             "blocks",
+            "checkpointing",
             "objective",
             "sample_risk",
             "gradients",

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from distinfluence.batch import Batch, batch_length, map_batch, take
+from distinfluence.checkpointing import without_checkpointing
 from distinfluence.curvature import SecondOrderMode, operator_class
-from distinfluence.errors import DerivativeError, DistinfluenceError
+from distinfluence.curvature.over_data import missing_derivative
+from distinfluence.errors import DerivativeError, DistinfluenceError, UnsupportedOperatorError
 from distinfluence.gradients import differentiable, flat_grad
 from distinfluence.objective import Forward, Objective
-from distinfluence.probe import Checked, probed
+from distinfluence.probe import Checked, Probed, probed
 from distinfluence.sample_risk import (
     SampleRisk,
     double_differentiable,
@@ -55,7 +57,7 @@ def check_derivatives(risk: SampleRisk, batches: Sequence[Batch], products: Seco
     """
     remarks: dict[str, None] = {}
     with torch.inference_mode(False), torch.no_grad(), untouched_randomness(), risk.in_own_precision():
-        found = probed(risk, batches)
+        found = _probed(risk, batches)
         remarks |= dict.fromkeys(_compared_with_backward(risk, batches, found.gradients))
         if products in (SecondOrderMode.HESSIAN, SecondOrderMode.GGN):
             some = take(batches[0], 0, min(batch_length(batches[0]), SECOND_ORDER_SAMPLES))
@@ -69,6 +71,18 @@ def check_derivatives(risk: SampleRisk, batches: Sequence[Batch], products: Seco
     if own:
         remarks[f"the loss has parameters of its own, which influence does not cover: {_listed(own)}"] = None
     return Checked(tuple(remarks), found.probe)
+
+
+def _probed(risk: SampleRisk, batches: Sequence[Batch]) -> Probed:
+    try:
+        return probed(risk, batches)
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, DistinfluenceError) or (missing := missing_derivative(error, risk, batches[0])) is None:
+            raise
+        raise UnsupportedOperatorError(
+            f"`model` and `loss` must be differentiable by the parameters, and PyTorch has not {missing}. Influence "
+            "needs the gradient whatever the method: replace the operator, or freeze the parameters before it."
+        ) from error
 
 
 def _compared_with_backward(
@@ -164,7 +178,7 @@ def _left_as_found(module: nn.Module) -> Iterator[None]:
     before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
     no_sync: Any = getattr(module, "no_sync", contextlib.nullcontext)
     try:
-        with no_sync(), untouched_attributes(module):
+        with no_sync(), without_checkpointing(), untouched_attributes(module):
             yield
     finally:
         with torch.no_grad():
@@ -291,8 +305,9 @@ def _check_loss_curvature(risk: SampleRisk, batch: Batch, outputs: Tensor, u: Te
     with double_differentiable(), torch.enable_grad():
         leaf = at.detach().requires_grad_()
         value = risk.objective.losses(leaf, batch).sum()
-        curved = torch.zeros_like(at)
-        if value.requires_grad:
+        curve = risk.objective.output_curvature(leaf.detach(), batch)
+        curved = torch.zeros_like(at) if curve is None else curve(u)
+        if value.requires_grad and curve is None:
             try:
                 (found,) = torch.autograd.grad(value, leaf, create_graph=True, materialize_grads=True)
                 if found.requires_grad:

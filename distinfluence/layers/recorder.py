@@ -6,9 +6,7 @@ module all come to the same. The user's model gets no hooks. What it does not kn
 autograd (see `Layout`), never assumed.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint as checkpointing
 
 from distinfluence.layers.attention import attention
 
@@ -56,51 +53,8 @@ class _Alias:
     rows: tuple[int, int] | None = None
 
 
-_CHECKPOINTS = ("_checkpoint_without_reentrant_generator", "CheckpointFunction")  # what `checkpoint` calls
-_PLAIN_LOCK = threading.Lock()
-_PLAIN: dict[str, Any] = {"depth": 0, "own": {}}
-
-
-class _PlainCall:
-    """`CheckpointFunction` without the checkpoint."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        """Call the function with its arguments."""
-        return function(*args)
-
-
-def _plain_generator(*args: Any, **kwargs: Any) -> Iterator[None]:
-    """`checkpoint` advances it once before and once after the call of the function."""
-    yield
-
-
-@contextmanager
-def without_checkpointing() -> Iterator[None]:
-    """Run what a model gives to `torch.utils.checkpoint` as it is, and keep its activations.
-
-    A checkpointed part runs a second time in the backward pass. It then takes the parameters that the module holds, not
-    those that it was called with, and nothing is recorded. In a PyTorch that has other names inside, checkpoints stay.
-    """
-    plain = dict(zip(_CHECKPOINTS, (_plain_generator, _PlainCall), strict=True))
-    with _PLAIN_LOCK:  # threads share the names: the first takes them away, the last puts them back
-        if not _PLAIN["depth"]:
-            _PLAIN["own"] = {name: getattr(checkpointing, name) for name in plain if hasattr(checkpointing, name)}
-            for name in _PLAIN["own"]:
-                setattr(checkpointing, name, plain[name])
-        _PLAIN["depth"] += 1
-    try:
-        yield
-    finally:
-        with _PLAIN_LOCK:
-            _PLAIN["depth"] -= 1
-            if not _PLAIN["depth"]:
-                for name, own in _PLAIN["own"].items():
-                    setattr(checkpointing, name, own)
-
-
 class Recorder(TorchFunctionMode):
-    """Records the uses of parameters while it is active. Checkpointed parts run as they are meanwhile.
+    """Records the uses of parameters while it is active.
 
     parameters: name → the very tensors that the model is called with. n: samples of the batch. expanded: numbers of the
     uses whose output has no sample dimension (position embeddings) and is given one. cloned: hand out copies, for
@@ -118,13 +72,6 @@ class Recorder(TorchFunctionMode):
         self._expanded = frozenset(expanded)
         self._cloned = cloned
         self._versions: list[int] = []
-        self._plain = ExitStack()
-
-    def __enter__(self) -> "Recorder":
-        """Watch from now on."""
-        self._plain.enter_context(without_checkpointing())
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let the rule of this function handle it, if there is one."""
@@ -136,7 +83,6 @@ class Recorder(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         """Look whether the model changed outputs in place."""
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._plain.close()
         versions = [use.output._version for use in self.uses]
         self.changed_in_place = not self._cloned and versions != self._versions
 

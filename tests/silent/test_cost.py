@@ -1,5 +1,7 @@
 """All checks of a fit together cost at most twelve gradients of sixteen samples, and are on by default."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ def cnn() -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.Flatten(), nn.Linear(32, 10))
 
 
-MODELS = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 10)), (30,)),
     "cnn": (
         lambda: nn.Sequential(
@@ -38,10 +40,10 @@ MODELS = {
 }
 
 
-def flops(call: object) -> int:
+def flops(call: Callable[[], object]) -> int:
     counter = FlopCounterMode(display=False)
     with counter:
-        call()  # type: ignore[operator]
+        call()
     return counter.get_total_flops()
 
 

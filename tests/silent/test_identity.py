@@ -29,7 +29,7 @@ from distinfluence import (
 from distinfluence.cli import main
 from distinfluence.errors import FingerprintError, RecipeError
 from distinfluence.identity import identity, structure
-from distinfluence.scaling.saved import FitReport
+from distinfluence.influence.report import FitReport
 from tests.silent.dense import Dense
 
 cross_entropy = nn.functional.cross_entropy
@@ -76,7 +76,8 @@ class Squared(Objective):
         return out
 
     def losses(self, outputs: Tensor, batch: Any) -> Tensor:
-        return self.scale * (outputs - batch[1].unsqueeze(1)).square().sum(dim=1)
+        found: Tensor = self.scale * (outputs - batch[1].unsqueeze(1)).square().sum(dim=1)
+        return found
 
 
 def weighted(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distinfluence import DirectInfluence, EkfacInfluence
-from distinfluence.errors import DerivativeError, DistinfluenceError
+from distinfluence.errors import DerivativeError, DistinfluenceError, UnsupportedOperatorError
+from distinfluence.objective import SupervisedObjective
 from tests.silent.dense import Dense
 
 cross_entropy = nn.functional.cross_entropy
@@ -113,8 +114,9 @@ class Right(torch.autograd.Function):
         return 2 * saved(ctx) * grad
 
 
-# their backward is linear in its gradient, which is all that J takes of it; or J is found without a wrong `jvp`
-RIGHT_ONCE = (Keeps, Cuts, Forward)
+# their backward is linear in its gradient, which is all that J takes of it; or J is found without a wrong `jvp`; or by
+# one reverse pass for each output, where the mark says that there is nothing else
+RIGHT_ONCE = (Once, Keeps, Cuts, Forward)
 
 
 class Net(nn.Module):
@@ -199,3 +201,38 @@ def test_methods_that_differentiate_once_take_them_all(function: Any) -> None:
         return
     with pytest.raises(DistinfluenceError, match="empirical_fisher"):
         refined.fit(DATA)
+
+
+class Closed(SupervisedObjective):
+    """The loss that is cut, with its second derivative in closed form."""
+
+    def output_curvature(self, outputs: Tensor, batch: Any) -> Any:
+        own = cross_entropy(outputs, batch[1], reduction="none")
+        p = torch.softmax(outputs, dim=1)
+        weights = (1 - (-own).exp()).square().unsqueeze(1)
+        return lambda u: weights * p * (u - (p * u).sum(dim=1, keepdim=True))
+
+
+def test_a_curvature_in_closed_form_is_compared_too() -> None:
+    """Not even a closed form of a detached weight is the derivative of the loss that has it."""
+    with pytest.raises(DerivativeError, match="second derivative by the outputs"):
+        DirectInfluence(net(Right), Closed(focal), 0.1, second_order_mode="ggn").fit(DATA)
+    right = Closed(cross_entropy)
+    right.output_curvature = SupervisedObjective(nn.CrossEntropyLoss()).output_curvature  # type: ignore[method-assign]
+    DirectInfluence(net(Right), right, 0.1, second_order_mode="ggn").fit(DATA)
+
+
+def test_an_operator_without_any_derivative_is_named() -> None:
+    class Zeta(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).exp()
+            out: Tensor = torch.special.zeta(h + 2, torch.ones_like(h))
+            return out
+
+    for influence in (DirectInfluence(Zeta().double(), cross_entropy, 0.1), EkfacInfluence(Zeta().double(), True, 0.1)):
+        with pytest.raises(UnsupportedOperatorError, match="zeta"):
+            influence.fit(DATA)

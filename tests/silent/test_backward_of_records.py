@@ -12,8 +12,8 @@ from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from distinfluence import DirectInfluence, EkfacInfluence, EmpiricalRisk, HessianOperator
+from distinfluence.checkpointing import without_checkpointing
 from distinfluence.layers import layout_of
-from distinfluence.layers.recorder import without_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
@@ -55,6 +55,12 @@ class Checkpointed(Plain):
 class InSequence(Plain):
     def inside(self, hidden: Tensor) -> Tensor:
         out: Tensor = checkpoint_sequential(self.middle, 2, hidden, use_reentrant=False)
+        return out
+
+
+class Reentrant(Plain):
+    def inside(self, hidden: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.middle, hidden, use_reentrant=True)
         return out
 
 
@@ -118,7 +124,11 @@ class CustomBackward(Plain):
         return out
 
 
-CHECKPOINTED: dict[str, type[Plain]] = {"Checkpointed": Checkpointed, "InSequence": InSequence}
+CHECKPOINTED: dict[str, type[Plain]] = {
+    "Checkpointed": Checkpointed,
+    "InSequence": InSequence,
+    "Reentrant": Reentrant,
+}
 OTHERS: dict[str, type[Plain]] = {
     "SavedElsewhere": SavedElsewhere,
     "BackwardHooks": BackwardHooks,
@@ -175,7 +185,7 @@ def test_ekfac_gives_the_plain_models_factors(name: str) -> None:
     torch.testing.assert_close(own.influences(X, Y), expected @ train.T, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", MODELS)
 def test_ekfac_without_layers_gives_the_plain_models_scores(name: str) -> None:
     own, plain = (fitted(model, recognise=False) for model in (MODELS[name](), Plain()))
     torch.testing.assert_close(own.influences(X, Y), plain.influences(X, Y), rtol=1e-8, atol=1e-10)
@@ -243,7 +253,7 @@ def test_the_dense_hessian_of_a_chain_of_layers(inside: Callable[[nn.Module, Ten
     torch.testing.assert_close(operator.dense(), hessian_of(Chain(called)), rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("model", [*OTHERS.values(), CustomBackward])
+@pytest.mark.parametrize("model", [*MODELS.values(), CustomBackward])
 def test_direct_influence_is_the_plain_models(model: type[Plain]) -> None:
     own, plain = (DirectInfluence(one(), LOSS, 0.5).fit((X, Y)) for one in (model, Plain))
     torch.testing.assert_close(own.influences(X, Y), plain.influences(X, Y), rtol=1e-8, atol=1e-10)
