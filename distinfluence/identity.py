@@ -106,7 +106,7 @@ class _Reader:
             found: dict[str, Json] = {"class": _name(type(module)), **self._attributes(plain, depth)}
             code = getattr(module, "code", None)  # of a traced or scripted graph, whose class says nothing
             return found | ({"code": _short(code)} if isinstance(code, str) else {})
-        kept = {name: item for name, item in own.items() if not (name.startswith("_") and isinstance(item, Tensor))}
+        kept = {name: item for name, item in own.items() if not _changes_by_itself(name, item)}
         return {"class": self.read(type(module), depth), **self._attributes(kept, depth)}
 
     def _attributes(self, attributes: Mapping[str, object], depth: int) -> dict[str, Json]:
@@ -136,6 +136,14 @@ class _Reader:
             "defaults": self.read([function.__defaults__, function.__kwdefaults__], depth),
             "captured": self._attributes(_captured(function), depth),
         }
+
+
+def _changes_by_itself(name: str, attribute: object) -> bool:
+    """Whether a user's module may change an attribute as it is used: counts, flags, caches, what a trainer attaches.
+
+    What they do to the numbers is seen by comparing the numbers.
+    """
+    return isinstance(attribute, int) or (name.startswith("_") and not isinstance(attribute, float))
 
 
 def _captured(function: types.FunctionType) -> dict[str, object]:

@@ -287,7 +287,7 @@ def require_same_inputs(
     looked = {name: look(InProcess(), context, chunks, quiet, name) for name, chunks in data.items()}
     here: dict[str, object] = {name: own.sha256 for name, own in looked.items()}
     here |= {"parameters": fingerprint_module(model.risk.module), "forward": structure(model.risk.module)}
-    here |= {"objective": to_json(model.objective.settings(), "objective")}
+    here |= {"objective": to_json(model.objective_settings, "objective")}
     provenance = result.provenance
     recorded = provenance["fingerprints"] | {"forward": provenance["structure"], "objective": provenance["objective"]}
     other = [name.replace("_", " ") for name, own in here.items() if recorded[name] != own]

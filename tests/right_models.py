@@ -660,6 +660,29 @@ def _gpt2() -> Parts:
     )
 
 
+class LowRank(nn.Module):
+    """A frozen projection of GPT-2's with a low-rank adapter beside it."""
+
+    def __init__(self, frozen: nn.Module, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.down, self.up = nn.Linear(n_in, 2, bias=False), nn.Linear(2, n_out, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.frozen(x) + 2.0 * self.up(self.down(x))
+        return out
+
+
+def _adapted_gpt2() -> Parts:
+    model, loss, data = _gpt2()
+    model.requires_grad_(False)
+    block = model.get_submodule("transformer.h.0")
+    block.attn.c_attn = LowRank(block.attn.c_attn, 16, 48)  # type: ignore[union-attr, arg-type]
+    block.mlp.c_fc = LowRank(block.mlp.c_fc, 16, 64)  # type: ignore[union-attr, arg-type]
+    return model, loss, data
+
+
 def _llama() -> Parts:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -694,7 +717,12 @@ def _bert() -> Parts:
     return BertForSequenceClassification(config), OfLogits(), data
 
 
-HUGGING_FACE: dict[str, Callable[[], Parts]] = {"tiny GPT-2": _gpt2, "tiny Llama": _llama, "tiny BERT": _bert}
+HUGGING_FACE: dict[str, Callable[[], Parts]] = {
+    "tiny GPT-2": _gpt2,
+    "tiny GPT-2 with adapters": _adapted_gpt2,
+    "tiny Llama": _llama,
+    "tiny BERT": _bert,
+}
 
 
 # ---- all of them

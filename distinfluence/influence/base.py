@@ -66,6 +66,7 @@ class InfluenceFunctionModel(ABC):
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
         self.objective = as_objective(loss)
+        self.objective_settings = self.objective.settings()  # as it is now: a loss may count its calls
         self.second_order_mode = _second_order_mode(second_order_mode)
         self.block_structure = block_structure
         self.hessian_regularization = hessian_regularization

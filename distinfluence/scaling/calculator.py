@@ -113,7 +113,7 @@ class InfluenceCalculator(ABC):
     def _fit_or_load(self, plane: DaskPlane | SourcePlane, sha256: str, certify: bool, bars: Progress) -> None:
         """Fit, and leave the fit in the scratch folder if that stays; or take the one that a run that died left."""
         asked: dict[str, object] = {"solver": self.model.settings(), "certify": certify, "format": VERSION}
-        asked |= {"objective": self.model.objective.settings(), "chunks": list(plane.chunk_sizes)}
+        asked |= {"objective": self.model.objective_settings, "chunks": list(plane.chunk_sizes)}
         asked |= {"structure": structure(self.model.risk.module)}
         parameters = fingerprint_module(self.model.risk.module)
         key = combine({"parameters": parameters, "data": sha256, "settings": fingerprint_settings(asked)})

@@ -98,7 +98,7 @@ def _belongs(influence: InfluenceFunctionModel, plane: DataPlane) -> dict[str, A
         "parameters": fingerprint_module(influence.risk.module),
         "structure": dict(structure(influence.risk.module)),
         "settings": to_json(influence.asked_settings(), "settings"),
-        "objective": to_json(influence.objective.settings(), "objective"),
+        "objective": to_json(influence.objective_settings, "objective"),
         "data": plane.digest,
         "probe": None if plane.checked is None else plane.checked.probe.to_json(),
     }

@@ -219,7 +219,7 @@ def write_influences(
     }
     settings: dict[str, object] = {
         "solver": fitted.model.settings(),
-        "objective": fitted.model.objective.settings(),
+        "objective": fitted.model.objective_settings,
         "structure": structure(fitted.model.risk.module),
         "mode": str(request.mode),
         # where is solved is an arithmetic of its own, and "auto" decides it by the workers that there are

@@ -304,3 +304,41 @@ def test_identity_is_the_same_for_the_same_and_another_for_another() -> None:
     ring["itself"] = ring
     assert identity(ring) == {"a": 1, "itself": "builtins.dict"}
     assert identity([float("nan"), {2, 1}, torch.float32]) == ["nan", [1, 2], "torch.float32"]
+
+
+class Counting(Squared):
+    """An objective that counts its calls, and keeps its last outputs."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.calls, self.last = 0, torch.zeros(())
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        self.calls += 1
+        self.last = outputs.detach()
+        return super().losses(outputs, batch)
+
+
+class Stepping(Net):
+    """A model that counts its calls, with a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self._cache = 0, torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self._cache = x.detach().clone()
+        return super().forward(x)
+
+
+def test_what_changes_as_it_is_used_is_the_same(tmp_path: Path) -> None:
+    used = Given(Stepping(), Counting())
+    for _ in range(3):
+        used.model(used.data[0])
+    save_fit(used.influence().fit(used.data), tmp_path / "fit")
+    load_fit(Given(Stepping(), Counting()).influence(), tmp_path / "fit", used.data)
+    for number in range(2):
+        given = Given(Stepping(), Counting())
+        calculator = SequentialInfluenceCalculator(given.influence(), scratch=tmp_path / "scratch")
+        calculator.fit(*given.data).to_zarr(tmp_path / "i.zarr", *samples(3), progress=False, resume=number > 0)

@@ -89,17 +89,19 @@ def test_inputs_stay_as_they_are(name: str, mode: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (*train, *test), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["embedding", "embedding, norm 1", "frozen embedding"])
+@pytest.mark.parametrize("kind", ["embedding", "embedding, norm 1", "frozen embedding", "bag"])
 def test_embeddings_with_a_largest_norm_stay_as_they_are(kind: str) -> None:
     torch.manual_seed(0)
-    layer = nn.Embedding(7, 3, max_norm=1.0, norm_type=1.0 if "norm 1" in kind else 2.0)
+    norm_type = 1.0 if "norm 1" in kind else 2.0
+    kind_of = nn.EmbeddingBag if kind == "bag" else nn.Embedding
+    layer = kind_of(7, 3, max_norm=1.0, norm_type=norm_type)
     model = Bags(layer.requires_grad_(kind != "frozen embedding")).double()
     ids = torch.arange(60).reshape(20, 3) * 5 % 7
     train, test = (ids, torch.arange(20) % 3), (ids[:3], torch.tensor([0, 1, 1]))
     with torch.no_grad():
         settled = Bags(nn.Embedding(7, 3)).double()  # what torch differentiates: the weights as they are after a call
         settled.load_state_dict(model.state_dict())
-        torch.embedding_renorm_(settled.embedding.weight, torch.arange(7), 1.0, layer.norm_type)
+        torch.embedding_renorm_(settled.embedding.weight, torch.arange(7), 1.0, norm_type)
     settled.embedding.requires_grad_(kind != "frozen embedding")
     expected = Dense(settled, cross_entropy, 0.1, "ggn").influences(test, train)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
