@@ -678,8 +678,8 @@ def _adapted_gpt2() -> Parts:
     model, loss, data = _gpt2()
     model.requires_grad_(False)
     block = model.get_submodule("transformer.h.0")
-    block.attn.c_attn = LowRank(block.attn.c_attn, 16, 48)  # type: ignore[union-attr, arg-type]
-    block.mlp.c_fc = LowRank(block.mlp.c_fc, 16, 64)  # type: ignore[union-attr, arg-type]
+    block.attn.c_attn = LowRank(block.attn.c_attn, 16, 48)
+    block.mlp.c_fc = LowRank(block.mlp.c_fc, 16, 64)
     return model, loss, data
 
 
