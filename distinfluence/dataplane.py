@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from distinfluence.batch import Batch, as_batch, batch_length, nbytes, take
-from distinfluence.draw import Draw, Place, grouped, sample_keys, sample_of
+from distinfluence.counter_random import sample_keys
+from distinfluence.draw import Draw, Place, grouped, sample_of
 from distinfluence.errors import EmptyDataError, NonDeterministicDataError, ShapeError
 from distinfluence.probe import Checked
 from distinfluence.sample_risk import SampleRisk
@@ -219,7 +220,7 @@ def check_repeatable(loader: object) -> None:
     with untouched_generators():
         for index in sorted({i * n // READ_TWICE for i in range(READ_TWICE)}):
             first, second = (as_batch(collate([data[index]])) for _ in range(2))  # type: ignore[index]
-            if not torch.equal(sample_keys(first)[0], sample_keys(second)[0]):
+            if not torch.equal(sample_keys(first), sample_keys(second)):
                 raise NonDeterministicDataError(OTHER_VALUES.format(what=f"`data` (sample {index})"))
 
 

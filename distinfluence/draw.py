@@ -10,61 +10,19 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
 
-from distinfluence.batch import Batch, batch_length, leaves, map_batch
+from distinfluence.batch import Batch, leaves, map_batch
+from distinfluence.counter_random import mixed, sample_keys
 
 N_SAMPLES = 16
 N_TARGETS = 8  # of these samples, with different targets
-PIECE_BYTES = 4 * 2**20  # of samples that are mixed at once
 
 Place = tuple[int, int]  # a chunk and the sample in it
-
-
-def sample_keys(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return 64 bits of each sample's content and of its target's, the last tensor of the batch: int64 [n] each."""
-    keys = torch.zeros(batch_length(batch), dtype=torch.int64)
-    last = keys
-    for number, (_, tensor) in enumerate(leaves(batch)):
-        last = _mixed(_of_rows(tensor) + _constant(number))
-        keys = keys + last
-    return _mixed(keys), last
-
-
-def _of_rows(tensor: Tensor) -> Tensor:
-    n = tensor.shape[0]
-    flat = tensor.detach().reshape(n, -1).contiguous()
-    width = flat.shape[1] * flat.element_size()
-    if not width:
-        return torch.zeros(n, dtype=torch.int64)
-    words = -(-width // 8)
-    weights = (
-        torch.randint(-(2**62), 2**62, (words,), generator=torch.Generator().manual_seed(words), dtype=torch.int64)
-        .mul_(2)
-        .add_(1)
-    )
-    found = []
-    for piece in flat.split(max(1, PIECE_BYTES // width)):
-        raw = piece.cpu().view(torch.uint8) if piece.dtype != torch.bool else piece.cpu().to(torch.uint8)
-        padded = torch.nn.functional.pad(raw, (0, 8 * words - raw.shape[1])).contiguous().view(torch.int64)
-        found.append((_mixed(padded ^ weights) * weights).sum(dim=1))
-    return torch.cat(found)
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """Every bit of each number depends on all of its bits (the finaliser of SplitMix64; shifts keep the sign here)."""
-    x = (x ^ (x >> 30)) * -4658895280553007687
-    x = (x ^ (x >> 27)) * -7723592293110705685
-    return x ^ (x >> 31)
 
 
 def name_seed(name: str) -> int:
     """A seed that depends on a name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
-
-
-def _constant(number: int) -> int:
-    return 0x1E3779B97F4A7C15 * (number + 1) % 2**62
 
 
 @dataclass(frozen=True)
@@ -83,9 +41,10 @@ class Draw:
     @classmethod
     def of(cls, batch: Batch, chunk: int) -> Self:
         """The draw of one chunk."""
-        keys, targets = sample_keys(batch)
+        *_, (_, last) = leaves(batch)
+        keys, targets = sample_keys(batch).cpu(), sample_keys(last).cpu()
         entries = list(zip(keys.tolist(), targets.tolist(), ((chunk, i) for i in range(len(keys))), strict=True))
-        total = int(_mixed(keys + _constant(7)).sum()), int(_mixed(keys ^ _constant(11)).sum())
+        total = int(mixed(keys + 1).sum()), int(mixed(keys + 2).sum())
         return cls(_smallest(entries), _each_target(entries), total, len(keys))
 
     def __add__(self, other: "Draw") -> "Draw":

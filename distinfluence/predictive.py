@@ -14,10 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distinfluence.batch import Batch, leaves
-
-_GOLDEN = -0x61C8864680B583EB  # 2⁶⁴ / φ, as SplitMix64 counts, in two's complement
-_MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
+from distinfluence.counter_random import Uniform
 
 
 class Predictive(ABC):
@@ -33,57 +30,8 @@ class Predictive(ABC):
         """[n_roots, n, *outputs]: Σ v vᵀ over the first dimension is ∇²_f ℓ of each sample."""
 
     @abstractmethod
-    def draw(self, uniform: "Uniform") -> Tensor:
+    def draw(self, uniform: Uniform) -> Tensor:
         """[n, *outputs]: one v for each sample with E[v vᵀ] = ∇²_f ℓ."""
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """Numbers in [0, 1) for each sample. keys: [n] int64; seed, number: which of all the streams of a sample."""
-
-    keys: Tensor
-    seed: int
-    number: int = 0
-
-    def __call__(self, count: int) -> Tensor:
-        """[n, count] float64."""
-        stream = _mixed(torch.tensor(self.seed % 2**32 * 0x10001 + self.number + 1, device=self.keys.device) * _GOLDEN)
-        counter = torch.arange(1, count + 1, device=self.keys.device) * _GOLDEN
-        bits = _mixed(_mixed(self.keys + stream).unsqueeze(1) + counter)
-        return _shifted(bits, 11).double() * 2.0**-53
-
-
-def sample_keys(batch: Batch) -> Tensor:
-    """A 64-bit hash of each sample's content, [n] int64: multilinear in its bytes with pseudo-random multipliers."""
-    total: Tensor | None = None
-    for number, (_, tensor) in enumerate(leaves(batch)):
-        words = _words(tensor)
-        steps = torch.arange(1, words.shape[1] + 1, device=words.device) + (number << 32)
-        own = (words * (_mixed(steps * _GOLDEN) | 1)).sum(dim=1)
-        total = own if total is None else _mixed(total) + own
-    assert total is not None
-    return _mixed(total)
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """The bits of each sample as [n, words] int64."""
-    flat = tensor.detach().reshape(tensor.shape[0], -1).contiguous()
-    if flat.dtype.is_floating_point or flat.dtype.is_complex:
-        flat = flat.double() if not flat.dtype.is_complex else torch.view_as_real(flat).flatten(1).double()
-        return flat.view(torch.int64)
-    return flat.long()
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """A logical shift to the right; torch's is arithmetic."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
-
-
-def _mixed(bits: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele, Lea & Flood 2014)."""
-    for shift, multiplier in _MIX:
-        bits = (bits ^ _shifted(bits, shift)) * multiplier
-    return bits ^ _shifted(bits, 31)
 
 
 @dataclass(frozen=True)

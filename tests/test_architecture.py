@@ -60,6 +60,7 @@ LAYERS = {
             "batch",
             "blocks",
             "checkpointing",
+            "counter_random",
             "objective",
             "sample_risk",
             "gradients",

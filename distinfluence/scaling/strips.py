@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from distinfluence.batch import Batch
+from distinfluence.counter_random import sample_keys
 from distinfluence.dataplane import OTHER_VALUES
-from distinfluence.draw import Draw, Place, grouped, sample_keys, sample_of
+from distinfluence.draw import Draw, Place, grouped, sample_of
 from distinfluence.errors import (
     ChunkFailedError,
     DistinfluenceError,
@@ -169,7 +170,7 @@ def drawn_samples(executor: Executor, risk: SampleRisk, looked: Looked) -> list[
         for number, index in enumerate(by_chunk[chunks[position]]):
             samples[chunks[position], index] = sample_of(batch, number)
     for (chunk, index), key in looked.draw.places.items():
-        if int(sample_keys(samples[chunk, index])[0]) != key:
+        if int(sample_keys(samples[chunk, index])) != key:
             where = f"the data set (sample {looked.data.starts[chunk] + index})"
             raise NonDeterministicDataError(OTHER_VALUES.format(what=where))
     return grouped([samples[place] for place in looked.draw.places])
