@@ -9,7 +9,7 @@ from distinfluence.batch import Batch, leaves
 
 _GOLDEN = -0x61C8864680B583EB  # 2⁶⁴ / φ, as SplitMix64 counts, in two's complement
 _MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
-PIECE_BYTES = 4 * 2**20  # of numbers that are mixed at once
+PIECE_BYTES = 2**18  # of numbers that are mixed at once, near the cache
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def _key(tensor: Tensor, number: int) -> Tensor:
     words = _words(tensor)
     steps = torch.arange(1, words.shape[1] + 1, device=words.device) + (number << 32)
     multipliers = mixed(steps * _GOLDEN) | 1
-    return (mixed(words ^ multipliers) * multipliers).sum(dim=1)
+    bits = (words ^ multipliers).mul_(multipliers)
+    return bits.bitwise_xor_(bits >> 32).mul_(multipliers).sum(dim=1)
 
 
 def _words(tensor: Tensor) -> Tensor:

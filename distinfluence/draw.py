@@ -43,7 +43,12 @@ class Draw:
         """The draw of one chunk."""
         *_, (_, last) = leaves(batch)
         keys, targets = sample_keys(batch).cpu(), sample_keys(last).cpu()
-        entries = list(zip(keys.tolist(), targets.tolist(), ((chunk, i) for i in range(len(keys))), strict=True))
+        by_key = keys.sort(stable=True)[1]
+        distinct = by_key[torch.cat([torch.ones(1, dtype=torch.bool), keys[by_key].diff() != 0])]
+        by_target = distinct[targets[distinct].sort(stable=True)[1]]  # for each target, the smallest key comes first
+        first = by_target[torch.cat([torch.ones(1, dtype=torch.bool), targets[by_target].diff() != 0])]
+        some = torch.cat([distinct[:N_SAMPLES], first[:N_TARGETS]]).tolist()
+        entries = [(int(keys[i]), int(targets[i]), (chunk, i)) for i in some]
         total = int(mixed(keys + 1).sum()), int(mixed(keys + 2).sum())
         return cls(_smallest(entries), _each_target(entries), total, len(keys))
 

@@ -33,7 +33,7 @@ from distinfluence.sample_risk import (
 
 SECOND_ORDER_SAMPLES = 8  # of the drawn ones, for what costs several gradients
 CHECK_VECTORS = 14  # [p], in the dtype that they are compared in, held at most
-MOST_IN_DOUBLE = 2**22  # parameters, up to which second derivatives are compared in float64
+MOST_IN_DOUBLE = 2**20  # parameters, up to which second derivatives are compared in float64
 MOVED = 1e-2  # of each parameter's size: away from kinks on which a network may sit, such as a ReLU of zero
 STEPS = (1e-7, 1e-3)  # of differences, relative to the parameters: exact; and for models with float32 inside
 ALLOWED = (1e-3, 1e-2)  # relative error with each of these steps
