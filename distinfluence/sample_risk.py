@@ -180,14 +180,17 @@ class SampleRisk:
         """The same risk as a function of some of the covered parameters."""
         key = "\n".join(names)
         if key not in self._restricted:
-            shapes = {name: self.blocks.shapes[name] for name in names}
-            left_out = tuple(name for name in self.blocks.shapes if name not in shapes)
-            own = ParameterBlocks({key: names}, shapes, self.blocks.n_total, self.blocks.uncovered + left_out)
-            self._restricted[key] = SampleRisk(
-                self.module, self.objective, own, self.device, self._asked_dtype, self.autocast
-            )
+            self._restricted[key] = self.apart(names)
             self._restricted[key].measures = self.measures
         return self._restricted[key]
+
+    def apart(self, names: tuple[str, ...], dtype: torch.dtype | None = None) -> "SampleRisk":
+        """As `only`, evaluated in another dtype if given, and not kept."""
+        shapes = {name: self.blocks.shapes[name] for name in names}
+        left_out = tuple(name for name in self.blocks.shapes if name not in shapes)
+        own = ParameterBlocks({"\n".join(names): names}, shapes, self.blocks.n_total, self.blocks.uncovered + left_out)
+        asked, autocast = (self._asked_dtype, self.autocast) if dtype is None else (dtype, None)
+        return SampleRisk(self.module, self.objective, own, self.device, asked, autocast)
 
     def to(self, device: torch.device) -> "SampleRisk":
         """The same risk evaluated on another device; the user's module stays where it is."""

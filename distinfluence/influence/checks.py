@@ -32,11 +32,11 @@ from distinfluence.sample_risk import (
 )
 
 SECOND_ORDER_SAMPLES = 8  # of the drawn ones, for what costs several gradients
-CHECK_VECTORS = 14  # [p], in the dtype that they are compared in, held at most
-MOST_IN_DOUBLE = 2**20  # parameters, up to which second derivatives are compared in float64
+MOST_PARAMETERS = 2**20  # by which second derivatives are compared: the first ones, which see all that comes after
+CHECK_VECTORS = 14  # over these, in float64, held at most
 MOVED = 1e-2  # of each parameter's size: away from kinks on which a network may sit, such as a ReLU of zero
-STEPS = (1e-7, 1e-3)  # of differences, relative to the parameters: exact; and for models with float32 inside
-ALLOWED = (1e-3, 1e-2)  # relative error with each of these steps
+EXACT_STEP, EXACT = 1e-8, 1e-3  # of differences, relative to the parameters, and the relative error that is allowed
+COARSE_STEP, COARSE = 1e-3, 1e-2  # for models with float32 inside
 KNOWN = {"WeightNormInterfaceBackward0": "torch._weight_norm"}  # whose second derivative is wrong (torch 2.13)
 ADJOINT = 1e-3  # relative error of two products that are equal but for rounding, float32's inside a model included
 
@@ -188,8 +188,11 @@ def _left_as_found(module: nn.Module) -> Iterator[None]:
 
 
 def check_bytes(p: int, itemsize: int) -> int:
-    """Bytes that the checks of a model with p parameters hold at most, for plans."""
-    return CHECK_VECTORS * p * (8 if p <= MOST_IN_DOUBLE else itemsize)
+    """Bytes that the checks of a model with p parameters hold at most, for plans.
+
+    The whole model in float64, and vectors over the first parameters; or some whole gradients in the model's own dtype.
+    """
+    return max(8 * p + CHECK_VECTORS * 8 * min(p, MOST_PARAMETERS), 5 * itemsize * p)
 
 
 def check_products(risk: SampleRisk, batch: Batch, mode: SecondOrderMode) -> None:
@@ -197,23 +200,34 @@ def check_products(risk: SampleRisk, batch: Batch, mode: SecondOrderMode) -> Non
 
     The Hessian is compared with differences of gradients, and must be symmetric. The Gauss–Newton matrix needs the
     Jacobian J both ways: ⟨u, Jv⟩ from its product must be ⟨Jᵀu, v⟩ from a reverse pass; and the Hessian of the loss by
-    the outputs, compared with differences.
+    the outputs, compared with differences. In float64: in float32 a difference of gradients of a network with kinks is
+    not that of its smooth pieces.
     """
-    wide, samples = risk, batch
-    if risk.size <= MOST_IN_DOUBLE and risk.dtype != torch.float64:
-        wide = risk.in_double()
-        samples = map_batch(wide.widened, batch)
-        try:
-            with double_differentiable():
-                wide.losses(wide.parameters, samples)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # a model with something in it that is float32 for good
-            wide, samples = risk, batch
+    names = _first_parameters(risk)
+    wide = risk.apart(names, torch.float64)
+    samples = map_batch(wide.widened, batch)
+    try:
+        with double_differentiable():
+            wide.losses(wide.parameters, samples)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model with something in it that is float32 for good
+        wide, samples = risk.apart(names), batch
     if mode is SecondOrderMode.HESSIAN:
         _check_hessian(wide, samples)
     else:
         _check_gauss_newton(wide, samples)
+
+
+def _first_parameters(risk: SampleRisk) -> tuple[str, ...]:
+    """Names of the parameters that come first, up to MOST_PARAMETERS numbers; without those that are larger alone."""
+    sizes = {name: shape.numel() for name, shape in risk.blocks.shapes.items()}
+    chosen, total = list[str](), 0
+    for name, size in sizes.items():
+        if total + size <= MOST_PARAMETERS:
+            chosen.append(name)
+            total += size
+    return tuple(chosen) or (min(sizes, key=sizes.__getitem__),)
 
 
 def _check_hessian(risk: SampleRisk, batch: Batch) -> None:
@@ -221,22 +235,24 @@ def _check_hessian(risk: SampleRisk, batch: Batch) -> None:
     generator = torch.Generator().manual_seed(0)
     moved = {n: p + MOVED * scales[n] * _normal(p, generator) for n, p in risk.parameters.items()}
     at = risk.at(moved)
-    rows = torch.stack(
-        [at.blocks.flatten({n: scales[n] * _normal(p, generator) for n, p in moved.items()}) for _ in "uv"]
-    )
-    rows = at.without_padding(rows)
+    rows = at.without_padding(torch.stack([_direction(at, scales, generator) for _ in "uv"]))
     (products,) = operator_class(SecondOrderMode.HESSIAN).kernel(None)(at, batch, rows)
     (u, v), (hu, hv) = rows.double(), products.double()
     sides = float(u @ hv), float(v @ hu)
     norm = float(hv.norm() * u.norm())
     errors = []
-    if abs(sides[0] - sides[1]) <= ALLOWED[-1] * norm:  # rounding in float32, and kinks, are far below
-        for step, allowed in zip(STEPS, ALLOWED, strict=True):
+    if abs(sides[0] - sides[1]) <= COARSE * norm:  # rounding in float32, and kinks, are far below
+        # a second direction: a kink that lies in the way of one does not lie in that of another
+        for row, product, step, allowed in (
+            (v, hv, EXACT_STEP, EXACT),
+            (u, hu, EXACT_STEP, EXACT),
+            (v, hv, COARSE_STEP, COARSE),
+        ):
             if step < torch.finfo(risk.dtype).eps:
                 continue
-            expected, size = _difference(at, batch, v, step)
+            expected, size = _difference(at, batch, row, step)
             noise = 100 * torch.finfo(risk.dtype).eps / step * size
-            error = float((hv - expected).norm())
+            error = float((product - expected).norm())
             if error <= allowed * float(expected.norm()) + noise:
                 return
             errors.append(error / max(float(expected.norm()), 1e-300))
@@ -315,7 +331,7 @@ def _check_loss_curvature(risk: SampleRisk, batch: Batch, outputs: Tensor, u: Te
             except RuntimeError:
                 return  # no second derivative: said by the product itself, with the operator's name
         errors = []
-        for step, allowed in zip(STEPS, ALLOWED, strict=True):
+        for step, allowed in ((EXACT_STEP, EXACT), (COARSE_STEP, COARSE)):
             if step < torch.finfo(at.dtype).eps:
                 continue
             move = step * size * u / max(float(u.norm()), 1e-300) * u.numel() ** 0.5
