@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from distinfluence.batch import Batch, as_batch, batch_length, nbytes, take
+from distinfluence.batch import Batch, as_batch, batch_length, map_batch, nbytes, take
 from distinfluence.counter_random import sample_keys
 from distinfluence.draw import Draw, Place, grouped, sample_of
 from distinfluence.errors import EmptyDataError, NonDeterministicDataError, ShapeError
 from distinfluence.probe import Checked
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.sample_risk import CHECKED_SAMPLES, SampleRisk
 
 READ_TWICE = 16  # samples of a data set, before it is used
 
@@ -135,7 +135,8 @@ class LocalPlane(LoopPlane):
         check_repeatable(self._loader)
         self._read_twice = False
         self.chunk_sizes = self._first_pass()
-        self.remarks = tuple(dict.fromkeys(remark for batch in self.drawn for remark in risk.check(batch)))
+        ragged = (self._first,) if len(self.drawn) > 1 else ()  # some may be alone with their shape
+        self.remarks = tuple(dict.fromkeys(remark for batch in (*self.drawn, *ragged) for remark in risk.check(batch)))
         self.n_samples = sum(self.chunk_sizes)
         self.random_access = self._kept is not None
 
@@ -147,6 +148,7 @@ class LocalPlane(LoopPlane):
             batch = self.risk.place(data)
             if not sizes:
                 self.risk.check_takes(batch)
+                self._first = map_batch(torch.clone, take(batch, 0, CHECKED_SAMPLES))
             draw = draw + Draw.of(batch, len(sizes))
             samples = {p: samples[p] if p in samples else sample_of(batch, p[1]) for p in draw.candidates}
             sizes.append(batch_length(batch))
@@ -211,15 +213,18 @@ OTHER_VALUES = (
 
 def check_repeatable(loader: object) -> None:
     """Read some samples of a loader's map-style data set twice. Raises NonDeterministicDataError where they differ."""
-    data = getattr(loader, "dataset", None)
+    data: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or isinstance(data, (IterableDataset, TensorDataset)):
         return
-    n, collate = len(data), loader.collate_fn  # type: ignore[arg-type]
-    if loader.batch_size is None or not n:
-        return
+    if loader.num_workers or loader.batch_size is None or not hasattr(data, "__len__"):
+        return  # a data set that is opened here first may not be opened again where it is read
+    n = len(data)
     with untouched_generators():
-        for index in sorted({i * n // READ_TWICE for i in range(READ_TWICE)}):
-            first, second = (as_batch(collate([data[index]])) for _ in range(2))  # type: ignore[index]
+        for index in sorted({i * n // READ_TWICE for i in range(READ_TWICE)}) if n else ():
+            try:
+                first, second = (as_batch(loader.collate_fn([data[index]])) for _ in range(2))
+            except Exception:  # its samples have other names, or some cannot be read and its sampler leaves them out
+                return
             if not torch.equal(sample_keys(first), sample_keys(second)):
                 raise NonDeterministicDataError(OTHER_VALUES.format(what=f"`data` (sample {index})"))
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from distinfluence.batch import Batch, leaves, map_batch
 from distinfluence.counter_random import mixed, sample_keys
 
 N_SAMPLES = 16
+TARGETS = ("labels", "label", "targets", "target", "y")
 N_TARGETS = 8  # of these samples, with different targets
 
 Place = tuple[int, int]  # a chunk and the sample in it
@@ -41,8 +43,7 @@ class Draw:
     @classmethod
     def of(cls, batch: Batch, chunk: int) -> Self:
         """The draw of one chunk."""
-        *_, (_, last) = leaves(batch)
-        keys, targets = sample_keys(batch).cpu(), sample_keys(last).cpu()
+        keys, targets = sample_keys(batch).cpu(), sample_keys(_target(batch)).cpu()
         by_key = keys.sort(stable=True)[1]
         distinct = by_key[torch.cat([torch.ones(1, dtype=torch.bool), keys[by_key].diff() != 0])]
         by_target = distinct[targets[distinct].sort(stable=True)[1]]  # for each target, the smallest key comes first
@@ -80,6 +81,12 @@ class Draw:
             if len(chosen) < N_SAMPLES:
                 chosen.setdefault(key, place)
         return {place: key for key, place in sorted(chosen.items())}
+
+
+def _target(batch: Batch) -> Tensor:
+    """What names a sample's class, if anything does: what is called so, else the last tensor."""
+    named = {name.rpartition("[")[2].strip("]'\""): tensor for name, tensor in leaves(batch)}
+    return next((named[name] for name in TARGETS if name in named), list(named.values())[-1])
 
 
 def _smallest(entries: Sequence[tuple[int, int, Place]]) -> tuple[tuple[int, int, Place], ...]:

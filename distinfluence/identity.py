@@ -6,6 +6,7 @@ classes and functions count; those of installed packages count by name and plain
 result records. Nothing here says that two things compute the same: `distinfluence.probe` compares what they compute.
 """
 
+import dis
 import enum
 import functools
 import hashlib
@@ -106,7 +107,7 @@ class _Reader:
             found: dict[str, Json] = {"class": _name(type(module)), **self._attributes(plain, depth)}
             code = getattr(module, "code", None)  # of a traced or scripted graph, whose class says nothing
             return found | ({"code": _short(code)} if isinstance(code, str) else {})
-        kept = {name: item for name, item in own.items() if not _changes_by_itself(name, item)}
+        kept = {name: item for name, item in own.items() if not _changes_by_itself(type(module), name, item)}
         return {"class": self.read(type(module), depth), **self._attributes(kept, depth)}
 
     def _attributes(self, attributes: Mapping[str, object], depth: int) -> dict[str, Json]:
@@ -138,12 +139,31 @@ class _Reader:
         }
 
 
-def _changes_by_itself(name: str, attribute: object) -> bool:
-    """Whether a user's module may change an attribute as it is used: counts, flags, caches, what a trainer attaches.
+def _changes_by_itself(of: type, name: str, attribute: object) -> bool:
+    """Whether a user's module may change an attribute as it is used: counts, caches, what a trainer attaches.
 
     What they do to the numbers is seen by comparing the numbers.
     """
-    return isinstance(attribute, int) or (name.startswith("_") and not isinstance(attribute, float))
+    if isinstance(attribute, (list, dict, set)) or name in _stored(of):
+        return True
+    framework = any(_is_library(base.__module__) for base in of.__mro__ if base not in (nn.Module, object))
+    return name.startswith("_") and (framework or isinstance(attribute, Tensor))
+
+
+@functools.cache
+def _stored(of: type) -> frozenset[str]:
+    """Names of the attributes that methods other than `__init__` bind."""
+    functions = [
+        f
+        for base in of.__mro__
+        if not _is_library(base.__module__)
+        for member in vars(base).values()
+        for f in _functions(member)
+        if f.__name__ != "__init__"
+    ]
+    return frozenset(
+        str(step.argval) for f in functions for step in dis.get_instructions(f) if step.opname == "STORE_ATTR"
+    )
 
 
 def _captured(function: types.FunctionType) -> dict[str, object]:

@@ -74,10 +74,15 @@ def _plain(value: object) -> object:
 
 @dataclass(frozen=True)
 class Probed:
-    """A probe with what else its gradients say: their sum [p] by parameter, and which parameters never receive one."""
+    """A probe with what else its gradients say.
+
+    gradients: their sum by parameter; of_measurements: the same of the measurements, where they are not the losses.
+    without_gradient: parameters that never receive one.
+    """
 
     probe: Probe
     gradients: Mapping[str, Tensor]
+    of_measurements: Mapping[str, Tensor] | None
     without_gradient: tuple[str, ...]
 
 
@@ -91,14 +96,15 @@ def probed(risk: SampleRisk, batches: Sequence[Batch]) -> Probed:
     total = {
         name: torch.zeros(shape, dtype=risk.dtype, device=risk.device) for name, shape in risk.blocks.shapes.items()
     }
-    without = set(total)
+    asked_total = {name: torch.zeros_like(tensor) for name, tensor in total.items()} if ours else None
+    without, vectors = set(total), _vectors(risk)
     at_once = max(1, PROBE_BYTES // (risk.size * risk.dtype.itemsize))
     for batch in batches:
         for start in range(0, batch_length(batch), at_once):
             part = take(batch, start, min(start + at_once, batch_length(batch)))
             gradients = loss_gradients(risk, part)
             losses.append(gradients.values)
-            slopes.append(_along(risk, gradients.rows))
+            slopes.append(gradients.rows @ vectors)
             for name, tensor in risk.blocks.unflatten(gradients.rows).items():
                 total[name] += tensor.sum(dim=0)
                 if name in without and bool(tensor.any()):
@@ -107,7 +113,9 @@ def probed(risk: SampleRisk, batches: Sequence[Batch]) -> Probed:
             if ours:
                 asked = measurement_gradients(risk, part)
                 measured.append(asked.values)
-                measured_slopes.append(_along(risk, asked.rows))
+                measured_slopes.append(asked.rows @ vectors)
+                for name, tensor in risk.blocks.unflatten(asked.rows).items():
+                    asked_total[name] += tensor.sum(dim=0)  # type: ignore[index]
     dtypes = {risk.autocast} if risk.autocast is not None else {p.dtype for p in risk.module.parameters()}
     narrow = next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), risk.dtype)
     probe = Probe(
@@ -117,17 +125,16 @@ def probed(risk: SampleRisk, batches: Sequence[Batch]) -> Probed:
         _numbers(measured if ours else losses),
         _numbers(measured_slopes if ours else slopes),
     )
-    return Probed(probe, total, tuple(name for name in total if name in without))
+    return Probed(probe, total, asked_total, tuple(name for name in total if name in without))
 
 
-def _along(risk: SampleRisk, rows: Tensor) -> Tensor:
-    """Inner products of gradients [n, p] with a vector that depends on names, shapes and nothing else."""
-    slopes = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
-    for name, tensor in risk.blocks.unflatten(rows).items():
-        generator = torch.Generator().manual_seed(name_seed(name))
-        vector = torch.randn(tensor.shape[1:], generator=generator).to(rows.device)
-        slopes += tensor.flatten(1).double() @ vector.flatten().double()
-    return slopes
+def _vectors(risk: SampleRisk) -> Tensor:
+    """A vector [p] that depends on names, shapes and nothing else."""
+    parts = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(name_seed(name)), dtype=risk.dtype)
+        for name, shape in risk.blocks.shapes.items()
+    }
+    return risk.blocks.flatten(parts).to(risk.device)
 
 
 def _numbers(parts: Sequence[Tensor]) -> tuple[float, ...]:

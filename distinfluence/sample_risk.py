@@ -32,6 +32,7 @@ from distinfluence.errors import (
     ShapeError,
 )
 from distinfluence.objective import Forward, Objective, check_independence
+from distinfluence.padding import HeldPadding
 
 CHECKED_SAMPLES = 16  # of a batch, for the checks that evaluate the model several times
 KEPT_ROW_BYTES = 512 * 2**20  # of per-sample gradients that one process keeps between passes
@@ -211,11 +212,7 @@ class SampleRisk:
             )
 
     def without_padding(self, rows: Tensor) -> Tensor:
-        """rows [k, p] with zeros where a parameter is held fixed by an embedding's `padding_idx`.
-
-        Its gradient is zero there by definition, though the loss depends on it: a matrix of second derivatives is
-        symmetric over the other parameters alone.
-        """
+        """rows [k, p] with zeros where a parameter is held fixed by an embedding's `padding_idx`; see `padding`."""
         held = {name: row for name, row in self._padding.items() if name in self.blocks.shapes}
         if not held:
             return rows
@@ -261,6 +258,10 @@ class SampleRisk:
             yield
         finally:
             torch.backends.cudnn.enabled = before
+
+    def holding_padding(self) -> AbstractContextManager[object]:
+        """For products with second derivatives, and with J: rows that get no gradient are constants."""
+        return HeldPadding() if self._padding else nullcontext()
 
     @contextmanager
     def products(self) -> Iterator[None]:
@@ -310,7 +311,7 @@ class SampleRisk:
 
     def check_takes(self, batch: Batch) -> None:
         """Raise ShapeError or DtypeError, at once, if the model cannot take a batch."""
-        few = map_batch(lambda tensor: tensor[:CHECKED_SAMPLES].contiguous(), batch)
+        few = _own_copy(batch, slice(CHECKED_SAMPLES))
         with untouched_randomness(), double_differentiable(), self.in_own_precision():
             self._first_outputs(few)
 
@@ -321,7 +322,8 @@ class SampleRisk:
         the report.
         """
         stride = -(-batch_length(batch) // CHECKED_SAMPLES)  # from all over the batch: data may be sorted by class
-        few = map_batch(lambda tensor: tensor[::stride].contiguous(), batch)
+        few = _own_copy(batch, slice(None, None, stride))  # the objective may write to it
+        before = [tensor._version for _, tensor in leaves(few)]
         with untouched_randomness(), double_differentiable(), self.in_own_precision():
             outputs = self._first_outputs(few)
             forward = self.forward(self.parameters)
@@ -341,7 +343,16 @@ class SampleRisk:
                     f"`objective.measurements` must return one value per sample, [{losses.shape[0]}], got "
                     f"{tuple(measured.shape)}."
                 )
+        self._check_untouched(few, before)
         return self.remarks + remarks
+
+    def _check_untouched(self, batch: Batch, before: Sequence[int]) -> None:
+        written = [name for (name, t), version in zip(leaves(batch), before, strict=True) if t._version != version]
+        if written:
+            raise InPlaceError(
+                f"`objective` must leave its batch as it is, got writes to {written}: it is called with your data. "
+                "Work on a copy of the tensor."
+            )
 
     def _first_outputs(self, batch: Batch) -> Tensor:
         """The outputs, from copies of all parameters. Raises InPlaceError if the model writes to any but known ones."""
@@ -350,12 +361,13 @@ class SampleRisk:
         frozen = [name for name, _, _ in self._versions if name in constants]
         self._constants = constants | {name: constants[name].clone() for name in frozen}
         watched = {**copies, **{name: self._constants[name] for name in frozen}}
-        before = {name: tensor._version for name, tensor in watched.items()}
         try:
             outputs = self._taken(self.forward(copies), batch)
         finally:
             self._constants = constants
-        changed = [name for name, tensor in watched.items() if tensor._version != before[name]]
+        own = {**constants, **self.parameters}
+        # by their numbers: writes through `.data` are not counted by torch
+        changed = [n for n, t in watched.items() if n not in self.written and not torch.equal(t, own[n])]
         if changed:
             raise InPlaceError(
                 f"`model` must leave its parameters as they are when it is called, got writes to {changed[:5]} "
@@ -446,14 +458,24 @@ class SampleRisk:
         return len(ways) - 1
 
 
+def _own_copy(batch: Batch, some: slice) -> Batch:
+    with torch.inference_mode(False):
+        return map_batch(lambda tensor: tensor[some].clone(), batch)
+
+
 def _copied(value: Any) -> Any:
     """Arguments with tensors of their own."""
     if isinstance(value, Tensor):
         return value.clone()
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(map(_copied, value))
+    if type(value) in (tuple, list, dict):
+        return {k: _copied(v) for k, v in value.items()} if type(value) is dict else type(value)(map(_copied, value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_copied, value))
+    if isinstance(value, MutableMapping):  # transformers' BatchEncoding keeps its type
+        other = copy.copy(value)
+        for key in value:
+            other[key] = _copied(value[key])
+        return other
     return value
 
 
@@ -473,7 +495,7 @@ def padding_rows(module: nn.Module) -> dict[str, int]:
     return {
         f"{path}.weight" if path else "weight": child.padding_idx
         for path, child in module.named_modules()
-        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.padding_idx is not None
+        if isinstance(child, nn.Embedding) and child.padding_idx is not None
     }
 
 

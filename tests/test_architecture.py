@@ -68,6 +68,7 @@ LAYERS = {
             "draw",
             "identity",
             "language",
+            "padding",
             "predictive",
             "probe",
             "risk",

@@ -44,7 +44,6 @@ class GGNProduct:
         """
         (rows,) = broadcast
         restricted = risk.restrict(self.block)
-        rows = restricted.without_padding(rows)
 
         def of_piece(piece: Batch) -> Tensor:
             ways = (_forward_then_reverse(restricted, piece), _all_reverse(restricted, piece))

@@ -38,7 +38,6 @@ class HessianProduct:
         """Forward over reverse, or reverse over reverse, for several rows at once or in a loop; what is fastest."""
         (rows,) = broadcast
         restricted = risk.restrict(self.block)
-        rows = restricted.without_padding(rows)
         mode = Mode("hessian", "Hessian products", {"ggn": GGNProduct(), "empirical_fisher": EmpiricalFisherProduct()})
 
         def of_piece(piece: Batch) -> Tensor:

@@ -207,7 +207,7 @@ def product_of_rows(risk: SampleRisk, mode: Mode, ways: Sequence[Product], batch
         return way(rows)
 
     fails = f"{mode.what} fail"
-    with double_differentiable():
+    with double_differentiable(), risk.holding_padding():
         rows = recordable(rows)
         product, failure = (None, None) if mode.last and fails in risk.found else attempt(usual, rows)
         if product is not None and (mode.last is None or torch.isfinite(product).all()):

@@ -21,7 +21,7 @@ from distinfluence.checkpointing import without_checkpointing
 from distinfluence.curvature import SecondOrderMode, operator_class
 from distinfluence.curvature.over_data import missing_derivative
 from distinfluence.errors import DerivativeError, DistinfluenceError, UnsupportedOperatorError
-from distinfluence.gradients import differentiable, flat_grad
+from distinfluence.gradients import differentiable, flat_grad, loss_gradients, mixed_gradients
 from distinfluence.objective import Forward, Objective
 from distinfluence.probe import Checked, Probed, probed
 from distinfluence.sample_risk import (
@@ -31,13 +31,18 @@ from distinfluence.sample_risk import (
     untouched_randomness,
 )
 
-SECOND_ORDER_SAMPLES = 8  # of the drawn ones, for what costs several gradients
+SECOND_ORDER_SAMPLES = 6  # of the drawn ones, for what costs several gradients
 MOST_PARAMETERS = 2**20  # by which second derivatives are compared: the first ones, which see all that comes after
 CHECK_VECTORS = 14  # over these, in float64, held at most
 MOVED = 1e-2  # of each parameter's size: away from kinks on which a network may sit, such as a ReLU of zero
+MIXED, MIXED_SAMPLES = "mixed derivatives were compared", 4
 EXACT_STEP, EXACT = 1e-8, 1e-3  # of differences, relative to the parameters, and the relative error that is allowed
 COARSE_STEP, COARSE = 1e-3, 1e-2  # for models with float32 inside
 KNOWN = {"WeightNormInterfaceBackward0": "torch._weight_norm"}  # whose second derivative is wrong (torch 2.13)
+UNCERTAIN = (
+    "second derivatives are symmetric, and could not be compared with differences of gradients: float32 inside "
+    "the model and kinks leave these uncertain"
+)
 ADJOINT = 1e-3  # relative error of two products that are equal but for rounding, float32's inside a model included
 
 
@@ -58,10 +63,12 @@ def check_derivatives(risk: SampleRisk, batches: Sequence[Batch], products: Seco
     remarks: dict[str, None] = {}
     with torch.inference_mode(False), torch.no_grad(), untouched_randomness(), risk.in_own_precision():
         found = _probed(risk, batches)
-        remarks |= dict.fromkeys(_compared_with_backward(risk, batches, found.gradients))
+        for gradients, measured in ((found.gradients, False), (found.of_measurements, True)):
+            if gradients is not None:
+                remarks |= dict.fromkeys(_compared_with_backward(risk, batches, gradients, measured))
         if products in (SecondOrderMode.HESSIAN, SecondOrderMode.GGN):
             some = take(batches[0], 0, min(batch_length(batches[0]), SECOND_ORDER_SAMPLES))
-            check_products(risk, some, products)
+            remarks |= dict.fromkeys(check_products(risk, some, products))
     if found.without_gradient:
         remarks[
             f"no gradient reaches {_listed(found.without_gradient)} at {len(found.probe.losses)} samples from all over "
@@ -86,14 +93,14 @@ def _probed(risk: SampleRisk, batches: Sequence[Batch]) -> Probed:
 
 
 def _compared_with_backward(
-    risk: SampleRisk, batches: Sequence[Batch], gradients: Mapping[str, Tensor]
+    risk: SampleRisk, batches: Sequence[Batch], gradients: Mapping[str, Tensor], measured: bool
 ) -> tuple[str, ...]:
     """Compare gradients of the functional call with those of the module's own. Returns remarks."""
     named = {name: p for name, p in risk.module.named_parameters() if name in risk.blocks.shapes}
     first = next(iter(named.values()))
     as_it_is = first.dtype == risk.dtype and first.device == risk.device
-    own = _Own(risk, first)
     try:
+        own = _Own(risk, first, measured)
         expected = own.gradients(batches, lambda: (own.module, named))
         found = gradients if as_it_is else own.gradients(batches, own.functional)
     except torch.OutOfMemoryError:
@@ -112,13 +119,14 @@ def _compared_with_backward(
         <= relative * float(g.double().norm()) + beside * norm
     }
     if wrong:
-        worst = max(wrong, key=wrong.__getitem__)
+        worst, name = max(wrong, key=wrong.__getitem__), "objective.measurements" if measured else "model"
         raise DerivativeError(
-            f"`model` has another gradient by {_listed(list(wrong))} when it is called with its parameters passed in "
+            f"`{name}` has another gradient by {_listed(list(wrong))} when it is called with its parameters passed in "
             f"than by its own `backward` (relative difference {wrong[worst]:.2g} for {worst!r}). Influence passes them "
             "in by name: a parameter that is reached in another way (kept in a list or a closure, or by "
             "`model.parameters()` inside the loss) is missed. Register it under a name wherever it is used, and leave "
-            "terms that are no sample's out of the loss."
+            "terms that are no sample's out of the loss. A hook that changes a parameter's gradient is not part of the "
+            "influence either: remove it."
         )
     return ()
 
@@ -126,8 +134,8 @@ def _compared_with_backward(
 class _Own:
     """The module as the user calls it, on its own device and in its own dtype."""
 
-    def __init__(self, risk: SampleRisk, first: Tensor) -> None:
-        self._risk, self._first = risk, first
+    def __init__(self, risk: SampleRisk, first: Tensor, measured: bool) -> None:
+        self._risk, self._first, self._measured = risk, first, measured
         module = getattr(risk.module, "_orig_mod", risk.module)  # what torch.compile would compile for these shapes
         self.module: nn.Module = copy.deepcopy(module) if risk.written else module
 
@@ -153,7 +161,11 @@ class _Own:
                 model, leaves = made()
                 if model is self.module and self._risk.written:
                     leaves = {n: p for n, p in self.module.named_parameters() if n in self._risk.blocks.shapes}
-                value = objective.losses(objective.outputs(model, own), own).sum()
+                value = (
+                    objective.measurements(model, own)
+                    if self._measured
+                    else objective.losses(objective.outputs(model, own), own)
+                ).sum()
                 parts = (
                     torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
                     if value.requires_grad
@@ -172,19 +184,24 @@ def _called(module: nn.Module, leaves: dict[str, Tensor], *args: Any, **kwargs: 
     return functional_call(module, leaves, args, kwargs)
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same numbers; NaN is the same as NaN."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
+
+
 @contextlib.contextmanager
 def _left_as_found(module: nn.Module) -> Iterator[None]:
     """Put back buffers that the forward writes to; a distributed module expects no gradients meanwhile."""
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+    before = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
     no_sync: Any = getattr(module, "no_sync", contextlib.nullcontext)
     try:
         with no_sync(), without_checkpointing(), untouched_attributes(module):
             yield
     finally:
         with torch.no_grad():
-            for buffer, version, value in before:
-                if buffer._version != version:
-                    buffer.copy_(value)
+            for buffer, value in before:
+                if not _same(buffer, value):
+                    buffer.data.copy_(value)
 
 
 def check_bytes(p: int, itemsize: int) -> int:
@@ -195,8 +212,8 @@ def check_bytes(p: int, itemsize: int) -> int:
     return max(8 * p + CHECK_VECTORS * 8 * min(p, MOST_PARAMETERS), 5 * itemsize * p)
 
 
-def check_products(risk: SampleRisk, batch: Batch, mode: SecondOrderMode) -> None:
-    """Raise DerivativeError unless products with a curvature matrix are what first derivatives say that they are.
+def check_products(risk: SampleRisk, batch: Batch, mode: SecondOrderMode) -> tuple[str, ...]:
+    """Return remarks. Raise DerivativeError unless a matrix's products are what first derivatives say that they are.
 
     The Hessian is compared with differences of gradients, and must be symmetric. The Gauss–Newton matrix needs the
     Jacobian J both ways: ⟨u, Jv⟩ from its product must be ⟨Jᵀu, v⟩ from a reverse pass; and the Hessian of the loss by
@@ -214,9 +231,9 @@ def check_products(risk: SampleRisk, batch: Batch, mode: SecondOrderMode) -> Non
     except Exception:  # a model with something in it that is float32 for good
         wide, samples = risk.apart(names), batch
     if mode is SecondOrderMode.HESSIAN:
-        _check_hessian(wide, samples)
-    else:
-        _check_gauss_newton(wide, samples)
+        return _check_hessian(wide, samples)
+    _check_gauss_newton(wide, samples)
+    return ()
 
 
 def _first_parameters(risk: SampleRisk) -> tuple[str, ...]:
@@ -230,33 +247,76 @@ def _first_parameters(risk: SampleRisk) -> tuple[str, ...]:
     return tuple(chosen) or (min(sizes, key=sizes.__getitem__),)
 
 
-def _check_hessian(risk: SampleRisk, batch: Batch) -> None:
+def check_mixed(risk: SampleRisk, batch: Batch) -> None:
+    """Raise DerivativeError unless derivatives of gradients by the input are what differences of gradients say.
+
+    Once for a model: at the first samples that their influence is asked for by perturbation, along a random row.
+    """
+    if MIXED in risk.found:
+        return
+    few = take(batch, 0, min(batch_length(batch), MIXED_SAMPLES))
+    x = risk.objective.inputs(few)
+    risk.found[MIXED] = True
+    if not x.is_floating_point():
+        return  # refused where they are made
+    with torch.inference_mode(False), torch.no_grad(), untouched_randomness(), risk.in_own_precision():
+        wide = risk.apart(_first_parameters(risk), torch.float64)
+        samples = map_batch(wide.widened, few)
+        try:
+            wide.losses(wide.parameters, samples)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # as in `check_products`
+            wide, samples = risk.apart(_first_parameters(risk)), few
+        verdicts = [_mixed_agrees(wide, samples, seed, EXACT_STEP, EXACT) for seed in (0, 1)]
+        if not any(agrees for agrees, _ in verdicts) and (any(c for _, c in verdicts) or _custom(wide, samples)):
+            raise DerivativeError(
+                "`mode='perturbation'` cannot be used with this `model` and `loss`: the derivative of gradients by the "
+                f"input is not what differences of gradients say. {_suspects(wide, samples)}"
+            )
+
+
+def _mixed_agrees(risk: SampleRisk, batch: Batch, seed: int, step: float, allowed: float) -> tuple[bool, bool]:
+    """Whether ∂/∂x ⟨∇ℓ, row⟩ along a direction is a difference of gradients; else whether that is certain."""
+    generator, x = torch.Generator().manual_seed(seed), risk.objective.inputs(batch)
+    row = _direction(risk, {name: _scale(p) for name, p in risk.parameters.items()}, generator)
+    d = _scale(x) * _normal(x, generator)
+    found = (mixed_gradients(risk, batch, row.unsqueeze(0))[0] * d).double().flatten(1).sum(dim=1)
+    exact = risk.dtype == torch.float64
+
+    def difference(by: float) -> tuple[Tensor, float]:
+        sides = [
+            (loss_gradients(risk, risk.objective.replace_inputs(batch, x + sign * by * d)).rows @ row).double()
+            for sign in (1, -1)
+        ]
+        return (sides[0] - sides[1]) / (2 * by), float(sides[0].norm())
+
+    expected, size = difference(step if exact else COARSE_STEP)
+    noise = 100 * torch.finfo(risk.dtype).eps / (step if exact else COARSE_STEP) * size
+    error = float((found - expected).norm())
+    if error <= allowed * float(expected.norm()) + noise:
+        return True, True
+    return False, exact and float((difference(step / 2)[0] - expected).norm()) <= 0.1 * error
+
+
+def _check_hessian(risk: SampleRisk, batch: Batch) -> tuple[str, ...]:
     scales = {name: _scale(p) for name, p in risk.parameters.items()}
     generator = torch.Generator().manual_seed(0)
-    moved = {n: p + MOVED * scales[n] * _normal(p, generator) for n, p in risk.parameters.items()}
-    at = risk.at(moved)
+    at = risk.at({name: _moved(p, scales[name], generator) for name, p in risk.parameters.items()})
     rows = at.without_padding(torch.stack([_direction(at, scales, generator) for _ in "uv"]))
     (products,) = operator_class(SecondOrderMode.HESSIAN).kernel(None)(at, batch, rows)
     (u, v), (hu, hv) = rows.double(), products.double()
     sides = float(u @ hv), float(v @ hu)
     norm = float(hv.norm() * u.norm())
-    errors = []
     if abs(sides[0] - sides[1]) <= COARSE * norm:  # rounding in float32, and kinks, are far below
         # a second direction: a kink that lies in the way of one does not lie in that of another
-        for row, product, step, allowed in (
-            (v, hv, EXACT_STEP, EXACT),
-            (u, hu, EXACT_STEP, EXACT),
-            (v, hv, COARSE_STEP, COARSE),
-        ):
-            if step < torch.finfo(risk.dtype).eps:
-                continue
-            expected, size = _difference(at, batch, row, step)
-            noise = 100 * torch.finfo(risk.dtype).eps / step * size
-            error = float((product - expected).norm())
-            if error <= allowed * float(expected.norm()) + noise:
-                return
-            errors.append(error / max(float(expected.norm()), 1e-300))
-        how = f"they differ from differences of gradients by {min(errors):.2g} of their norm"
+        tried = ((v, hv, EXACT_STEP, EXACT), (u, hu, EXACT_STEP, EXACT), (v, hv, COARSE_STEP, COARSE))
+        verdicts = [_agrees(at, batch, *one) for one in tried if one[2] > torch.finfo(risk.dtype).eps]
+        if any(agrees for agrees, _, _ in verdicts):
+            return ()
+        if not any(certain for _, certain, _ in verdicts) and not _custom(at, batch):
+            return (UNCERTAIN,)
+        how = f"they differ from differences of gradients by {min(error for _, _, error in verdicts):.2g} of their norm"
     else:
         how = f"⟨u, Hv⟩ is {sides[0]:.4g} and ⟨v, Hu⟩ is {sides[1]:.4g}"
     raise DerivativeError(
@@ -264,6 +324,24 @@ def _check_hessian(risk: SampleRisk, batch: Batch) -> None:
         f"are wrong, {how}. {_suspects(at, batch)} Take second_order_mode='ggn', which needs first derivatives "
         "of the model alone, or 'empirical_fisher', which needs none but gradients."
     )
+
+
+def _agrees(
+    risk: SampleRisk, batch: Batch, row: Tensor, product: Tensor, step: float, allowed: float
+) -> tuple[bool, bool, float]:
+    """Whether a product is a difference of gradients; else whether that is certain, and by how much it is not.
+
+    It is certain where half the step gives the same difference: neither rounding nor a kink has made it. In float32 it
+    never is.
+    """
+    expected, size = _difference(risk, batch, row, step)
+    noise = 100 * torch.finfo(risk.dtype).eps / step * size
+    error, norm = float((product - expected).norm()), max(float(expected.norm()), 1e-300)
+    if error <= allowed * norm + noise:
+        return True, True, 0.0
+    half, _ = _difference(risk, batch, row, step / 2)
+    certain = risk.dtype == torch.float64 and float((half - expected).norm()) <= 0.1 * error
+    return False, certain, error / norm
 
 
 def _difference(risk: SampleRisk, batch: Batch, direction: Tensor, step: float) -> tuple[Tensor, float]:
@@ -308,7 +386,7 @@ def _check_loss_curvature(risk: SampleRisk, batch: Batch, outputs: Tensor, u: Te
     """The loss's Hessian by the outputs along u, as the Gauss–Newton matrix has it, against differences."""
     size = float(outputs.double().pow(2).mean()) ** 0.5 or 1.0
     generator = torch.Generator().manual_seed(1)
-    at = outputs + MOVED * size * _normal(outputs, generator)
+    at = _in_domain(risk, batch, outputs, _moved(outputs, size, generator))
 
     def slope(f: Tensor) -> Tensor:
         leaf = f.detach().requires_grad_()
@@ -349,6 +427,15 @@ def _check_loss_curvature(risk: SampleRisk, batch: Batch, outputs: Tensor, u: Te
     )
 
 
+def _in_domain(risk: SampleRisk, batch: Batch, outputs: Tensor, moved: Tensor) -> Tensor:
+    """The moved outputs where the loss takes them, else the outputs themselves."""
+    try:
+        taken = torch.isfinite(risk.objective.losses(moved, batch)).all()
+    except (RuntimeError, ValueError):
+        return outputs
+    return moved if taken else outputs
+
+
 class _AlongOutputs(Objective):
     """½⟨u, f⟩² in place of a loss: its Gauss–Newton matrix is (Jᵀu)(Jᵀu)ᵀ."""
 
@@ -376,12 +463,26 @@ def _scale(parameter: Tensor) -> float:
     return float(parameter.detach().double().pow(2).mean()) ** 0.5 or 1e-2
 
 
+def _moved(tensor: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """Every number by some hundredths of itself, so that it keeps its sign; zeros by some of the scale."""
+    noise = MOVED * _normal(tensor, generator).clamp(-3, 3)
+    return torch.where(tensor == 0, scale * noise, tensor * (1 + noise)).detach()
+
+
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
 
 
 def _suspects(risk: SampleRisk, batch: Batch) -> str:
-    """Custom operators, and PyTorch's with known faults, in the graph of the losses, in a sentence."""
+    """Those of `_custom`, in a sentence."""
+    names = _custom(risk, batch)
+    if not names:
+        return "No custom operator was found in it: look for tensors that are detached or computed without gradients."
+    return f"Operators in it that may be at fault: {_listed(names)}. See whether one can differentiate them twice."
+
+
+def _custom(risk: SampleRisk, batch: Batch) -> list[str]:
+    """Custom operators, and PyTorch's with known faults, in the graph of the losses."""
     with double_differentiable(), differentiable(risk) as parameters:
         losses = risk.losses(parameters, batch)
     names, seen, front = set[str](), set[Any](), [losses.grad_fn]
@@ -396,11 +497,7 @@ def _suspects(risk: SampleRisk, batch: Batch) -> str:
         if node.name() in KNOWN:
             names.add(KNOWN[node.name()])
         front += [following for following, _ in node.next_functions]
-    if not names:
-        return "No custom operator was found in it: look for tensors that are detached or computed without gradients."
-    return (
-        f"Operators in it that may be at fault: {_listed(sorted(names))}. See whether their backward is differentiable."
-    )
+    return sorted(names)
 
 
 def _parameters_of_objective(objective: Objective, module: nn.Module) -> list[str]:

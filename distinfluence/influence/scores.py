@@ -11,6 +11,7 @@ from torch import Tensor
 from distinfluence.batch import Batch, batch_length, take
 from distinfluence.errors import NonFiniteError, SettingError
 from distinfluence.gradients import loss_gradients, micro_batches, mixed_gradients
+from distinfluence.influence.checks import check_mixed
 from distinfluence.layers import layout_of
 from distinfluence.layers.scores import scores_of_factors
 from distinfluence.sample_risk import SampleRisk
@@ -57,6 +58,8 @@ def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode
         tile = _by_layers(risk, factors, batch)
         if tile is not None:
             return tile
+    if influence_mode(mode) is InfluenceMode.PERTURBATION:
+        check_mixed(risk, batch)
     values, losses, norms = [], [], []
     for part in micro_batches(risk, batch):
         gradients = loss_gradients(risk, part)
@@ -133,6 +136,7 @@ def scores_by_block(
     if influence_mode(mode) is InfluenceMode.UP:
         parts = [_up(risk, factors, columns, part) for part in micro_batches(risk, batch)]
         return OrderedDict((block, torch.cat([part[block] for part in parts], dim=1)) for block in columns)
+    check_mixed(risk, batch)
     whole = len(columns) == 1
     return OrderedDict(
         (block, mixed_gradients(risk, batch, factors if whole else _only(factors, c))) for block, c in columns.items()

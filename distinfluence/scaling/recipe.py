@@ -135,7 +135,7 @@ def fingerprint_module(module: nn.Module) -> str:
 
 
 def _bits(tensor: Tensor) -> Array:
-    tensor = tensor.cpu().contiguous()
+    tensor = (tensor if tensor.layout is torch.strided else tensor.to_dense()).cpu().contiguous()
     array: Array = (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
     return np.asarray(array)
 

@@ -12,6 +12,7 @@ A run that died goes on where it stopped: factors that are on disk are not solve
 Factors have checksums; those that are not as they were written are solved again.
 """
 
+import itertools
 import json
 import platform
 import shutil
@@ -232,10 +233,8 @@ def write_influences(
         if request.check and (damage := mend(writer)):
             progress.warn(f"{damage} of {path} are damaged and made again.")
     belongs = {**fingerprints, "settings": fingerprint_settings({**settings, "format": FACTORS_FORMAT})}
-    folder = scratch / f"factors-{combine(belongs)[:16]}"
-    with scratch_errors(scratch, folder.name):
-        folder.mkdir(parents=True, exist_ok=True)
-        _own_factors(folder, fitted.probe, progress)
+    with scratch_errors(scratch, "factors"):
+        folder = _own_folder(scratch / f"factors-{combine(belongs)[:16]}", fitted.probe)
     pending = writer.pending() if share is None else share.of(writer.pending())
     if pending:
         file = _write_factors(writer, fitted, request, folder, progress)
@@ -269,15 +268,21 @@ def require_same_probe(recorded: Mapping[str, Any], here: Probe, path: object) -
         )
 
 
-def _own_factors(folder: Path, probe: Probe, progress: Progress) -> None:
-    """Leave no factors in the folder that a model made which computes something else."""
-    file = folder / "probe.json"
-    if file.is_file() and (differences := probe.differences(Probe.from_json(json.loads(file.read_text())))):
-        progress.warn(f"factors in {folder} are of another model, and are made again: {'; '.join(differences)}")
-        shutil.rmtree(folder)
-        folder.mkdir()
-    with appearing(file) as partial:
-        partial.write_text(json.dumps(probe.to_json()))
+def _own_folder(named: Path, probe: Probe) -> Path:
+    """The folder for the factors of a model; another one beside it where that is of one that computes something else.
+
+    Each names its model before it has factors, and is left alone by others: they may be at work.
+    """
+    for number in itertools.count(1):
+        folder = named if number == 1 else named.with_name(f"{named.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "probe.json"
+        if not file.is_file():
+            with appearing(file) as partial:
+                partial.write_text(json.dumps(probe.to_json()))
+        if not probe.differences(Probe.from_json(json.loads(file.read_text()))):
+            return folder
+    raise AssertionError("unreachable")
 
 
 def _write_extras(writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress) -> None:

@@ -64,11 +64,11 @@ class Dense:
     def influences(self, test: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor]) -> Tensor:
         matrix = self.matrix(*train)
         matrix += self.damping * torch.eye(len(matrix), dtype=torch.float64)
-        rows = [
-            torch.stack([self.gradient(x[i : i + 1], y[i : i + 1]) for i in range(len(y))]) for x, y in (test, train)
-        ]
-        found: Tensor = torch.linalg.solve(matrix, rows[0].T).T @ rows[1].T
+        found: Tensor = torch.linalg.solve(matrix, self.rows(*test).T).T @ self.rows(*train).T
         return found
+
+    def rows(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([self.gradient(x[i : i + 1], y[i : i + 1]) for i in range(len(y))])
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Gradients of the call with parameters passed in are compared with the module's own."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from distinfluence import DirectInfluence, EkfacInfluence, InfluenceFunctionModel
+from distinfluence import DirectInfluence, EkfacInfluence, InfluenceFunctionModel, Objective
 from distinfluence.errors import DerivativeError, InPlaceError
 
 cross_entropy = nn.functional.cross_entropy
@@ -183,3 +184,27 @@ def test_one_module_under_two_names_keeps_its_parameters() -> None:
     for _ in range(2):
         DirectInfluence(model, cross_entropy, 0.1).fit(DATA)
         assert isinstance(shared.weight, nn.Parameter)
+
+
+class Measured(Objective):
+    """A measurement of the model that the objective has captured, not of the one that it is given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.captured = [model]
+
+    def outputs(self, model: Any, batch: Any) -> Tensor:
+        out: Tensor = model(batch[0])
+        return out
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        return cross_entropy(outputs, batch[1], reduction="none")
+
+    def measurements(self, model: Any, batch: Any) -> Tensor:
+        out: Tensor = model(batch[0])[:, 0] - self.captured[0](batch[0])[:, 1]
+        return out
+
+
+def test_measurements_are_compared_too() -> None:
+    model = net()
+    with pytest.raises(DerivativeError, match=r"`objective.measurements` has another gradient"):
+        DirectInfluence(model, Measured(model), 0.1, second_order_mode="ggn").fit(DATA)

@@ -30,6 +30,8 @@ from distinfluence.cli import main
 from distinfluence.errors import FingerprintError, RecipeError
 from distinfluence.identity import identity, structure
 from distinfluence.influence.report import FitReport
+from distinfluence.probe import Probe
+from distinfluence.scaling.strips import _own_folder
 from tests.silent.dense import Dense
 
 cross_entropy = nn.functional.cross_entropy
@@ -320,15 +322,19 @@ class Counting(Squared):
 
 
 class Stepping(Net):
-    """A model that counts its calls, with a cache."""
+    """A model that counts its calls, with caches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.steps, self._cache = 0, torch.zeros(())
+        self.last_attention: Tensor | None = None
+        self.outputs: list[float] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.steps += 1
         self._cache = x.detach().clone()
+        self.last_attention = x.detach() * 2
+        self.outputs.append(float(self.steps))
         return super().forward(x)
 
 
@@ -342,3 +348,32 @@ def test_what_changes_as_it_is_used_is_the_same(tmp_path: Path) -> None:
         given = Given(Stepping(), Counting())
         calculator = SequentialInfluenceCalculator(given.influence(), scratch=tmp_path / "scratch")
         calculator.fit(*given.data).to_zarr(tmp_path / "i.zarr", *samples(3), progress=False, resume=number > 0)
+
+
+class Skips(nn.Module):
+    """A token that counts as padding: a whole number that matters for few samples."""
+
+    def __init__(self, skip: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.skip = nn.Embedding(50, 4), nn.Linear(4, 3), skip
+
+    def forward(self, ids: Tensor) -> Tensor:
+        kept = (ids != self.skip).float().unsqueeze(2)
+        out: Tensor = self.head((self.embed(ids) * kept).sum(dim=1) / kept.sum(dim=1).clamp_min(1))
+        return out
+
+
+def test_a_whole_number_that_matters_for_few_samples_counts(tmp_path: Path) -> None:
+    ids = torch.arange(6000).reshape(1000, 6) * 7 % 48
+    ids[0, 1:] = 49
+    given = Given(Skips(49), nn.CrossEntropyLoss(), data=(ids, torch.arange(1000) % 3))
+    save_fit(given.influence().fit(given.data), tmp_path / "fit")
+    with pytest.raises(FingerprintError, match="forward"):
+        load_fit(replace(given, model=Skips(-1)).influence(), tmp_path / "fit", given.data)
+
+
+def test_models_that_compute_something_else_have_folders_of_their_own(tmp_path: Path) -> None:
+    probes = [Probe("float64", (x,), (x,), (x,), (x,)) for x in (1.0, 2.0, 1.0 + 1e-9)]
+    folders = [_own_folder(tmp_path / "factors", probe) for probe in probes]
+    assert folders == [tmp_path / "factors", tmp_path / "factors-2", tmp_path / "factors"]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distinfluence import DirectInfluence, EkfacInfluence
+from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence, Objective
+from distinfluence.errors import InPlaceError
 from tests.silent.dense import Dense
 
 cross_entropy = nn.functional.cross_entropy
@@ -146,18 +147,110 @@ def test_targets_stay_as_they_are(loss: Any) -> None:
     assert torch.equal(y, before)
 
 
-def test_rows_that_an_embedding_holds_fixed_do_not_couple_to_others() -> None:
-    """The gradient by the row of `padding_idx` is zero by definition, though the loss depends on it."""
-    torch.manual_seed(0)
-    model = Bags(nn.Embedding(5, 3, padding_idx=0)).double()
-    nn.init.normal_(model.embedding.weight)
+class Padded(nn.Module):
+    """Token ids with padding; the head is the embedding again, or has weights of its own."""
+
+    def __init__(self, tied: str) -> None:
+        super().__init__()
+        self.embed, self.lin, self.tied = nn.Embedding(5, 3, padding_idx=0), nn.Linear(3, 3), tied
+        self.head = nn.Linear(3, 5, bias=False)
+        nn.init.normal_(self.embed.weight)
+        if tied == "one parameter":
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = torch.tanh(self.lin(self.looked_up(ids).mean(dim=1)))
+        out: Tensor = nn.functional.linear(h, self.embed.weight) if self.tied == "a function" else self.head(h)
+        return out
+
+    def looked_up(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.embed(ids)
+        return found
+
+
+class HeldByHand(Padded):
+    """The row that is looked up for padding is a number, whatever becomes of the parameter."""
+
+    def __init__(self, tied: str) -> None:
+        super().__init__(tied)
+        self.register_buffer("held", self.embed.weight.detach()[0].clone())
+
+    def looked_up(self, ids: Tensor) -> Tensor:
+        return torch.where((ids == 0).unsqueeze(2), self.held, nn.functional.embedding(ids, self.embed.weight))
+
+
+@pytest.mark.parametrize("tied", ["no", "one parameter", "a function"])
+@pytest.mark.parametrize("mode", ["hessian", "ggn"])
+def test_rows_that_an_embedding_holds_fixed_do_not_couple_to_others(tied: str, mode: str) -> None:
+    """The gradient by what `padding_idx` looks up is zero by definition, though the loss depends on it."""
+    models = []
+    for kind in (Padded, HeldByHand):
+        torch.manual_seed(0)
+        models.append(kind(tied).double())
     ids = torch.arange(60).reshape(20, 3) * 3 % 5
-    train = ids, torch.arange(20) % 3
-    for mode in ("hessian", "ggn"):
-        dense = Dense(model, cross_entropy, 0.1, mode)
-        matrix = dense.matrix(*train)
-        matrix[:3] = 0
-        matrix[:, :3] = 0
-        influence = DirectInfluence(model, cross_entropy, 0.1, second_order_mode=mode).fit(train)
-        found = influence.operators["full"].dense()
-        torch.testing.assert_close(found, (matrix + matrix.T) / 2, rtol=1e-5, atol=1e-7)
+    train, test = (ids, torch.arange(20) % 5), (ids[:3], torch.tensor([0, 1, 1]))
+    dense = Dense(models[1], cross_entropy, 0.1, mode)
+    methods: tuple[tuple[Any, dict[str, Any]], ...] = ((DirectInfluence, {}), (CgInfluence, {"rtol": 1e-10}))
+    for method, settings in methods:
+        influence = method(models[0], cross_entropy, 0.1, second_order_mode=mode, **settings)
+        influence.fit(train)
+        torch.testing.assert_close(influence.operators["full"].dense(), dense.matrix(*train), rtol=1e-5, atol=1e-7)
+        if mode == "ggn":
+            found = influence.influences(*test, *train)
+            torch.testing.assert_close(found, dense.influences(test, train), rtol=1e-5, atol=1e-6)
+
+
+class Changes(nn.Module):
+    """A layer that changes its weight, or a buffer, by `.data`."""
+
+    mean: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body, self.how = nn.Linear(4, 3), how
+        self.register_buffer("mean", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.body.weight
+        if self.how == "in place":
+            weight.data.clamp_(min=0)
+        elif self.how == "anew":
+            weight.data = torch.renorm(weight.data, 2, 0, 0.3)
+        else:
+            self.mean.data.mul_(0.9)
+        out: Tensor = self.body(x)
+        return out
+
+
+@pytest.mark.parametrize("how", ["in place", "anew", "buffer"])
+def test_writes_through_data_are_noticed(how: str) -> None:
+    model = Changes(how).double()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    influence = DirectInfluence(model, cross_entropy, 0.1)
+    if how == "buffer":
+        influence.fit(samples(20, 1)).influences(*samples(3, 2), *samples(20, 1))
+    else:
+        with pytest.raises(InPlaceError, match="body.weight"):
+            influence.fit(samples(20, 1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Masks(Objective):
+    """Leaves a class out by writing to the labels."""
+
+    def outputs(self, model: Any, batch: Any) -> Tensor:
+        out: Tensor = model(batch["x"])
+        return out
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        labels = batch["labels"]
+        labels[labels == 2] = -100
+        return cross_entropy(outputs, labels, reduction="none")
+
+
+def test_an_objective_that_writes_to_its_batch_is_refused_and_the_data_stay() -> None:
+    x, y = samples(20, 1)
+    before = y.clone()
+    with pytest.raises(InPlaceError, match="labels"):
+        DirectInfluence(nn.Linear(4, 3).double(), Masks(), 0.1).fit({"x": x, "labels": y})
+    assert torch.equal(y, before)

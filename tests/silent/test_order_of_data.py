@@ -10,9 +10,9 @@ import pytest
 import torch
 from distributed import Client
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
-from distinfluence import DaskInfluenceCalculator, DirectInfluence, Recipe, SequentialInfluenceCalculator
+from distinfluence import DaskInfluenceCalculator, DirectInfluence, Objective, Recipe, SequentialInfluenceCalculator
 from distinfluence.counter_random import sample_keys
 from distinfluence.draw import Draw
 from distinfluence.errors import DistinfluenceError, LossError, NonDeterministicDataError
@@ -229,3 +229,63 @@ def test_a_data_set_that_changes_under_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "shift").write_text("1e-3")
     with pytest.raises(DistinfluenceError, match="same values for a sample each time"):
         fitted.to_zarr(tmp_path / "i.zarr", *data(6), progress=False)
+
+
+class Ragged(nn.Module):
+    """A mean over the batch, of texts of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        z = self.embed(ids).mean(dim=1)
+        out: Tensor = self.head(torch.tanh(z - z.mean(dim=0, keepdim=True)))
+        return out
+
+
+def test_a_model_that_depends_on_the_batch_is_refused_where_all_shapes_differ() -> None:
+    batches = [(torch.randint(20, (4, n)), torch.arange(4) % 3) for n in range(3, 203)]
+    with pytest.raises(LossError, match="alone and"):
+        DirectInfluence(Ragged(), cross_entropy, 0.1).fit(batches)
+
+
+class ByName(Objective):
+    """Class weights over those of the batch, in dict batches."""
+
+    def outputs(self, model: Any, batch: Any) -> Tensor:
+        out: Tensor = model(batch["x"])
+        return out
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        labels = batch["label"]
+        own = cross_entropy(outputs, labels, weight=WEIGHTS, reduction="none")
+        return len(labels) * own / WEIGHTS[labels].sum()
+
+
+@pytest.mark.parametrize("names", [("x", "label"), ("label", "x")])
+def test_classes_are_drawn_by_the_name_of_the_target(names: tuple[str, str]) -> None:
+    x, y = data(1000, rare=1)
+    both = {"x": x, "label": y}
+    with pytest.raises(LossError, match="alone and"):
+        DirectInfluence(net(), ByName(), 0.1).fit({name: both[name] for name in names})
+
+
+class Corrupt(Dataset[tuple[Tensor, Tensor]]):
+    """One sample cannot be read; its sampler leaves it out."""
+
+    def __init__(self) -> None:
+        self.x, self.y = data(40)
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == 0:
+            raise OSError("corrupt")
+        return self.x[index], self.y[index]
+
+
+def test_a_sampler_may_leave_out_what_cannot_be_read() -> None:
+    loader = DataLoader(Corrupt(), batch_size=13, sampler=SubsetRandomSampler(range(1, 40)))
+    assert DirectInfluence(net(), cross_entropy, 0.1).fit(loader).fit_report.n_samples == 39

@@ -236,3 +236,25 @@ def test_an_operator_without_any_derivative_is_named() -> None:
     for influence in (DirectInfluence(Zeta().double(), cross_entropy, 0.1), EkfacInfluence(Zeta().double(), True, 0.1)):
         with pytest.raises(UnsupportedOperatorError, match="zeta"):
             influence.fit(DATA)
+
+
+@pytest.mark.parametrize("function", [Once, Keeps, Cuts, WithoutGradients, Right])
+@pytest.mark.parametrize("mode", ["ggn", "empirical_fisher"])
+def test_perturbations_are_right_or_refused(function: Any, mode: str) -> None:
+    x, y = DATA
+    try:
+        influence = DirectInfluence(net(function), cross_entropy, 0.3, second_order_mode=mode).fit(DATA)
+    except DistinfluenceError:
+        pytest.skip("refused at once")
+    if function is not Right:
+        with pytest.raises(DistinfluenceError, match="mode='perturbation'"):
+            influence.influences(x[:2], y[:2], x[:5], y[:5], mode="perturbation")
+        return
+    found = influence.influences(x[:2], y[:2], x[:5], y[:5], mode="perturbation")
+    factors, dense = influence.influence_factors(x[:2], y[:2]), Dense(net(function), cross_entropy, 0.3, "ggn")
+    for j in range(4):
+        moved = x[:5].clone(), x[:5].clone()
+        moved[0][:, j] += 1e-6
+        moved[1][:, j] -= 1e-6
+        expected = factors @ ((dense.rows(moved[0], y[:5]) - dense.rows(moved[1], y[:5])) / 2e-6).T
+        torch.testing.assert_close(found[:, :, j], expected, rtol=1e-5, atol=1e-7)
