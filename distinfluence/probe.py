@@ -143,7 +143,8 @@ def _numbers(parts: Sequence[Tensor]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checks of a fit found. remarks: for its report."""
+    """What the checks of a fit found. remarks: for its report; products: the matrix whose products were compared."""
 
     remarks: tuple[str, ...]
     probe: Probe
+    products: str | None

@@ -180,7 +180,7 @@ class InfluenceFunctionModel(ABC):
         else:
             self._bind(self.risk.module, self.risk.device)  # buffers and mode as they are now
             plane = LocalPlane(self.risk, data)
-        if plane.checked is None and plane.drawn:
+        if plane.drawn and (plane.checked is None or plane.checked.products != self._products):
             plane.checked = self.check(plane.drawn)
             plane.remarks = tuple(dict.fromkeys((*plane.remarks, *plane.checked.remarks)))
         begun, operators = (start, plane.passes), self._operators(plane)

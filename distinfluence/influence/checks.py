@@ -77,7 +77,7 @@ def check_derivatives(risk: SampleRisk, batches: Sequence[Batch], products: Seco
     own = _parameters_of_objective(risk.objective, risk.module)
     if own:
         remarks[f"the loss has parameters of its own, which influence does not cover: {_listed(own)}"] = None
-    return Checked(tuple(remarks), found.probe)
+    return Checked(tuple(remarks), found.probe, products)
 
 
 def _probed(risk: SampleRisk, batches: Sequence[Batch]) -> Probed:

@@ -119,7 +119,7 @@ def load_fit(influence: InfluenceFunctionModel, path: str | Path, data: object) 
     with surfaced_errors("read the fit", source):
         attributes, arrays = _read(source)
     plane = data if isinstance(data, DataPlane) else LocalPlane(influence.risk, data)
-    if plane.checked is None and plane.drawn:
+    if plane.drawn and plane.checked is None:
         plane.checked = influence.check(plane.drawn)
     _require_same(source, attributes, _belongs(influence, plane))
     report = _report(attributes["report"], arrays)

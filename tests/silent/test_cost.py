@@ -73,3 +73,14 @@ def test_checks_are_made_by_a_fit() -> None:
         (torch.randn(64, *shape), torch.arange(64) % 10)
     )
     assert influence.plane.checked is not None
+
+
+def test_a_plane_that_another_fit_has_checked_is_checked_for_this_one() -> None:
+    make, shape = MODELS["mlp"]
+    model = make()
+    first = DirectInfluence(model, nn.CrossEntropyLoss(), 0.1, second_order_mode="empirical_fisher")
+    plane = LocalPlane(first.risk, (torch.randn(64, *shape), torch.arange(64) % 10))
+    for mode in ("empirical_fisher", "ggn", "hessian"):
+        DirectInfluence(model, nn.CrossEntropyLoss(), 0.1, second_order_mode=mode).fit(plane)
+        assert plane.checked is not None
+        assert plane.checked.products == mode

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distinfluence import DirectInfluence, EkfacInfluence
+from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence
 from distinfluence.errors import DerivativeError, DistinfluenceError, UnsupportedOperatorError
 from distinfluence.objective import SupervisedObjective
 from tests.silent.dense import Dense
@@ -258,3 +258,30 @@ def test_perturbations_are_right_or_refused(function: Any, mode: str) -> None:
         moved[1][:, j] -= 1e-6
         expected = factors @ ((dense.rows(moved[0], y[:5]) - dense.rows(moved[1], y[:5])) / 2e-6).T
         torch.testing.assert_close(found[:, :, j], expected, rtol=1e-5, atol=1e-7)
+
+
+class Bytes(nn.Module):
+    """Images as bytes, which are float32 whatever the weights are; ReLU and pooling, which have kinks everywhere."""
+
+    def __init__(self, function: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.last, self.function = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16 * 64, 10), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x.float() / 255)
+        h = self.function.apply(h) if self.function else h
+        out: Tensor = self.last(nn.functional.max_pool2d(h.relu(), 2).flatten(1))
+        return out
+
+
+def test_a_hessian_that_float32_and_kinks_leave_uncertain_is_taken_and_said_to_be() -> None:
+    data = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8), torch.arange(20) % 10
+    for function in (None, Keeps):
+        influence = CgInfluence(Bytes(function), cross_entropy, 1.0, second_order_mode="hessian", maxiter=1)
+        if function is None:
+            remarks = influence.fit(data).fit_report.remarks
+            assert any(remark.startswith("second derivatives are symmetric, and could not be") for remark in remarks)
+        else:
+            with pytest.raises(DerivativeError, match="'Keeps'"):
+                influence.fit(data)
