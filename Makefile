@@ -31,8 +31,8 @@ test: lint ## Install everything for development, then lint, check types and run
 	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --junitxml=build/tests.xml
 
 slurm-test: $(VENV)/.dev ## Run the tests that need SLURM, each process on a SLURM of its own; installs it on Debian, as root.
-	DISTINFLUENCE_SLURM=required $(PYTEST) -m "slurm and not soak" -n 4 --dist load --maxschedchunk=1 \
-	  -o timeout=400 -o faulthandler_timeout=500 --junitxml=build/slurm-tests.xml tests/slurm
+	DISTINFLUENCE_SLURM=required $(PYTEST) -m "slurm and not soak" -n 3 --dist load --maxschedchunk=1 \
+	  -o timeout=600 -o faulthandler_timeout=700 --junitxml=build/slurm-tests.xml tests/slurm
 
 soak: $(VENV)/.dev ## Run the long tests and keep their table: twenty kills a stage, SLURM's own limits, a thousand workers, …
 	$(BIN)/python -m tests.benchmarks soak scale

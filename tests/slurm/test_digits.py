@@ -40,6 +40,14 @@ def test_the_digits_by_each_way_through_the_queue_give_the_local_result_bit_for_
         (tmp_path / name).mkdir()
         shutil.copy(tmp_path / "model.pt", tmp_path / name)
         jobs[name] = written(tmp_path / name / "job.yaml", digits)
+    # as a worker with one core: one thread, and so the same order of every sum
+    finished(
+        command("run", jobs["local"], "--quiet"),
+        env=environment(slurm),
+        check=True,
+        limit=350,  # it shares its core with the jobs
+        preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
+    )
     allocation = submitted(
         slurm, tmp_path / "allocation", "allocation.sbatch", jobs["allocation"], options=("-n", 2, "-c", 1)
     )
@@ -49,14 +57,6 @@ def test_the_digits_by_each_way_through_the_queue_give_the_local_result_bit_for_
     driver = submitted(slurm, tmp_path / "driver", "driver.sbatch", jobs["driver"], cluster_file(tmp_path / "driver"))
     workers = shipped(tmp_path, "cpu.yaml", keys={"workers": 4}, cores=1, memory="2GB")
     with running(slurm, "run", jobs["run"], "--cluster", workers) as process:
-        # as a worker with one core: one thread, and so the same order of every sum
-        finished(
-            command("run", jobs["local"], "--quiet"),
-            env=environment(slurm),
-            check=True,
-            limit=350,  # it shares its core with the jobs
-            preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
-        )
         assert "waiting for workers, 4 jobs" in end_of(process)
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
 
