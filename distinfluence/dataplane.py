@@ -207,7 +207,7 @@ class LocalPlane(LoopPlane):
 
 OTHER_VALUES = (
     "{what} must give the same values for a sample each time it is read, got others the second time. Take random "
-    "transforms out, and seed what is drawn when the data set is made: influence is that of the very samples."
+    "transforms out, and seed what is drawn when the data set is made: influence needs samples that stay the same."
 )
 
 

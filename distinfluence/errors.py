@@ -43,7 +43,7 @@ class InPlaceError(DistinfluenceError, RuntimeError):
 
 
 class DerivativeError(DistinfluenceError, ArithmeticError):
-    """Derivatives of a model or a loss are not those of what it computes."""
+    """Derivatives do not match what the model or the loss computes."""
 
 
 class LossError(DistinfluenceError, ValueError):

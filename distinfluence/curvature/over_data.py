@@ -284,19 +284,26 @@ def once_differentiable(risk: SampleRisk, batch: Batch) -> list[str]:
 
 def once_differentiable_in(value: Tensor) -> list[str]:
     """Names of such operators in the graph of a tensor."""
+    names = set[str]()
+    for node in nodes_of(value):
+        operator = getattr(type(node), "_forward_cls", None)
+        code = getattr(getattr(operator, "backward", None), "__code__", None)
+        if operator is not None and code in _WRAPPERS:
+            names.add(operator.__name__)
+    return sorted(names)
+
+
+def nodes_of(value: Tensor) -> Iterator[Any]:
+    """Every node of the graph of a tensor, once."""
     front: list[Any] = [value.grad_fn]
-    names, seen = set[str](), set[Any]()
+    seen = set[Any]()
     while front:
         node = front.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        operator = getattr(type(node), "_forward_cls", None)
-        code = getattr(getattr(operator, "backward", None), "__code__", None)
-        if operator is not None and code in _WRAPPERS:
-            names.add(operator.__name__)
+        yield node
         front += [following for following, _ in node.next_functions]
-    return sorted(names)
 
 
 _WRAPPERS = (torch.autograd.function.once_differentiable(lambda ctx: None).__code__,)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from distinfluence.batch import Batch, batch_length, map_batch, take
 from distinfluence.checkpointing import without_checkpointing
 from distinfluence.curvature import SecondOrderMode, operator_class
-from distinfluence.curvature.over_data import missing_derivative
+from distinfluence.curvature.over_data import missing_derivative, nodes_of
 from distinfluence.errors import DerivativeError, DistinfluenceError, UnsupportedOperatorError
 from distinfluence.gradients import differentiable, flat_grad, loss_gradients, mixed_gradients
 from distinfluence.objective import Forward, Objective
@@ -87,8 +87,8 @@ def _probed(risk: SampleRisk, batches: Sequence[Batch]) -> Probed:
         if isinstance(error, DistinfluenceError) or (missing := missing_derivative(error, risk, batches[0])) is None:
             raise
         raise UnsupportedOperatorError(
-            f"`model` and `loss` must be differentiable by the parameters, and PyTorch has not {missing}. Influence "
-            "needs the gradient whatever the method: replace the operator, or freeze the parameters before it."
+            f"`model` and `loss` must be differentiable by the parameters, and PyTorch does not have {missing}. "
+            "Influence needs the gradient whatever the method: replace the operator, or freeze the parameters before it."
         ) from error
 
 
@@ -110,6 +110,7 @@ def _compared_with_backward(
     except Exception as error:  # a module that torch's autograd refuses, such as one made in `torch.inference_mode`
         return (f"gradients could not be compared with those of the module's own backward pass: {error}",)
     root = torch.finfo(risk.dtype).eps ** 0.5
+    # as `agree` has it; and a parameter whose gradient cancels keeps the rounding of the others
     relative, beside = (10 * root, root / 100) if as_it_is else (1e-2, 1e-3)  # the same operators in the same dtype
     norm = float(torch.stack([g.double().norm().cpu() for g in expected.values()]).norm())
     wrong = {
@@ -256,7 +257,6 @@ def check_mixed(risk: SampleRisk, batch: Batch) -> None:
         return
     few = take(batch, 0, min(batch_length(batch), MIXED_SAMPLES))
     x = risk.objective.inputs(few)
-    risk.found[MIXED] = True
     if not x.is_floating_point():
         return  # refused where they are made
     with torch.inference_mode(False), torch.no_grad(), untouched_randomness(), risk.in_own_precision():
@@ -268,21 +268,23 @@ def check_mixed(risk: SampleRisk, batch: Batch) -> None:
             raise
         except Exception:  # as in `check_products`
             wide, samples = risk.apart(_first_parameters(risk)), few
-        verdicts = [_mixed_agrees(wide, samples, seed, EXACT_STEP, EXACT) for seed in (0, 1)]
+        verdicts = [_mixed_agrees(wide, samples, seed) for seed in (0, 1)]
         if not any(agrees for agrees, _ in verdicts) and (any(c for _, c in verdicts) or _custom(wide, samples)):
             raise DerivativeError(
                 "`mode='perturbation'` cannot be used with this `model` and `loss`: the derivative of gradients by the "
                 f"input is not what differences of gradients say. {_suspects(wide, samples)}"
             )
+    risk.found[MIXED] = True
 
 
-def _mixed_agrees(risk: SampleRisk, batch: Batch, seed: int, step: float, allowed: float) -> tuple[bool, bool]:
+def _mixed_agrees(risk: SampleRisk, batch: Batch, seed: int) -> tuple[bool, bool]:
     """Whether ∂/∂x ⟨∇ℓ, row⟩ along a direction is a difference of gradients; else whether that is certain."""
     generator, x = torch.Generator().manual_seed(seed), risk.objective.inputs(batch)
     row = _direction(risk, {name: _scale(p) for name, p in risk.parameters.items()}, generator)
     d = _scale(x) * _normal(x, generator)
     found = (mixed_gradients(risk, batch, row.unsqueeze(0))[0] * d).double().flatten(1).sum(dim=1)
     exact = risk.dtype == torch.float64
+    step = EXACT_STEP if exact else COARSE_STEP
 
     def difference(by: float) -> tuple[Tensor, float]:
         sides = [
@@ -291,10 +293,10 @@ def _mixed_agrees(risk: SampleRisk, batch: Batch, seed: int, step: float, allowe
         ]
         return (sides[0] - sides[1]) / (2 * by), float(sides[0].norm())
 
-    expected, size = difference(step if exact else COARSE_STEP)
-    noise = 100 * torch.finfo(risk.dtype).eps / (step if exact else COARSE_STEP) * size
+    expected, size = difference(step)
+    noise = 100 * torch.finfo(risk.dtype).eps / step * size
     error = float((found - expected).norm())
-    if error <= allowed * float(expected.norm()) + noise:
+    if error <= EXACT * float(expected.norm()) + noise:
         return True, True
     return False, exact and float((difference(step / 2)[0] - expected).norm()) <= 0.1 * error
 
@@ -485,18 +487,13 @@ def _custom(risk: SampleRisk, batch: Batch) -> list[str]:
     """Custom operators, and PyTorch's with known faults, in the graph of the losses."""
     with double_differentiable(), differentiable(risk) as parameters:
         losses = risk.losses(parameters, batch)
-    names, seen, front = set[str](), set[Any](), [losses.grad_fn]
-    while front:
-        node = front.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    names = set[str]()
+    for node in nodes_of(losses):
         forward = getattr(type(node), "_forward_cls", None)
         if forward is not None:
             names.add(forward.__name__)
         if node.name() in KNOWN:
             names.add(KNOWN[node.name()])
-        front += [following for following, _ in node.next_functions]
     return sorted(names)
 
 

@@ -12,7 +12,6 @@ A run that died goes on where it stopped: factors that are on disk are not solve
 Factors have checksums; those that are not as they were written are solved again.
 """
 
-import itertools
 import json
 import platform
 import shutil
@@ -273,7 +272,9 @@ def _own_folder(named: Path, probe: Probe) -> Path:
 
     Each names its model before it has factors, and is left alone by others: they may be at work.
     """
-    for number in itertools.count(1):
+    number = 0
+    while True:
+        number += 1
         folder = named if number == 1 else named.with_name(f"{named.name}-{number}")
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "probe.json"
@@ -282,7 +283,6 @@ def _own_folder(named: Path, probe: Probe) -> Path:
                 partial.write_text(json.dumps(probe.to_json()))
         if not probe.differences(Probe.from_json(json.loads(file.read_text()))):
             return folder
-    raise AssertionError("unreachable")
 
 
 def _write_extras(writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress) -> None:

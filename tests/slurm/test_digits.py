@@ -45,7 +45,7 @@ def test_the_digits_by_each_way_through_the_queue_give_the_local_result_bit_for_
         command("run", jobs["local"], "--quiet"),
         env=environment(slurm),
         check=True,
-        limit=350,  # it shares its core with the jobs
+        limit=350,  # it shares its core with other tests
         preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
     )
     allocation = submitted(
