@@ -289,10 +289,8 @@ def require_same_inputs(
     here |= {"parameters": fingerprint_module(model.risk.module), "forward": structure(model.risk.module)}
     here |= {"objective": to_json(model.objective_settings, "objective")}
     provenance = result.provenance
-    recorded = provenance["fingerprints"] | {
-        "forward": provenance.get("structure"),
-        "objective": provenance["objective"],
-    }
+    recorded = {**provenance["fingerprints"], "forward": provenance.get("structure")}
+    recorded |= {"objective": provenance["objective"]}
     other = [name.replace("_", " ") for name, own in here.items() if recorded[name] != own]
     if other:
         raise FingerprintError(
