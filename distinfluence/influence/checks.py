@@ -88,7 +88,7 @@ def _probed(risk: SampleRisk, batches: Sequence[Batch]) -> Probed:
             raise
         raise UnsupportedOperatorError(
             f"`model` and `loss` must be differentiable by the parameters, and PyTorch does not have {missing}. "
-            "Influence needs the gradient whatever the method: replace the operator, or freeze the parameters before it."
+            "Every method needs the gradient: replace the operator, or freeze the parameters before it."
         ) from error
 
 
