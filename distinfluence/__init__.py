@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distinfluence.blocks import BlockMode, ParameterBlocks
     from distinfluence.curvature import (
         EmpiricalFisherOperator,
         GGNOperator,
@@ -34,9 +33,10 @@ if TYPE_CHECKING:
         SelfInfluences,
         SolveReport,
     )
-    from distinfluence.language import LanguageModelObjective
-    from distinfluence.objective import Objective, SupervisedObjective
-    from distinfluence.risk import EmpiricalRisk
+    from distinfluence.model.blocks import BlockMode, ParameterBlocks
+    from distinfluence.model.language import LanguageModelObjective
+    from distinfluence.model.objective import Objective, SupervisedObjective
+    from distinfluence.model.risk import EmpiricalRisk
     from distinfluence.scaling import (
         DaskInfluenceCalculator,
         ModelRecipe,
@@ -94,7 +94,7 @@ __all__ = [
 
 # module → the public names that it brings, as for the type checker above
 _NAMES = {
-    "blocks": ("BlockMode", "ParameterBlocks"),
+    "model.blocks": ("BlockMode", "ParameterBlocks"),
     "curvature": ("EmpiricalFisherOperator", "GGNOperator", "HessianOperator", "SecondOrderMode"),
     "errors": ("DistinfluenceError",),
     "influence": (
@@ -115,9 +115,9 @@ _NAMES = {
         "SelfInfluences",
         "SolveReport",
     ),
-    "language": ("LanguageModelObjective",),
-    "objective": ("Objective", "SupervisedObjective"),
-    "risk": ("EmpiricalRisk",),
+    "model.language": ("LanguageModelObjective",),
+    "model.objective": ("Objective", "SupervisedObjective"),
+    "model.risk": ("EmpiricalRisk",),
     "scaling": (
         "DaskInfluenceCalculator",
         "ModelRecipe",
@@ -129,11 +129,12 @@ _NAMES = {
     "solvers": ("EkfacPreConditioner", "JacobiPreConditioner", "NystroemPreConditioner"),
     "store": ("InfluenceResult", "annotate", "open_influences"),
 }
+_PACKAGES = {module.partition(".")[0] for module in _NAMES}
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    if name in _NAMES:
+    if name in _PACKAGES:
         return import_module(f"distinfluence.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,10 +20,10 @@ from distinfluence.browse.commands import condition, register
 from distinfluence.errors import DistinfluenceError, SettingError, StoreNotFoundError
 
 if TYPE_CHECKING:
-    from distinfluence.config import Job
-    from distinfluence.job_points import Axis, JobPoints
+    from distinfluence.app.config import Job
+    from distinfluence.app.job_points import Axis, JobPoints
     from distinfluence.store import InfluenceResult
-    from distinfluence.store.manifest import RunState
+    from distinfluence.store.run_state import RunState
 
 Kind = Literal["image", "text", "table"]
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,7 +66,7 @@ def demo(output: Path, workers: int) -> None:
     Trains a small network on scikit-learn's digits with 5 % of the training labels flipped on purpose, writes a job
     file and runs it, then says how many of the flipped labels stand among the most harmful training samples.
     """
-    from distinfluence.demo import run_demo
+    from distinfluence.app.demo import run_demo
 
     with _clean_errors(resume=f"run {output / 'job.yaml'} --resume"):
         click.echo(run_demo(output, workers))
@@ -80,7 +80,7 @@ _cluster_option = click.option(
 
 
 def _job(path: Path, cluster: Path | None) -> "Job":
-    from distinfluence.config import ClusterSection, Job
+    from distinfluence.app.config import ClusterSection, Job
 
     job = Job.read(path)
     return job if cluster is None else job.on(ClusterSection.read(cluster))
@@ -127,9 +127,9 @@ def run(
 
     In a batch job that the queue starts again, the run goes on with what its last start left.
     """
-    from distinfluence.job import begun_here, run_job, run_part
+    from distinfluence.app.job import begun_here, run_job, run_part
+    from distinfluence.app.summary import program, summary
     from distinfluence.scaling import Progress, was_requeued
-    from distinfluence.summary import program, summary
 
     with _clean_errors(resume=f"run {job}{'' if cluster is None else f' --cluster {cluster}'} --resume"):
         described = _job(job, cluster)
@@ -164,7 +164,7 @@ def plan(job: Path, cluster: Path | None) -> None:
     Loads the model and a few samples, measures some seconds, and computes nothing. Ends with status 1, and the change
     that would help, if the workers have too little memory.
     """
-    from distinfluence.job import plan_job
+    from distinfluence.app.job import plan_job
 
     with _clean_errors():
         click.echo(str(plan_job(_job(job, cluster))))
@@ -180,8 +180,8 @@ def verify(job: Path, tests: int, trains: int, seed: int) -> None:
 
     Ends with status 1 if a byte is not as it was written, or an error is larger than its bound.
     """
-    from distinfluence.config import Job
-    from distinfluence.job import verify_job
+    from distinfluence.app.config import Job
+    from distinfluence.app.job import verify_job
 
     with _clean_errors():
         found = verify_job(Job.read(job), n_test=tests, n_train=trains, seed=seed)
@@ -203,8 +203,8 @@ def annotate(job: Path, kind: Kind | None, shape: str | None, render: str | None
       distinfluence annotate job.yaml --kind image --shape 8x8 --classes zero,one,two
       distinfluence annotate job.yaml --kind text --render my_data:decode
     """
-    from distinfluence.config import Job
-    from distinfluence.samples import annotate_job
+    from distinfluence.app.config import Job
+    from distinfluence.app.job_data import annotate_job
 
     with _clean_errors():
         names = None if classes is None else classes.split(",")
@@ -228,10 +228,10 @@ def info(path: str, check: bool, as_json: bool) -> None:
     Of a result that is not complete also the run: at which stage it is, how fast, and whether it lives or died; from
     the run's first moment, when there is no result yet. Asks no scheduler.
     """
+    from distinfluence.app.summary import summary
     from distinfluence.store import open_influences
-    from distinfluence.store.html import facts, model_of
-    from distinfluence.store.manifest import read_runs
-    from distinfluence.summary import summary
+    from distinfluence.store.format.html import facts, model_of
+    from distinfluence.store.run_state import read_runs
 
     with _clean_errors():
         runs = [] if "://" in path else read_runs(Path(path).expanduser().absolute())
@@ -286,7 +286,7 @@ def top(
       distinfluence top influences.zarr --tests 0:100
       distinfluence top influences.zarr --label cat
     """
-    from distinfluence.browse.rankings import asked_tests, ranked, ranking_json, ranking_table
+    from distinfluence.browse.export.terminal import asked_tests, ranked, ranking_json, ranking_table
     from distinfluence.store import open_influences
 
     with _clean_errors():
@@ -298,7 +298,7 @@ def top(
 def _sources_of_job(
     job: Path, result: "InfluenceResult", render: str | None, compared: bool
 ) -> "Mapping[Axis, JobPoints]":
-    from distinfluence.job_points import points_of_job
+    from distinfluence.app.job_points import points_of_job
 
     return points_of_job(job, result, render, compared)
 
@@ -319,7 +319,7 @@ def _clean_errors(resume: str = "") -> Iterator[None]:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        from distinfluence.summary import program
+        from distinfluence.app.summary import program
 
         hint = f" Go on with: {program()} {resume}" if resume else ""
         with suppress(OSError):  # the terminal may be what has gone

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, rnn, spectral_norm
 
-from distinfluence.batch import Batch
-from distinfluence.language import LanguageModelObjective
-from distinfluence.objective import Forward, Loss, Objective
+from distinfluence.model.batch import Batch
+from distinfluence.model.language import LanguageModelObjective
+from distinfluence.model.objective import Forward, Loss, Objective
 from tests.layers.networks import NETWORKS, network
 from tests.zoo import BUILDERS, Case, build
 

@@ -19,7 +19,7 @@ from distinfluence import open_influences
 from distinfluence.cli import STOPPING, _clean_errors, main
 from distinfluence.scaling import ClusterSpec, Progress, connected
 from distinfluence.store import InfluenceWriter, Layout
-from distinfluence.store.manifest import RunState, manifest_file, write_state
+from distinfluence.store.run_state import RunState, manifest_file, write_state
 from tests.processes import finished, started
 from tests.reference import Reference
 from tests.test_job import content
@@ -266,7 +266,7 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_result_and_overwrites_
         asked.append((overwrite, resume))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distinfluence.job.run_job", run)
+    monkeypatch.setattr("distinfluence.app.job.run_job", run)
     path = job_file(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     command("run", path, "--overwrite")

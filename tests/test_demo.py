@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from distinfluence import open_influences
-from distinfluence.config import Job
-from distinfluence.demo import (
+from distinfluence.app.config import Job
+from distinfluence.app.demo import (
     FLIPPED_SHARE,
     N_TRAIN,
     build_model,
@@ -22,7 +22,7 @@ from distinfluence.demo import (
     prepare,
     train_data,
 )
-from distinfluence.demo import (
+from distinfluence.app.demo import (
     test_data as digits_for_testing,
 )
 from distinfluence.errors import ForeignStoreError

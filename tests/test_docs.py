@@ -16,8 +16,8 @@ import yaml
 
 import distinfluence
 from distinfluence import EkfacInfluence, InfluenceResult
+from distinfluence.app.config import ClusterSection, Job
 from distinfluence.cli import main as command_line
-from distinfluence.config import ClusterSection, Job
 from distinfluence.scaling import InfluenceCalculator
 
 ROOT = Path(__file__).parents[1]

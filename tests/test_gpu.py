@@ -17,10 +17,10 @@ from distinfluence import (
     KrylovInfluence,
     SequentialInfluenceCalculator,
 )
-from distinfluence.blocks import ParameterBlocks
 from distinfluence.influence.scores import tile_of
-from distinfluence.objective import as_objective
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.blocks import ParameterBlocks
+from distinfluence.model.objective import as_objective
+from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.scaling import ClusterSpec, connected
 from tests.benchmarks.gpu import table
 from tests.reference import Reference

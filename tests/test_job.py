@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping, job
-from distinfluence.config import METHODS, Job
+from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping
+from distinfluence.app import job
+from distinfluence.app.config import METHODS, Job
 from distinfluence.errors import ConfigError, MissingDependencyError, RecipeError
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from distinfluence import ArnoldiInfluence, DirectInfluence, EkfacInfluence, InverseHarmonicMeanInfluence
-from distinfluence.dataplane import LocalPlane
 from distinfluence.influence.checks import check_bytes
-from distinfluence.probe import PROBE_BYTES
+from distinfluence.model.identity.probe import PROBE_BYTES
+from distinfluence.model.reducer import LocalPlane
 from distinfluence.solvers import BlockKrylov, Direct, NystroemSketch
 from tests.benchmarks.memory import METHODS, ROWS, SIZE, Spread, blocks, peak, peak_bytes
 

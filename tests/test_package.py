@@ -34,7 +34,7 @@ HELP = "from distinfluence.cli import main\nmain(['--help'], standalone_mode=Fal
         ("from distinfluence import DistinfluenceError", set()),
         ("from distinfluence import CgInfluence, EkfacPreConditioner, EmpiricalRisk, HessianOperator", {"torch"}),
         ("from distinfluence import open_influences", {"zarr"}),
-        ("import distinfluence.summary", {"zarr"}),
+        ("import distinfluence.app.summary", {"zarr"}),
     ],
 )
 def test_an_import_loads_only_what_it_needs(code: str, needed: set[str]) -> None:

@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distinfluence.browse.rendering import Drawable, PointSource, Renderer, Tokens
+    from distinfluence.browse.views.rendering import Drawable, PointSource, Renderer, Tokens
 
 __all__ = ["Drawable", "PointSource", "Renderer", "Tokens"]
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        return getattr(import_module("distinfluence.browse.rendering"), name)
+        return getattr(import_module("distinfluence.browse.views.rendering"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,9 +17,9 @@ import click
 from distinfluence.errors import DistinfluenceError, SettingError
 
 if TYPE_CHECKING:
-    from distinfluence.browse.api import ResultApi
-    from distinfluence.browse.rendering import PointSource
-    from distinfluence.browse.server import BrowseServer
+    from distinfluence.browse.server.api import ResultApi
+    from distinfluence.browse.server.http import BrowseServer
+    from distinfluence.browse.views.rendering import PointSource
     from distinfluence.store import InfluenceResult
 
 P = ParamSpec("P")
@@ -45,7 +45,7 @@ def register(group: click.Group, sources: JobSources) -> None:
 
 def condition(result: InfluenceResult, *, check: bool = False) -> str:
     """complete, running or damaged, and how far; check: read everything and compare the checksums."""
-    from distinfluence.store.mending import Damage, find_damage
+    from distinfluence.store.repair import Damage, find_damage
 
     damage = find_damage(result.path) if check else Damage(tuple(result.lost_strips()), ())
     if damage:
@@ -113,8 +113,8 @@ def browse(
     The page is served by this machine to this machine, to whoever has the token in the address; nothing is loaded from
     a network. Ctrl-C ends it.
     """
-    from distinfluence.browse.api import ResultApi
-    from distinfluence.browse.server import is_loopback
+    from distinfluence.browse.server.api import ResultApi
+    from distinfluence.browse.server.http import is_loopback
     from distinfluence.store import open_influences
 
     if job is None and (render is not None or trust):
@@ -131,8 +131,8 @@ def _listening(
     api: ResultApi, host: str, port: int | None, token: str | None, names: tuple[str, ...], new_link: bool
 ) -> BrowseServer:
     """A server on the port, and with the token, that this result had last, unless told otherwise."""
-    from distinfluence.browse.link import Link, keep_link, kept_link
-    from distinfluence.browse.server import BrowseServer
+    from distinfluence.browse.server.http import BrowseServer
+    from distinfluence.browse.server.saved_link import Link, keep_link, kept_link
 
     whose = str(api.result.path)
     kept = None if new_link else kept_link(whose)
@@ -192,9 +192,9 @@ def export(
       distinfluence export influences.zarr --parquet slice.parquet --tests 0:100 --trains 0:5000
       distinfluence export influences.zarr --html highlights.html
     """
-    from distinfluence.browse.api import ResultApi
-    from distinfluence.browse.report import write_report
-    from distinfluence.browse.tables import entries, rankings, write_csv, write_parquet
+    from distinfluence.browse.export.html_report import write_report
+    from distinfluence.browse.export.tables import entries, rankings, write_csv, write_parquet
+    from distinfluence.browse.server.api import ResultApi
     from distinfluence.store import open_influences
 
     if csv is None and parquet is None and html is None:
@@ -218,7 +218,7 @@ def export(
 @_clean
 def plot(path: str, file: Path, what: str) -> None:
     """Draw the result at PATH to the PNG file FILE: the matrix, the spectrum of its scores, or the residuals."""
-    from distinfluence.browse.plots import plot as draw
+    from distinfluence.browse.export.plots import plot as draw
     from distinfluence.store import open_influences
 
     draw(open_influences(path), what, file)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from distinfluence.batch import Batch, batch_length, take
-from distinfluence.dataplane import Kernel
 from distinfluence.layers.layout import Layout, Record, layout_of
 from distinfluence.layers.recorder import Shifted
 from distinfluence.layers.units import Unit
-from distinfluence.sample_risk import SampleRisk, double_differentiable
+from distinfluence.model.batch import Batch, batch_length, take
+from distinfluence.model.reducer import Kernel
+from distinfluence.model.sample_risk import SampleRisk, double_differentiable
 
 DIRECTION_BYTES = 64 * 2**20  # of forward derivatives that are held at once
 Tensors = tuple[Tensor, ...]

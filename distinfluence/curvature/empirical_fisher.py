@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distinfluence.batch import Batch
 from distinfluence.curvature.over_data import DataOperator
-from distinfluence.gradients import loss_gradients, micro_batches
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.batch import Batch
+from distinfluence.model.gradients import loss_gradients, micro_batches
+from distinfluence.model.sample_risk import SampleRisk
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class EmpiricalFisherOperator(DataOperator):
     """The second moment of the per-sample gradients as a linear operator.
 
     >>> import torch
-    >>> from distinfluence.risk import EmpiricalRisk
+    >>> from distinfluence.model.risk import EmpiricalRisk
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> _ = torch.nn.init.ones_(model.weight)
     >>> risk = EmpiricalRisk(model, torch.nn.MSELoss(), (torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)))

@@ -12,14 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distinfluence.batch import Batch, batch_length, take
-from distinfluence.counter_random import Uniform, sample_keys
 from distinfluence.errors import LossError
-from distinfluence.gradients import loss_gradients, output_gradients
 from distinfluence.layers.layout import MOST_DENSE, Layout, Record, layout_of, unit_rows
 from distinfluence.layers.scores import rotated
 from distinfluence.layers.units import Sides, Unit, outer_sides
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.batch import Batch, batch_length, take
+from distinfluence.model.counter_random import Uniform, sample_keys
+from distinfluence.model.gradients import loss_gradients, output_gradients
+from distinfluence.model.sample_risk import SampleRisk
 
 WORK_BYTES = 32 * 2**20  # of gradient matrices that are held at once
 MOST_FACTOR = 8192  # rows of a factor up to which it is decomposed; of larger ones the diagonal is kept

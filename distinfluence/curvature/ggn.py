@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from distinfluence.batch import Batch, take
 from distinfluence.curvature.empirical_fisher import EmpiricalFisherProduct
 from distinfluence.curvature.over_data import (
     ONCE,
@@ -26,9 +25,10 @@ from distinfluence.curvature.over_data import (
     vectorised,
 )
 from distinfluence.errors import UnsupportedOperatorError
-from distinfluence.gradients import differentiable
-from distinfluence.objective import FEW_OUTPUTS
-from distinfluence.sample_risk import Parameters, SampleRisk, attempt
+from distinfluence.model.batch import Batch, take
+from distinfluence.model.gradients import differentiable
+from distinfluence.model.objective import FEW_OUTPUTS
+from distinfluence.model.sample_risk import Parameters, SampleRisk, attempt
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class GGNOperator(DataOperator):
     """The generalised Gauss–Newton matrix of the empirical risk as a linear operator.
 
     >>> import torch
-    >>> from distinfluence.risk import EmpiricalRisk
+    >>> from distinfluence.model.risk import EmpiricalRisk
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> risk = EmpiricalRisk(model, torch.nn.MSELoss(), (torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)))
     >>> GGNOperator(risk).dense()  # the Hessian of a model that is linear in its parameters

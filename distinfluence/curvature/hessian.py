@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from distinfluence.batch import Batch
 from distinfluence.curvature.dense_hessian import DenseHessian
 from distinfluence.curvature.empirical_fisher import EmpiricalFisherProduct
 from distinfluence.curvature.ggn import GGNOperator, GGNProduct
@@ -24,8 +23,9 @@ from distinfluence.curvature.over_data import (
     sum_of,
     vectorised,
 )
-from distinfluence.gradients import differentiable, flat_grad
-from distinfluence.sample_risk import Parameters, SampleRisk, agree
+from distinfluence.model.batch import Batch
+from distinfluence.model.gradients import differentiable, flat_grad
+from distinfluence.model.sample_risk import Parameters, SampleRisk, agree
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class HessianOperator(DataOperator):
     """The Hessian of the empirical risk as a linear operator.
 
     >>> import torch
-    >>> from distinfluence.risk import EmpiricalRisk
+    >>> from distinfluence.model.risk import EmpiricalRisk
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> risk = EmpiricalRisk(model, torch.nn.MSELoss(), (torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)))
     >>> HessianOperator(risk).dense()  # mean of 2x²

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator, SupportsDouble
 from distinfluence.curvature.fisher_sums import CovarianceSums, EigenvalueSums, FisherVectors
-from distinfluence.dataplane import DataPlane
 from distinfluence.errors import DecompositionError, NonFiniteError, UnsupportedOperatorError
 from distinfluence.layers.layout import Layout
 from distinfluence.layers.units import Unit
+from distinfluence.model.reducer import DataPlane
 
 Function = Callable[[Tensor], Tensor]
 JITTER = 1e-10  # of the mean eigenvalue, added to a factor whose decomposition failed

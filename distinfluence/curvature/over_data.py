@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distinfluence.batch import Batch, batch_length, map_batch, take
 from distinfluence.curvature.base import CurvatureOperator
-from distinfluence.dataplane import Kernel
 from distinfluence.errors import NonFiniteError, ParameterBlockError, UnsupportedOperatorError
-from distinfluence.gradients import differentiable, over_rows
-from distinfluence.risk import EmpiricalRisk
-from distinfluence.sample_risk import SampleRisk, attempt, double_differentiable, recordable
+from distinfluence.model.batch import Batch, batch_length, map_batch, take
+from distinfluence.model.gradients import differentiable, over_rows
+from distinfluence.model.reducer import Kernel
+from distinfluence.model.risk import EmpiricalRisk
+from distinfluence.model.sample_risk import SampleRisk, attempt, double_differentiable, recordable
 
 Product = Callable[[Tensor], Tensor]
 

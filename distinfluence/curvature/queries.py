@@ -6,13 +6,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from distinfluence.batch import Batch
 from distinfluence.curvature.kronecker import Eigenbasis
-from distinfluence.gradients import loss_gradients
 from distinfluence.layers.layout import Record, unit_rows
 from distinfluence.layers.scores import RankOne, rotated, separable
 from distinfluence.layers.units import Unit, outer_sides
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.batch import Batch
+from distinfluence.model.gradients import loss_gradients
+from distinfluence.model.sample_risk import SampleRisk
 
 
 def query_of(

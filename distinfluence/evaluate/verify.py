@@ -13,12 +13,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from distinfluence.batch import Batch, as_batch, batch_length, map_batch
 from distinfluence.curvature import SupportsDouble
 from distinfluence.errors import ShapeError
-from distinfluence.gradients import loss_gradients, measurement_gradients
 from distinfluence.influence import DirectInfluence, InfluenceFunctionModel, KrylovInfluence
 from distinfluence.influence.bounds import LowerBound, error_bounds, lower_bound
+from distinfluence.model.batch import Batch, as_batch, batch_length, map_batch
+from distinfluence.model.gradients import loss_gradients, measurement_gradients
 from distinfluence.solvers import BlockCG, BlockKrylov, Direct, Solution, Solver
 
 DIRECT_SIZE = 2_000  # parameters of a block up to which the other method is a dense factorisation

@@ -11,15 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distinfluence.batch import Batch
-from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
-from distinfluence.gradients import SampleGradients, micro_batches
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.demand import GROWING, USUAL_STEPS, Demand
 from distinfluence.influence.scores import InfluenceMode, influence_mode
-from distinfluence.objective import Loss, Objective
+from distinfluence.model.batch import Batch
+from distinfluence.model.blocks import BlockMode, BlockStructure
+from distinfluence.model.gradients import SampleGradients, micro_batches
+from distinfluence.model.objective import Loss, Objective
 from distinfluence.solvers.arnoldi import Arnoldi
 
 ByBlock = OrderedDict[str, Tensor]

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distinfluence.batch import Batch
 from distinfluence.errors import DtypeError
+from distinfluence.model.batch import Batch
 
 Array: TypeAlias = NDArray[np.generic]
 ArrayBatch: TypeAlias = "Array | tuple[ArrayBatch, ...] | dict[str, ArrayBatch]"

@@ -16,12 +16,8 @@ from typing import Any, Literal, Self, overload
 import torch
 from torch import Tensor, nn
 
-from distinfluence.batch import Batch, as_batch
-from distinfluence.blocks import BlockMode, BlockStructure, ParameterBlocks
 from distinfluence.curvature import CurvatureOperator, SecondOrderMode, operator_class
-from distinfluence.dataplane import DataPlane, LocalPlane
 from distinfluence.errors import NotFittedError, SettingError, ShapeError
-from distinfluence.gradients import SampleGradients, loss_gradients, measurement_gradients
 from distinfluence.influence.checks import check_derivatives
 from distinfluence.influence.damping import Regularization, RelativeDamping, damping_by_block, resolved
 from distinfluence.influence.demand import Demand
@@ -29,10 +25,14 @@ from distinfluence.influence.fitted import Fitted
 from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode, scores_by_block, tile_of
 from distinfluence.influence.self_influence import SelfInfluences, self_influences_of
-from distinfluence.objective import Loss, Objective, as_objective
-from distinfluence.probe import Checked
-from distinfluence.risk import EmpiricalRisk
-from distinfluence.sample_risk import SampleRisk, check_mode
+from distinfluence.model.batch import Batch, as_batch
+from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlocks
+from distinfluence.model.gradients import SampleGradients, loss_gradients, measurement_gradients
+from distinfluence.model.identity.probe import Checked
+from distinfluence.model.objective import Loss, Objective, as_objective
+from distinfluence.model.reducer import DataPlane, LocalPlane
+from distinfluence.model.risk import EmpiricalRisk
+from distinfluence.model.sample_risk import SampleRisk, check_mode
 from distinfluence.solvers.base import Solver
 from distinfluence.solvers.refined import Refined
 from distinfluence.solvers.spectrum import Extremes

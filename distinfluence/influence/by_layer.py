@@ -6,9 +6,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from distinfluence.batch import Batch
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.scores import InfluenceMode, scores_by_block
+from distinfluence.model.batch import Batch
 
 
 @runtime_checkable

@@ -6,12 +6,12 @@ test points together, so give it many at once.
 
 from torch import nn
 
-from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.demand import SKETCHING, Demand
-from distinfluence.objective import Loss, Objective
+from distinfluence.model.blocks import BlockMode, BlockStructure
+from distinfluence.model.objective import Loss, Objective
 from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG

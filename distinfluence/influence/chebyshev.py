@@ -6,12 +6,12 @@ of them, and 5 to 40 passes of 4 rows to find the ends of the spectrum.
 
 from torch import nn
 
-from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.demand import USUAL_STEPS, Demand
-from distinfluence.objective import Loss, Objective
+from distinfluence.model.blocks import BlockMode, BlockStructure
+from distinfluence.model.objective import Loss, Objective
 from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.chebyshev import Chebyshev
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distinfluence.batch import Batch, batch_length, map_batch, take
-from distinfluence.checkpointing import without_checkpointing
 from distinfluence.curvature import SecondOrderMode, operator_class
 from distinfluence.curvature.over_data import missing_derivative, nodes_of
 from distinfluence.errors import DerivativeError, DistinfluenceError, UnsupportedOperatorError
-from distinfluence.gradients import differentiable, flat_grad, loss_gradients, mixed_gradients
-from distinfluence.objective import Forward, Objective
-from distinfluence.probe import Checked, Probed, probed
-from distinfluence.sample_risk import (
+from distinfluence.model.batch import Batch, batch_length, map_batch, take
+from distinfluence.model.checkpointing import without_checkpointing
+from distinfluence.model.gradients import differentiable, flat_grad, loss_gradients, mixed_gradients
+from distinfluence.model.identity.probe import Checked, Probed, probed
+from distinfluence.model.objective import Forward, Objective
+from distinfluence.model.sample_risk import (
     SampleRisk,
     double_differentiable,
     untouched_attributes,
@@ -53,7 +53,7 @@ def check_derivatives(risk: SampleRisk, batches: Sequence[Batch], products: Seco
 
     Args:
         risk: Of the model and the objective.
-        batches: The samples, as `distinfluence.draw.grouped` makes them, placed; the largest batch first.
+        batches: The samples as `draw.grouped` makes them, placed; the largest batch first.
         products: The matrix whose products the fit will use, None for one that needs no second derivatives.
 
     Raises:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
-from distinfluence.blocks import ParameterBlocks
 from distinfluence.curvature import CurvatureOperator
 from distinfluence.curvature.base import SupportsEigenbasis, SupportsSampleGradients
 from distinfluence.errors import SettingError
+from distinfluence.model.blocks import ParameterBlocks
 from distinfluence.solvers.spectrum import extreme_eigenvalues, mean_eigenvalue
 
 NAME = "hessian_regularization"

@@ -6,12 +6,12 @@ factor, once; 2·p² flops for each test point.
 
 from torch import nn
 
-from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.demand import Demand, dense_demand
-from distinfluence.objective import Loss, Objective
+from distinfluence.model.blocks import BlockMode, BlockStructure
+from distinfluence.model.objective import Loss, Objective
 from distinfluence.solvers.direct import Direct
 
 

@@ -14,17 +14,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from distinfluence.batch import Batch
-from distinfluence.blocks import BlockMode, ParameterBlocks
 from distinfluence.curvature import KroneckerOperator, SecondOrderMode
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.curvature.fisher_sums import MOST_EXACT, FisherKind, FisherVectors, LayoutOf
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.kronecker import BlockDamped, Eigenbasis, KroneckerInverse, fitted_bases
 from distinfluence.curvature.queries import joined_queries, query_of
-from distinfluence.dataplane import DataPlane
 from distinfluence.errors import SettingError
-from distinfluence.gradients import SampleGradients
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization, damping_by_block, resolved
 from distinfluence.influence.demand import DECOMPOSING, Demand
@@ -43,8 +39,12 @@ from distinfluence.layers.scores import (
     token_scores,
 )
 from distinfluence.layers.units import Unit
-from distinfluence.objective import Loss, Objective
-from distinfluence.risk import EmpiricalRisk
+from distinfluence.model.batch import Batch
+from distinfluence.model.blocks import BlockMode, ParameterBlocks
+from distinfluence.model.gradients import SampleGradients
+from distinfluence.model.objective import Loss, Objective
+from distinfluence.model.reducer import DataPlane
+from distinfluence.model.risk import EmpiricalRisk
 from distinfluence.solvers.base import Outcome, check_count, check_rhs, default_rtol, relative_residuals, row_norms
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.ekfac import Ekfac, inverse_values

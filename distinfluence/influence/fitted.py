@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from distinfluence.curvature import CurvatureOperator
-from distinfluence.dataplane import DataPlane
 from distinfluence.influence.bounds import LowerBound, lower_bound
 from distinfluence.influence.report import FitReport, SolveReport, named_by_block
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.reducer import DataPlane
+from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.solvers.base import Solution, Solver
 from distinfluence.solvers.spectrum import Extremes, extreme_eigenvalues
 

@@ -6,12 +6,12 @@ true residuals; a list of dampings costs the passes of the smallest.
 
 from torch import nn
 
-from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.demand import BESIDE_BASIS, GROWING, USUAL_BASIS, Demand
-from distinfluence.objective import Loss, Objective
+from distinfluence.model.blocks import BlockMode, BlockStructure
+from distinfluence.model.objective import Loss, Objective
 from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.krylov import BASIS_BYTES, BlockKrylov
 

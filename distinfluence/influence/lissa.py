@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from distinfluence.blocks import BlockMode, BlockStructure
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.errors import ShapeError
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.demand import Demand
-from distinfluence.objective import Loss, Objective
+from distinfluence.model.blocks import BlockMode, BlockStructure
+from distinfluence.model.objective import Loss, Objective
 from distinfluence.solvers.lissa import LiSSA
 
 

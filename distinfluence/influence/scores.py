@@ -8,13 +8,13 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from distinfluence.batch import Batch, batch_length, take
 from distinfluence.errors import NonFiniteError, SettingError
-from distinfluence.gradients import loss_gradients, micro_batches, mixed_gradients
 from distinfluence.influence.checks import check_mixed
-from distinfluence.layers import layout_of
+from distinfluence.layers.layout import layout_of
 from distinfluence.layers.scores import scores_of_factors
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.batch import Batch, batch_length, take
+from distinfluence.model.gradients import loss_gradients, micro_batches, mixed_gradients
+from distinfluence.model.sample_risk import SampleRisk
 
 CONFIRMED = 4  # samples of a batch whose scores are compared with those of their gradients
 

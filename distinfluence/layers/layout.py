@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distinfluence.batch import Batch, batch_length, map_batch
 from distinfluence.errors import LayoutError
-from distinfluence.gradients import loss_gradients
 from distinfluence.layers.recorder import Recorder, Use
 from distinfluence.layers.units import SampleAxis, Treatment, Unit, UseInfo, outer_sides, pointwise_rows
-from distinfluence.sample_risk import SampleRisk, agree
+from distinfluence.model.batch import Batch, batch_length, map_batch
+from distinfluence.model.gradients import loss_gradients
+from distinfluence.model.sample_risk import SampleRisk, agree
 
 MOST_DENSE = 1024  # parameters without Kronecker structure up to which a block is kept whole
 CPU_BYTES, GPU_BYTES = 32 * 2**20, 2**30  # of activations that are held at once

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from distinfluence.batch import Batch, batch_length, take
 from distinfluence.errors import NonFiniteError, UnsupportedOperatorError
-from distinfluence.gradients import loss_gradients, samples_at_once
 from distinfluence.layers.layout import Layout, Record, unit_rows
 from distinfluence.layers.units import Sides, Unit, outer_sides, position_scores
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.batch import Batch, batch_length, take
+from distinfluence.model.gradients import loss_gradients, samples_at_once
+from distinfluence.model.sample_risk import SampleRisk
 
 MOST_SEPARATED = 2048  # rows or columns of weights that are decomposed to see whether they are separable
 SCORE_BYTES, SCORE_BYTES_ON_GPU = 32 * 2**20, 2**30  # of contracted factors that are held at once

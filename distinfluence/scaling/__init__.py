@@ -1,18 +1,18 @@
 """Influence matrices over chunked data, on this machine or on a Dask cluster."""
 
 from distinfluence.scaling.calculator import InfluenceCalculator
-from distinfluence.scaling.chunks import ChunkedData
-from distinfluence.scaling.clusters import ClusterSpec, connected
-from distinfluence.scaling.logs import LogToFolder
-from distinfluence.scaling.on_dask import DaskInfluenceCalculator
-from distinfluence.scaling.plan import Plan, make_plan
+from distinfluence.scaling.clusters.connect import ClusterSpec, connected
+from distinfluence.scaling.clusters.slurm import was_requeued
+from distinfluence.scaling.dask_calculator import DaskInfluenceCalculator
+from distinfluence.scaling.data.chunks import ChunkedData
+from distinfluence.scaling.data.recipe import ModelRecipe, Recipe
+from distinfluence.scaling.plan.costs import Stage
+from distinfluence.scaling.plan.plan import Plan, make_plan
+from distinfluence.scaling.plan.problem import Machine
 from distinfluence.scaling.progress import Progress
-from distinfluence.scaling.recipe import ModelRecipe, Recipe
-from distinfluence.scaling.saved import load_fit, save_fit
-from distinfluence.scaling.sequential import SequentialInfluenceCalculator
-from distinfluence.scaling.slurm import was_requeued
-from distinfluence.scaling.stages import Stage
-from distinfluence.scaling.work import Machine
+from distinfluence.scaling.saved_fit import load_fit, save_fit
+from distinfluence.scaling.sequential_calculator import SequentialInfluenceCalculator
+from distinfluence.scaling.worker.logs import LogToFolder
 
 __all__ = [
     "ChunkedData",

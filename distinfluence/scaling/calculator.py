@@ -19,28 +19,29 @@ import dask
 import numpy as np
 from dask.delayed import Delayed
 
-from distinfluence.batch import Batch
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.errors import NotFittedError, SettingError, ShapeError, StoreError, StoreExistsError
-from distinfluence.identity import structure
 from distinfluence.influence.arrays import to_numpy, to_numpy_batch
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.influence.scores import InfluenceMode, influence_mode
-from distinfluence.probe import Checked
-from distinfluence.scaling.chunks import CHUNK_SIZE, ChunkedData, chunked, is_dask_array
-from distinfluence.scaling.executor import Executor
-from distinfluence.scaling.files import require_space
-from distinfluence.scaling.plan import Plan, make_plan
-from distinfluence.scaling.plane import DaskPlane
+from distinfluence.model.batch import Batch
+from distinfluence.model.identity.probe import Checked
+from distinfluence.model.identity.structure import structure
+from distinfluence.scaling.data.chunks import CHUNK_SIZE, ChunkedData, chunked, is_dask_array
+from distinfluence.scaling.data.recipe import fingerprint_module
+from distinfluence.scaling.data.sources import Home
+from distinfluence.scaling.dispatch.dask_reducer import DaskPlane
+from distinfluence.scaling.dispatch.executor import Executor
+from distinfluence.scaling.partition import Share
+from distinfluence.scaling.plan.plan import Plan, make_plan
+from distinfluence.scaling.plan.problem import Asked, Machine, Work
 from distinfluence.scaling.progress import Progress
-from distinfluence.scaling.recipe import fingerprint_module
-from distinfluence.scaling.saved import VERSION, load_fit, save_fit
-from distinfluence.scaling.share import Share
-from distinfluence.scaling.sources import Home
-from distinfluence.scaling.strips import Fitted, Request, drawn_samples, look, write_influences
-from distinfluence.scaling.taking_apart import SHOWN
-from distinfluence.scaling.tasks import (
+from distinfluence.scaling.saved_fit import VERSION, load_fit, save_fit
+from distinfluence.scaling.scratch import require_space
+from distinfluence.scaling.stages.contributions import SHOWN
+from distinfluence.scaling.stages.run import Fitted, Request, drawn_samples, look, write_influences
+from distinfluence.scaling.stages.strips import (
     Sample,
     check_drawn,
     check_model,
@@ -49,12 +50,11 @@ from distinfluence.scaling.tasks import (
     influences_of_chunk,
     measure_rates,
 )
-from distinfluence.scaling.work import Asked, Machine, Work
-from distinfluence.scaling.worker import Context, Scratch, SourcePlane
+from distinfluence.scaling.worker.context import Context, Scratch, SourcePlane
 from distinfluence.store import InfluenceResult, check_output, chunks_of, combine, fingerprint_settings
-from distinfluence.store.folder import place_of
-from distinfluence.store.layout import FLOAT32_BITS
-from distinfluence.store.remote import RemoteFolder
+from distinfluence.store.format.folder import place_of
+from distinfluence.store.format.layout import FLOAT32_BITS
+from distinfluence.store.format.remote import RemoteFolder
 
 if TYPE_CHECKING:
     import dask.array as da

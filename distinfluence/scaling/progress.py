@@ -1,6 +1,6 @@
 """Progress of a run: a bar on a terminal, a line every few seconds elsewhere, and the seconds of each stage.
 
-A run that writes a result also leaves a sign of life beside it, see `distinfluence.store.manifest`.
+A run that writes a result also leaves a sign of life beside it, see `distinfluence.store.run_state`.
 """
 
 import sys
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from distinfluence.store.manifest import HEARTBEAT_SECONDS, RunState, manifest_file, pace_of, write_state
-from distinfluence.store.remote import RemoteFolder
+from distinfluence.store.format.remote import RemoteFolder
+from distinfluence.store.run_state import HEARTBEAT_SECONDS, RunState, manifest_file, pace_of, write_state
 
 LINE_SECONDS = 10.0
 

@@ -29,7 +29,7 @@ from distinfluence import (
     NystroemSketchInfluence,
     SequentialInfluenceCalculator,
 )
-from distinfluence.gradients import loss_gradients, samples_at_once
+from distinfluence.model.gradients import loss_gradients, samples_at_once
 
 
 @dataclass(frozen=True)

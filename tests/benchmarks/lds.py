@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence, RelativeDamping, demo
+from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence, RelativeDamping
+from distinfluence.app import demo
 from distinfluence.evaluate import linear_datamodeling_score
 
 SIZES = (64, 32, 16, 10)

@@ -22,12 +22,12 @@ from distributed import Client, LocalCluster
 from torch import nn
 
 from distinfluence import CgInfluence, DaskInfluenceCalculator, EmpiricalRisk, SecondOrderMode
-from distinfluence.batch import take
+from distinfluence.app.demo import build_model, train_data
 from distinfluence.curvature import DataOperator, operator_class, over_data
-from distinfluence.demo import build_model, train_data
-from distinfluence.gradients import EVEN, GRADIENT_BYTES, loss_gradients, samples_at_once
-from distinfluence.sample_risk import SampleRisk, double_differentiable
-from distinfluence.scaling.clusters import WORKER_ENVIRONMENT
+from distinfluence.model.batch import take
+from distinfluence.model.gradients import EVEN, GRADIENT_BYTES, loss_gradients, samples_at_once
+from distinfluence.model.sample_risk import SampleRisk, double_differentiable
+from distinfluence.scaling.clusters.connect import WORKER_ENVIRONMENT
 from tests.benchmarks.cluster import models as cluster_models
 from tests.benchmarks.peers.models import build
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distinfluence.browse.api import ResultApi
+from distinfluence.browse.server.api import ResultApi
 from distinfluence.store import open_influences
 from tests.browse.conftest import CHROMIUM, serving
 from tests.browse.results import WIDE, wide, wide_strip

@@ -26,7 +26,7 @@ import dask
 import psutil
 from distributed import Client, Scheduler, Worker
 
-from distinfluence.scaling.executor import OnCluster
+from distinfluence.scaling.dispatch.executor import OnCluster
 
 CHUNKS_PER_STRIP = 256
 WORKER_PROCESSES = 4  # workers fetch from each other: in one process, their sockets would pass its limit of open files

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from distinfluence.browse.api import ResultApi
-from distinfluence.browse.known import Axis
-from distinfluence.browse.rendering import PointSource
-from distinfluence.browse.server import BrowseServer
+from distinfluence.browse.server.api import ResultApi
+from distinfluence.browse.server.http import BrowseServer
+from distinfluence.browse.views.points import Axis
+from distinfluence.browse.views.rendering import PointSource
 from distinfluence.store import open_influences
 from tests.browse import results
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distinfluence import CgInfluence, SequentialInfluenceCalculator
-from distinfluence.demo import test_data, train_data, train_model
+from distinfluence.app.demo import test_data, train_data, train_model
 from distinfluence.store import InfluenceWriter, Layout, annotate
 
 WIDE = Layout(n_test=2000, n_train=1_000_000, strip=4096)

@@ -10,8 +10,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from distinfluence.browse.picture import Pictures, cluster_order
-from distinfluence.browse.png import encode
+from distinfluence.browse.views.picture import Pictures, cluster_order
+from distinfluence.browse.views.png import encode
 from distinfluence.store import InfluenceWriter, Layout, annotate, open_influences
 from tests.processes import finished
 from tests.test_cli import command

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import zarr
 
-from distinfluence.browse.server import _PAGE
-from distinfluence.demo import flipped_labels
+from distinfluence.app.demo import flipped_labels
+from distinfluence.browse.server.http import _PAGE
 from distinfluence.store import InfluenceWriter, Layout, annotate, open_influences, write_contributions
 from tests.browse.results import WIDE, wide_strip
 

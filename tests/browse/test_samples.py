@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import yaml
 
-from distinfluence.browse.api import ResultApi
-from distinfluence.browse.rendering import draw
-from distinfluence.browse.report import _sample
-from distinfluence.demo import prepare, train_data
-from distinfluence.demo import test_data as held_out
+from distinfluence.app.demo import prepare, train_data
+from distinfluence.app.demo import test_data as held_out
+from distinfluence.app.job_points import points_of_job
+from distinfluence.browse.export.html_report import _sample
+from distinfluence.browse.server.api import ResultApi
+from distinfluence.browse.views.rendering import draw
 from distinfluence.errors import DtypeError, FingerprintError, SettingError
 from distinfluence.influence.arrays import ArrayBatch
-from distinfluence.job_points import points_of_job
 from distinfluence.scaling import Progress
-from distinfluence.scaling.sources import ArraySource
+from distinfluence.scaling.data.sources import ArraySource
 from distinfluence.store import open_influences
 from tests.browse import results
 from tests.test_cli import command
@@ -72,7 +72,7 @@ def test_what_cannot_be_stored_is_said(job: Path, options: list[str], said: str)
 
 def test_samples_of_other_data_are_refused(job: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(job.read_text())
-    content["data"]["train"] = "distinfluence.demo:test_data"
+    content["data"]["train"] = "distinfluence.app.demo:test_data"
     content["output"] = str(job.parent / "influences.zarr")
     content["model"]["checkpoint"] = str(job.parent / "model.pt")
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
@@ -147,7 +147,7 @@ def test_the_data_of_another_job_are_refused_unless_trusted(job: Path, tmp_path:
     with pytest.raises(FingerprintError, match="was made with other"):
         points_of_job(tmp_path / "other.yaml", result, None, True)
     assert points_of_job(tmp_path / "other.yaml", result, None, False)["train"].sample(0) is not None
-    content["data"]["train"] = "distinfluence.demo:test_data"
+    content["data"]["train"] = "distinfluence.app.demo:test_data"
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(SettingError, match="297 samples"):
         points_of_job(tmp_path / "other.yaml", result, None, False)

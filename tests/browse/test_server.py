@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import zarr
 
-from distinfluence.browse.api import ResultApi
 from distinfluence.browse.commands import _listening
-from distinfluence.browse.link import Link, keep_link, kept_link
-from distinfluence.browse.picture import packed
-from distinfluence.browse.report import write_report
-from distinfluence.browse.server import BrowseServer
+from distinfluence.browse.export.html_report import write_report
+from distinfluence.browse.server.api import ResultApi
+from distinfluence.browse.server.http import BrowseServer
+from distinfluence.browse.server.saved_link import Link, keep_link, kept_link
+from distinfluence.browse.views.picture import packed
 from distinfluence.errors import CorruptStoreError, SettingError, ShapeError
 from distinfluence.store import InfluenceWriter, Layout, annotate, open_influences
 from tests.browse.conftest import serving

@@ -9,15 +9,7 @@ from curvlinops import EFLinearOperator, GGNLinearOperator, HessianLinearOperato
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from distinfluence import (
-    EmpiricalFisherOperator,
-    EmpiricalRisk,
-    GGNOperator,
-    HessianOperator,
-    dataplane,
-    gradients,
-    sample_risk,
-)
+from distinfluence import EmpiricalFisherOperator, EmpiricalRisk, GGNOperator, HessianOperator
 from distinfluence.curvature import (
     DataOperator,
     MatrixOperator,
@@ -27,8 +19,10 @@ from distinfluence.curvature import (
     over_data,
 )
 from distinfluence.errors import DtypeError, NonFiniteError, ParameterBlockError, ShapeError
-from distinfluence.objective import SupervisedObjective
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model import gradients, sample_risk
+from distinfluence.model import reducer as dataplane
+from distinfluence.model.objective import SupervisedObjective
+from distinfluence.model.sample_risk import SampleRisk
 from tests.reference import Reference
 from tests.zoo import BUILDERS, Case, build
 

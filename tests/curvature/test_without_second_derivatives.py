@@ -18,10 +18,10 @@ from distinfluence import (
     GGNOperator,
     HessianOperator,
 )
-from distinfluence.batch import Batch
 from distinfluence.curvature import SecondOrderMode, ggn, operator_class
 from distinfluence.errors import UnsupportedOperatorError
-from distinfluence.objective import SupervisedObjective
+from distinfluence.model.batch import Batch
+from distinfluence.model.objective import SupervisedObjective
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 

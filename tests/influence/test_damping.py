@@ -5,14 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from distinfluence import (
-    CgInfluence,
-    DirectInfluence,
-    InfluenceFunctionModel,
-    KrylovInfluence,
-    RelativeDamping,
-    demo,
-)
+from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, KrylovInfluence, RelativeDamping
+from distinfluence.app import demo
 from distinfluence.errors import NotFittedError, SettingError
 from tests.reference import Reference
 from tests.zoo import Case, build

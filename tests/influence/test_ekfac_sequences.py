@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distinfluence import EkfacInfluence, LanguageModelObjective
-from distinfluence.batch import take
-from distinfluence.counter_random import Uniform, sample_keys
 from distinfluence.errors import LossError, SettingError, UnsupportedOperatorError
-from distinfluence.predictive import Categorical, Dense, Independent, Predictive
+from distinfluence.model.batch import take
+from distinfluence.model.counter_random import Uniform, sample_keys
+from distinfluence.model.predictive import Categorical, Dense, Independent, Predictive
 from tests.influence.test_ekfac import bases, eigenvectors, in_row_order
 from tests.layers.networks import TiedText, network
 from tests.reference import Reference

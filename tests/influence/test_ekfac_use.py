@@ -23,11 +23,11 @@ from distinfluence import (
     open_influences,
 )
 from distinfluence.curvature import KroneckerOperator
-from distinfluence.dataplane import LocalPlane
 from distinfluence.errors import DecompositionError, LayoutError, NonFiniteError, NotFittedError, SettingError
 from distinfluence.evaluate import verify_entries
 from distinfluence.layers.layout import Layout, Record, layout_of
 from distinfluence.layers.scores import RankOne
+from distinfluence.model.reducer import LocalPlane
 from tests.layers.networks import network
 from tests.reference import Reference
 from tests.zoo import Case, build

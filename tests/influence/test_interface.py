@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from distinfluence import DirectInfluence, InfluenceMode, Objective, SecondOrderMode
-from distinfluence.batch import Batch
-from distinfluence.dataplane import LocalPlane
 from distinfluence.errors import DtypeError, NotFittedError, ParameterBlockError, SettingError, ShapeError
-from distinfluence.objective import Forward
+from distinfluence.model.batch import Batch
+from distinfluence.model.objective import Forward
+from distinfluence.model.reducer import LocalPlane
 from tests.influence.test_models import METHODS, allowed, cg, direct
 from tests.reference import Reference
 from tests.zoo import Case, build

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from distinfluence import ArnoldiInfluence, InfluenceFunctionModel, NystroemSketchInfluence
-from distinfluence import gradients as gradients_module
 from distinfluence.errors import SettingError
-from distinfluence.gradients import SampleGradients
+from distinfluence.model import gradients as gradients_module
+from distinfluence.model.gradients import SampleGradients
 from distinfluence.solvers import Outcome
 from tests.reference import Reference
 from tests.zoo import Case, build

@@ -20,7 +20,7 @@ from distinfluence import (
     LissaInfluence,
     NystroemPreConditioner,
 )
-from distinfluence import gradients as gradients_module
+from distinfluence.model import gradients as gradients_module
 from distinfluence.solvers import Outcome
 from tests.reference import Reference
 from tests.zoo import Case, build

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from distinfluence import EkfacInfluence, KrylovInfluence
-from distinfluence.batch import batch_length
-from distinfluence.blocks import ParameterBlocks
-from distinfluence.gradients import loss_gradients
 from distinfluence.influence import scores
 from distinfluence.influence.scores import tile_of
-from distinfluence.layers import layout_of
 from distinfluence.layers import scores as layer_scores
-from distinfluence.objective import as_objective
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.layers.layout import layout_of
+from distinfluence.model.batch import batch_length
+from distinfluence.model.blocks import ParameterBlocks
+from distinfluence.model.gradients import loss_gradients
+from distinfluence.model.objective import as_objective
+from distinfluence.model.sample_risk import SampleRisk
 from tests.layers.networks import NETWORKS, network
 from tests.reference import Reference
 from tests.zoo import BUILDERS, Case, build

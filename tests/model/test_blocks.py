@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from distinfluence.blocks import ParameterBlocks
 from distinfluence.errors import DtypeError, EmptyDataError, NonFiniteError, ParameterBlockError, SettingError
+from distinfluence.model.blocks import ParameterBlocks
 from tests.zoo import Tied, build
 
 

@@ -10,11 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from distinfluence import EmpiricalRisk, GGNOperator, Objective, dataplane
-from distinfluence.batch import Batch, as_batch, batch_length, check_batch, describe, leaves, map_batch, nbytes, take
-from distinfluence.dataplane import LocalPlane, as_loader, read, together
+from distinfluence import EmpiricalRisk, GGNOperator, Objective
 from distinfluence.errors import DtypeError, EmptyDataError, NonFiniteError, ShapeError
-from distinfluence.objective import Forward
+from distinfluence.model import reducer as dataplane
+from distinfluence.model.batch import (
+    Batch,
+    as_batch,
+    batch_length,
+    check_batch,
+    describe,
+    leaves,
+    map_batch,
+    nbytes,
+    take,
+)
+from distinfluence.model.objective import Forward
+from distinfluence.model.reducer import LocalPlane, as_loader, read, together
 from tests.reference import Reference
 from tests.zoo import Case, build
 

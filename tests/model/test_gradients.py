@@ -8,9 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from distinfluence import DirectInfluence, EmpiricalRisk, Objective
-from distinfluence import gradients as gradients_module
-from distinfluence.batch import Batch
-from distinfluence.blocks import ParameterBlocks
 from distinfluence.errors import (
     DtypeError,
     EmptyDataError,
@@ -20,9 +17,12 @@ from distinfluence.errors import (
     NonFiniteError,
     ShapeError,
 )
-from distinfluence.gradients import loss_gradients, measurement_gradients, mixed_gradients
-from distinfluence.objective import Forward, as_objective
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model import gradients as gradients_module
+from distinfluence.model.batch import Batch
+from distinfluence.model.blocks import ParameterBlocks
+from distinfluence.model.gradients import loss_gradients, measurement_gradients, mixed_gradients
+from distinfluence.model.objective import Forward, as_objective
+from distinfluence.model.sample_risk import SampleRisk
 from tests.reference import Reference
 from tests.zoo import BUILDERS, Case, build
 

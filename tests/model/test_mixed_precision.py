@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence, Objective, SelfInfluences
-from distinfluence.batch import Batch
 from distinfluence.errors import SettingError
 from distinfluence.influence import InfluenceFunctionModel
-from distinfluence.objective import Forward
+from distinfluence.model.batch import Batch
+from distinfluence.model.objective import Forward
 from tests.reference import Reference
 from tests.zoo import Case, build
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from distinfluence import DirectInfluence, EmpiricalRisk, HessianOperator, Objective
 from distinfluence.curvature.hessian import HessianProduct
 from distinfluence.errors import DtypeError, LossError, ModelModeError, ShapeError
-from distinfluence.objective import Forward, SupervisedObjective, as_objective
+from distinfluence.model.objective import Forward, SupervisedObjective, as_objective
 from tests.reference import Reference
 from tests.zoo import Case, build
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from distinfluence.blocks import ParameterBlocks
 from distinfluence.curvature import SecondOrderMode
-from distinfluence.dataplane import LocalPlane
 from distinfluence.errors import DerivativeError
 from distinfluence.influence.checks import check_derivatives
-from distinfluence.objective import as_objective
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.blocks import ParameterBlocks
+from distinfluence.model.objective import as_objective
+from distinfluence.model.reducer import LocalPlane
+from distinfluence.model.sample_risk import SampleRisk
 from tests.right_models import FLOAT32_ONLY, MODELS
 
 WRONG_HESSIAN = {"weight norm"}  # torch 2.13: the second derivative of its `_weight_norm` is wrong

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distinfluence import CgInfluence, DirectInfluence, EmpiricalRisk, SecondOrderMode
-from distinfluence.blocks import ParameterBlocks
 from distinfluence.errors import DistinfluenceError, ModelModeError, NonFiniteError
-from distinfluence.gradients import loss_gradients, mixed_gradients
-from distinfluence.objective import as_objective
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.blocks import ParameterBlocks
+from distinfluence.model.gradients import loss_gradients, mixed_gradients
+from distinfluence.model.objective import as_objective
+from distinfluence.model.sample_risk import SampleRisk
 from tests.reference import Reference
 from tests.zoo import BUILDERS, Case, Recurrent, build
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distinfluence import Objective
-from distinfluence.batch import Batch
-from distinfluence.objective import Forward
+from distinfluence.model.batch import Batch
+from distinfluence.model.objective import Forward
 from tests.zoo import build
 
 
@@ -62,7 +62,7 @@ def model_beside_gpus(log: str) -> nn.Module:
 def model_that_finds_a_gpu(log: str) -> nn.Module:
     """The model, in a process that then believes to have two GPUs: what it would compute on is left in a file."""
     from distinfluence import InfluenceFunctionModel
-    from distinfluence.scaling import device as choice
+    from distinfluence.scaling.worker import device as choice
 
     bound_to = InfluenceFunctionModel.bound_to
 

@@ -26,10 +26,9 @@ from distinfluence import (
     ModelRecipe,
     Recipe,
     SequentialInfluenceCalculator,
-    config,
     open_influences,
 )
-from distinfluence.dataplane import LocalPlane
+from distinfluence.app import config
 from distinfluence.errors import (
     ChunkError,
     ClusterError,
@@ -42,10 +41,11 @@ from distinfluence.errors import (
     ShapeError,
     StoreExistsError,
 )
-from distinfluence.risk import LossAndGradient
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.reducer import LocalPlane
+from distinfluence.model.risk import LossAndGradient
+from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.scaling.calculator import InfluenceCalculator
-from distinfluence.scaling.worker import LocalContext, torch_task
+from distinfluence.scaling.worker.context import LocalContext, torch_task
 from tests.reference import Reference
 from tests.scaling import sources
 from tests.zoo import Case, build
@@ -477,7 +477,7 @@ def test_a_client_is_needed_and_its_workers_must_see_the_scratch_folder(
 ) -> None:
     with pytest.raises(ClusterError, match=r"distributed\.Client, got str"):
         DaskInfluenceCalculator(direct(case), "tcp://nowhere")
-    from distinfluence.scaling import executor
+    from distinfluence.scaling.dispatch import executor
 
     with pytest.raises(ClusterError, match="shared file system"):
         executor.check_workers(client, str(tmp_path / "not there"), timeout=10)

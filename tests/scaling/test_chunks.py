@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from distinfluence.errors import ChunkError, DtypeError, EmptyDataError, RecipeError, ShapeError
 from distinfluence.influence.arrays import ArrayBatch
 from distinfluence.scaling import Recipe
-from distinfluence.scaling.chunks import ChunkedData, chunked
-from distinfluence.scaling.sources import ChunkSource, InThisProcess
+from distinfluence.scaling.data.chunks import ChunkedData, chunked
+from distinfluence.scaling.data.sources import ChunkSource, InThisProcess
 from tests.scaling import sources
 
 X, Y = (tensor.numpy() for tensor in sources.train())

@@ -18,10 +18,11 @@ from distinfluence import (
     SequentialInfluenceCalculator,
     open_influences,
 )
-from distinfluence.config import Job
+from distinfluence.app.config import Job
+from distinfluence.app.job import run_part
 from distinfluence.errors import SettingError
-from distinfluence.job import run_part
-from distinfluence.scaling import own_influence, taking_apart
+from distinfluence.scaling.stages import contributions as taking_apart
+from distinfluence.scaling.stages import self_influence as own_influence
 from tests.influence.test_ekfac_sequences import text
 from tests.reference import Reference
 from tests.scaling.sources import model

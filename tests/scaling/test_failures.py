@@ -16,9 +16,10 @@ from distributed import Client, wait
 
 from distinfluence import ArnoldiInfluence, DirectInfluence, SequentialInfluenceCalculator, open_influences
 from distinfluence.errors import ChunkFailedError, SettingError
-from distinfluence.scaling import ClusterSpec, connected, flight
-from distinfluence.scaling.executor import InProcess, OnCluster
-from distinfluence.scaling.flight import all_workers
+from distinfluence.scaling import ClusterSpec, connected
+from distinfluence.scaling.dispatch import dispatcher as flight
+from distinfluence.scaling.dispatch.dispatcher import all_workers
+from distinfluence.scaling.dispatch.executor import InProcess, OnCluster
 from distinfluence.store import InfluenceWriter
 from tests.reference import Reference
 from tests.scaling.chaos import DEADLINE, marks, wait_for

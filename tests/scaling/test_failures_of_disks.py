@@ -32,7 +32,7 @@ def case() -> Case:
 def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distinfluence.scaling import tasks
+    from distinfluence.scaling.stages import strips as tasks
 
     full = DiskFullError("`scratch`: No space left on device")
     save = tasks.save_factors

@@ -23,7 +23,8 @@ from distinfluence import (
     ModelRecipe,
     Recipe,
 )
-from distinfluence.scaling import LogToFolder, executor
+from distinfluence.scaling import LogToFolder
+from distinfluence.scaling.dispatch import executor
 from tests.scaling import sources
 from tests.scaling.chaos import DEADLINE, KILLS, SEED, Killer, Staged, forked, made, quick_workers, wait_for
 from tests.zoo import Case, build

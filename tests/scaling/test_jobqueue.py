@@ -16,9 +16,11 @@ import pytest
 from distributed import Client
 
 from distinfluence.errors import ClusterError, SettingError
-from distinfluence.scaling import ClusterSpec, connected, guard, jobqueue, watchdog
-from distinfluence.scaling.job_settings import cluster_class, job_arguments
-from distinfluence.scaling.slurm import walltime_seconds, was_requeued
+from distinfluence.scaling import ClusterSpec, connected
+from distinfluence.scaling.clusters import jobqueue, watchdog
+from distinfluence.scaling.clusters import orphan_guard as guard
+from distinfluence.scaling.clusters.job_settings import cluster_class, job_arguments
+from distinfluence.scaling.clusters.slurm import walltime_seconds, was_requeued
 from tests.processes import finished
 
 if importlib.util.find_spec("dask_jobqueue") is None:  # not imported here: it would take Ctrl-C for itself

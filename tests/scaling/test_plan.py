@@ -14,9 +14,9 @@ from distinfluence.errors import PlanError, SettingError
 from distinfluence.influence.checks import check_bytes
 from distinfluence.influence.demand import Demand
 from distinfluence.scaling import Machine, make_plan
-from distinfluence.scaling.device import device_memory, smallest_device
-from distinfluence.scaling.groups import pass_tasks, results_held
-from distinfluence.scaling.work import Asked, Rates, Work
+from distinfluence.scaling.plan.problem import Asked, Rates, Work
+from distinfluence.scaling.plan.tree_shape import pass_tasks, results_held
+from distinfluence.scaling.worker.device import device_memory, smallest_device
 from tests.zoo import build
 
 GIB = 2**30

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from distinfluence.scaling import Progress, progress
-from distinfluence.store.manifest import RunState, pace_of, read_runs
+from distinfluence.store.run_state import RunState, pace_of, read_runs
 from tests.processes import started
 
 

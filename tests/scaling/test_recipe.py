@@ -8,7 +8,7 @@ from torch import nn
 
 from distinfluence.errors import RecipeError
 from distinfluence.scaling import ModelRecipe, Recipe
-from distinfluence.scaling.recipe import assign, fingerprint_module, read_checkpoint, tensors_of
+from distinfluence.scaling.data.recipe import assign, fingerprint_module, read_checkpoint, tensors_of
 from tests.zoo import BUILDERS, Tied, build
 
 

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from distinfluence import ArnoldiInfluence, CgInfluence, ModelRecipe, Recipe, SequentialInfluenceCalculator
 from distinfluence.errors import ChunkFailedError, DiskFullError, FingerprintError, SampleError
-from distinfluence.scaling import tasks
-from distinfluence.scaling.sources import spill
+from distinfluence.scaling.data.sources import spill
+from distinfluence.scaling.stages import strips as tasks
 from distinfluence.store import InfluenceResult, InfluenceWriter
 from tests.zoo import Case, build
 
@@ -203,7 +203,7 @@ def test_test_samples_that_fail_in_the_solve_are_named_when_all_other_factors_ar
     made = calculator(case, tmp_path / "scratch")
     monkeypatch.setattr(CgInfluence, "measurement_gradients", failing)
     if solve == "data":
-        from distinfluence.scaling import strips
+        from distinfluence.scaling.stages import run as strips
 
         monkeypatch.setattr(strips, "save_factors", tasks.save_factors)
     with pytest.raises(ChunkFailedError, match=r"1 of 3 test chunks(.|\n)*chunk 1 \(samples 2 to 3\): ValueError"):

@@ -27,7 +27,7 @@ from distinfluence.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from distinfluence.scaling import saved
+from distinfluence.scaling import saved_fit as saved
 from tests.layers.networks import network
 from tests.zoo import Case
 

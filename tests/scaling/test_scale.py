@@ -7,8 +7,8 @@ import dask
 import pytest
 from distributed import Client, LocalCluster
 
-from distinfluence.scaling.executor import OnCluster
-from distinfluence.scaling.flight import TASKS_PER_THREAD, Flight
+from distinfluence.scaling.dispatch.dispatcher import TASKS_PER_THREAD, Flight
+from distinfluence.scaling.dispatch.executor import OnCluster
 from tests.benchmarks.scale import QUIET, pretend
 
 WORKERS, TASKS = 50, 1000

@@ -7,8 +7,8 @@ import yaml
 from distributed import Client
 
 from distinfluence import open_influences
-from distinfluence.config import ClusterSection, Job
-from distinfluence.job import run_job
+from distinfluence.app.config import ClusterSection, Job
+from distinfluence.app.job import run_job
 from distinfluence.scaling import Progress
 from tests.reference import Reference
 from tests.test_job import content

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from distinfluence import open_influences
-from distinfluence.config import Job
+from distinfluence.app.config import Job
+from distinfluence.app.job import run_part
 from distinfluence.errors import ConfigError, SettingError
-from distinfluence.job import run_part
 from distinfluence.scaling import Progress
-from distinfluence.scaling.share import Share
+from distinfluence.scaling.partition import Share
 from tests.reference import Reference
 from tests.test_cli import command, job_file
 from tests.test_job import content

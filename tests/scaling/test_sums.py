@@ -23,13 +23,13 @@ from distinfluence import (
     InfluenceFunctionModel,
     NystroemSketchInfluence,
 )
-from distinfluence.batch import Batch
-from distinfluence.risk import LossAndGradient
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.batch import Batch
+from distinfluence.model.risk import LossAndGradient
+from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.scaling import ClusterSpec, connected
-from distinfluence.scaling.groups import PER_WORKER, groups, homes, pass_tasks, results_held
-from distinfluence.scaling.plane import DaskPlane
-from distinfluence.scaling.sums import Tree
+from distinfluence.scaling.dispatch.dask_reducer import DaskPlane
+from distinfluence.scaling.dispatch.tree_sum import Tree
+from distinfluence.scaling.plan.tree_shape import PER_WORKER, groups, homes, pass_tasks, results_held
 from tests.zoo import build
 
 

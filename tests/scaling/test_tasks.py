@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from distinfluence import DirectInfluence
-from distinfluence.batch import Batch
 from distinfluence.influence.arrays import HostCopies, to_numpy_batch
-from distinfluence.sample_risk import SampleRisk
-from distinfluence.scaling import worker
-from distinfluence.scaling.tasks import resident_panels, run_kernel
-from distinfluence.scaling.worker import LocalContext
+from distinfluence.model.batch import Batch
+from distinfluence.model.sample_risk import SampleRisk
+from distinfluence.scaling.stages.strips import resident_panels, run_kernel
+from distinfluence.scaling.worker import context as worker
+from distinfluence.scaling.worker.context import LocalContext
 from tests.zoo import build
 
 

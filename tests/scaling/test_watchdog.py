@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from distinfluence.scaling import watchdog
-from distinfluence.scaling.lifetime import LongTasks, lifetime_arguments, worker_seconds
-from distinfluence.scaling.slurm import NEVER, QueuedJob
-from distinfluence.scaling.watchdog import PAUSE_SECONDS, Watchdog
+from distinfluence.scaling.clusters import watchdog
+from distinfluence.scaling.clusters.slurm import NEVER, QueuedJob
+from distinfluence.scaling.clusters.walltime import LongTasks, lifetime_arguments, worker_seconds
+from distinfluence.scaling.clusters.watchdog import PAUSE_SECONDS, Watchdog
 
 
 class Clock:

@@ -25,10 +25,10 @@ from distinfluence import (
 )
 from distinfluence.errors import ClusterError, SettingError
 from distinfluence.scaling import ClusterSpec, LogToFolder
-from distinfluence.scaling.clusters import planned_workers
-from distinfluence.scaling.device import check_device, task_device
-from distinfluence.scaling.executor import OnCluster, check_workers
-from distinfluence.scaling.worker import Scratch, travelling
+from distinfluence.scaling.clusters.connect import planned_workers
+from distinfluence.scaling.dispatch.executor import OnCluster, check_workers
+from distinfluence.scaling.worker.context import Scratch, travelling
+from distinfluence.scaling.worker.device import check_device, task_device
 from tests.processes import finished
 from tests.reference import Reference
 from tests.test_job import content
@@ -92,7 +92,7 @@ def test_a_failing_task_is_in_the_log(mixed: Client, tmp_path: Path) -> None:
 
 
 def fails_in_a_log() -> None:
-    from distinfluence.scaling.logs import logged_task
+    from distinfluence.scaling.worker.logs import logged_task
 
     with logged_task("strip", chunk=3):
         raise ValueError("broken")
@@ -167,12 +167,12 @@ def test_processes_of_one_job_take_its_gpus_in_turn(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     workers = [SimpleNamespace(name=f"SLURMCluster-3-{number}") for number in range(4)]
-    monkeypatch.setattr("distinfluence.scaling.device.get_worker", lambda: workers[0])
+    monkeypatch.setattr("distinfluence.scaling.worker.device.get_worker", lambda: workers[0])
 
     def taken() -> list[str]:
         found = []
         for worker in workers:
-            monkeypatch.setattr("distinfluence.scaling.device.get_worker", lambda own=worker: own)
+            monkeypatch.setattr("distinfluence.scaling.worker.device.get_worker", lambda own=worker: own)
             found.append(str(task_device("auto")))
         return found
 

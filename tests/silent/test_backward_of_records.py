@@ -12,8 +12,8 @@ from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from distinfluence import DirectInfluence, EkfacInfluence, EmpiricalRisk, HessianOperator
-from distinfluence.checkpointing import without_checkpointing
-from distinfluence.layers import layout_of
+from distinfluence.layers.layout import layout_of
+from distinfluence.model.checkpointing import without_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 

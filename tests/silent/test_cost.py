@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from distinfluence import DirectInfluence, EkfacInfluence
-from distinfluence.dataplane import LocalPlane
-from distinfluence.gradients import loss_gradients
+from distinfluence.model.gradients import loss_gradients
+from distinfluence.model.reducer import LocalPlane
 
 
 def cnn() -> nn.Module:

@@ -28,10 +28,10 @@ from distinfluence import (
 )
 from distinfluence.cli import main
 from distinfluence.errors import FingerprintError, RecipeError
-from distinfluence.identity import identity, structure
 from distinfluence.influence.report import FitReport
-from distinfluence.probe import Probe
-from distinfluence.scaling.strips import _own_folder
+from distinfluence.model.identity.probe import Probe
+from distinfluence.model.identity.structure import identity, structure
+from distinfluence.scaling.stages.run import _own_folder
 from tests.silent.dense import Dense
 
 cross_entropy = nn.functional.cross_entropy
@@ -242,7 +242,7 @@ def test_factors_of_another_model_in_a_scratch_folder_are_not_taken(tmp_path: Pa
         path = tmp_path / f"{number}.zarr"
         with pytest.MonkeyPatch.context() as patch:
             if number == 0:
-                patch.setattr("distinfluence.scaling.strips.shutil.rmtree", lambda *_, **__: None)
+                patch.setattr("distinfluence.scaling.stages.run.shutil.rmtree", lambda *_, **__: None)
             runs.append(calculator.fit(*given.data, chunk_size=8).to_zarr(path, *test, progress=False, solve="rows"))
         expected = Dense(given.model, given.loss, 0.1, "ggn").influences(test, given.data)
         torch.testing.assert_close(torch.as_tensor(runs[-1].influences[:]).double(), expected, rtol=1e-4, atol=1e-5)

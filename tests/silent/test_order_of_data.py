@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
 from distinfluence import DaskInfluenceCalculator, DirectInfluence, Objective, Recipe, SequentialInfluenceCalculator
-from distinfluence.counter_random import sample_keys
-from distinfluence.draw import Draw
 from distinfluence.errors import DistinfluenceError, LossError, NonDeterministicDataError
-from distinfluence.scaling import sources, worker
+from distinfluence.model.counter_random import sample_keys
+from distinfluence.model.identity.draw import Draw
+from distinfluence.scaling.data import sources
+from distinfluence.scaling.worker import context as worker
 
 cross_entropy = nn.functional.cross_entropy
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2])
@@ -190,8 +191,8 @@ def test_a_data_set_that_each_process_builds_anew_is_refused(tmp_path: Path, cli
 
 
 def test_a_loader_that_is_read_anew_for_each_pass_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distinfluence.dataplane.KEPT_BYTES", 100)
-    monkeypatch.setattr("distinfluence.dataplane.READ_TWICE", 0)
+    monkeypatch.setattr("distinfluence.model.reducer.KEPT_BYTES", 100)
+    monkeypatch.setattr("distinfluence.model.reducer.READ_TWICE", 0)
     model = DirectInfluence(net(), cross_entropy, 0.1, second_order_mode="ggn")
     with pytest.raises(NonDeterministicDataError, match="others the second time"):
         model.fit(DataLoader(Augmented("numpy"), batch_size=10))

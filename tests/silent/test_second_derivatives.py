@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence
 from distinfluence.errors import DerivativeError, DistinfluenceError, UnsupportedOperatorError
-from distinfluence.objective import SupervisedObjective
+from distinfluence.model.objective import SupervisedObjective
 from tests.silent.dense import Dense
 
 cross_entropy = nn.functional.cross_entropy

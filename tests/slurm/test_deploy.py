@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from distinfluence.config import ClusterSection
-from distinfluence.scaling.job_settings import cluster_class, job_arguments
+from distinfluence.app.config import ClusterSection
+from distinfluence.scaling.clusters.job_settings import cluster_class, job_arguments
 from tests.processes import LIMIT, finished, started
 from tests.slurm.runs import ROOT
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distinfluence import open_influences
-from distinfluence.demo import job_content, train_model
+from distinfluence.app.demo import job_content, train_model
 from tests.processes import finished
 from tests.slurm.conftest import queue
 from tests.slurm.host import SlurmHost

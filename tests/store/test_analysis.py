@@ -12,7 +12,7 @@ import zarr
 
 from distinfluence.errors import CorruptStoreError, IncompleteResultError, IndexRangeError, SettingError, ShapeError
 from distinfluence.store import InfluenceWriter, Layout, annotate, open_influences
-from distinfluence.store.overview import Level, levels, strip_cells
+from distinfluence.store.format.overview import Level, levels, strip_cells
 
 from .conftest import matrix, write_all
 from .test_contributions import contributed
@@ -163,8 +163,8 @@ def test_an_overview_keeps_the_entry_of_largest_magnitude_with_its_sign() -> Non
 def test_large_results_are_stored_with_an_overview_and_small_ones_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distinfluence.store.overview.COARSE_ROWS", 8)
-    monkeypatch.setattr("distinfluence.store.overview.COARSE_COLUMNS", 64)
+    monkeypatch.setattr("distinfluence.store.format.overview.COARSE_ROWS", 8)
+    monkeypatch.setattr("distinfluence.store.format.overview.COARSE_COLUMNS", 64)
     assert levels(100, 1000, 100) == []
     layout = Layout(n_test=130, n_train=33_000, strip=3300)
     writer = InfluenceWriter.create(tmp_path / "r", layout, {})

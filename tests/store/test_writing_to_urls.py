@@ -11,9 +11,9 @@ import pytest
 from distributed import LocalCluster
 
 from distinfluence import DirectInfluence, SequentialInfluenceCalculator
-from distinfluence.config import Job
+from distinfluence.app.config import Job
+from distinfluence.app.job import run_job
 from distinfluence.errors import FingerprintError, ForeignStoreError, SettingError, StoreError, StoreExistsError
-from distinfluence.job import run_job
 from distinfluence.scaling import Progress
 from distinfluence.store import (
     InfluenceWriter,
@@ -25,7 +25,7 @@ from distinfluence.store import (
     mend,
     open_influences,
 )
-from distinfluence.store.remote import RemoteStore
+from distinfluence.store.format.remote import RemoteStore
 from tests.reference import Reference
 from tests.store.conftest import ATTRIBUTES, matrix, write_all
 from tests.test_job import content

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import distinfluence as di
-from distinfluence.batch import Batch
 from distinfluence.curvature.hessian import HessianProduct
-from distinfluence.gradients import loss_gradients
-from distinfluence.sample_risk import SampleRisk
+from distinfluence.model.batch import Batch
+from distinfluence.model.gradients import loss_gradients
+from distinfluence.model.sample_risk import SampleRisk
 from tests.benchmarks.cluster.models import N_TRAIN, build, train_samples
 
 

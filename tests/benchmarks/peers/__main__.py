@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
-from distinfluence.demo import test_data, train_data
+from distinfluence.app.demo import test_data, train_data
 from tests.benchmarks.environments import FOLDER, PEERS, python_of
 from tests.benchmarks.peers.models import build
 

@@ -1,0 +1,308 @@
+"""Running a job: from its description to the result on disk."""
+
+import importlib.util
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distributed import performance_report
+
+from distinfluence.app.config import Job
+from distinfluence.errors import (
+    ConfigError,
+    CorruptStoreError,
+    FingerprintError,
+    MissingDependencyError,
+    SettingError,
+    StoreError,
+)
+from distinfluence.evaluate import Verification, verify_entries
+from distinfluence.evaluate.verify import sampled
+from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
+from distinfluence.influence.arrays import to_tensor_batch
+from distinfluence.model.identity.structure import structure
+from distinfluence.scaling import (
+    ChunkedData,
+    DaskInfluenceCalculator,
+    InfluenceCalculator,
+    LogToFolder,
+    Plan,
+    Progress,
+    SequentialInfluenceCalculator,
+    connected,
+)
+from distinfluence.scaling.clusters.connect import ANSWER_SECONDS, planned_memory, planned_workers
+from distinfluence.scaling.clusters.slurm import batch_job
+from distinfluence.scaling.data.chunks import chunked, recut, take_samples
+from distinfluence.scaling.data.recipe import fingerprint_module
+from distinfluence.scaling.data.sources import InThisProcess, process_bytes
+from distinfluence.scaling.dispatch.executor import InProcess, worker_memory
+from distinfluence.scaling.partition import Share
+from distinfluence.scaling.plan.problem import Machine
+from distinfluence.scaling.stages.run import Looked, drawn_samples, look, require_same_probe
+from distinfluence.scaling.worker.context import LocalContext, SourcePlane
+from distinfluence.scaling.worker.device import smallest_device, task_device
+from distinfluence.store import InfluenceResult, check_output, chunks_of, find_damage, open_influences
+from distinfluence.store.format.fingerprint import to_json
+
+
+def run_job(
+    job: Job,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    check: bool = False,
+    progress: Progress | None = None,
+    logs: Path | None = None,
+    report: Path | None = None,
+) -> InfluenceResult:
+    """Start or join the cluster, fit, compute, write; returns the result.
+
+    overwrite, resume, check: as `InfluenceCalculator.to_zarr`. logs: a folder for a file of JSON lines by each worker.
+    report: an HTML file for Dask's performance report, which needs bokeh. Files of the run lie in `scratch` until it is
+    complete.
+    """
+    progress = progress or Progress()
+    output = job.result
+    check_output(output, overwrite=overwrite, resume=resume)
+    with progress.beside(output):
+        return _run(job, overwrite, resume, check, progress, logs, report)
+
+
+def _run(
+    job: Job, overwrite: bool, resume: bool, check: bool, progress: Progress, logs: Path | None, report: Path | None
+) -> InfluenceResult:
+    model, recipe = job.influence_model()
+    output = job.result
+    scratch = job.scratch_folder
+    began = chunks_of(output) if resume else None
+    folder = job.logs_folder if logs is None else logs.resolve()
+    with connected(job.cluster_spec(), folder=folder, announce=progress.say) as client, reported(report):
+        if logs is not None:
+            client.register_plugin(LogToFolder(folder))
+        calculator = DaskInfluenceCalculator(
+            model,
+            client,
+            recipe=recipe,
+            scratch=scratch,
+            timeout=job.cluster.timeout or ANSWER_SECONDS,
+            device=job.device,
+            workers=planned_workers(job.cluster_spec()),
+        )
+        result = _computed(job, calculator, began, progress, overwrite=overwrite, resume=resume, check=check)
+    _remove(job, scratch, calculator)
+    return result
+
+
+def begun_here(job: Job) -> bool:
+    """Whether the result of a job was begun by the batch job that this process runs in, at an earlier start of it."""
+    try:
+        recorded = open_influences(job.result).provenance.get("batch_job")
+    except StoreError:  # there is none, or none of ours
+        return False
+    return recorded is not None and recorded == batch_job()
+
+
+@contextmanager
+def reported(file: Path | None) -> Iterator[None]:
+    """Have Dask write its performance report to a file. Raises MissingDependencyError without bokeh."""
+    if file is None:
+        yield
+        return
+    if importlib.util.find_spec("bokeh") is None:
+        raise MissingDependencyError("a performance report needs bokeh, which is not here. Run `pip install bokeh`.")
+    with performance_report(filename=str(file)):
+        yield
+
+
+def run_part(job: Job, part: str, *, progress: Progress | None = None) -> InfluenceResult:
+    """Make a part of the job's strips in this process, beside other processes that make the others; no cluster.
+
+    part: "K/N" for the K-th of N such processes, counted from 0. They share the fit and the factors through `scratch`,
+    and the last one finishes the result. Safe to repeat: what is there is not made again. Raises SettingError for
+    another `part`, and ConfigError unless `chunks` says all three sizes: they must be the same everywhere.
+    """
+    progress = progress or Progress()
+    model, _ = job.influence_model()
+    output = job.result
+    scratch = job.scratch_folder
+    share = Share.parse(part, scratch)
+    check_output(output, overwrite=False, resume=True)
+    began = chunks_of(output)
+    if began is None and None in (job.chunks.train, job.chunks.test, job.chunks.panel):
+        raise ConfigError(
+            "`chunks` must say `train`, `test` and `panel` where several processes share a result, got "
+            f"{job.chunks.model_dump(exclude_none=True)}. `distinfluence plan` proposes them."
+        )
+    with progress.beside(output, part):
+        calculator = SequentialInfluenceCalculator(model.to(task_device(job.device)), scratch=scratch)
+        result = _computed(job, calculator, began, progress, resume=True, share=share)
+    if result.complete:
+        _remove(job, scratch, calculator)
+    return result
+
+
+def _computed(
+    job: Job,
+    calculator: InfluenceCalculator,
+    began: Mapping[str, Any] | None,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    check: bool = False,
+    share: Share | None = None,
+) -> InfluenceResult:
+    train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
+    test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
+    with progress.stage("plan", None, "samples"):
+        # parts would all measure the same, at the same time
+        plan = _planned(job, calculator, train, test, began, calibrate=share is None)
+    progress.say(str(plan))
+    calculator.require_space(plan, job.result, job.mantissa_bits)
+    train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
+    # one fits, the others find the fit
+    with share.alone() if share is not None else nullcontext():
+        calculator.fit(train, certify=job.certify, progress=progress)
+    return calculator.to_zarr(
+        job.result,
+        test,
+        mode=job.mode,
+        panel_size=plan.chunks.panel,
+        solve=job.solve,
+        top_k=job.top_k,
+        mantissa_bits=job.mantissa_bits,
+        contributions=job.contributions,
+        self_influence=job.self_influence,
+        overwrite=overwrite,
+        resume=resume,
+        check=check,
+        progress=progress,
+        attributes={"job": job.model_dump(mode="json"), "batch_job": batch_job()},
+        share=share,
+    )
+
+
+def plan_job(job: Job) -> Plan:
+    """What `run_job` will do and need, with times by a calibration in this process; no worker is started."""
+    model, _ = job.influence_model()
+    spec = job.cluster_spec()
+    calculator = SequentialInfluenceCalculator(model)
+    memory = planned_memory(spec)
+    if memory is not None:
+        machine = Machine(spec.n_workers, memory, process_bytes())
+    else:
+        with connected(spec) as client:
+            workers = max(planned_workers(spec) or 1, len(client.nthreads()))
+            machine = Machine(workers, worker_memory(client), process_bytes(), smallest_device(client, job.device))
+    train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
+    test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
+    return _planned(job, calculator, train, test, chunks_of(job.result), machine, True)
+
+
+def _planned(
+    job: Job,
+    calculator: InfluenceCalculator,
+    train: ChunkedData,
+    test: ChunkedData,
+    began: Mapping[str, Any] | None,
+    machine: Machine | None = None,
+    calibrate: bool = False,
+) -> Plan:
+    """The plan; a run that goes on keeps the chunks it began with, wherever it goes on."""
+    asked = job.chunks
+    before: Mapping[str, Any] = {"train": None, "test": [None], "panel": None, "solve": "auto"} | dict(began or {})
+    return calculator.plan(
+        train,
+        None,
+        test,
+        mode=job.mode,
+        chunk_size=asked.train or before["train"],
+        test_chunk_size=asked.test or before["test"][0],
+        panel_size=asked.panel or before["panel"],
+        solve=before["solve"] if job.solve == "auto" else job.solve,
+        top_k=job.top_k,
+        contributions=job.contributions,
+        self_influence=job.self_influence,
+        machine=machine,
+        calibrate=calibrate,
+    )
+
+
+def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verification:
+    """Compare a random sample of the job's result with exact influences, computed here by another method.
+
+    The whole result is read first, and its checksums compared: raises CorruptStoreError, naming what is damaged. The
+    training data are loaded and swept in this process. Raises FingerprintError if the result was made with another
+    model or other data, and SettingError for a result of mode "perturbation".
+    """
+    asked, _ = job.influence_model()
+    result = open_influences(job.result)
+    if len(result.shape) != 2:
+        raise SettingError("`output` holds influences of mode 'perturbation', expected 'up'. Only those are verified.")
+    damage = find_damage(job.result)
+    if damage:
+        raise CorruptStoreError(
+            f"`output` {result.path} is damaged: {damage}. `run --resume --check` makes that again, and nothing else."
+        )
+    solver = result.provenance["solver"]
+    # a Kronecker-factored fit is made again: its dampings by layer, and what its bounds refer to, belong to it
+    model: InfluenceFunctionModel = asked
+    if not isinstance(asked, EkfacInfluence):
+        model = KrylovInfluence(
+            asked.risk.module,
+            asked.objective,
+            solver["hessian_regularization"],
+            block_structure=solver["block_structure"],
+            second_order_mode=solver["second_order_mode"],
+        )
+    home = InThisProcess()
+    cut = result.provenance["chunks"]
+    train = chunked(job.recipe(job.data.train), None, home, cut["train"])
+    test = chunked(job.recipe(job.data.test), None, home, cut["test"][0])
+    looked = require_same_inputs(result, model, {"train_data": train, "test_data": test})["train_data"]
+    plane = SourcePlane(model.risk, looked.data)
+    plane.drawn, plane.digest = tuple(drawn_samples(InProcess(), model.risk, looked)), looked.draw.digest
+    plane.checked = model.check(plane.drawn)
+    require_same_probe(result.provenance, plane.checked.probe, result.path)
+    model.fit(plane)
+    rows, columns = sampled(result.shape, n_test, n_train, seed)
+    given = np.asarray(result.influences.oindex[rows, columns], dtype=np.float64)
+    tests, trains = (to_tensor_batch(take_samples(d, i)) for d, i in ((test, rows), (train, columns)))
+    bounds = result.error_bound[rows].astype(np.float64)
+    return verify_entries(given, model, rows, columns, tests, trains, bounds, solver["method"])
+
+
+def require_same_inputs(
+    result: InfluenceResult, model: InfluenceFunctionModel, data: Mapping[str, ChunkedData]
+) -> dict[str, Looked]:
+    """Pass if the result was made with this model, this objective and these data, which are looked at.
+
+    Raises FingerprintError naming what differs.
+    """
+    context, quiet = LocalContext("verify", model), Progress(False)
+    looked = {name: look(InProcess(), context, chunks, quiet, name) for name, chunks in data.items()}
+    here: dict[str, object] = {name: own.sha256 for name, own in looked.items()}
+    here |= {"parameters": fingerprint_module(model.risk.module), "forward": structure(model.risk.module)}
+    here |= {"objective": to_json(model.objective_settings, "objective")}
+    provenance = result.provenance
+    recorded = {**provenance["fingerprints"], "forward": provenance.get("structure")}
+    recorded |= {"objective": provenance["objective"]}
+    other = [name.replace("_", " ") for name, own in here.items() if recorded[name] != own]
+    if other:
+        raise FingerprintError(
+            f"`{result.path}` was made with other {' and '.join(other)} than this job names. Take the job that made it."
+        )
+    return looked
+
+
+def _remove(job: Job, scratch: Path, calculator: InfluenceCalculator) -> None:
+    """The scratch folder where it is the job's own; of one that it names, and may share, what this run left there."""
+    if job.scratch is None:
+        shutil.rmtree(scratch, ignore_errors=True)  # another process may be faster
+        return
+    calculator.forget_fit()
+    (scratch / "lock").unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""The samples of a job's data, stored with its result, so that they are shown as what they are wherever it goes."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distinfluence.app.config import Job, Reference
+from distinfluence.app.job import require_same_inputs
+from distinfluence.errors import SettingError
+from distinfluence.influence.arrays import Array, ArrayBatch, named_arrays
+from distinfluence.scaling import ChunkedData
+from distinfluence.scaling.data.chunks import chunked
+from distinfluence.scaling.data.sources import InThisProcess
+from distinfluence.store import annotate, open_influences
+
+Kind = Literal["image", "text", "table"]
+Renderer = Callable[[Any], Any]
+
+
+def annotate_job(
+    job: Job,
+    kind: Kind | None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    render: str | None = None,
+    classes: list[str] | None = None,
+) -> list[str]:
+    """Store inputs and labels of the job's data with its result; returns what was stored, one line for each axis.
+
+    The inputs are the first array of each sample, the labels the last one if it has one number per sample. kind: what
+    the inputs are; None stores labels only. shape: of one input, where it is stored flat. render: "module:callable"
+    that makes of one input what is shown, a text or an array. classes: names of the labels.
+    Raises FingerprintError if the result was made with other data, or what `annotate` raises.
+    """
+    result = open_influences(job.result)
+    home = InThisProcess()
+    cut = result.provenance["chunks"]
+    data = {
+        "train_data": chunked(job.recipe(job.data.train), None, home, cut["train"]),
+        "test_data": chunked(job.recipe(job.data.test), None, home, cut["test"][0]),
+    }
+    require_same_inputs(result, job.influence_model()[0], data)
+    renderer = None if render is None else _renderer(job, render)
+    said = []
+    for axis in ("train", "test"):
+        inputs, labels = _inputs_and_labels(data[f"{axis}_data"], kind is not None, renderer, shape)
+        if inputs is None and labels is None:
+            raise SettingError(f"`kind` is not given and the {axis} data have no labels: there is nothing to store.")
+        annotate(result.path, axis, inputs, kind=kind, labels=labels, classes=None if labels is None else classes)
+        parts = [*([f"inputs as {kind}"] if inputs is not None else []), *(["labels"] if labels is not None else [])]
+        said.append(f"{axis}: {' and '.join(parts)} of {result.shape[0 if axis == 'test' else 1]} samples")
+    return said
+
+
+def _renderer(job: Job, target: str) -> Renderer:
+    found = job.recipe(Reference(target=target)).resolve()
+    if not callable(found):
+        raise SettingError(f"`render` {target!r} must name a callable, got {type(found).__name__}.")
+    return found
+
+
+def _inputs_and_labels(
+    data: ChunkedData, wanted: bool, renderer: Renderer | None, shape: tuple[int, ...] | None
+) -> tuple[Any, NDArray[Any] | None]:
+    inputs: list[Any] = []
+    labels: list[Array] = []
+    for source in data.sources:
+        batch = source.load()
+        leaves = list(named_arrays(batch).values())
+        if wanted:
+            inputs.extend(_shown(batch[0] if isinstance(batch, tuple) else batch, leaves[0], renderer, shape))
+        last = np.asarray(leaves[-1])
+        if len(leaves) > 1 and last.ndim == 1 and last.dtype.kind in "fiub":
+            labels.append(last)
+    return (inputs or None), (np.concatenate(labels) if labels else None)
+
+
+def _shown(first: ArrayBatch, leaf: Array, renderer: Renderer | None, shape: tuple[int, ...] | None) -> list[Any]:
+    if renderer is None:
+        return [np.asarray(sample) if shape is None else np.asarray(sample).reshape(shape) for sample in leaf]
+    return [renderer(_sample(first, i)) for i in range(len(leaf))]
+
+
+def _sample(batch: ArrayBatch, i: int) -> Any:
+    if isinstance(batch, dict):
+        return {key: _sample(value, i) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_sample(value, i) for value in batch)
+    return np.asarray(batch)[i]

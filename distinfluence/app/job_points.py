@@ -1,0 +1,137 @@
+"""The samples of a job's data for the page, each loaded when it is looked at; nothing is stored with the result."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distinfluence.app.config import Job, Reference
+from distinfluence.app.job import require_same_inputs
+from distinfluence.browse.views.rendering import Drawable, Renderer
+from distinfluence.errors import SettingError
+from distinfluence.influence.arrays import Array, ArrayBatch, named_arrays
+from distinfluence.scaling import ChunkedData
+from distinfluence.scaling.data.chunks import chunked
+from distinfluence.scaling.data.sources import ArraySource, DatasetSource, InThisProcess
+from distinfluence.store import InfluenceResult, Sample, StoredPoints
+
+Axis = Literal["test", "train"]
+
+
+class JobPoints:
+    """Samples and labels of one axis of a job's data: a `browse.PointSource`.
+
+    data: the axis' samples. renderer: makes of one input what is shown; the input itself if None. stored: what
+    `annotate` stored, which labels and names of classes are taken from where it has them.
+    """
+
+    def __init__(self, data: ChunkedData, renderer: Renderer | None, stored: StoredPoints) -> None:
+        self._data = data
+        self._renderer = renderer
+        self._stored = stored
+        self._lock = threading.Lock()  # a data set need not bear two threads
+        self.kind: str | None = "job"
+        self.columns = stored.columns
+        self.range = stored.range
+
+    def labels(self) -> NDArray[np.generic] | None:
+        """[n], the stored ones, or the last array of the data if it has one number per sample; else None."""
+        stored = self._stored.labels()
+        return self._own_labels if stored is None else stored
+
+    def self_influence(self) -> NDArray[np.float32] | None:
+        """[n], as stored."""
+        return self._stored.self_influence()
+
+    def id_of(self, index: int) -> str | None:
+        """As `annotate` was told."""
+        return self._stored.id_of(index)
+
+    def name_of(self, label: float) -> str:
+        """As `annotate` was told."""
+        return self._stored.name_of(label)
+
+    def sample(self, index: int) -> Drawable | Sample | None:
+        """What the renderer makes of the input `index`; without one the stored sample, or the input's numbers."""
+        if self._renderer is None:
+            stored = self._stored.sample(index)
+            if stored is not None:
+                return stored
+        with self._lock:
+            batch = self._load(index, index + 1)
+            first = batch[0] if isinstance(batch, tuple) else batch
+            if self._renderer is not None:
+                return self._renderer(_only(first))
+        own: NDArray[np.generic] = np.asarray(next(iter(named_arrays(batch).values()))[0])
+        return own
+
+    @cached_property
+    def _own_labels(self) -> NDArray[np.generic] | None:
+        found: list[Array] = []
+        with self._lock:
+            for source in self._data.sources:
+                leaves = list(named_arrays(source.load()).values())
+                last = np.asarray(leaves[-1])
+                if len(leaves) < 2 or last.ndim != 1 or last.dtype.kind not in "fiub":
+                    return None
+                found.append(last)
+        return np.concatenate(found)
+
+    def _load(self, start: int, stop: int) -> ArrayBatch:
+        first = self._data.sources[0]
+        if not isinstance(first, ArraySource | DatasetSource):
+            raise SettingError(f"`--job` needs data that are loaded sample by sample, got {type(first).__name__}.")
+        name = first.key.partition("/")[0]
+        return replace(first, start=start, stop=stop, key=f"{name}/{start}-{stop}").load()
+
+
+def points_of_job(path: Path, result: InfluenceResult, render: str | None, compared: bool) -> Mapping[Axis, JobPoints]:
+    """The points of both axes, from the data that the job file at `path` names.
+
+    render: "module:callable", a `browse.Renderer`. compared: read all data once and make sure that they are those the
+    result was made with; without it only their number is compared. Raises FingerprintError, SettingError, ConfigError.
+    """
+    job = Job.read(path)
+    home, cut = InThisProcess(), result.provenance.get("chunks")
+    if not isinstance(cut, Mapping):
+        raise SettingError(f"`--job` is for results that a run made; {result.path} does not say how it was cut.")
+    data = {
+        "train": chunked(job.recipe(job.data.train), None, home, cut["train"]),
+        "test": chunked(job.recipe(job.data.test), None, home, cut["test"][0]),
+    }
+    for axis, n in (("test", result.shape[0]), ("train", result.shape[1])):
+        if data[axis].n_samples != n:
+            raise SettingError(
+                f"the {axis} data of {path} are {data[axis].n_samples} samples, {result.path} has {n}. Take the job "
+                "that made it."
+            )
+    if compared:
+        require_same_inputs(result, job.influence_model()[0], {f"{axis}_data": own for axis, own in data.items()})
+    renderer = None if render is None else _renderer(job, render)
+    return {
+        "test": JobPoints(data["test"], renderer, result.points("test")),
+        "train": JobPoints(data["train"], renderer, result.points("train")),
+    }
+
+
+def _renderer(job: Job, target: str) -> Renderer:
+    found = job.recipe(Reference(target=target)).resolve()
+    if not isinstance(found, Renderer):
+        raise SettingError(f"`render` {target!r} must name a callable, got {type(found).__name__}.")
+    return found
+
+
+def _only(batch: ArrayBatch) -> object:
+    """The one sample of a batch of one, as the data set has it."""
+    if isinstance(batch, dict):
+        return {key: _only(value) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_only(value) for value in batch)
+    return np.asarray(batch)[0]

@@ -1,0 +1,127 @@
+"""Rankings and slices of a result as CSV or Parquet, written strip by strip; the matrix is never held whole."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distinfluence.errors import IncompleteResultError, MissingDependencyError, StoreError
+from distinfluence.store import InfluenceResult
+from distinfluence.store.read.analysis import require_ranked
+from distinfluence.store.read.tables import KnownPoints, ranking_table
+
+Table = Mapping[str, NDArray[Any]]
+_ROWS_AT_ONCE = 64
+
+
+def rankings(result: InfluenceResult, tests: slice, k: int, partial: bool) -> Iterator[Table]:
+    """The k most helpful and most harmful training points of test points, some test points at a time.
+
+    Columns: those of `InfluenceResult.to_dataframe`. Raises IncompleteResultError.
+    """
+    known = KnownPoints(result)
+    for start in range(tests.start, tests.stop, _ROWS_AT_ONCE):
+        rows = np.arange(start, min(start + _ROWS_AT_ONCE, tests.stop))
+        yield ranking_table(result, rows, k, partial, known)
+
+
+def entries(result: InfluenceResult, tests: slice, trains: slice, partial: bool) -> Iterator[Table]:
+    """The entries of a slice, strip by strip: test, train, influence, bound, and ids and labels that are known.
+
+    Raises IncompleteResultError if a strip is missing, unless `partial`, which leaves its entries out.
+    """
+    require_ranked(result, "export")
+    known = KnownPoints(result)
+    rows, finished, strip = np.arange(tests.start, tests.stop), result.finished_strips(), result.layout.strip
+    for i in range(trains.start // strip, -(-trains.stop // strip)):
+        if not finished[i]:
+            if partial:
+                continue
+            raise IncompleteResultError(
+                f"strip {i} is not written yet. Finish the run, or pass --partial for the strips that are there."
+            )
+        own = result.layout.strip_slice(i)
+        columns = np.arange(max(own.start, trains.start), min(own.stop, trains.stop))
+        for start in range(0, rows.size, _ROWS_AT_ONCE):
+            some = rows[start : start + _ROWS_AT_ONCE]
+            values = result[int(some[0]) : int(some[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
+            table = {
+                "test": np.repeat(some, columns.size),
+                "train": np.tile(columns, some.size),
+                "influence": values.ravel(),
+            }
+            yield known.beside(table)
+
+
+def write_csv(path: Path, tables: Iterator[Table]) -> int:
+    """Write tables with the same columns one below the other; returns the number of lines. Raises StoreError.
+
+    Texts that a spreadsheet would run as a formula get an apostrophe in front.
+    """
+    written = 0
+    with _WholeOrNot(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        for table in tables:
+            if not written:
+                writer.writerow(table)
+            columns = [_harmless(values) for values in table.values()]
+            writer.writerows(zip(*columns, strict=True))
+            written += len(columns[0])
+    return written
+
+
+def write_parquet(path: Path, tables: Iterator[Table]) -> int:
+    """As `write_csv`. Raises MissingDependencyError."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Parquet needs pyarrow, which is not installed. Run pip install pyarrow, or export CSV."
+        ) from error
+    written, writer = 0, None
+    with _WholeOrNot(path) as beside:
+        try:
+            for table in tables:
+                content = pyarrow.table({name: pyarrow.array(values) for name, values in table.items()})
+                writer = writer or pyarrow.parquet.ParquetWriter(beside, content.schema)
+                writer.write_table(content)
+                written += content.num_rows
+        finally:
+            if writer is not None:
+                writer.close()
+    return written
+
+
+class _WholeOrNot:
+    """The path to write to, beside `path` and renamed to it at the end; gone if anything is raised."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._beside = path, path.with_name(f".{path.name}.{os.getpid()}.new")
+
+    def __enter__(self) -> Path:
+        return self._beside
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        if kind is None:
+            with suppress(FileNotFoundError):  # nothing was written: an empty slice
+                os.replace(self._beside, self._path)
+            return
+        self._beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, StoreError):
+            raise StoreError(f"cannot write `{self._path}`: {error.strerror or error}. Pass another path.") from error
+
+
+def _harmless(values: NDArray[Any]) -> list[Any]:
+    if values.dtype.kind == "f":
+        return [f"{value:.9g}" for value in values.tolist()]
+    if values.dtype.kind not in "OU":
+        return list(values.tolist())
+    return [f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text for text in values.tolist()]

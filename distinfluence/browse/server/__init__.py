@@ -1,0 +1,1 @@
+"""The server of the page: sockets, questions, and the link that opens it."""

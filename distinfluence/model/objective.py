@@ -1,0 +1,362 @@
+"""What is differentiated: the training loss of a sample and, where it differs, the measurement of a query.
+
+`SupervisedObjective` makes one from any loss of (outputs, targets) as torch has them. Subclass `Objective` for batches
+of another form (dicts as Hugging Face models take them) or to ask another question of the query than its loss.
+"""
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distinfluence.errors import DtypeError, LossError, ShapeError
+from distinfluence.model.batch import Batch, batch_length, describe, take
+from distinfluence.model.identity.structure import identity
+from distinfluence.model.predictive import Categorical, Dense, Independent, Predictive
+
+FEW_OUTPUTS = 64  # of a sample, for which the loss's Hessian is made whole where it has no closed form
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+# their `weight` scales the terms of a plain mean; that of cross-entropy also divides it by the weights of the batch
+PLAIN_WEIGHTS = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiMarginLoss, nn.MultiLabelSoftMarginLoss)
+
+
+# convex in the outputs for every target and every setting
+CONVEX_MODULES = (
+    nn.BCEWithLogitsLoss,
+    nn.CrossEntropyLoss,
+    nn.HuberLoss,
+    nn.L1Loss,
+    nn.MSELoss,
+    nn.NLLLoss,
+    nn.SmoothL1Loss,
+    nn.SoftMarginLoss,
+)
+CONVEX_FUNCTIONS = (
+    nn.functional.binary_cross_entropy_with_logits,
+    nn.functional.cross_entropy,
+    nn.functional.huber_loss,
+    nn.functional.l1_loss,
+    nn.functional.mse_loss,
+    nn.functional.nll_loss,
+    nn.functional.smooth_l1_loss,
+    nn.functional.soft_margin_loss,
+)
+
+
+WEIGHTED_FUNCTIONS = (nn.functional.cross_entropy, nn.functional.nll_loss)  # as `nn.CrossEntropyLoss`, with weights
+
+
+class Forward(Protocol):
+    """The model as an objective sees it: called as the module is, with the parameters at hand."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns."""
+
+
+class Objective(ABC):
+    """Per-sample training loss, and the measurement of a query; both [n] for a batch of n samples.
+
+    A sample's value must not depend on the other samples of the batch; this is checked on samples from all over the
+    data.
+    convex: whether a sample's loss is convex in its outputs, for certain. The Gauss–Newton matrix is then positive
+    semi-definite, and error bounds on its solutions rigorous.
+    """
+
+    convex: bool = False
+
+    @abstractmethod
+    def outputs(self, model: Forward, batch: Batch) -> Tensor:
+        """The model's predictions [n, ...]; the Gauss–Newton matrix is split here into model and loss."""
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Training loss of each sample [n]; the training objective is their mean."""
+
+    def measurements(self, model: Forward, batch: Batch) -> Tensor:
+        """What is asked of each query sample [n]: its training loss unless overridden."""
+        return self.losses(self.outputs(model, batch), batch)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """The tensor [n, *input] that perturbation mode differentiates by: the first of an (x, y) batch."""
+        if isinstance(batch, tuple) and isinstance(batch[0], Tensor):
+            return batch[0]
+        raise ShapeError(
+            "`mode='perturbation'` needs to know which tensor of the batch is perturbed, and this batch is no (x, y) "
+            f"pair: {describe(batch)}. Override `inputs` and `replace_inputs` of the objective."
+        )
+
+    def replace_inputs(self, batch: Batch, inputs: Tensor) -> Batch:
+        """The same batch with `inputs` in place of what the method `inputs` returns."""
+        assert isinstance(batch, tuple)
+        return (inputs, *batch[1:])
+
+    def output_curvature(self, outputs: Tensor, batch: Batch) -> Callable[[Tensor], Tensor] | None:
+        """u [n, ...] → ∇²_f ℓ(f)·u of each sample, in closed form; None to have it differentiated.
+
+        It is compared with the derivative on first use.
+        """
+        return None
+
+    def predictive(self, outputs: Tensor, batch: Batch) -> Predictive | None:
+        """The distribution of targets whose negative logarithm the loss is, at these outputs [n, ...].
+
+        By its Hessian where the loss is convex in FEW_OUTPUTS outputs or fewer; None where it is not known.
+        """
+        if not self.convex or outputs[0].numel() > FEW_OUTPUTS:
+            return None
+        m = outputs[0].numel()
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.losses(leaf, batch).sum(), leaf, create_graph=True)
+            flat = slope.flatten(1)
+            rows = [
+                torch.autograd.grad(flat[:, i].sum(), leaf, retain_graph=True, materialize_grads=True)[0].flatten(1)
+                if flat.requires_grad
+                else torch.zeros_like(flat)
+                for i in range(m)
+            ]
+        hessians = torch.stack(rows, dim=1).detach()
+        return Dense.of((hessians + hessians.transpose(1, 2)) / 2, outputs.shape)
+
+    def settings(self) -> dict[str, object]:
+        """Return what fixes the objective, in JSON's types, for provenance and fingerprints.
+
+        Its name, the code of its class and its attributes (see `model.identity.structure`) unless overridden.
+        """
+        return {"objective": f"{type(self).__module__}.{type(self).__qualname__}"} | _details(self)
+
+    def check(self, outputs: Tensor, batch: Batch) -> tuple[str, ...]:
+        """Remarks on how the loss was understood, for the fit report. Raises LossError where it cannot be."""
+        return ()
+
+
+class SupervisedObjective(Objective):
+    """Batches (x, y) and a loss of (outputs, targets).
+
+    The per-sample loss is the loss of a batch of one, so that mean and sum over the batch come to the same; a module
+    with `reduction="none"` is called on the whole batch and must return [n].
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        if not callable(loss):
+            raise LossError(
+                f"`loss` must be a callable of (outputs, targets) or an `Objective`, got {type(loss).__name__}. "
+                "Pass for instance `torch.nn.CrossEntropyLoss()`."
+            )
+        if isinstance(loss, type):
+            raise LossError(f"`loss` must be an instance, got the class {loss.__name__}. Pass `{loss.__name__}()`.")
+        self.loss = loss
+        self.convex = _is_convex(loss)
+        self._vmap = True
+        self._unreduced = _setting(loss, "reduction") == "none"
+        named = _innermost(loss)
+        weighted = _setting(loss, "weight") is not None and not isinstance(loss, PLAIN_WEIGHTS)
+        usual = "mean" if named in WEIGHTED_FUNCTIONS else None
+        if weighted and _setting(loss, "reduction", usual) == "mean":
+            raise LossError(
+                f"`loss` is {getattr(named, '__name__', type(loss).__name__)} with class weights and reduction 'mean', "
+                "which divides by the weights of the batch: a sample's loss then depends on the others. Use "
+                "reduction='none' or 'sum'."
+            )
+
+    def settings(self) -> dict[str, object]:
+        """Return the loss's name, settings and tensors, and of a user's own its code and what it captured."""
+        own = {} if type(self) is SupervisedObjective else {"class": identity(type(self))}
+        if isinstance(self.loss, functools.partial):
+            inner = SupervisedObjective(self.loss.func).settings()
+            return {**inner, "args": identity(self.loss.args), **own} | {
+                key: identity(value) for key, value in self.loss.keywords.items()
+            }
+        named = self.loss if hasattr(self.loss, "__qualname__") else type(self.loss)
+        return {"loss": f"{named.__module__}.{named.__qualname__}", **own} | _details(self.loss)
+
+    def outputs(self, model: Forward, batch: Batch) -> Tensor:
+        """model(x), which must be one tensor [n, ...]."""
+        x, _ = _pair(batch)
+        outputs = model(x)
+        if not isinstance(outputs, Tensor):
+            raise LossError(
+                f"`model` must return one tensor for a loss of (outputs, targets), got {type(outputs).__name__}. "
+                "Subclass `Objective` to take the predictions out of it."
+            )
+        return outputs
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss of each sample as a batch of one."""
+        _, y = _pair(batch)
+        if self._unreduced:
+            return self._whole(outputs, y)
+        if y.shape[0] == 1:
+            return self._one(outputs, y).unsqueeze(0)
+        if self._vmap:
+            try:
+                result: Tensor = torch.vmap(lambda f, t: self._one(f.unsqueeze(0), t.unsqueeze(0)))(outputs, y)
+                return result
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                pass  # a loss that vmap cannot take, in a process where `check` has not found it out
+        return self._one_by_one(outputs, y)
+
+    def output_curvature(self, outputs: Tensor, batch: Batch) -> Callable[[Tensor], Tensor] | None:
+        """p∘u − p⟨p, u⟩ for cross-entropy over classes, 2u/d for the mean squared error of d outputs."""
+        _, y = _pair(batch)
+        if type(self.loss) is nn.CrossEntropyLoss and self.loss.weight is None and outputs.ndim == 2 and y.ndim == 1:
+            probabilities = torch.softmax(outputs.detach(), dim=1) * (y != self.loss.ignore_index).unsqueeze(1)
+            return lambda u: probabilities * (u - (probabilities * u).sum(dim=1, keepdim=True))
+        if type(self.loss) is nn.MSELoss and outputs.shape == y.shape and not self._unreduced:
+            scale = 2.0 / outputs[0].numel() if self.loss.reduction == "mean" else 2.0
+            return lambda u: scale * u
+        return None
+
+    def predictive(self, outputs: Tensor, batch: Batch) -> Predictive | None:
+        """Softmax for cross-entropy at each position, a normal distribution for the mean squared error."""
+        _, y = _pair(batch)
+        classes = type(self.loss) is nn.CrossEntropyLoss or self.loss is nn.functional.cross_entropy
+        if classes and getattr(self.loss, "weight", None) is None and outputs.ndim >= 2:
+            return self._categorical(outputs, y)
+        squared = type(self.loss) is nn.MSELoss or self.loss is nn.functional.mse_loss
+        if squared and outputs.shape == y.shape and not self._unreduced:
+            scale = 2.0 / outputs[0].numel() if getattr(self.loss, "reduction", "mean") == "mean" else 2.0
+            return Independent(torch.full_like(outputs.detach(), scale))
+        if type(self.loss) is nn.BCEWithLogitsLoss and self.loss.weight is None and self.loss.pos_weight is None:
+            p = torch.sigmoid(outputs.detach())
+            scale = 1.0 / outputs[0].numel() if self.loss.reduction == "mean" else 1.0
+            return Independent(p * (1 - p) * scale)
+        return super().predictive(outputs, batch)
+
+    def _categorical(self, outputs: Tensor, y: Tensor) -> Categorical:
+        logits = outputs.movedim(1, -1).reshape(outputs.shape[0], -1, outputs.shape[1])
+        ignored = getattr(self.loss, "ignore_index", -100)
+        counted = torch.ones_like(logits[..., 0])
+        if not y.is_floating_point():
+            counted = (y.reshape(y.shape[0], -1) != ignored).to(logits.dtype)
+        if getattr(self.loss, "reduction", "mean") == "mean":
+            counted = counted / counted.sum(dim=1, keepdim=True).clamp_min(1)
+        return Categorical(logits, counted, True, outputs.shape)
+
+    def check(self, outputs: Tensor, batch: Batch) -> tuple[str, ...]:
+        """Find out whether the loss is a mean or a sum over the batch, and whether vmap can take it."""
+        _, y = _pair(batch)
+        if outputs.shape[:1] != y.shape[:1]:
+            raise ShapeError(
+                f"`model` must return one row for each target, got outputs {tuple(outputs.shape)} for targets "
+                f"{tuple(y.shape)}. Return the samples along the first dimension."
+            )
+        whole = self._call(outputs, y)
+        if self._unreduced:
+            return ()
+        one_by_one = self._one_by_one(outputs, y)
+        self._vmap = torch.allclose(self.losses(outputs, batch), one_by_one)
+        return self._reduction(float(whole), one_by_one.double())
+
+    def _reduction(self, whole: float, one_by_one: Tensor) -> tuple[str, ...]:
+        if not math.isfinite(whole):
+            return ()  # said by the check of the losses themselves, with the samples
+        tolerance = 1e-4 * float(one_by_one.abs().mean()) + 1e-30  # float32 sums of a batch agree to about 1e-6
+        if one_by_one.numel() == 1 or abs(whole - float(one_by_one.mean())) <= tolerance:
+            return ()
+        if abs(whole - float(one_by_one.sum())) <= tolerance * one_by_one.numel():
+            return (
+                "the loss sums over the batch: influences refer to the mean over samples of the summed loss of each",
+            )
+        raise LossError(
+            f"`loss` of a batch is {whole:.6g}, neither the mean ({float(one_by_one.mean()):.6g}) nor the sum "
+            f"({float(one_by_one.sum()):.6g}) of the losses of its samples. Subclass `Objective` and return one loss "
+            "per sample."
+        )
+
+    def _call(self, outputs: Tensor, y: Tensor) -> Tensor:
+        try:
+            return self.loss(outputs, y.clone())
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise DtypeError(
+                f"`loss` cannot take outputs {outputs.dtype} {list(outputs.shape)} with targets `y` {y.dtype} "
+                f"{list(y.shape)}: {str(error).rstrip('.')}. Convert the targets to the dtype and shape that the loss "
+                "expects."
+            ) from error
+
+    def _one_by_one(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([self._one(outputs[i : i + 1], y[i : i + 1]) for i in range(y.shape[0])])
+
+    def _one(self, outputs: Tensor, y: Tensor) -> Tensor:
+        value = self.loss(outputs, y.clone())  # a loss may work in place; the targets are the user's
+        if value.numel() != 1:
+            raise LossError(
+                f"`loss` must return one number for a batch of one, got shape {tuple(value.shape)}. "
+                "Reduce all dimensions but the samples."
+            )
+        return value.reshape(())
+
+    def _whole(self, outputs: Tensor, y: Tensor) -> Tensor:
+        values = self.loss(outputs, y.clone())
+        if values.shape != y.shape[:1]:
+            raise LossError(
+                f"`loss` with reduction='none' must return one value per sample, [{y.shape[0]}], got "
+                f"{tuple(values.shape)}. Use reduction='mean', or reduce all dimensions but the first."
+            )
+        return values
+
+
+def _innermost(loss: Any) -> Any:
+    return _innermost(loss.func) if isinstance(loss, functools.partial) else loss
+
+
+def _setting(loss: Any, name: str, default: object = None) -> object:
+    """An attribute of a loss, or the argument of a `functools.partial`."""
+    if isinstance(loss, functools.partial):
+        return loss.keywords[name] if name in loss.keywords else _setting(loss.func, name, default)
+    return getattr(loss, name, default)
+
+
+def _is_convex(loss: Loss) -> bool:
+    if isinstance(loss, functools.partial):
+        return _is_convex(loss.func)
+    return type(loss) in CONVEX_MODULES or any(loss is function for function in CONVEX_FUNCTIONS)
+
+
+def as_objective(loss: Loss | Objective) -> Objective:
+    """The objective itself, or one made from a loss of (outputs, targets)."""
+    return loss if isinstance(loss, Objective) else SupervisedObjective(loss)
+
+
+def _details(of: object) -> dict[str, object]:
+    """Its identity beside the name."""
+    found = identity(of)
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if key != "class" or isinstance(value, dict)}
+
+
+def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    raise ShapeError(
+        f"`batch` must be a pair (x, y) for a loss of (outputs, targets), got {describe(batch)}. "
+        "Subclass `Objective` for batches of another form."
+    )
+
+
+def check_independence(objective: Objective, model: Forward, batch: Batch, losses: Tensor) -> None:
+    """Raise LossError if a sample's loss depends on the rest of its batch. losses: [n] of the whole batch."""
+    n = min(batch_length(batch), 3)
+    if losses.shape[0] <= 1:
+        return
+    for index in range(n):
+        sample = take(batch, index, index + 1)
+        alone = float(objective.losses(objective.outputs(model, sample), sample)[0])
+        together = float(losses[index])
+        # another batch size takes other kernels: they agree to rounding, which a deep network grows to about √eps
+        tolerance = 10 * float(torch.finfo(losses.dtype).eps) ** 0.5
+        if not math.isclose(alone, together, rel_tol=tolerance, abs_tol=tolerance / 10):
+            raise LossError(
+                f"`model` gives a sample the loss {alone:.6g} alone and {together:.6g} within its batch. "
+                "Influence needs losses that do not depend on the other samples: call `model.eval()`, and reduce the "
+                "loss sample by sample."
+            )

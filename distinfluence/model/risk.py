@@ -1,0 +1,99 @@
+"""The empirical risk: model, loss, parameters and data, all read-only.
+
+    L(θ) = (1/N) Σ_j ℓ(z_j, θ)
+
+The mean is over samples, whatever the batches. Curvature operators are built on it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distinfluence.model.batch import Batch
+from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlocks
+from distinfluence.model.gradients import SampleGradients, loss_gradients, micro_batches
+from distinfluence.model.objective import Loss, Objective, as_objective
+from distinfluence.model.reducer import DataPlane, LocalPlane
+from distinfluence.model.sample_risk import SampleRisk
+
+
+@dataclass(frozen=True)
+class LossAndGradient:
+    """Kernel: (Σ loss in float64, Σ gradient [p]) of a chunk."""
+
+    def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """Sum micro-batch by micro-batch."""
+        loss = torch.zeros((), dtype=torch.float64, device=risk.device)
+        gradient = torch.zeros(risk.size, dtype=risk.dtype, device=risk.device)
+        for part in micro_batches(risk, batch):
+            gradients = loss_gradients(risk, part)
+            loss += gradients.values.double().sum()
+            gradient += gradients.rows.sum(dim=0)
+            del gradients  # or they are held while the next are made
+        return loss, gradient
+
+
+class EmpiricalRisk:
+    """Mean training loss of a model over a data set, as a function of its covered parameters.
+
+    model: any `nn.Module`, in eval mode if it has dropout or batch statistics. loss: a torch loss of
+    (outputs, targets) or an `Objective`. data: a DataLoader, a list of batches, or one (x, y) pair.
+    block_structure: see `ParameterBlocks.of`.
+
+    >>> import torch
+    >>> risk = EmpiricalRisk(torch.nn.Linear(2, 1), torch.nn.MSELoss(), (torch.ones(3, 2), torch.zeros(3, 1)))
+    >>> risk.n_samples, risk.n_parameters, risk.blocks.coverage
+    (3, 3, 1.0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | Objective,
+        data: object,
+        *,
+        block_structure: BlockStructure = BlockMode.FULL,
+    ) -> None:
+        blocks = ParameterBlocks.of(model, block_structure)
+        self.plane: DataPlane = LocalPlane(SampleRisk(model, as_objective(loss), blocks), data)
+
+    @classmethod
+    def over(cls, plane: DataPlane) -> "EmpiricalRisk":
+        """The risk over a data plane that is already there."""
+        risk = cls.__new__(cls)
+        risk.plane = plane
+        return risk
+
+    @property
+    def sample(self) -> SampleRisk:
+        """The risk of single samples."""
+        return self.plane.risk
+
+    @property
+    def blocks(self) -> ParameterBlocks:
+        """The covered parameters, block by block."""
+        return self.sample.blocks
+
+    @property
+    def n_samples(self) -> int:
+        """N, the number of training samples."""
+        return self.plane.n_samples
+
+    @property
+    def n_parameters(self) -> int:
+        """p, the number of covered parameters."""
+        return self.sample.size
+
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """Mean loss, and its gradient [p]; one pass."""
+        loss, gradient = self.plane.sum(LossAndGradient())
+        return float(loss) / self.n_samples, gradient / self.n_samples
+
+    def sample_gradients(self) -> Iterator[SampleGradients]:
+        """Per-sample gradients, chunk by chunk; a local data plane only."""
+        if not isinstance(self.plane, LocalPlane):
+            raise TypeError("`sample_gradients` needs a local data plane. Use the calculator's `gradients`.")
+        for batch in self.plane.batches():
+            yield loss_gradients(self.sample, batch)

@@ -1,0 +1,614 @@
+"""The risk of samples as a pure function of the covered parameters and a batch.
+
+`SampleRisk` binds a module, an objective and parameter blocks. It copies nothing of the user's model but buffers and
+never writes to it: parameters are passed in functionally, gradients returned, `.grad`, hooks, mode and random state
+stay as found. Everything that differentiates goes through `losses` and `measurements` here.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distinfluence.errors import (
+    DistinfluenceError,
+    DtypeError,
+    InPlaceError,
+    LossError,
+    ModelModeError,
+    NonDeterministicModelError,
+    NonFiniteError,
+    NotFittedError,
+    ShapeError,
+)
+from distinfluence.model.batch import Batch, as_batch, batch_length, check_batch, describe, leaves, map_batch
+from distinfluence.model.blocks import ParameterBlocks
+from distinfluence.model.checkpointing import without_checkpointing
+from distinfluence.model.objective import Forward, Objective, check_independence
+from distinfluence.model.padding import HeldPadding
+
+CHECKED_SAMPLES = 16  # of a batch, for the checks that evaluate the model several times
+KEPT_ROW_BYTES = 512 * 2**20  # of per-sample gradients that one process keeps between passes
+RANDOM_IN_TRAINING = (
+    nn.modules.dropout._DropoutNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.batchnorm._NormBase,
+    nn.RReLU,
+)
+
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
+Parameters = Mapping[str, Tensor]
+Way = Callable[[Any], Tensor]
+
+
+class KeptRows:
+    """Per-sample gradients that are needed again in the next pass over the same chunks, up to KEPT_ROW_BYTES."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[Batch, Tensor]] = {}
+        self._bytes = 0
+
+    def get(self, batch: Batch, make: Callable[[], Tensor]) -> Tensor:
+        """The rows of this batch, which must be a chunk, or a part of one, that stays where it is between passes."""
+        key = tuple((tensor.data_ptr(), tensor.shape) for _, tensor in leaves(batch))
+        if key in self._kept:
+            return self._kept[key][1]
+        rows = make()
+        if self._bytes + rows.nbytes <= KEPT_ROW_BYTES:
+            self._bytes += rows.nbytes
+            self._kept[key] = batch, rows  # with the batch: its memory must not become another one's
+        return rows
+
+
+class SampleRisk:
+    """Losses and measurements of samples as functions of (parameters, batch).
+
+    module: read only. objective: what is evaluated. blocks: the covered parameters. device: where to evaluate; the
+    module's own unless given. dtype: float32 or float64 to evaluate in that whatever the module is in; by default in
+    its own, and in float32 for bfloat16 and float16: derivatives and sums of theirs have two or three digits.
+    Raises ModelModeError for a module in train mode with dropout or batch statistics.
+    autocast: bfloat16 or float16 to run the model itself under torch's autocast; parameters, what the loss sees,
+    gradients and every sum over samples stay in `dtype`. None: the model runs in `dtype` alone.
+    measures: whether the fastest of several ways to a derivative is found by timing them on the first chunk. Off where
+    several processes work on one sum, which must not depend on which of them took which part.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        blocks: ParameterBlocks,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        check_mode(module)
+        self.module = module
+        self.objective = objective
+        self.blocks = blocks
+        first = module.get_parameter(next(iter(blocks.shapes)))
+        self.dtype = dtype or (torch.float64 if first.dtype == torch.float64 else torch.float32)
+        self.device = device or first.device
+        self._asked_dtype = dtype
+        self.autocast = autocast
+        with torch.inference_mode(False):
+            self._take_tensors(module)
+        self.measures = False
+        self.kept_rows = KeptRows()
+        self._recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
+        self.found: dict[str, Any] = {}  # what has been found out about the model, for the next chunk
+        self._choices: dict[str, int] = {}
+        self._restricted: dict[str, SampleRisk] = {}
+        self._in_double: SampleRisk | None = None
+
+    def _take_tensors(self, module: nn.Module) -> None:
+        self.written = written_parameters(module)
+        self._padding = padding_rows(module)
+        self._versions = [(name, p, _version(p)) for name, p in module.named_parameters()]
+        tensors = {name: self.widened(p.detach().to(self.device)) for name, p in module.named_parameters()}
+        self.parameters: Parameters = {name: tensors[name] for name in self.blocks.shapes}
+        self._constants = {name: tensor for name, tensor in tensors.items() if name not in self.parameters}
+        # clones: a module that updates a buffer in `forward` then updates ours
+        self._constants |= {
+            name: self.widened(b.detach().to(self.device, copy=True)) for name, b in module.named_buffers()
+        }
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """The tensor in the dtype that the risk is evaluated in, where that has more digits.
+
+        float32 beside a float64 module stays as it is unless float64 was asked for: mixing them is the caller's error.
+        """
+        narrow = (torch.bfloat16, torch.float16) if self._asked_dtype is None else NARROW
+        return tensor.to(self.dtype) if tensor.dtype in narrow else tensor
+
+    def in_double(self) -> "SampleRisk":
+        """The same risk evaluated in float64; itself if it is."""
+        if self.dtype == torch.float64:
+            return self
+        if self._in_double is None:
+            self._in_double = SampleRisk(self.module, self.objective, self.blocks, self.device, torch.float64)
+        return self._in_double
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a report should say of how the module is evaluated."""
+        kinds = sorted({str(p.dtype).removeprefix("torch.") for n, p, _ in self._versions if n in self.blocks.shapes})
+        own = str(self.dtype).removeprefix("torch.")
+        if self.autocast is not None:
+            passes = str(self.autocast).removeprefix("torch.")
+            return (f"the model runs in {passes} under autocast, sums in {own}: scores have about its digits",)
+        return () if kinds == [own] else (f"parameters in {' and '.join(kinds)} are evaluated in {own}",)
+
+    @property
+    def size(self) -> int:
+        """p, the number of covered parameters."""
+        return self.blocks.size
+
+    def at(self, parameters: Parameters) -> "SampleRisk":
+        """The same risk at other parameters, which knows nothing yet of what has been found out about the model."""
+        other = copy.copy(self)
+        other.parameters = dict(parameters)
+        other.measures, other.kept_rows = False, KeptRows()
+        other.found, other._choices, other._restricted, other._in_double = {}, {}, {}, None
+        return other
+
+    def with_objective(self, objective: Objective) -> "SampleRisk":
+        """The same model with another objective."""
+        other = self.at(self.parameters)
+        other.objective = objective
+        return other
+
+    def restrict(self, block: str | None) -> "SampleRisk":
+        """The same risk as a function of one block's parameters; itself for None."""
+        if block is None:
+            return self
+        if block not in self._restricted:
+            only = self.blocks.only(block)
+            self._restricted[block] = SampleRisk(
+                self.module, self.objective, only, self.device, self._asked_dtype, self.autocast
+            )
+            self._restricted[block].measures = self.measures
+        return self._restricted[block]
+
+    def only(self, names: tuple[str, ...]) -> "SampleRisk":
+        """The same risk as a function of some of the covered parameters."""
+        key = "\n".join(names)
+        if key not in self._restricted:
+            self._restricted[key] = self.apart(names)
+            self._restricted[key].measures = self.measures
+        return self._restricted[key]
+
+    def apart(self, names: tuple[str, ...], dtype: torch.dtype | None = None) -> "SampleRisk":
+        """As `only`, evaluated in another dtype if given, and not kept."""
+        shapes = {name: self.blocks.shapes[name] for name in names}
+        left_out = tuple(name for name in self.blocks.shapes if name not in shapes)
+        own = ParameterBlocks({"\n".join(names): names}, shapes, self.blocks.n_total, self.blocks.uncovered + left_out)
+        asked, autocast = (self._asked_dtype, self.autocast) if dtype is None else (dtype, None)
+        return SampleRisk(self.module, self.objective, own, self.device, asked, autocast)
+
+    def to(self, device: torch.device) -> "SampleRisk":
+        """The same risk evaluated on another device; the user's module stays where it is."""
+        if device == self.device:
+            return self
+        return SampleRisk(self.module, self.objective, self.blocks, device, self._asked_dtype, self.autocast)
+
+    def check_unchanged(self) -> None:
+        """Raise NotFittedError if the module's parameters were written to since this risk was made.
+
+        They are shared, not copied: a state that was fitted before an optimizer step does not belong to them any more.
+        """
+        changed = [name for name, p, version in self._versions if _version(p) != version]
+        if changed:
+            raise NotFittedError(
+                f"`model` must keep its parameters after `fit`, got changes to {changed[:5]} ({len(changed)} in all). "
+                "Call `fit` again."
+            )
+
+    def without_padding(self, rows: Tensor) -> Tensor:
+        """rows [k, p] with zeros where a parameter is held fixed by an embedding's `padding_idx`; see `padding`."""
+        held = {name: row for name, row in self._padding.items() if name in self.blocks.shapes}
+        if not held:
+            return rows
+        rows = rows.clone()
+        views = self.blocks.unflatten(rows)
+        for name, row in held.items():
+            views[name][..., row, :] = 0
+        return rows
+
+    def forward(self, parameters: Parameters) -> Forward:
+        """The module as a callable, with these parameters.
+
+        It gets copies of its inputs, and of parameters that it is known to write to: a model may work in place, and
+        what it is called with is the user's.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = {**self._constants, **parameters}
+            tensors |= {name: tensors[name].clone() for name in self.written}
+            args, kwargs = _copied(args), _copied(kwargs)
+            alone = untouched_attributes(self.module), without_checkpointing()
+            with alone[0], alone[1], self._mixed(), self._plain_recurrence():
+                outputs = functional_call(self.module, tensors, args, kwargs)
+            return outputs if self.autocast is None else _widened_outputs(outputs, self.dtype)
+
+        return call
+
+    def _mixed(self) -> AbstractContextManager[None]:
+        if self.autocast is None:
+            return nullcontext()
+        # without its cache of converted weights, which must not outlive a transform that they were made in
+        return torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False)
+
+    @contextmanager
+    def _plain_recurrence(self) -> Iterator[None]:
+        """A model with recurrent layers without cuDNN, which differentiates these in train mode only, and once."""
+        if not self._recurrent:
+            yield
+            return
+        before = torch.backends.cudnn.enabled
+        torch.backends.cudnn.enabled = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.enabled = before
+
+    def holding_padding(self) -> AbstractContextManager[object]:
+        """For products with second derivatives, and with J: rows that get no gradient are constants."""
+        return HeldPadding() if self._padding else nullcontext()
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """For products of gradients with factors: in mixed precision they take a GPU's matrix units.
+
+        Those round the numbers to 11 bits (TF32) and add in float32; bfloat16, in which the passes run, has 8.
+        """
+        if self.autocast is None or self.device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        name, wanted = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+        before = getattr(matmul, name)
+        setattr(matmul, name, wanted)
+        try:
+            yield
+        finally:
+            setattr(matmul, name, before)
+
+    @contextmanager
+    def in_own_precision(self) -> Iterator[None]:
+        """The model runs in `dtype` alone meanwhile: for comparisons that are about more than rounding."""
+        autocast, self.autocast = self.autocast, None
+        try:
+            yield
+        finally:
+            self.autocast = autocast
+
+    def outputs(self, parameters: Parameters, batch: Batch) -> Tensor:
+        """Predictions [n, ...]."""
+        return self.objective.outputs(self.forward(parameters), batch)
+
+    def losses(self, parameters: Parameters, batch: Batch) -> Tensor:
+        """Training losses [n]."""
+        return self.objective.losses(self.outputs(parameters, batch), batch)
+
+    def measurements(self, parameters: Parameters, batch: Batch) -> Tensor:
+        """Query measurements [n]."""
+        return self.objective.measurements(self.forward(parameters), batch)
+
+    def place(self, batch: object) -> Batch:
+        """The batch in one form, on the risk's device, checked: shapes, length, NaN and infinity."""
+        formed = as_batch(batch)
+        check_batch(formed)
+        with torch.inference_mode(False):
+            return map_batch(lambda tensor: recordable(self.widened(tensor.to(self.device))), formed)
+
+    def check_takes(self, batch: Batch) -> None:
+        """Raise ShapeError or DtypeError, at once, if the model cannot take a batch."""
+        few = _own_copy(batch, slice(CHECKED_SAMPLES))
+        with untouched_randomness(), double_differentiable(), self.in_own_precision():
+            self._first_outputs(few)
+
+    def check(self, batch: Batch) -> tuple[str, ...]:
+        """Evaluate the model on some samples and raise where influence would be meaningless.
+
+        Raises InPlaceError, LossError, NonFiniteError, NonDeterministicModelError or ShapeError. Returns remarks for
+        the report.
+        """
+        stride = -(-batch_length(batch) // CHECKED_SAMPLES)  # from all over the batch: data may be sorted by class
+        few = _own_copy(batch, slice(None, None, stride))  # the objective may write to it
+        before = [tensor._version for _, tensor in leaves(few)]
+        with untouched_randomness(), double_differentiable(), self.in_own_precision():
+            outputs = self._first_outputs(few)
+            forward = self.forward(self.parameters)
+            remarks = self.objective.check(outputs, few)
+            losses = self.objective.losses(outputs, few)
+            self._check_losses(losses, few, stride)
+            again = self.losses(self.parameters, few)
+            if not torch.allclose(losses, again, rtol=float(torch.finfo(losses.dtype).eps) ** 0.5):
+                raise NonDeterministicModelError(
+                    "`model` gives other losses when called again on the same batch. Call `model.eval()` and take "
+                    "random numbers out of `forward`."
+                )
+            check_independence(self.objective, forward, few, losses)
+            measured = self.measurements(self.parameters, few)
+            if measured.shape != losses.shape:
+                raise ShapeError(
+                    f"`objective.measurements` must return one value per sample, [{losses.shape[0]}], got "
+                    f"{tuple(measured.shape)}."
+                )
+        self._check_untouched(few, before)
+        return self.remarks + remarks
+
+    def _check_untouched(self, batch: Batch, before: Sequence[int]) -> None:
+        written = [name for (name, t), version in zip(leaves(batch), before, strict=True) if t._version != version]
+        if written:
+            raise InPlaceError(
+                f"`objective` must leave its batch as it is, got writes to {written}: it is called with your data. "
+                "Work on a copy of the tensor."
+            )
+
+    def _first_outputs(self, batch: Batch) -> Tensor:
+        """The outputs, from copies of all parameters. Raises InPlaceError if the model writes to any but known ones."""
+        copies = {name: tensor.clone() for name, tensor in self.parameters.items()}
+        constants = self._constants
+        frozen = [name for name, _, _ in self._versions if name in constants]
+        self._constants = constants | {name: constants[name].clone() for name in frozen}
+        watched = {**copies, **{name: self._constants[name] for name in frozen}}
+        try:
+            outputs = self._taken(self.forward(copies), batch)
+        finally:
+            self._constants = constants
+        own = {**constants, **self.parameters}
+        # by their numbers: writes through `.data` are not counted by torch
+        changed = [n for n, t in watched.items() if n not in self.written and not torch.equal(t, own[n])]
+        if changed:
+            raise InPlaceError(
+                f"`model` must leave its parameters as they are when it is called, got writes to {changed[:5]} "
+                f"({len(changed)} in all). Work on a copy of them in `forward`."
+            )
+        return outputs
+
+    def _taken(self, forward: Forward, batch: Batch) -> Tensor:
+        try:
+            return self.objective.outputs(forward, batch)
+        except DistinfluenceError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            shape = isinstance(error, IndexError) or any(word in str(error) for word in ("shape", "size", "dimension"))
+            raise (ShapeError if shape else DtypeError)(
+                f"`model` ({self.dtype}) cannot take this batch ({describe(batch)}): {str(error).rstrip('.')}. "
+                "Pass batches of the shape and dtype that the model was trained with."
+            ) from error
+
+    def _check_losses(self, losses: Tensor, batch: Batch, stride: int) -> None:
+        n = batch_length(batch)
+        if losses.shape != (n,):
+            raise LossError(f"`objective.losses` must return one loss per sample, [{n}], got {tuple(losses.shape)}.")
+        if not torch.isfinite(losses).all():
+            bad = ((~torch.isfinite(losses)).nonzero().flatten() * stride).tolist()
+            raise NonFiniteError(
+                f"`loss` must be finite, got NaN or infinity for samples {bad} of this batch. "
+                "Look at these samples and at the model's outputs for them."
+            )
+
+    def choose(self, what: str, ways: Sequence[Way], small: Any) -> Way:
+        """The first of several equivalent ways that this model can take and that agrees with the last on `small`.
+
+        The last way is plain autograd in a loop: what torch.func's transforms cannot take (some recurrent modules,
+        data-dependent control flow, operators without a forward derivative) still gets the right answer. The choice
+        is made once for each `what`; a batch that fails that way all the same takes the last.
+        """
+        if what not in self._choices:
+            self._choices[what] = self._first_valid(ways, small)
+        chosen = ways[self._choices[what]]
+
+        def careful(argument: Any) -> Tensor:
+            # a single sample in the last batch: the squared error then has no forward derivative (torch 2.13)
+            value, _ = attempt(chosen, argument)
+            return ways[-1](argument) if value is None else value
+
+        return ways[-1] if chosen is ways[-1] else careful
+
+    def fastest(self, what: str, ways: Sequence[Way], small: Any, real: Any) -> Way:
+        """As `choose`, but of the ways that agree with the last on `small` the one that takes least time on `real`.
+
+        Measured once for each `what`, if this risk measures; `real` should be a part of the work that takes some
+        milliseconds. Earlier ways are preferred where times are within a tenth.
+        """
+        if what not in self._choices and self.measures:
+            self._choices[what] = self._measured(ways, small, real)
+        return self.choose(what, ways, small)
+
+    def _measured(self, ways: Sequence[Way], small: Any, real: Any) -> int:
+        with self.in_own_precision():
+            expected, failure = attempt(ways[-1], small)
+        best, least = len(ways) - 1, math.inf
+        for index, way in enumerate(ways):
+            with self.in_own_precision():
+                value, _ = attempt(way, small)  # which also warms it up
+            if value is None or (expected is not None and not agree(value, expected)):
+                continue
+            wait_for(self.device)
+            start = time.perf_counter()
+            done, _ = attempt(way, real)
+            wait_for(self.device)
+            seconds = time.perf_counter() - start
+            if done is not None and seconds < 0.9 * least:
+                best, least = index, seconds
+        if failure is not None and not math.isfinite(least):
+            raise failure
+        return best
+
+    def _first_valid(self, ways: Sequence[Way], small: Any) -> int:
+        with self.in_own_precision():
+            expected, failure = attempt(ways[-1], small)
+            for index, way in enumerate(ways[:-1]):
+                value, _ = attempt(way, small)
+                if value is not None and (expected is None or agree(value, expected)):
+                    return index
+        if failure is not None:
+            raise failure
+        return len(ways) - 1
+
+
+def _own_copy(batch: Batch, some: slice) -> Batch:
+    with torch.inference_mode(False):
+        return map_batch(lambda tensor: tensor[some].clone(), batch)
+
+
+def _copied(value: Any) -> Any:
+    """Arguments with tensors of their own."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (tuple, list, dict):
+        return {k: _copied(v) for k, v in value.items()} if type(value) is dict else type(value)(map(_copied, value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_copied, value))
+    if isinstance(value, MutableMapping):  # transformers' BatchEncoding keeps its type
+        other = copy.copy(value)
+        for key in value:
+            other[key] = _copied(value[key])
+        return other
+    return value
+
+
+def written_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that a module writes to whenever it is called: embeddings whose norms it keeps small."""
+    return tuple(
+        name
+        for path, child in module.named_modules()
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None
+        for name in ([f"{path}.weight" if path else "weight"])
+        if "weight" in child._parameters
+    )
+
+
+def padding_rows(module: nn.Module) -> dict[str, int]:
+    """Name of an embedding's weight → the row that never receives a gradient."""
+    return {
+        f"{path}.weight" if path else "weight": child.padding_idx
+        for path, child in module.named_modules()
+        if isinstance(child, nn.Embedding) and child.padding_idx is not None
+    }
+
+
+def _widened_outputs(outputs: Any, dtype: torch.dtype) -> Any:
+    """What a model returned, with its floating-point tensors in the dtype: a tensor, or a tuple, list or dict of them.
+
+    A dict keeps its type (transformers' outputs are dicts with attributes); it is the call's own, and changed in place.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs.to(dtype) if outputs.dtype in NARROW else outputs
+    if isinstance(outputs, MutableMapping):
+        for key, value in outputs.items():
+            outputs[key] = _widened_outputs(value, dtype)
+        return outputs
+    if type(outputs) in (tuple, list):
+        return type(outputs)(_widened_outputs(value, dtype) for value in outputs)
+    return outputs
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given: it computes while Python goes on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def attempt(way: Way, argument: Any) -> tuple[Tensor | None, Exception | None]:
+    """The result or the reason why there is none; running out of memory is no reason to try another way."""
+    try:
+        return way(argument), None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises under a transform; the last way's error is raised again
+        return None, error
+
+
+def agree(value: Tensor, expected: Tensor) -> bool:
+    """Equal up to the rounding of two orders of evaluation: 10·√eps of the norm, and absolutely to eps."""
+    eps = torch.finfo(expected.dtype).eps
+    allowed = 10 * eps**0.5 * float(expected.norm()) + eps * expected.numel() ** 0.5
+    return bool((value - expected).norm() <= allowed)
+
+
+def check_mode(module: nn.Module) -> None:
+    """Raise ModelModeError if a submodule draws random numbers or uses batch statistics as its mode is now."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.running_mean is None:
+            raise ModelModeError(
+                f"`model` has {type(child).__name__} at {name or 'the top'!r} without running statistics, which "
+                "depends on the batch also in eval mode. Give it `track_running_stats=True`."
+            )
+        random = isinstance(child, RANDOM_IN_TRAINING) and not (
+            isinstance(child, nn.modules.dropout._DropoutNd) and child.p == 0
+        )
+        random = random or (isinstance(child, (nn.MultiheadAttention, nn.RNNBase)) and child.dropout > 0)
+        if child.training and random:
+            raise ModelModeError(
+                f"`model` is in train mode with {type(child).__name__} at {name or 'the top'!r}, whose output is "
+                "random or depends on the batch. Call `model.eval()` first."
+            )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor has been written to in place; torch does not count for inference tensors."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Restore the random state of torch's CPU and current CUDA generator afterwards."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+@contextmanager
+def untouched_attributes(module: nn.Module) -> Iterator[None]:
+    """Put back the attributes that a forward rebinds: caches and activations would else be torch.func's wrappers.
+
+    Parameters and buffers, too: torch's functional call leaves a plain tensor where a module has two names.
+    """
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (held, held.copy())
+        for child in module.modules()
+        for held in (child.__dict__, child._parameters, child._buffers)
+    ]
+    try:
+        yield
+    finally:
+        for held, content in before:
+            held.clear()
+            held.update(content)
+
+
+@contextmanager
+def double_differentiable() -> Iterator[None]:
+    """Attention by the plain kernels: the fused ones have no double backward and no forward derivative.
+
+    Also out of the caller's `torch.inference_mode`, in which autograd gives zeros without a word.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy of one that was made in `torch.inference_mode`, which autograd refuses."""
+    return tensor.clone() if tensor.is_inference() else tensor

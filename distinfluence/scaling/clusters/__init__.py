@@ -1,0 +1,1 @@
+"""Clusters to run on: Dask's own, batch systems, and what watches them."""

@@ -1,0 +1,177 @@
+"""What a cluster file's `settings` come to: dask-jobqueue's own arguments, made fit for torch and for time limits."""
+
+import difflib
+import hashlib
+import inspect
+import re
+import signal
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+from dask.utils import parse_bytes
+from distributed.security import Security
+
+from distinfluence.errors import MissingDependencyError, SettingError
+from distinfluence.scaling.clusters.slurm import batch_job
+from distinfluence.scaling.clusters.walltime import lifetime_arguments, worker_seconds
+from distinfluence.scaling.data.recipe import Recipe
+from distinfluence.scaling.worker.device import PROCESSES
+
+QUEUES: Mapping[str, str] = {
+    "htcondor": "HTCondorCluster",
+    "lsf": "LSFCluster",
+    "moab": "MoabCluster",
+    "oar": "OARCluster",
+    "pbs": "PBSCluster",
+    "sge": "SGECluster",
+    "slurm": "SLURMCluster",
+}
+OURS = ("n_workers", "job_cls", "asynchronous", "loop")  # of dask-jobqueue's arguments, set here
+
+
+def job_kind(kind: str) -> bool:
+    """Whether a cluster of this kind is one of jobs: a key of `QUEUES`, or a dask-jobqueue class as module:Class."""
+    return kind in QUEUES or ":" in kind
+
+
+def cluster_class(kind: str) -> Any:
+    """The class of dask-jobqueue clusters that `kind` names. Raises MissingDependencyError without dask-jobqueue."""
+    with _interrupts_left_alone():
+        if ":" in kind:
+            return Recipe(kind).resolve()
+        try:
+            import dask_jobqueue
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"a cluster of kind {kind!r} needs dask-jobqueue. Run: pip install 'dask-jobqueue>=0.9' cryptography"
+            ) from error
+        return getattr(dask_jobqueue, QUEUES[kind])
+
+
+@contextmanager
+def _interrupts_left_alone() -> Iterator[None]:
+    """Importing dask-jobqueue makes Ctrl-C an exit with status 0, as if all were done."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
+
+
+def job_processes(settings: Mapping[str, object]) -> int:
+    """Worker processes of each job. Raises SettingError if the settings say no number of them."""
+    given = settings.get("processes") or 1
+    if not isinstance(given, int) or given < 1:
+        raise SettingError(f"`processes` of the cluster must be a whole number of at least 1, got {given!r}.")
+    return given
+
+
+def job_memory(settings: Mapping[str, object]) -> int | None:
+    """Bytes that each worker will be given, None where the settings leave that to dask-jobqueue's own files."""
+    given = {name.replace("-", "_"): value for name, value in settings.items()}
+    if given.get("memory") is None:
+        return None
+    try:
+        return int(parse_bytes(str(given["memory"])) // job_processes(settings))
+    except ValueError as error:
+        raise SettingError(f"`memory` of the cluster must be bytes such as '16GB', got {given['memory']!r}.") from error
+
+
+def is_slurm(cluster: Any) -> bool:
+    """Whether the jobs of a class of dask-jobqueue clusters go to SLURM."""
+    return str(cluster.job_cls.submit_command).endswith("sbatch")
+
+
+def job_arguments(
+    cluster: Any, settings: Mapping[str, object], environment: Mapping[str, str], folder: Path
+) -> dict[str, Any]:
+    """dask-jobqueue's arguments: the settings as given, and what makes its jobs fit for torch and for time limits."""
+    given: dict[str, Any] = {name.replace("-", "_"): value for name, value in settings.items()}
+    section = f"jobqueue.{cluster.job_cls.config_name}"
+    _check_names(given, cluster, section)
+
+    def chosen(name: str, default: Any) -> Any:
+        configured = dask.config.get(f"{section}.{name.replace('_', '-')}", None)
+        return given.get(name) if given.get(name) is not None else configured or default
+
+    given["processes"] = job_processes({"processes": chosen("processes", 1)})
+    # one thread in each process, whatever number of cores the job asks for: they are for torch's own threads
+    extra = ["--nthreads", "1", *map(str, chosen("worker_extra_args", []))]
+    given["job_name"] = given.get("job_name") or given.pop("name", None) or "distinfluence"
+    if is_slurm(cluster):
+        if all(option.partition("=")[0] != "--lifetime" for option in extra):
+            extra += lifetime_arguments(str(chosen("walltime", "0")))
+        given["job_name"] = _marked(str(given["job_name"]), folder)
+        _check_directives(chosen("job_extra_directives", []))
+    given["worker_extra_args"] = extra
+    if cluster.job_cls.submit_command is not None:  # else it is no script: a command of this host, in this environment
+        variables = {**environment, PROCESSES: str(given["processes"])}
+        exports = [f"export {name}=${{{name}:-{value}}}" for name, value in variables.items()]
+        given["job_script_prologue"] = [*exports, *chosen("job_script_prologue", [])]
+    given["log_directory"] = str(Path(str(chosen("log_directory", folder))).expanduser().absolute())
+    given["shared_temp_directory"] = str(Path(str(chosen("shared_temp_directory", folder))).expanduser().absolute())
+    for name in ("log_directory", "shared_temp_directory"):
+        Path(given[name]).mkdir(parents=True, exist_ok=True)
+    given["scheduler_options"] = {"dashboard_address": "127.0.0.1:0", **chosen("scheduler_options", {})}
+    given["security"] = _security(given.get("security", True))
+    return given
+
+
+def seconds_of_workers(cluster: Any, arguments: Mapping[str, Any]) -> float | None:
+    """Seconds that a worker of jobs with these arguments has, None if there is no end to them."""
+    walltime = arguments.get("walltime") or dask.config.get("jobqueue.slurm.walltime", None)
+    return worker_seconds(arguments["worker_extra_args"], str(walltime) if is_slurm(cluster) and walltime else None)
+
+
+def _marked(name: str, folder: Path) -> str:
+    """A job's name that is this run's alone: by it the jobs are found that nobody has a number of.
+
+    A driver that is a job itself has the same mark when it is started again, and so finds what its last start left.
+    """
+    job = batch_job()
+    mark = uuid.uuid4().hex if job is None else hashlib.sha256(f"{job} {folder}".encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', name)}-{mark[:8]}"
+
+
+def _check_directives(directives: object) -> None:
+    for directive in directives if isinstance(directives, list | tuple) else ():
+        if re.match(r"-J|--job-name", str(directive)):
+            raise SettingError(
+                f"`settings.job-extra-directives` must not name the jobs, got {directive!r}: they are found by their "
+                "name. Say `job-name` for the first part of it."
+            )
+
+
+def _security(wanted: object) -> Any:
+    """A scheduler without it takes code from whoever reaches its port: on a cluster, from every other user."""
+    if wanted is not True:
+        return wanted or None
+    try:
+        return Security.temporary()
+    except ImportError as error:
+        raise MissingDependencyError(
+            "certificates between scheduler and workers need `cryptography`. Run: pip install cryptography, "
+            "or set `security: false` where only you can reach this host's ports."
+        ) from error
+
+
+def _check_names(given: Mapping[str, object], cluster: Any, section: str) -> None:
+    known = {name.replace("-", "_") for name in dask.config.get(section, {})}
+    for base in (*inspect.getmro(cluster), *inspect.getmro(cluster.job_cls)):
+        if base is not object and "__init__" in vars(base):
+            known |= set(inspect.signature(vars(base)["__init__"]).parameters)
+    known -= {"self", "scheduler", "job_kwargs", "base_class_kwargs", "kwargs", *OURS}
+    for name in given:
+        if name in OURS:
+            raise SettingError(f"`settings.{name}` of the cluster is set by distinfluence. Leave it out.")
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            raise SettingError(
+                f"`settings.{name}` is no setting of dask-jobqueue's {cluster.__name__}."
+                + (f" Did you mean `{close[0]}`?" if close else f" Known: {', '.join(sorted(known))}.")
+            )

@@ -1,0 +1,1 @@
+"""How tasks reach workers and come back, whatever happens to the workers."""

@@ -1,0 +1,1 @@
+"""What a worker process holds: the model, chunks, a device, its log."""

@@ -1,0 +1,1 @@
+"""What lies on the disk: arrays, fingerprints, rankings, and the folder or address that holds them."""

@@ -1,0 +1,78 @@
+"""The k most helpful and most harmful training points of each row, exact also among ties.
+
+Value and index are packed into one sortable 64-bit key (the float's order above, the training index below), so keys are
+unique: equal influences rank by ascending training index, however the matrix was cut into strips. O(n) per row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distinfluence.store.format.html import table_as_html
+
+_KEYS_AT_ONCE = 2**21  # 16 MiB
+_SIGN = np.uint32(0x8000_0000)
+
+
+class Ranking(NamedTuple):
+    """Training points in order of influence, and their influences. [k], or [rows, k] within the store."""
+
+    indices: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+    def _repr_html_(self) -> str:
+        """A table of at most 100 lines, for notebooks."""
+        n = self.indices.shape[0]
+        columns = {"rank": range(1, n + 1), "point": self.indices.tolist(), "influence": self.values.tolist()}
+        return table_as_html(f"{n} points by influence", {name: list(each)[:100] for name, each in columns.items()})
+
+
+def most_helpful(values: NDArray[np.float32], indices: NDArray[np.int32], k: int) -> Ranking:
+    """The k largest of each row, descending. values: [rows, n], finite; indices: [n] or [rows, n]."""
+    ranking = most_harmful(-values, indices, k)
+    return Ranking(ranking.indices, -ranking.values + np.float32(0))
+
+
+def most_harmful(values: NDArray[np.float32], indices: NDArray[np.int32], k: int) -> Ranking:
+    """The k smallest of each row, ascending. values: [rows, n], finite; indices: [n] or [rows, n]."""
+    n_rows, n = values.shape
+    k = min(k, n)
+    keys = np.empty((n_rows, k), np.uint64)
+    step = max(1, _KEYS_AT_ONCE // max(1, n))
+    for start in range(0, n_rows, step):
+        rows = slice(start, start + step)
+        packed = _pack(values[rows], indices if indices.ndim == 1 else indices[rows])
+        if 0 < k < n:
+            packed = np.partition(packed, k - 1, axis=1)[:, :k]
+        keys[rows] = np.sort(packed, axis=1)[:, :k]
+    return _unpack(keys)
+
+
+def merge_helpful(a: Ranking, b: Ranking, k: int) -> Ranking:
+    """The k largest of two rankings [rows, ·] of disjoint training points."""
+    return most_helpful(np.hstack([a.values, b.values]), np.hstack([a.indices, b.indices]), k)
+
+
+def merge_harmful(a: Ranking, b: Ranking, k: int) -> Ranking:
+    """The k smallest of two rankings [rows, ·] of disjoint training points."""
+    return most_harmful(np.hstack([a.values, b.values]), np.hstack([a.indices, b.indices]), k)
+
+
+def empty_ranking(n_rows: int) -> Ranking:
+    """A ranking [n_rows, 0] to merge into."""
+    return Ranking(np.empty((n_rows, 0), np.int32), np.empty((n_rows, 0), np.float32))
+
+
+def _pack(values: NDArray[np.float32], indices: NDArray[np.int32]) -> NDArray[np.uint64]:
+    bits = (values + np.float32(0)).view(np.uint32)  # + 0: -0.0 ties with 0.0
+    order = np.where(bits & _SIGN, ~bits, bits | _SIGN)
+    return (order.astype(np.uint64) << np.uint64(32)) | indices.astype(np.uint64)
+
+
+def _unpack(keys: NDArray[np.uint64]) -> Ranking:
+    order = (keys >> np.uint64(32)).astype(np.uint32)
+    bits = np.where(order & _SIGN, order ^ _SIGN, ~order)
+    return Ranking((keys & np.uint64(0xFFFF_FFFF)).astype(np.int32), bits.view(np.float32))

@@ -1,0 +1,1 @@
+"""Reading a result: arrays, rankings, annotations, tables."""

@@ -1,0 +1,193 @@
+"""What the influences of the most helpful and most harmful pairs are made of: sums over layers, and over positions.
+
+An influence is a sum over the parameters, so a sum over blocks of them, and for sequences also over the positions of
+the training sample. The group `contributions` of a result holds both for the first k' of each stored ranking; entry r
+of test point i belongs to the training point `top_index`[i, r] or `bottom_index`[i, r], and sums to its influence.
+
+    top, bottom                  [n_test, k', n_blocks]
+    top_tokens, bottom_tokens    [n_test, k', n_tokens], where they are known; NaN beyond a shorter sample's end
+
+Attribute `blocks`: their names; written last, so that without it there are no contributions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
+
+from distinfluence.errors import CorruptStoreError, SettingError, ShapeError
+from distinfluence.store.format.folder import COMPLETE, consolidate, local_path, read_attributes, surfaced_errors
+from distinfluence.store.format.html import table_as_html
+from distinfluence.store.format.layout import CHUNK_ROWS, ArraySpec, Layout
+from distinfluence.store.format.ranking import Ranking
+from distinfluence.store.format.remote import RemoteFolder
+from distinfluence.store.read.analysis import End
+
+if TYPE_CHECKING:
+    from distinfluence.store.read.result import InfluenceResult
+
+ENDS: tuple[End, End] = ("top", "bottom")
+MAX_BLOCKS, MAX_TOKENS = 2**16, 2**20
+_VALUES_PER_CHUNK = 2**18  # 1 MiB of float32
+_NAN = float("nan")
+
+
+class Shares(NamedTuple):
+    """What the influences of a ranking are made of.
+
+    ranking: the training points [k'] and their influences. by_block: [k', n_blocks] float32, by_token: [k', n_tokens]
+    float32, or None where positions are not known; each sums to the influence within rounding.
+    """
+
+    ranking: Ranking
+    by_block: NDArray[np.float32]
+    by_token: NDArray[np.float32] | None
+
+    def _repr_html_(self) -> str:
+        """The largest contributions of each pair, for notebooks; `Contributions` names the blocks."""
+        return _shares_as_html("contributions", [f"block {i}" for i in range(self.by_block.shape[1])], self)
+
+
+class Contributions(NamedTuple):
+    """What moves one test point most, taken apart. blocks: names of the blocks (layers), one for each column."""
+
+    blocks: list[str]
+    helpful: Shares
+    harmful: Shares
+
+    def _repr_html_(self) -> str:
+        """Both ends, the first 20 blocks, for notebooks."""
+        ends = {"most helpful": self.helpful, "most harmful": self.harmful}
+        return "".join(_shares_as_html(name, self.blocks, shares) for name, shares in ends.items())
+
+
+def write_contributions(
+    path: str | os.PathLike[str],
+    blocks: Sequence[str],
+    top: NDArray[Any],
+    bottom: NDArray[Any],
+    top_tokens: NDArray[Any] | None = None,
+    bottom_tokens: NDArray[Any] | None = None,
+) -> None:
+    """Store with the result at `path` what its rankings are made of; what was stored of it is replaced.
+
+    blocks: n_blocks names. top, bottom: [n_test, k', n_blocks], k' at most the length of the stored rankings;
+    top_tokens, bottom_tokens: [n_test, k', n_tokens], both or neither. Memory maps are read a few rows at a time.
+    Raises ShapeError, SettingError (a perturbation result, too many blocks), or what `open_influences` raises.
+    """
+    folder = local_path(path)
+    attributes = read_attributes(folder)
+    layout = Layout.from_attributes(attributes["layout"])
+    arrays: dict[str, NDArray[Any]] = {"top": top, "bottom": bottom}
+    if top_tokens is not None or bottom_tokens is not None:
+        if top_tokens is None or bottom_tokens is None:
+            raise SettingError("`top_tokens` and `bottom_tokens` go together, got one of them. Pass both.")
+        arrays |= {"top_tokens": top_tokens, "bottom_tokens": bottom_tokens}
+    specs = contribution_specs(layout, _kept(layout, top), len(blocks), top_tokens)
+    for name, values in arrays.items():
+        expected = specs[f"contributions/{name}"].shape
+        if values.shape != expected:
+            raise ShapeError(f"`{name}` must be {expected}, got {values.shape}. Pass one row per test point.")
+    with surfaced_errors("write to", folder):
+        group = zarr.open_group(str(folder), mode="r+", zarr_format=3, use_consolidated=False)
+        own = group.create_group("contributions", overwrite=True)
+        for name, values in arrays.items():
+            _store(own, specs[f"contributions/{name}"], values)
+        own.attrs["blocks"] = [str(block) for block in blocks]
+        if attributes["state"] == COMPLETE:
+            consolidate(folder)
+
+
+def contribution_specs(
+    layout: Layout, k: int, n_blocks: int, tokens: NDArray[Any] | zarr.Array[Any] | None
+) -> dict[str, ArraySpec]:
+    """Name → what the array is. tokens: an array [n_test, k, n_tokens], or None. Raises SettingError."""
+    if not layout.ranked:
+        raise SettingError("`contributions` are of influences of mode 'up'; this result has those of inputs.")
+    if not 1 <= n_blocks <= MAX_BLOCKS:
+        raise SettingError(f"`blocks` must be from 1 to {MAX_BLOCKS} names, got {n_blocks}. Join some of them.")
+    widths = {"": (n_blocks, "block")}
+    if tokens is not None:
+        n_tokens = int(tokens.shape[-1]) if tokens.ndim == 3 else 0
+        if not 1 <= n_tokens <= MAX_TOKENS:
+            raise SettingError(f"`tokens` must be from 1 to {MAX_TOKENS} positions, got {tokens.shape}.")
+        widths["_tokens"] = (n_tokens, "token")
+    specs = {}
+    for end in ENDS:
+        for suffix, (width, dim) in widths.items():
+            shape = (layout.n_test, k, width)
+            rows = max(1, min(CHUNK_ROWS, layout.n_test, _VALUES_PER_CHUNK // (k * width)))
+            name = f"contributions/{end}{suffix}"
+            specs[name] = ArraySpec(name, shape, (rows, k, width), None, "float32", _NAN, ("test", "pair", dim))
+    return specs
+
+
+def spec_of(name: str, array: zarr.Array[Any], n_blocks: int, layout: Layout, path: Path | RemoteFolder) -> ArraySpec:
+    """What an array of contributions must be, going by its own k' and length. Raises CorruptStoreError."""
+    k = int(array.shape[1]) if array.ndim == 3 else 0
+    if not 1 <= k <= layout.k:
+        raise CorruptStoreError(f"`{name}` of {path} must be of at most {layout.k} ranked pairs, got {array.shape}.")
+    try:
+        return contribution_specs(layout, k, n_blocks, array if name.endswith("_tokens") else None)[name]
+    except SettingError as error:
+        raise CorruptStoreError(f"`{name}` of {path} cannot be: {error}") from error
+
+
+def read_contributions(result: InfluenceResult, row: int) -> Contributions | None:
+    """Those of test point `row`, 0 <= row < n_test; None if none are stored."""
+    blocks = result.contribution_blocks
+    if not blocks:
+        return None
+    shares = []
+    for end in ENDS:
+        by_block = result.contribution_array(end)
+        tokens = result.contribution_array(f"{end}_tokens") if result.has_token_contributions else None
+        k = by_block.shape[1]
+        ranking = result.top(row, k) if end == "top" else result.bottom(row, k)
+        with surfaced_errors("read", result.path):
+            own = np.asarray(by_block[row])
+            by_token = None if tokens is None else np.asarray(tokens[row])
+        if not np.isfinite(own).all():
+            raise CorruptStoreError(
+                f"`contributions/{end}` of test point {row} in {result.path} are missing. Compute them again: run with "
+                "`contributions` and resume."
+            )
+        shares.append(Shares(ranking, own, by_token))
+    return Contributions(blocks, *shares)
+
+
+def _shares_as_html(caption: str, blocks: list[str], shares: Shares) -> str:
+    by_block = {name: shares.by_block[:, i].tolist() for i, name in enumerate(blocks[:20])}
+    head = {"train": shares.ranking.indices.tolist(), "influence": shares.ranking.values.tolist()}
+    return table_as_html(caption, {**head, **by_block})
+
+
+def _kept(layout: Layout, top: NDArray[Any]) -> int:
+    k = int(top.shape[1]) if top.ndim == 3 else 0
+    if not 1 <= k <= layout.k:
+        raise ShapeError(
+            f"`top` must be [n_test, k, n_blocks] with k from 1 to {layout.k}, got {top.shape}. No more pairs are "
+            "ranked than that."
+        )
+    return k
+
+
+def _store(group: zarr.Group, spec: ArraySpec, values: NDArray[Any]) -> None:
+    array = group.create_array(
+        spec.name.rpartition("/")[2],
+        shape=spec.shape,
+        chunks=spec.chunks,
+        dtype=spec.dtype,
+        fill_value=spec.fill,
+        compressors=[Crc32cCodec()],
+        dimension_names=spec.dims,
+    )
+    for start in range(0, spec.shape[0], spec.chunks[0]):
+        array[start : start + spec.chunks[0]] = np.asarray(values[start : start + spec.chunks[0]], np.float32)

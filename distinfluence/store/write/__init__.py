@@ -1,0 +1,1 @@
+"""Writing a result: its arrays, its strips, and going on where a run stopped."""
