@@ -230,7 +230,7 @@ def info(path: str, check: bool, as_json: bool) -> None:
     """
     from distinfluence.app.summary import summary
     from distinfluence.store import open_influences
-    from distinfluence.store.format.html import facts, model_of
+    from distinfluence.store.read.facts import facts, model_of
     from distinfluence.store.run_state import read_runs
 
     with _clean_errors():

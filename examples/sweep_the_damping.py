@@ -51,22 +51,22 @@ def main(out: Path) -> Findings:
         return influence.fit((x, y))
 
     sweep = fitted(DAMPINGS[0])
-    before = sweep.plane.passes
+    before = sweep.reducer.passes
     scores = sweep.influences_at(DAMPINGS, x_test, y_test, x, y)  # [damping, test, train]
-    passes = sweep.plane.passes - before
+    passes = sweep.reducer.passes - before
 
     recalls = [mislabel_recall(net_harm(each), wrong, inspected=N_WRONG) for each in scores]
     alone = fitted(0.01)
     by_itself = alone.influences(x_test, y_test, x, y)
     difference = float((scores[DAMPINGS.index(0.01)] - by_itself).abs().max() / by_itself.abs().max())
     smallest = fitted(DAMPINGS[-1])
-    before = smallest.plane.passes
+    before = smallest.reducer.passes
     smallest.influence_factors(x_test, y_test)
     found = Findings(
         found=[recall.found for recall in recalls],
         expected=recalls[0].expected,
         passes=passes,
-        passes_of_one=smallest.plane.passes - before,
+        passes_of_one=smallest.reducer.passes - before,
         difference=difference,
     )
     print(f"{N_WRONG} of {N_TRAIN} labels are wrong; so many are among the {N_WRONG} most harmful digits:")

@@ -43,10 +43,11 @@ class Layer:
     lazily: frozenset[str] = frozenset()
 
 
-_CORE = ("errors", "model", "curvature", "solvers", "influence")
+_CORE = ("errors", "memory", "model", "curvature", "solvers", "influence")
 
 LAYERS = {
     "errors": Layer(about="what can go wrong", files=("errors",), sees=()),
+    "memory": Layer(about="bytes held and bytes free", files=("memory",), sees=(), top=frozenset({"psutil", "torch"})),
     "store": Layer(
         about="the result on disk; fingerprints",
         files=(r"store(\..*)?",),
@@ -57,25 +58,25 @@ LAYERS = {
     "model": Layer(
         about="the user's model, read-only: risk, gradients, layers",
         files=(r"model(\..*)?", r"layers(\..*)?"),
-        sees=("errors",),
+        sees=("errors", "memory"),
         top=frozenset({"torch"}),
     ),
     "curvature": Layer(
         about="one file a matrix: products with rows",
         files=(r"curvature(\..*)?",),
-        sees=("errors", "model"),
+        sees=("errors", "memory", "model"),
         top=frozenset({"torch"}),
     ),
     "solvers": Layer(
         about="one file a method; knows no models and no data",
         files=(r"solvers(\..*)?",),
-        sees=("errors", "curvature.base"),
+        sees=("errors", "memory", "curvature.base"),
         top=frozenset({"torch"}),
     ),
     "influence": Layer(
         about="risk + blocks + curvature + solver; torch meets NumPy",
         files=(r"influence(\..*)?",),
-        sees=("errors", "model", "curvature", "solvers"),
+        sees=("errors", "memory", "model", "curvature", "solvers"),
         top=frozenset({"numpy", "torch"}),
     ),
     "scaling": Layer(

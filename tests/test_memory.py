@@ -9,7 +9,7 @@ from torch import nn
 from distinfluence import ArnoldiInfluence, DirectInfluence, EkfacInfluence, InverseHarmonicMeanInfluence
 from distinfluence.influence.checks import check_bytes
 from distinfluence.model.identity.probe import PROBE_BYTES
-from distinfluence.model.reducer import LocalPlane
+from distinfluence.model.reducer import LocalReducer
 from distinfluence.solvers import BlockKrylov, Direct, NystroemSketch
 from tests.benchmarks.memory import METHODS, ROWS, SIZE, Spread, blocks, peak, peak_bytes
 
@@ -74,10 +74,10 @@ def test_ekfac_is_fitted_and_solves_in_the_memory_that_is_reserved(sides: tuple[
     model = nn.Sequential(nn.Linear(*sides))
     data = torch.randn(20, sides[0]), torch.randint(10, (20,))
     influence = EkfacInfluence(model, True, 1.0, fisher="empirical")
-    demand, plane = influence.demand(), LocalPlane(influence.risk, data)
-    checks = peak_bytes(lambda: setattr(plane, "checked", influence.check(plane.drawn)))
+    demand, reducer = influence.demand(), LocalReducer(influence.risk, data)
+    checks = peak_bytes(lambda: setattr(reducer, "checked", influence.check(reducer.drawn)))
     assert checks <= check_bytes(influence.n_parameters, 4) + 3 * PROBE_BYTES
-    assert 0.8 * demand.fit_bytes <= peak_bytes(lambda: influence.fit(plane)) <= 1.1 * demand.fit_bytes
+    assert 0.8 * demand.fit_bytes <= peak_bytes(lambda: influence.fit(reducer)) <= 1.1 * demand.fit_bytes
     held = sum(array.numel() * array.element_size() for array in influence.state_arrays().values())
     assert 0.98 * held <= demand.state_bytes <= 1.1 * held  # the layout, some hundred bytes, is not counted
     rhs = torch.randn(64, influence.n_parameters)
@@ -89,8 +89,8 @@ def test_ekfac_is_fitted_and_solves_in_the_memory_that_is_reserved(sides: tuple[
 def test_checks_take_no_more_than_plans_reserve(mode: str, width: int) -> None:
     model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
     influence = DirectInfluence(model, nn.CrossEntropyLoss(), 1.0, second_order_mode=mode)
-    plane = LocalPlane(influence.risk, (torch.randn(20, width), torch.arange(20) % 10))
-    taken = peak_bytes(lambda: influence.check(plane.drawn))
+    reducer = LocalReducer(influence.risk, (torch.randn(20, width), torch.arange(20) % 10))
+    taken = peak_bytes(lambda: influence.check(reducer.drawn))
     assert taken <= check_bytes(influence.n_parameters, 4) + 3 * PROBE_BYTES
 
 

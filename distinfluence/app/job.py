@@ -23,6 +23,7 @@ from distinfluence.evaluate import Verification, verify_entries
 from distinfluence.evaluate.verify import sampled
 from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
 from distinfluence.influence.arrays import to_tensor_batch
+from distinfluence.memory import process_bytes
 from distinfluence.model.identity.structure import structure
 from distinfluence.scaling import (
     ChunkedData,
@@ -38,13 +39,15 @@ from distinfluence.scaling.clusters.connect import ANSWER_SECONDS, planned_memor
 from distinfluence.scaling.clusters.slurm import batch_job
 from distinfluence.scaling.data.chunks import chunked, recut, take_samples
 from distinfluence.scaling.data.recipe import fingerprint_module
-from distinfluence.scaling.data.sources import InThisProcess, process_bytes
+from distinfluence.scaling.data.sources import InThisProcess
 from distinfluence.scaling.dispatch.executor import InProcess, worker_memory
-from distinfluence.scaling.partition import Share
+from distinfluence.scaling.partition import Partition
 from distinfluence.scaling.plan.problem import Machine
-from distinfluence.scaling.stages.run import Looked, drawn_samples, look, require_same_probe
-from distinfluence.scaling.worker.context import LocalContext, SourcePlane
+from distinfluence.scaling.stages.inspect import Inspected, drawn_samples, look
+from distinfluence.scaling.stages.probe import require_same_probe
+from distinfluence.scaling.worker.context import LocalContext
 from distinfluence.scaling.worker.device import smallest_device, task_device
+from distinfluence.scaling.worker.source_reducer import SourceReducer
 from distinfluence.store import InfluenceResult, check_output, chunks_of, find_damage, open_influences
 from distinfluence.store.format.fingerprint import to_json
 
@@ -129,7 +132,7 @@ def run_part(job: Job, part: str, *, progress: Progress | None = None) -> Influe
     model, _ = job.influence_model()
     output = job.result
     scratch = job.scratch_folder
-    share = Share.parse(part, scratch)
+    partition = Partition.parse(part, scratch)
     check_output(output, overwrite=False, resume=True)
     began = chunks_of(output)
     if began is None and None in (job.chunks.train, job.chunks.test, job.chunks.panel):
@@ -139,7 +142,7 @@ def run_part(job: Job, part: str, *, progress: Progress | None = None) -> Influe
         )
     with progress.beside(output, part):
         calculator = SequentialInfluenceCalculator(model.to(task_device(job.device)), scratch=scratch)
-        result = _computed(job, calculator, began, progress, resume=True, share=share)
+        result = _computed(job, calculator, began, progress, resume=True, partition=partition)
     if result.complete:
         _remove(job, scratch, calculator)
     return result
@@ -154,18 +157,18 @@ def _computed(
     overwrite: bool = False,
     resume: bool = False,
     check: bool = False,
-    share: Share | None = None,
+    partition: Partition | None = None,
 ) -> InfluenceResult:
     train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
     test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
     with progress.stage("plan", None, "samples"):
         # parts would all measure the same, at the same time
-        plan = _planned(job, calculator, train, test, began, calibrate=share is None)
+        plan = _planned(job, calculator, train, test, began, calibrate=partition is None)
     progress.say(str(plan))
     calculator.require_space(plan, job.result, job.mantissa_bits)
     train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
     # one fits, the others find the fit
-    with share.alone() if share is not None else nullcontext():
+    with partition.alone() if partition is not None else nullcontext():
         calculator.fit(train, certify=job.certify, progress=progress)
     return calculator.to_zarr(
         job.result,
@@ -182,7 +185,7 @@ def _computed(
         check=check,
         progress=progress,
         attributes={"job": job.model_dump(mode="json"), "batch_job": batch_job()},
-        share=share,
+        partition=partition,
     )
 
 
@@ -264,11 +267,11 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
     train = chunked(job.recipe(job.data.train), None, home, cut["train"])
     test = chunked(job.recipe(job.data.test), None, home, cut["test"][0])
     looked = require_same_inputs(result, model, {"train_data": train, "test_data": test})["train_data"]
-    plane = SourcePlane(model.risk, looked.data)
-    plane.drawn, plane.digest = tuple(drawn_samples(InProcess(), model.risk, looked)), looked.draw.digest
-    plane.checked = model.check(plane.drawn)
-    require_same_probe(result.provenance, plane.checked.probe, result.path)
-    model.fit(plane)
+    reducer = SourceReducer(model.risk, looked.data)
+    reducer.drawn, reducer.digest = tuple(drawn_samples(InProcess(), model.risk, looked)), looked.draw.digest
+    reducer.checked = model.check(reducer.drawn)
+    require_same_probe(result.provenance, reducer.checked.probe, result.path)
+    model.fit(reducer)
     rows, columns = sampled(result.shape, n_test, n_train, seed)
     given = np.asarray(result.influences.oindex[rows, columns], dtype=np.float64)
     tests, trains = (to_tensor_batch(take_samples(d, i)) for d, i in ((test, rows), (train, columns)))
@@ -278,7 +281,7 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
 
 def require_same_inputs(
     result: InfluenceResult, model: InfluenceFunctionModel, data: Mapping[str, ChunkedData]
-) -> dict[str, Looked]:
+) -> dict[str, Inspected]:
     """Pass if the result was made with this model, this objective and these data, which are looked at.
 
     Raises FingerprintError naming what differs.

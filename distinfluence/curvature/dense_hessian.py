@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from distinfluence.layers.layout import Layout, Record, layout_of
+from distinfluence.layers.layout import LayerLayout, Record, layout_of
 from distinfluence.layers.recorder import Shifted
+from distinfluence.layers.rules import RULES
 from distinfluence.layers.units import Unit
 from distinfluence.model.batch import Batch, batch_length, take
 from distinfluence.model.reducer import Kernel
-from distinfluence.model.sample_risk import SampleRisk, double_differentiable
+from distinfluence.model.sample_risk import SampleRisk
+from distinfluence.model.untouched import double_differentiable
 
 DIRECTION_BYTES = 64 * 2**20  # of forward derivatives that are held at once
 Tensors = tuple[Tensor, ...]
@@ -53,7 +55,7 @@ class DenseHessian:
         except Exception:  # whatever a model raises under a transform
             return (self._by_columns(risk, restricted, batch),)
 
-    def _by_outputs(self, restricted: SampleRisk, layout: Layout, units: Sequence[Unit], batch: Batch) -> Tensor:
+    def _by_outputs(self, restricted: SampleRisk, layout: LayerLayout, units: Sequence[Unit], batch: Batch) -> Tensor:
         total: Tensor | None = None
         n, step = batch_length(batch), max(1, DIRECTION_BYTES // (8 * max(1, layout.sample_bytes)))
         with double_differentiable():
@@ -67,7 +69,7 @@ class DenseHessian:
         return torch.cat([self.columns(risk, batch, rows)[0] for rows in eye.split(256)])
 
 
-def _chain(risk: SampleRisk, layout: Layout, batch: Batch) -> list[Unit] | None:
+def _chain(risk: SampleRisk, layout: LayerLayout, batch: Batch) -> list[Unit] | None:
     """The units in the order of their use, if all are linear layers that are used once, on one position."""
     units = list(layout.units)
     if any(unit.treatment != "kronecker" or len(unit.uses) != 1 or unit.shape[0] != 1 for unit in units):
@@ -82,14 +84,16 @@ def _chain(risk: SampleRisk, layout: Layout, batch: Batch) -> list[Unit] | None:
     return by_use if all(use.input is not None and use.input.ndim == 2 for use in uses) else None
 
 
-def _of_samples(risk: SampleRisk, layout: Layout, units: Sequence[Unit], batch: Batch, total: Tensor | None) -> Tensor:
+def _of_samples(
+    risk: SampleRisk, layout: LayerLayout, units: Sequence[Unit], batch: Batch, total: Tensor | None
+) -> Tensor:
     """The samples' sum added to the total, units one after the other with rows [o, i] in each; upper blocks only."""
     n = batch_length(batch)
     watched = {name: risk.parameters[name] for name in layout.recorded}
     shifts = tuple(torch.zeros(n, unit.shape[1], dtype=risk.dtype, device=risk.device) for unit in units)
 
     def loss(at: Tensors) -> tuple[Tensor, Tensors]:
-        recorder = Shifted(watched, n, at)
+        recorder = Shifted(RULES, watched, n, at)
         with recorder:
             outputs = risk.outputs(risk.parameters, batch)
         inputs = tuple(use.input for use in recorder.uses if use.input is not None)

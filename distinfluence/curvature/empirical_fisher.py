@@ -114,17 +114,17 @@ class EmpiricalFisherOperator(DataOperator):
         self.work.passes += 1
         self.work.rows += rows.shape[0]
         kernel = self._precise(HarmonicMeanProduct(damping, self.block))
-        (total,) = self.risk.plane.sum(kernel, rows.detach())
+        (total,) = self.risk.reducer.sum(kernel, rows.detach())
         return total.div_(self.risk.n_samples)
 
     def mean_square_gradient(self) -> float:
         """(1/N) Σ_j ‖g_j‖², the trace of the matrix; one pass."""
         self.work.passes += 1
-        (total,) = self.risk.plane.sum(self._precise(SquaredGradientNorm(self.block)))
+        (total,) = self.risk.reducer.sum(self._precise(SquaredGradientNorm(self.block)))
         return float(total) / self.risk.n_samples
 
     def dense(self) -> Tensor:
         """The whole matrix [p, p] in float64, in one pass over the gradients instead of p products."""
         self.work.passes += 1
-        (total,) = self.risk.plane.sum(self._precise(GradientMoment(self.block)))
+        (total,) = self.risk.reducer.sum(self._precise(GradientMoment(self.block)))
         return total.div_(self.risk.n_samples)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.errors import LossError
-from distinfluence.layers.layout import MOST_DENSE, Layout, Record, layout_of, unit_rows
+from distinfluence.layers.layout import MOST_DENSE, LayerLayout, Record, layout_of, unit_rows
 from distinfluence.layers.scores import rotated
 from distinfluence.layers.units import Sides, Unit, outer_sides
 from distinfluence.model.batch import Batch, batch_length, take
@@ -99,7 +99,7 @@ class Pieces:
         return torch.stack([unit.matrix(restricted.blocks.unflatten(rows)) for rows in found])
 
 
-def pieces(risk: SampleRisk, layout: Layout, batch: Batch, fisher: FisherVectors) -> Iterator[Pieces]:
+def pieces(risk: SampleRisk, layout: LayerLayout, batch: Batch, fisher: FisherVectors) -> Iterator[Pieces]:
     """The chunk, some samples at a time."""
     n = batch_length(batch)
     n_vectors = {"exact": MOST_EXACT, "sampled": fisher.n_draws, "empirical": 1}[fisher.kind]
@@ -122,7 +122,7 @@ class CovarianceSums:
     reduce: sides are summed (left) and averaged (right) over positions first (Eschenhagen et al. 2023).
     """
 
-    layout: Layout
+    layout: LayerLayout
     fisher: FisherVectors
     reduce: bool = False
 
@@ -193,7 +193,7 @@ class EigenvalueSums:
     has none). George et al. (2018), equation 7; a sample's positions are summed before squaring.
     """
 
-    layout: Layout
+    layout: LayerLayout
     fisher: FisherVectors
 
     def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:

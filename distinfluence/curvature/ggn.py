@@ -25,10 +25,11 @@ from distinfluence.curvature.over_data import (
     vectorised,
 )
 from distinfluence.errors import UnsupportedOperatorError
+from distinfluence.model.alternatives import attempt
 from distinfluence.model.batch import Batch, take
 from distinfluence.model.gradients import differentiable
 from distinfluence.model.objective import FEW_OUTPUTS
-from distinfluence.model.sample_risk import Parameters, SampleRisk, attempt
+from distinfluence.model.sample_risk import Parameters, SampleRisk
 
 
 @dataclass(frozen=True)

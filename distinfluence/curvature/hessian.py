@@ -23,9 +23,10 @@ from distinfluence.curvature.over_data import (
     sum_of,
     vectorised,
 )
+from distinfluence.model.alternatives import agree
 from distinfluence.model.batch import Batch
 from distinfluence.model.gradients import differentiable, flat_grad
-from distinfluence.model.sample_risk import Parameters, SampleRisk, agree
+from distinfluence.model.sample_risk import Parameters, SampleRisk
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class HessianOperator(DataOperator):
         What is made by outputs is compared with a product of two rows, one pass; p products where they differ.
         """
         self.work.passes += 1
-        (total,) = self.risk.plane.sum(self._precise(DenseHessian(HessianProduct(self.block), self.block)))
+        (total,) = self.risk.reducer.sum(self._precise(DenseHessian(HessianProduct(self.block), self.block)))
         if total.shape[0] != self.size:
             return super().dense()
         matrix = self._finite(total).double().div_(self.risk.n_samples)

@@ -17,9 +17,9 @@ from torch import Tensor
 from distinfluence.curvature.base import CurvatureOperator, SupportsDouble
 from distinfluence.curvature.fisher_sums import CovarianceSums, EigenvalueSums, FisherVectors
 from distinfluence.errors import DecompositionError, NonFiniteError, UnsupportedOperatorError
-from distinfluence.layers.layout import Layout
+from distinfluence.layers.layout import LayerLayout
 from distinfluence.layers.units import Unit
-from distinfluence.model.reducer import DataPlane
+from distinfluence.model.reducer import ChunkReducer
 
 Function = Callable[[Tensor], Tensor]
 JITTER = 1e-10  # of the mean eigenvalue, added to a factor whose decomposition failed
@@ -129,26 +129,26 @@ class KroneckerOperator(CurvatureOperator):
 
 
 def fitted_bases(
-    plane: DataPlane, layout: Layout, fisher: FisherVectors, *, corrected: bool, reduce: bool = False
+    reducer: ChunkReducer, layout: LayerLayout, fisher: FisherVectors, *, corrected: bool, reduce: bool = False
 ) -> tuple[Eigenbasis, ...]:
     """The eigenbases of all units: one sum over the data, and a second one if the eigenvalues are corrected (EKFAC).
 
     Raises NonFiniteError for NaN or infinity in the second moments, DecompositionError naming the layer.
     """
-    sums = list(plane.sum(CovarianceSums(layout, fisher, reduce)))
+    sums = list(reducer.sum(CovarianceSums(layout, fisher, reduce)))
     bases = []
     for unit in layout.units:
         own = [sums.pop(0) for _ in range(3 if unit.treatment in ("kronecker", "moments") else 1)]
         _check_finite(unit, own)
-        bases.append(_eigenbasis(unit, own, plane.n_samples, plane.risk.dtype))
+        bases.append(_eigenbasis(unit, own, reducer.n_samples, reducer.risk.dtype))
     if not corrected:
         return tuple(bases)
     factored = [basis for basis in bases if basis.unit.treatment in ("kronecker", "moments")]
-    nothing = torch.zeros(0, dtype=plane.risk.dtype, device=plane.risk.device)
+    nothing = torch.zeros(0, dtype=reducer.risk.dtype, device=reducer.risk.device)
     sides = [nothing if side is None else side for basis in factored for side in (basis.left, basis.right)]
-    values = iter(plane.sum(EigenvalueSums(layout, fisher), *sides)) if factored else iter(())
+    values = iter(reducer.sum(EigenvalueSums(layout, fisher), *sides)) if factored else iter(())
     return tuple(
-        Eigenbasis(basis.unit, basis.left, basis.right, next(values) / plane.n_samples)
+        Eigenbasis(basis.unit, basis.left, basis.right, next(values) / reducer.n_samples)
         if basis.unit.treatment in ("kronecker", "moments")
         else basis
         for basis in bases

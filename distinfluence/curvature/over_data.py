@@ -11,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import NonFiniteError, ParameterBlockError, UnsupportedOperatorError
+from distinfluence.model.alternatives import attempt
 from distinfluence.model.batch import Batch, batch_length, map_batch, take
 from distinfluence.model.gradients import differentiable, over_rows
 from distinfluence.model.reducer import Kernel
 from distinfluence.model.risk import EmpiricalRisk
-from distinfluence.model.sample_risk import SampleRisk, attempt, double_differentiable, recordable
+from distinfluence.model.sample_risk import SampleRisk
+from distinfluence.model.untouched import double_differentiable, recordable
 
 Product = Callable[[Tensor], Tensor]
 
@@ -47,18 +49,18 @@ class DataOperator(CurvatureOperator):
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Samples of each chunk."""
-        return self.risk.plane.chunk_sizes
+        return self.risk.reducer.chunk_sizes
 
     @property
     def in_any_order(self) -> bool:
         """Whether chunks can be had in any order at no extra cost."""
-        return self.risk.plane.random_access
+        return self.risk.reducer.random_access
 
     def batch_matmat(self, index: int, rows: Tensor) -> Tensor:
         """rows [k, p] times the mean matrix of one chunk: [k, p]."""
         self._check(rows)
         self.work.batches += 1
-        (total,) = self.risk.plane.one(index, self._precise(type(self).kernel(self.block)), rows.detach())
+        (total,) = self.risk.reducer.one(index, self._precise(type(self).kernel(self.block)), rows.detach())
         return self._finite(total).div_(self.batch_sizes[index])
 
     def in_double(self) -> "DataOperator":
@@ -70,7 +72,7 @@ class DataOperator(CurvatureOperator):
         return InDouble(kernel) if self._double else kernel
 
     def _product(self, rows: Tensor) -> Tensor:
-        (total,) = self.risk.plane.sum(self._precise(type(self).kernel(self.block)), rows)
+        (total,) = self.risk.reducer.sum(self._precise(type(self).kernel(self.block)), rows)
         return self._finite(total).div_(self.risk.n_samples)
 
     def _finite(self, total: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.demand import BESIDE_BASIS, GROWING, USUAL_BASIS, Demand, dense_demand
+from distinfluence.memory import free_bytes
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.objective import Loss, Objective
-from distinfluence.solvers.auto import DIRECT_SIZE, SHARE, Auto, free_bytes
+from distinfluence.solvers.auto import DIRECT_SIZE, SHARE, Auto
 from distinfluence.solvers.base import default_rtol
 
 

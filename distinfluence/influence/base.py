@@ -30,9 +30,10 @@ from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlock
 from distinfluence.model.gradients import SampleGradients, loss_gradients, measurement_gradients
 from distinfluence.model.identity.probe import Checked
 from distinfluence.model.objective import Loss, Objective, as_objective
-from distinfluence.model.reducer import DataPlane, LocalPlane
+from distinfluence.model.reducer import ChunkReducer, LocalReducer
 from distinfluence.model.risk import EmpiricalRisk
-from distinfluence.model.sample_risk import SampleRisk, check_mode
+from distinfluence.model.sample_risk import SampleRisk
+from distinfluence.model.untouched import check_mode
 from distinfluence.solvers.base import Solver
 from distinfluence.solvers.refined import Refined
 from distinfluence.solvers.spectrum import Extremes
@@ -149,9 +150,9 @@ class InfluenceFunctionModel(ABC):
         return self._fitted().report
 
     @property
-    def plane(self) -> DataPlane:
+    def reducer(self) -> ChunkReducer:
         """The training data that the model was fitted to. Raises NotFittedError before `fit`."""
-        return self._fitted().plane
+        return self._fitted().reducer
 
     @property
     def operators(self) -> Mapping[str, CurvatureOperator]:
@@ -171,21 +172,21 @@ class InfluenceFunctionModel(ABC):
     def fit(self, data: object) -> Self:
         """Do the work that needs no test point; returns the influence model itself.
 
-        data: the training set as a DataLoader, a list of batches, one (x, y) pair, or a `DataPlane`.
+        data: the training set as a DataLoader, a list of batches, one (x, y) pair, or a `ChunkReducer`.
         Raises EmptyDataError, NonFiniteError, LossError, DtypeError for data or losses that cannot be used.
         """
         start = time.perf_counter()
-        if isinstance(data, DataPlane):
-            plane = data
+        if isinstance(data, ChunkReducer):
+            reducer = data
         else:
             self._bind(self.risk.module, self.risk.device)  # buffers and mode as they are now
-            plane = LocalPlane(self.risk, data)
-        if plane.drawn and (plane.checked is None or plane.checked.products != self._products):
-            plane.checked = self.check(plane.drawn)
-            plane.remarks = tuple(dict.fromkeys((*plane.remarks, *plane.checked.remarks)))
-        begun, operators = (start, plane.passes), self._operators(plane)
+            reducer = LocalReducer(self.risk, data)
+        if reducer.drawn and (reducer.checked is None or reducer.checked.products != self._products):
+            reducer.checked = self.check(reducer.drawn)
+            reducer.remarks = tuple(dict.fromkeys((*reducer.remarks, *reducer.checked.remarks)))
+        begun, operators = (start, reducer.passes), self._operators(reducer)
         solvers = self._solvers(resolved(self._asked, operators))
-        self._fit = Fitted.of(self.risk, plane, str(self.second_order_mode), operators, solvers, begun)
+        self._fit = Fitted.of(self.risk, reducer, str(self.second_order_mode), operators, solvers, begun)
         return self
 
     def check(self, drawn: Sequence[Batch]) -> Checked:
@@ -243,8 +244,8 @@ class InfluenceFunctionModel(ABC):
         self._fit = self._fitted().with_spectrum()
         return dict(self._fit.report.spectrum)
 
-    def _operators(self, plane: DataPlane) -> dict[str, CurvatureOperator]:
-        risk = EmpiricalRisk.over(plane)
+    def _operators(self, reducer: ChunkReducer) -> dict[str, CurvatureOperator]:
+        risk = EmpiricalRisk.over(reducer)
         operator = operator_class(self.second_order_mode)
         # one block over everything needs no restriction: its products are the whole matrix
         names = list(self.risk.blocks.names)
@@ -464,17 +465,17 @@ class InfluenceFunctionModel(ABC):
         arrays = {name: tensor.to(device) for name, tensor in self.state_arrays().items()} if self.is_fitted else {}
         self._risk = self.risk.to(device)
         if self._fit is not None:
-            self.restore(self._fit.plane.to(self._risk), arrays, self._fit.report)
+            self.restore(self._fit.reducer.to(self._risk), arrays, self._fit.report)
         return self
 
     def state_arrays(self) -> dict[str, Tensor]:
         """What of the fitted state must be kept to `restore` it elsewhere: "block/array" → tensor."""
         return self._fitted().arrays()
 
-    def restore(self, plane: DataPlane, arrays: Mapping[str, Tensor], report: FitReport) -> Self:
-        """The fitted state again from `state_arrays`, beside a plane over the same data, without the work of `fit`."""
+    def restore(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor], report: FitReport) -> Self:
+        """The fitted state again from `state_arrays`, from a reducer over the same data, without the work of `fit`."""
         solvers = self._solvers(report.damping)
-        self._fit = Fitted.restored(plane, self._operators(plane), solvers, arrays, report)
+        self._fit = Fitted.restored(reducer, self._operators(reducer), solvers, arrays, report)
         return self
 
     def unbound(self) -> Self:

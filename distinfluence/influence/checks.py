@@ -24,12 +24,8 @@ from distinfluence.model.checkpointing import without_checkpointing
 from distinfluence.model.gradients import differentiable, flat_grad, loss_gradients, mixed_gradients
 from distinfluence.model.identity.probe import Checked, Probed, probed
 from distinfluence.model.objective import Forward, Objective
-from distinfluence.model.sample_risk import (
-    SampleRisk,
-    double_differentiable,
-    untouched_attributes,
-    untouched_randomness,
-)
+from distinfluence.model.sample_risk import SampleRisk
+from distinfluence.model.untouched import double_differentiable, untouched_attributes, untouched_randomness
 
 SECOND_ORDER_SAMPLES = 6  # of the drawn ones, for what costs several gradients
 MOST_PARAMETERS = 2**20  # by which second derivatives are compared: the first ones, which see all that comes after

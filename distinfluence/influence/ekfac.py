@@ -28,7 +28,7 @@ from distinfluence.influence.fitted import Fitted
 from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode
 from distinfluence.influence.self_influence import SelfInfluences
-from distinfluence.layers.layout import MOST_DENSE, Layout
+from distinfluence.layers.layout import MOST_DENSE, LayerLayout
 from distinfluence.layers.scores import (
     LayerScores,
     QueryFactors,
@@ -43,7 +43,7 @@ from distinfluence.model.batch import Batch
 from distinfluence.model.blocks import BlockMode, ParameterBlocks
 from distinfluence.model.gradients import SampleGradients
 from distinfluence.model.objective import Loss, Objective
-from distinfluence.model.reducer import DataPlane
+from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.risk import EmpiricalRisk
 from distinfluence.solvers.base import Outcome, check_count, check_rhs, default_rtol, relative_residuals, row_norms
 from distinfluence.solvers.cg import CG
@@ -120,7 +120,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         self.query_energy = query_energy
         self.most_dense = most_dense
         self.recognise = recognise
-        self._layout: Layout | None = None
+        self._layout: LayerLayout | None = None
         self._queries: tuple[Tensor, QueryFactors] | None = None
         super().__init__(
             model,
@@ -184,18 +184,18 @@ class EkfacInfluence(InfluenceFunctionModel):
         return (*self._fitted().report.remarks, kind)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> LayerLayout:
         """What the fit found out of the model's layers. Raises NotFittedError before `fit`."""
         self._fitted()
         assert self._layout is not None
         return self._layout
 
-    def _operators(self, plane: DataPlane) -> dict[str, CurvatureOperator]:
-        bytes_, n_vectors = plane.one(0, LayoutOf(self.most_dense, self.recognise))
-        self._layout, self._queries = Layout.from_tensor(bytes_), None
+    def _operators(self, reducer: ChunkReducer) -> dict[str, CurvatureOperator]:
+        bytes_, n_vectors = reducer.one(0, LayoutOf(self.most_dense, self.recognise))
+        self._layout, self._queries = LayerLayout.from_tensor(bytes_), None
         self._vectors = self._chosen(int(n_vectors))
         bases = fitted_bases(
-            plane,
+            reducer,
             self._layout,
             self._vectors,
             corrected=self.update_diagonal,
@@ -296,7 +296,7 @@ class EkfacInfluence(InfluenceFunctionModel):
 
     def _gauss_newton(self, damping: Mapping[str, float]) -> CurvatureOperator:
         """The Gauss–Newton matrix with what each block's λ is above the least."""
-        operator: CurvatureOperator = GGNOperator(EmpiricalRisk.over(self.plane))
+        operator: CurvatureOperator = GGNOperator(EmpiricalRisk.over(self.reducer))
         least = min(damping.values())
         if all(value == least for value in damping.values()):
             return operator
@@ -461,9 +461,9 @@ class EkfacInfluence(InfluenceFunctionModel):
             }
         return arrays
 
-    def restore(self, plane: DataPlane, arrays: Mapping[str, Tensor], report: FitReport) -> Self:
+    def restore(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor], report: FitReport) -> Self:
         """The fitted state again, without a sum over the data."""
-        self._layout, self._queries = Layout.from_tensor(arrays["layout"]), None
+        self._layout, self._queries = LayerLayout.from_tensor(arrays["layout"]), None
         bases = [
             Eigenbasis(
                 unit,
@@ -475,7 +475,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         ]
         operators, solvers = self._as_operators(bases), self._solvers(report.damping)
         states = {block: solvers[block].fit(operator) for block, operator in operators.items()}
-        self._fit = Fitted(plane, operators, solvers, states, report)
+        self._fit = Fitted(reducer, operators, solvers, states, report)
         return self
 
     def unbound(self) -> Self:

@@ -11,7 +11,7 @@ from torch import Tensor
 from distinfluence.curvature import CurvatureOperator
 from distinfluence.influence.bounds import LowerBound, lower_bound
 from distinfluence.influence.report import FitReport, SolveReport, named_by_block
-from distinfluence.model.reducer import DataPlane
+from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.solvers.base import Solution, Solver
 from distinfluence.solvers.spectrum import Extremes, extreme_eigenvalues
@@ -23,7 +23,7 @@ Rows = Mapping[str, Tensor]  # block → [k, p_block]
 class Fitted:
     """The fitted part of an influence model."""
 
-    plane: DataPlane
+    reducer: ChunkReducer
     operators: Mapping[str, CurvatureOperator]
     solvers: Mapping[str, Solver[Any]]
     states: Mapping[str, Any]
@@ -33,30 +33,30 @@ class Fitted:
     def of(
         cls,
         risk: SampleRisk,
-        plane: DataPlane,
+        reducer: ChunkReducer,
         mode: str,
         operators: Mapping[str, CurvatureOperator],
         solvers: Mapping[str, Solver[Any]],
         begun: tuple[float, int],
     ) -> Self:
-        """Fit every block. begun: `time.perf_counter()` and the plane's passes before anything was done."""
+        """Fit every block. begun: `time.perf_counter()` and the reducer's passes before anything was done."""
         states = {block: solvers[block].fit(operator) for block, operator in operators.items()}
         blocks = risk.blocks
         report = FitReport(
             second_order_mode=mode,
-            n_samples=plane.n_samples,
+            n_samples=reducer.n_samples,
             n_parameters=blocks.size,
             n_total=blocks.n_total,
             uncovered=blocks.uncovered,
             blocks={block: columns.stop - columns.start for block, columns in blocks.columns.items()},
             damping={block: solver.damping for block, solver in solvers.items()},
             positive_definite={block: state.positive_definite for block, state in states.items()},
-            passes=plane.passes - begun[1],
-            remarks=_remarks(plane, states),
+            passes=reducer.passes - begun[1],
+            remarks=_remarks(reducer, states),
             seconds=time.perf_counter() - begun[0],
             details=_details(states),
         )
-        return cls(plane, operators, solvers, states, report)
+        return cls(reducer, operators, solvers, states, report)
 
     @property
     def damping(self) -> dict[str, float]:
@@ -70,7 +70,7 @@ class Fitted:
             self.report,
             damping={block: solver.damping for block, solver in solvers.items()},
             positive_definite={block: state.positive_definite for block, state in states.items()},
-            remarks=_remarks(self.plane, states),
+            remarks=_remarks(self.reducer, states),
             details=_details(states),
         )
         return replace(self, solvers=solvers, states=states, report=report)
@@ -105,7 +105,7 @@ class Fitted:
 
     def lower_bounds(self, damping: Mapping[str, float]) -> dict[str, LowerBound | None]:
         """Block → μ with A + λI ⪰ μI, as far as it is known, and products are exact enough to bound errors with."""
-        if self.plane.risk.autocast is not None:
+        if self.reducer.risk.autocast is not None:
             return dict.fromkeys(self.operators)
         return {
             block: lower_bound(operator, self.states[block], damping[block], self.report.spectrum.get(block))
@@ -123,7 +123,7 @@ class Fitted:
     @classmethod
     def restored(
         cls,
-        plane: DataPlane,
+        reducer: ChunkReducer,
         operators: Mapping[str, CurvatureOperator],
         solvers: Mapping[str, Solver[Any]],
         arrays: Mapping[str, Tensor],
@@ -136,7 +136,7 @@ class Fitted:
             )
             for block, operator in operators.items()
         }
-        return cls(plane, operators, solvers, states, report)
+        return cls(reducer, operators, solvers, states, report)
 
     def _together(
         self, found: Mapping[str, Solution], rhs: Rows, damping: Mapping[str, float]
@@ -145,8 +145,8 @@ class Fitted:
         return factors, SolveReport.of(found, rhs, self.lower_bounds(damping))
 
 
-def _remarks(plane: DataPlane, states: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*plane.remarks, *named_by_block({block: state.remarks for block, state in states.items()}))
+def _remarks(reducer: ChunkReducer, states: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*reducer.remarks, *named_by_block({block: state.remarks for block, state in states.items()}))
 
 
 def _details(states: Mapping[str, Any]) -> dict[str, Mapping[str, Tensor]]:

@@ -1,18 +1,17 @@
 """`torch.nn.functional.multi_head_attention_forward` taken apart: its projections as linear layers of their own."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from distinfluence.layers.recorder import Recorder
+from distinfluence.layers.recorder import Recorder
 
 
 def attention(
-    rec: "Recorder",
+    rec: Recorder,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -61,7 +60,7 @@ def attention(
     return rec.linear(mixed, out_proj_weight, out_proj_bias)
 
 
-def _thirds(rec: "Recorder", packed: Tensor | None) -> list[Tensor | None]:
+def _thirds(rec: Recorder, packed: Tensor | None) -> list[Tensor | None]:
     if packed is None:
         return [None, None, None]
     known, parts = rec.find(packed), list(packed.chunk(3))

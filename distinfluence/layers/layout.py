@@ -17,10 +17,12 @@ from torch import Tensor
 
 from distinfluence.errors import LayoutError
 from distinfluence.layers.recorder import Recorder, Use
+from distinfluence.layers.rules import RULES
 from distinfluence.layers.units import SampleAxis, Treatment, Unit, UseInfo, outer_sides, pointwise_rows
+from distinfluence.model.alternatives import agree
 from distinfluence.model.batch import Batch, batch_length, map_batch
 from distinfluence.model.gradients import loss_gradients
-from distinfluence.model.sample_risk import SampleRisk, agree
+from distinfluence.model.sample_risk import SampleRisk
 
 MOST_DENSE = 1024  # parameters without Kronecker structure up to which a block is kept whole
 CPU_BYTES, GPU_BYTES = 32 * 2**20, 2**30  # of activations that are held at once
@@ -28,7 +30,7 @@ MOST_ONE_HOT = 4096  # tokens of an embedding that is tied to another layer, who
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayerLayout:
     """The units of a model. infos: of every use of a parameter, in the order of the forward pass. expanded, cloned: see
     `Recorder`. sample_bytes: of inputs and outputs of one sample."""
 
@@ -53,7 +55,7 @@ class Layout:
         return torch.frombuffer(bytearray(json.dumps(asdict(self)).encode()), dtype=torch.uint8).clone()
 
     @classmethod
-    def from_tensor(cls, tensor: Tensor) -> "Layout":
+    def from_tensor(cls, tensor: Tensor) -> "LayerLayout":
         """The layout again."""
         raw: dict[str, Any] = json.loads(bytes(tensor.cpu().tolist()).decode())
         units = tuple(Unit(**_with_tuples(unit)) for unit in raw["units"])
@@ -84,7 +86,7 @@ def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
 class Record:
     """One forward pass with the uses of parameters. outputs, losses [n]: in the graph. values: see `deltas`."""
 
-    def __init__(self, risk: SampleRisk, layout: Layout, batch: Batch) -> None:
+    def __init__(self, risk: SampleRisk, layout: LayerLayout, batch: Batch) -> None:
         self.n = batch_length(batch)
         self.layout, self._dtype = layout, risk.dtype
         uses, self.outputs, self.losses, _ = _forward(risk, batch, layout.recorded, layout.expanded, layout.cloned)
@@ -135,7 +137,7 @@ def _forward(
     risk: SampleRisk, batch: Batch, names: Iterable[str], expanded: Sequence[int], cloned: bool
 ) -> tuple[list[Use], Tensor, Tensor, bool]:
     watched = {name: risk.parameters[name] for name in names}
-    recorder = Recorder(watched, batch_length(batch), expanded, cloned)
+    recorder = Recorder(RULES, watched, batch_length(batch), expanded, cloned)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -148,7 +150,7 @@ def _forward(
     return recorder.uses, outputs, losses, recorder.changed_in_place
 
 
-def layout_of(risk: SampleRisk, batch: Batch, most_dense: int = MOST_DENSE, recognise: bool = True) -> Layout:
+def layout_of(risk: SampleRisk, batch: Batch, most_dense: int = MOST_DENSE, recognise: bool = True) -> LayerLayout:
     """Find the layout of a model from a batch of at least one sample. recognise: False to look for no layers.
 
     In mixed precision, too, layers are recognised by gradients in the risk's own, which rounding does not tell apart.
@@ -157,9 +159,9 @@ def layout_of(risk: SampleRisk, batch: Batch, most_dense: int = MOST_DENSE, reco
         return _layout_of(risk, batch, most_dense, recognise)
 
 
-def _layout_of(risk: SampleRisk, batch: Batch, most_dense: int, recognise: bool) -> Layout:
+def _layout_of(risk: SampleRisk, batch: Batch, most_dense: int, recognise: bool) -> LayerLayout:
     if not recognise:
-        return Layout(_in_order(risk, _rest(risk, set(), most_dense)), (), ())
+        return LayerLayout(_in_order(risk, _rest(risk, set(), most_dense)), (), ())
     few = {n: _samples(batch, n) for n in (2, 3)}
     layout = _recorded_layout(risk, few, tuple(risk.parameters), most_dense)
     covered = {name for unit in layout.units for name in unit.parameters}
@@ -171,7 +173,7 @@ def _layout_of(risk: SampleRisk, batch: Batch, most_dense: int, recognise: bool)
 
 def _recorded_layout(
     risk: SampleRisk, few: Mapping[int, Batch], names: tuple[str, ...], most_dense: int, again: bool = True
-) -> Layout:
+) -> LayerLayout:
     """The layout of what can be recorded of these parameters, with confirmed units only.
 
     Where the backward pass to some outputs fails, the others are recorded alone: a custom operator may refuse it, or a
@@ -179,8 +181,8 @@ def _recorded_layout(
     """
     watched, expanded, cloned, infos, sample_bytes = _resolved(risk, few, names)
     if not infos:
-        return Layout((), (), ())
-    layout = Layout((), infos, watched, expanded, cloned, sample_bytes)
+        return LayerLayout((), (), ())
+    layout = LayerLayout((), infos, watched, expanded, cloned, sample_bytes)
     units = [
         replace(unit, treatment="dense" if unit.size <= most_dense else "diagonal")
         if unit.treatment in ("dense", "diagonal")
@@ -197,7 +199,7 @@ def _recorded_layout(
         raise
     except Exception:  # whatever a model raises in its backward pass
         reached = Record(risk, layout, few[3]).reached() if again else ()
-        return _recorded_layout(risk, few, reached, most_dense, again=False) if reached else Layout((), (), ())
+        return _recorded_layout(risk, few, reached, most_dense, again=False) if reached else LayerLayout((), (), ())
     return replace(layout, units=tuple(_confirmed(risk, record, deltas, few[3])))
 
 

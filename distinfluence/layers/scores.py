@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.errors import NonFiniteError, UnsupportedOperatorError
-from distinfluence.layers.layout import Layout, Record, unit_rows
+from distinfluence.layers.layout import LayerLayout, Record, unit_rows
 from distinfluence.layers.units import Sides, Unit, outer_sides, position_scores
 from distinfluence.model.batch import Batch, batch_length, take
 from distinfluence.model.gradients import loss_gradients, samples_at_once
@@ -111,7 +111,7 @@ class QueryFactors:
         return self._flat[number]
 
     @classmethod
-    def of(cls, risk: SampleRisk, layout: Layout, factors: Tensor, energy: float | None = None) -> "QueryFactors":
+    def of(cls, risk: SampleRisk, layout: LayerLayout, factors: Tensor, energy: float | None = None) -> "QueryFactors":
         """factors: [q, p]. energy: share of each factor's squared norm to keep in units where low rank is less work."""
         tensors = risk.blocks.unflatten(factors.to(risk.dtype))
         matrices = tuple(unit.matrix(tensors) for unit in layout.units)
@@ -155,7 +155,7 @@ class LayerScores:
     gradient_norms: Tensor
 
 
-def layer_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch: Batch) -> Iterator[LayerScores]:
+def layer_scores(risk: SampleRisk, layout: LayerLayout, queries: QueryFactors, batch: Batch) -> Iterator[LayerScores]:
     """Scores of the batch's samples, micro-batch by micro-batch; one forward and one reverse pass."""
     for part, record in recorded(risk, layout, batch):
         deltas = record.of_losses()
@@ -177,7 +177,7 @@ def layer_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch:
         yield LayerScores(scores, losses, squared.sqrt())
 
 
-def scores_of_factors(risk: SampleRisk, layout: Layout, factors: Tensor, batch: Batch) -> Iterator[LayerScores]:
+def scores_of_factors(risk: SampleRisk, layout: LayerLayout, factors: Tensor, batch: Batch) -> Iterator[LayerScores]:
     """As `layer_scores` with all units in one, from factors [q, p] as they are, of which nothing is kept.
 
     One forward and one reverse pass, and a second of each where parameters have no layer that is known.
@@ -227,7 +227,7 @@ def _sides_scores(sides: Sides, unit: Unit, tensors: Mapping[str, Tensor]) -> tu
     return _with_bias(scores, squared, sides, tensors[unit.parameters[1]].flatten(1))
 
 
-def recorded(risk: SampleRisk, layout: Layout, batch: Batch) -> Iterator[tuple[Batch, Record]]:
+def recorded(risk: SampleRisk, layout: LayerLayout, batch: Batch) -> Iterator[tuple[Batch, Record]]:
     """The batch, some samples at a time, with their records."""
     n = batch_length(batch)
     by_autograd = sum(unit.size for unit in layout.units if not unit.uses) * risk.dtype.itemsize
@@ -374,7 +374,7 @@ def _one_hot_norms(ids: Tensor, right: Tensor, unit: Unit) -> Tensor:
     return (grams * same).sum(dim=(1, 2)).clamp_min(0)
 
 
-def token_scores(risk: SampleRisk, layout: Layout, queries: QueryFactors, batch: Batch) -> Tensor:
+def token_scores(risk: SampleRisk, layout: LayerLayout, queries: QueryFactors, batch: Batch) -> Tensor:
     """Scores by position, [q, n, T]; they sum to the samples'. One forward and one reverse pass.
 
     Raises UnsupportedOperatorError, naming the parameters, where a layer does not have the same positions as the others
@@ -432,7 +432,7 @@ def _check_finite(losses: Tensor, squared: Tensor) -> None:
         )
 
 
-def layer_gradients(risk: SampleRisk, layout: Layout, batch: Batch) -> tuple[Tensor, Tensor]:
+def layer_gradients(risk: SampleRisk, layout: LayerLayout, batch: Batch) -> tuple[Tensor, Tensor]:
     """(gradients [n, p] of the samples' losses by all covered parameters, losses [n]), put together from the layers."""
     rows, losses = [], []
     for part, record in recorded(risk, layout, batch):

@@ -15,7 +15,8 @@ from torch.func import grad, grad_and_value, jvp, vmap
 
 from distinfluence.errors import DtypeError, NonFiniteError
 from distinfluence.model.batch import Batch, batch_length, map_batch, take
-from distinfluence.model.sample_risk import Parameters, SampleRisk, double_differentiable, recordable
+from distinfluence.model.sample_risk import Parameters, SampleRisk
+from distinfluence.model.untouched import double_differentiable, recordable
 
 GRADIENT_BYTES = 256 * 2**20  # of per-sample gradients that are held at once
 REUSED_BYTES = 32 * 2**20  # on a CPU, if that is enough for FEW_SAMPLES: what is larger is paged in anew each time

@@ -1,7 +1,7 @@
 """The seam that makes everything distributed: sums over data chunks of a function of the chunk.
 
-All that a fit needs of the data is `DataPlane.sum(kernel, *broadcast)`. A kernel is a small value that pickles and
-knows neither where it runs nor how many chunks there are. `LocalPlane` loops over a loader in this process; the
+All that a fit needs of the data is `ChunkReducer.sum(kernel, *broadcast)`. A kernel is a small value that pickles and
+knows neither where it runs nor how many chunks there are. `LocalReducer` loops over a loader in this process; the
 scaling layer has one that runs the same kernels on Dask workers.
 """
 
@@ -38,7 +38,7 @@ class Kernel(Protocol):
         """batch: one chunk, placed and checked; broadcast: tensors that every chunk gets."""
 
 
-class DataPlane(ABC):
+class ChunkReducer(ABC):
     """A data set in chunks, with the risk that is evaluated on it.
 
     risk: on this process's device. n_samples: of all chunks. chunk_sizes: samples of each chunk, in order.
@@ -70,7 +70,7 @@ class DataPlane(ABC):
         """Σ over chunks of kernel(risk, chunk, *broadcast), in the order of the chunks, on the risk's device."""
 
     @abstractmethod
-    def to(self, risk: SampleRisk) -> "DataPlane":
+    def to(self, risk: SampleRisk) -> "ChunkReducer":
         """The same data with a risk on another device."""
 
     @abstractmethod
@@ -82,7 +82,7 @@ class DataPlane(ABC):
         """kernel(risk, chunk, *broadcast) of one chunk, for stochastic methods; no pass."""
 
 
-class LoopPlane(DataPlane):
+class LoopReducer(ChunkReducer):
     """Chunks one after the other in this process."""
 
     def __init__(self, risk: SampleRisk) -> None:
@@ -114,7 +114,7 @@ class LoopPlane(DataPlane):
         return kernel(self.risk, self.batch(index), *broadcast)
 
 
-class LocalPlane(LoopPlane):
+class LocalReducer(LoopReducer):
     """Chunks from a loader: a DataLoader, an iterable of batches, or one (x, y) batch.
 
     Batches are collated and checked once and stay on the device between passes, up to KEPT_BYTES; beyond, the loader is
@@ -164,7 +164,7 @@ class LocalPlane(LoopPlane):
         self.digest, self.drawn = draw.digest, tuple(grouped([samples[place] for place in draw.places]))
         return tuple(sizes)
 
-    def to(self, risk: SampleRisk) -> "LocalPlane":
+    def to(self, risk: SampleRisk) -> "LocalReducer":
         """The same loader; batches that were kept move along."""
         other = copy.copy(self)
         other.risk = risk

@@ -15,7 +15,7 @@ from distinfluence.model.batch import Batch
 from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlocks
 from distinfluence.model.gradients import SampleGradients, loss_gradients, micro_batches
 from distinfluence.model.objective import Loss, Objective, as_objective
-from distinfluence.model.reducer import DataPlane, LocalPlane
+from distinfluence.model.reducer import ChunkReducer, LocalReducer
 from distinfluence.model.sample_risk import SampleRisk
 
 
@@ -57,19 +57,19 @@ class EmpiricalRisk:
         block_structure: BlockStructure = BlockMode.FULL,
     ) -> None:
         blocks = ParameterBlocks.of(model, block_structure)
-        self.plane: DataPlane = LocalPlane(SampleRisk(model, as_objective(loss), blocks), data)
+        self.reducer: ChunkReducer = LocalReducer(SampleRisk(model, as_objective(loss), blocks), data)
 
     @classmethod
-    def over(cls, plane: DataPlane) -> "EmpiricalRisk":
-        """The risk over a data plane that is already there."""
+    def over(cls, reducer: ChunkReducer) -> "EmpiricalRisk":
+        """The risk over a reducer that is already there."""
         risk = cls.__new__(cls)
-        risk.plane = plane
+        risk.reducer = reducer
         return risk
 
     @property
     def sample(self) -> SampleRisk:
         """The risk of single samples."""
-        return self.plane.risk
+        return self.reducer.risk
 
     @property
     def blocks(self) -> ParameterBlocks:
@@ -79,7 +79,7 @@ class EmpiricalRisk:
     @property
     def n_samples(self) -> int:
         """N, the number of training samples."""
-        return self.plane.n_samples
+        return self.reducer.n_samples
 
     @property
     def n_parameters(self) -> int:
@@ -88,12 +88,12 @@ class EmpiricalRisk:
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """Mean loss, and its gradient [p]; one pass."""
-        loss, gradient = self.plane.sum(LossAndGradient())
+        loss, gradient = self.reducer.sum(LossAndGradient())
         return float(loss) / self.n_samples, gradient / self.n_samples
 
     def sample_gradients(self) -> Iterator[SampleGradients]:
-        """Per-sample gradients, chunk by chunk; a local data plane only."""
-        if not isinstance(self.plane, LocalPlane):
-            raise TypeError("`sample_gradients` needs a local data plane. Use the calculator's `gradients`.")
-        for batch in self.plane.batches():
+        """Per-sample gradients, chunk by chunk; a local reducer only."""
+        if not isinstance(self.reducer, LocalReducer):
+            raise TypeError("`sample_gradients` needs a local reducer. Use the calculator's `gradients`.")
+        for batch in self.reducer.batches():
             yield loss_gradients(self.sample, batch)

@@ -15,37 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distinfluence.errors import (
     DistinfluenceError,
     DtypeError,
     InPlaceError,
     LossError,
-    ModelModeError,
     NonDeterministicModelError,
     NonFiniteError,
     NotFittedError,
     ShapeError,
 )
+from distinfluence.model.alternatives import Way, agree, attempt, wait_for
 from distinfluence.model.batch import Batch, as_batch, batch_length, check_batch, describe, leaves, map_batch
 from distinfluence.model.blocks import ParameterBlocks
 from distinfluence.model.checkpointing import without_checkpointing
 from distinfluence.model.objective import Forward, Objective, check_independence
 from distinfluence.model.padding import HeldPadding
+from distinfluence.model.precision import NARROW, widened_outputs
+from distinfluence.model.untouched import (
+    check_mode,
+    double_differentiable,
+    recordable,
+    untouched_attributes,
+    untouched_randomness,
+    version_of,
+)
 
 CHECKED_SAMPLES = 16  # of a batch, for the checks that evaluate the model several times
 KEPT_ROW_BYTES = 512 * 2**20  # of per-sample gradients that one process keeps between passes
-RANDOM_IN_TRAINING = (
-    nn.modules.dropout._DropoutNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.batchnorm._NormBase,
-    nn.RReLU,
-)
 
-NARROW = (torch.bfloat16, torch.float16, torch.float32)
 Parameters = Mapping[str, Tensor]
-Way = Callable[[Any], Tensor]
 
 
 class KeptRows:
@@ -111,7 +111,7 @@ class SampleRisk:
     def _take_tensors(self, module: nn.Module) -> None:
         self.written = written_parameters(module)
         self._padding = padding_rows(module)
-        self._versions = [(name, p, _version(p)) for name, p in module.named_parameters()]
+        self._versions = [(name, p, version_of(p)) for name, p in module.named_parameters()]
         tensors = {name: self.widened(p.detach().to(self.device)) for name, p in module.named_parameters()}
         self.parameters: Parameters = {name: tensors[name] for name in self.blocks.shapes}
         self._constants = {name: tensor for name, tensor in tensors.items() if name not in self.parameters}
@@ -204,7 +204,7 @@ class SampleRisk:
 
         They are shared, not copied: a state that was fitted before an optimizer step does not belong to them any more.
         """
-        changed = [name for name, p, version in self._versions if _version(p) != version]
+        changed = [name for name, p, version in self._versions if version_of(p) != version]
         if changed:
             raise NotFittedError(
                 f"`model` must keep its parameters after `fit`, got changes to {changed[:5]} ({len(changed)} in all). "
@@ -236,7 +236,7 @@ class SampleRisk:
             alone = untouched_attributes(self.module), without_checkpointing()
             with alone[0], alone[1], self._mixed(), self._plain_recurrence():
                 outputs = functional_call(self.module, tensors, args, kwargs)
-            return outputs if self.autocast is None else _widened_outputs(outputs, self.dtype)
+            return outputs if self.autocast is None else widened_outputs(outputs, self.dtype)
 
         return call
 
@@ -497,118 +497,3 @@ def padding_rows(module: nn.Module) -> dict[str, int]:
         for path, child in module.named_modules()
         if isinstance(child, nn.Embedding) and child.padding_idx is not None
     }
-
-
-def _widened_outputs(outputs: Any, dtype: torch.dtype) -> Any:
-    """What a model returned, with its floating-point tensors in the dtype: a tensor, or a tuple, list or dict of them.
-
-    A dict keeps its type (transformers' outputs are dicts with attributes); it is the call's own, and changed in place.
-    """
-    if isinstance(outputs, Tensor):
-        return outputs.to(dtype) if outputs.dtype in NARROW else outputs
-    if isinstance(outputs, MutableMapping):
-        for key, value in outputs.items():
-            outputs[key] = _widened_outputs(value, dtype)
-        return outputs
-    if type(outputs) in (tuple, list):
-        return type(outputs)(_widened_outputs(value, dtype) for value in outputs)
-    return outputs
-
-
-def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was given: it computes while Python goes on."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def attempt(way: Way, argument: Any) -> tuple[Tensor | None, Exception | None]:
-    """The result or the reason why there is none; running out of memory is no reason to try another way."""
-    try:
-        return way(argument), None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a model raises under a transform; the last way's error is raised again
-        return None, error
-
-
-def agree(value: Tensor, expected: Tensor) -> bool:
-    """Equal up to the rounding of two orders of evaluation: 10·√eps of the norm, and absolutely to eps."""
-    eps = torch.finfo(expected.dtype).eps
-    allowed = 10 * eps**0.5 * float(expected.norm()) + eps * expected.numel() ** 0.5
-    return bool((value - expected).norm() <= allowed)
-
-
-def check_mode(module: nn.Module) -> None:
-    """Raise ModelModeError if a submodule draws random numbers or uses batch statistics as its mode is now."""
-    for name, child in module.named_modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.running_mean is None:
-            raise ModelModeError(
-                f"`model` has {type(child).__name__} at {name or 'the top'!r} without running statistics, which "
-                "depends on the batch also in eval mode. Give it `track_running_stats=True`."
-            )
-        random = isinstance(child, RANDOM_IN_TRAINING) and not (
-            isinstance(child, nn.modules.dropout._DropoutNd) and child.p == 0
-        )
-        random = random or (isinstance(child, (nn.MultiheadAttention, nn.RNNBase)) and child.dropout > 0)
-        if child.training and random:
-            raise ModelModeError(
-                f"`model` is in train mode with {type(child).__name__} at {name or 'the top'!r}, whose output is "
-                "random or depends on the batch. Call `model.eval()` first."
-            )
-
-
-def _version(tensor: Tensor) -> int:
-    """How often the tensor has been written to in place; torch does not count for inference tensors."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """Restore the random state of torch's CPU and current CUDA generator afterwards."""
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-
-
-@contextmanager
-def untouched_attributes(module: nn.Module) -> Iterator[None]:
-    """Put back the attributes that a forward rebinds: caches and activations would else be torch.func's wrappers.
-
-    Parameters and buffers, too: torch's functional call leaves a plain tensor where a module has two names.
-    """
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (held, held.copy())
-        for child in module.modules()
-        for held in (child.__dict__, child._parameters, child._buffers)
-    ]
-    try:
-        yield
-    finally:
-        for held, content in before:
-            held.clear()
-            held.update(content)
-
-
-@contextmanager
-def double_differentiable() -> Iterator[None]:
-    """Attention by the plain kernels: the fused ones have no double backward and no forward derivative.
-
-    Also out of the caller's `torch.inference_mode`, in which autograd gives zeros without a word.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def recordable(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy of one that was made in `torch.inference_mode`, which autograd refuses."""
-    return tensor.clone() if tensor.is_inference() else tensor

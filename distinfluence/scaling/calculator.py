@@ -31,26 +31,23 @@ from distinfluence.model.identity.structure import structure
 from distinfluence.scaling.data.chunks import CHUNK_SIZE, ChunkedData, chunked, is_dask_array
 from distinfluence.scaling.data.recipe import fingerprint_module
 from distinfluence.scaling.data.sources import Home
-from distinfluence.scaling.dispatch.dask_reducer import DaskPlane
+from distinfluence.scaling.dispatch.dask_reducer import DaskReducer
 from distinfluence.scaling.dispatch.executor import Executor
-from distinfluence.scaling.partition import Share
+from distinfluence.scaling.partition import Partition
+from distinfluence.scaling.plan.disk import require_space
 from distinfluence.scaling.plan.plan import Plan, make_plan
-from distinfluence.scaling.plan.problem import Asked, Machine, Work
+from distinfluence.scaling.plan.problem import FixedSizes, Machine, Problem
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.saved_fit import VERSION, load_fit, save_fit
-from distinfluence.scaling.scratch import require_space
+from distinfluence.scaling.scratch import Scratch
 from distinfluence.scaling.stages.contributions import SHOWN
-from distinfluence.scaling.stages.run import Fitted, Request, drawn_samples, look, write_influences
-from distinfluence.scaling.stages.strips import (
-    Sample,
-    check_drawn,
-    check_model,
-    chunk_factors,
-    chunk_gradients,
-    influences_of_chunk,
-    measure_rates,
-)
-from distinfluence.scaling.worker.context import Context, Scratch, SourcePlane
+from distinfluence.scaling.stages.inspect import drawn_samples, look
+from distinfluence.scaling.stages.lazy import chunk_factors, chunk_gradients, influences_of_chunk
+from distinfluence.scaling.stages.probe import Sample, check_drawn, check_model, measure_rates
+from distinfluence.scaling.stages.request import FittedRun, Request
+from distinfluence.scaling.stages.run import write_influences
+from distinfluence.scaling.worker.context import Context
+from distinfluence.scaling.worker.source_reducer import SourceReducer
 from distinfluence.store import InfluenceResult, check_output, chunks_of, combine, fingerprint_settings
 from distinfluence.store.format.folder import place_of
 from distinfluence.store.format.layout import FLOAT32_BITS
@@ -74,7 +71,7 @@ class InfluenceCalculator(ABC):
         self.model = copy.copy(model)  # two calculators of one model must not take each other's fit
         self._scratch = Scratch(scratch)
         self._fit_folder: Path | None = None
-        self._fitted: Fitted | None = None
+        self._fitted: FittedRun | None = None
 
     def fit(
         self,
@@ -99,33 +96,33 @@ class InfluenceCalculator(ABC):
         sample = self._sample(context, data)
         drawn = drawn_samples(executor, self.model.risk, looked)
         checked = self._checked(context, drawn)
-        plane = self._plane(context, data, checked.remarks)
-        plane.checked, plane.digest = checked, looked.draw.digest
+        reducer = self._reducer(context, data, checked.remarks)
+        reducer.checked, reducer.digest = checked, looked.draw.digest
         with bars.stage("fit", None, "passes") as bar:
-            plane.on_pass = bar.advance
-            self._fit_or_load(plane, sha256, certify, bars)
-            plane.on_pass = None
-        self._fitted = Fitted(
+            reducer.on_pass = bar.advance
+            self._fit_or_load(reducer, sha256, certify, bars)
+            reducer.on_pass = None
+        self._fitted = FittedRun(
             self.model, self._fitted_context(context, data), executor, data, sha256, sample, checked.probe
         )
         return self
 
-    def _fit_or_load(self, plane: DaskPlane | SourcePlane, sha256: str, certify: bool, bars: Progress) -> None:
+    def _fit_or_load(self, reducer: DaskReducer | SourceReducer, sha256: str, certify: bool, bars: Progress) -> None:
         """Fit, and leave the fit in the scratch folder if that stays; or take the one that a run that died left."""
         asked: dict[str, object] = {"solver": self.model.settings(), "certify": certify, "format": VERSION}
-        asked |= {"objective": self.model.objective_settings, "chunks": list(plane.chunk_sizes)}
+        asked |= {"objective": self.model.objective_settings, "chunks": list(reducer.chunk_sizes)}
         asked |= {"structure": structure(self.model.risk.module)}
         parameters = fingerprint_module(self.model.risk.module)
         key = combine({"parameters": parameters, "data": sha256, "settings": fingerprint_settings(asked)})
         folder = self._fit_folder = self._scratch.kept / f"fit-{key[:16]}"
         if folder.exists():
             try:
-                load_fit(self.model, folder, plane)
+                load_fit(self.model, folder, reducer)
                 return
             except StoreError as error:
                 bars.warn(f"the fit that an earlier run left cannot be taken, and is made again: {error}")
                 shutil.rmtree(folder, ignore_errors=True)
-        self.model.fit(plane)
+        self.model.fit(reducer)
         if certify:
             self.model.spectrum()
         if not self._scratch.temporary:
@@ -183,9 +180,9 @@ class InfluenceCalculator(ABC):
         samples: tuple[Sample, Sample],
         input_shape: tuple[int, ...],
         top_k: int,
-    ) -> Work:
+    ) -> Problem:
         module = self.model.risk.module
-        return Work(
+        return Problem(
             n_test=test.n_samples,
             n_train=columns.n_samples,
             n_fit=fit.n_samples,
@@ -324,7 +321,7 @@ class InfluenceCalculator(ABC):
         check: bool = False,
         progress: bool | Progress = True,
         attributes: Mapping[str, object] | None = None,
-        share: Share | None = None,
+        partition: Partition | None = None,
     ) -> InfluenceResult:
         """Compute the influence matrix and write it to a zarr group, strip by strip; returns the result, opened.
 
@@ -342,7 +339,8 @@ class InfluenceCalculator(ABC):
         test points: little where solves sweep over no data, more than all else where they do. overwrite: replace a
         result at `path`. resume: go on with it if it was begun with the same model, data and settings, begin if there
         is none; extras can be asked for then as well. check: of a result that is gone on with, read everything first,
-        and make anew what is damaged. attributes: JSON values to keep in the result. share: make a part of the strips
+        and make anew what is damaged. attributes: JSON values to keep in the result. partition: make a part of
+        the strips
         only, beside other runs that make the others. Raises StoreError if `path` cannot be used, NotFittedError before
         `fit`, and what the checks of data raise; ChunkFailedError when all strips are written but some that failed
         every time they were tried.
@@ -382,7 +380,7 @@ class InfluenceCalculator(ABC):
             contributions=n_shown,
             self_influence=self_influence,
             check=check,
-            share=share,
+            partition=partition,
         )
         bars, output = _progress(progress), place_of(path)
         with bars.beside(output):
@@ -406,7 +404,7 @@ class InfluenceCalculator(ABC):
     def _dtype(self) -> np.dtype[Any]:
         return to_numpy(next(iter(self.model.risk.parameters.values())).new_zeros(0)).dtype
 
-    def _stages(self) -> Fitted:
+    def _stages(self) -> FittedRun:
         if self._fitted is None:
             raise NotFittedError(f"`{type(self).__name__}` has not been fitted. Call `fit(x, y)` first.")
         return self._fitted
@@ -449,20 +447,20 @@ class InfluenceCalculator(ABC):
         """Where tasks get the fitted model from."""
 
     @abstractmethod
-    def _plane(self, context: Any, data: ChunkedData, remarks: tuple[str, ...]) -> DaskPlane | SourcePlane:
-        """The data plane that the model is fitted over."""
+    def _reducer(self, context: Any, data: ChunkedData, remarks: tuple[str, ...]) -> DaskReducer | SourceReducer:
+        """The reducer that the model is fitted over."""
 
     @abstractmethod
     def _machine(self) -> Machine:
         """How many tasks run at a time, and the memory that each process may take."""
 
 
-def _asked(train: int | None, test: int | None, panel: int | None, solve: str) -> Asked:
+def _asked(train: int | None, test: int | None, panel: int | None, solve: str) -> FixedSizes:
     if solve not in STRATEGIES:
         raise SettingError(f"`solve` must be one of {list(STRATEGIES)}, got {solve!r}. Choose one of these.")
     if panel is not None and (not isinstance(panel, int) or panel < 1):
         raise SettingError(f"`panel_size` must be a whole number of test points ≥ 1, got {panel!r}.")
-    return Asked(train, test, panel, solve)
+    return FixedSizes(train, test, panel, solve)
 
 
 def _n_shown(contributions: bool | int, mode: InfluenceMode) -> int:

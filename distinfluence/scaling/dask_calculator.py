@@ -15,7 +15,7 @@ from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.data.recipe import ModelRecipe, Recipe, fingerprint_module
 from distinfluence.scaling.data.sources import Keys, NpyLeaf, recipe_length, spill
-from distinfluence.scaling.dispatch.dask_reducer import DaskPlane
+from distinfluence.scaling.dispatch.dask_reducer import DaskReducer
 from distinfluence.scaling.dispatch.executor import Executor, OnCluster, check_resources, check_workers, worker_memory
 from distinfluence.scaling.plan.problem import Machine
 from distinfluence.scaling.stages.materialise import stored
@@ -102,8 +102,8 @@ class DaskInfluenceCalculator(InfluenceCalculator):
     def _fitted_context(self, context: WorkerContext, train: ChunkedData) -> WorkerContext:
         return fitted_travelling(context, self.model, self._scratch, train)
 
-    def _plane(self, context: WorkerContext, data: ChunkedData, remarks: tuple[str, ...]) -> DaskPlane:
-        return DaskPlane(self.model.risk, self.client, context, data, remarks, self._scratch.folder, self._resources)
+    def _reducer(self, context: WorkerContext, data: ChunkedData, remarks: tuple[str, ...]) -> DaskReducer:
+        return DaskReducer(self.model.risk, self.client, context, data, remarks, self._scratch.folder, self._resources)
 
     def _machine(self) -> Machine:
         workers = max(self._workers, len(self.client.nthreads()))

@@ -16,7 +16,7 @@ from distinfluence.scaling.scratch import scratch_errors
 
 
 @dataclass(frozen=True)
-class Share:
+class Partition:
     """Run number `part` of `parts`, counted from 0. folder: for the lock, the same for all of them."""
 
     part: int
@@ -31,7 +31,7 @@ class Share:
             )
 
     @classmethod
-    def parse(cls, text: str, folder: Path) -> "Share":
+    def parse(cls, text: str, folder: Path) -> "Partition":
         """That of "K/N". Raises SettingError."""
         part, slash, parts = text.partition("/")
         if not (slash and part.isdigit() and parts.isdigit()):

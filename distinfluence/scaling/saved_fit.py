@@ -28,7 +28,7 @@ from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.model.identity.probe import Probe
 from distinfluence.model.identity.structure import structure
-from distinfluence.model.reducer import DataPlane, LocalPlane
+from distinfluence.model.reducer import ChunkReducer, LocalReducer
 from distinfluence.scaling.data.recipe import fingerprint_module
 from distinfluence.solvers.spectrum import Extremes
 from distinfluence.store.format.fingerprint import to_json
@@ -60,7 +60,7 @@ def save_fit(influence: InfluenceFunctionModel, path: str | Path) -> Path:
         "kind": KIND,
         "version": VERSION,
         "names": list(arrays),
-        **_belongs(influence, influence.plane),
+        **_belongs(influence, influence.reducer),
         "report": to_json(_plain(report), "report"),
     }
     with surfaced_errors("write a fit to", target):
@@ -92,15 +92,15 @@ def _write(folder: Path, arrays: Mapping[str, Tensor], attributes: Mapping[str, 
     sync_to_disk([file for file in folder.rglob("*") if file.is_file()])
 
 
-def _belongs(influence: InfluenceFunctionModel, plane: DataPlane) -> dict[str, Any]:
+def _belongs(influence: InfluenceFunctionModel, reducer: ChunkReducer) -> dict[str, Any]:
     """What fixes a fit, by what to call it when it differs."""
     return {
         "parameters": fingerprint_module(influence.risk.module),
         "structure": dict(structure(influence.risk.module)),
         "settings": to_json(influence.asked_settings(), "settings"),
         "objective": to_json(influence.objective_settings, "objective"),
-        "data": plane.digest,
-        "probe": None if plane.checked is None else plane.checked.probe.to_json(),
+        "data": reducer.digest,
+        "probe": None if reducer.checked is None else reducer.checked.probe.to_json(),
     }
 
 
@@ -118,14 +118,14 @@ def load_fit(influence: InfluenceFunctionModel, path: str | Path, data: object) 
         raise StoreNotFoundError(f"`path` {source} does not exist. Pass a folder that `save_fit` wrote.")
     with surfaced_errors("read the fit", source):
         attributes, arrays = _read(source)
-    plane = data if isinstance(data, DataPlane) else LocalPlane(influence.risk, data)
-    if plane.drawn and plane.checked is None:
-        plane.checked = influence.check(plane.drawn)
-    _require_same(source, attributes, _belongs(influence, plane))
+    reducer = data if isinstance(data, ChunkReducer) else LocalReducer(influence.risk, data)
+    if reducer.drawn and reducer.checked is None:
+        reducer.checked = influence.check(reducer.drawn)
+    _require_same(source, attributes, _belongs(influence, reducer))
     report = _report(attributes["report"], arrays)
     state = {name.removeprefix("state/"): t for name, t in arrays.items() if name.startswith("state/")}
     device = influence.risk.device
-    return influence.restore(plane, {name: tensor.to(device) for name, tensor in state.items()}, report)
+    return influence.restore(reducer, {name: tensor.to(device) for name, tensor in state.items()}, report)
 
 
 def _require_same(source: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -3,18 +3,27 @@
 Files that a resumed run relies on are synced and carry checksums; those that live as long as one run are neither.
 """
 
+import fcntl
 import os
 import shutil
+import socket
+import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
+import dask
 import numpy as np
+from dask.utils import format_bytes
 
-from distinfluence.errors import DiskFullError, StoreError
+from distinfluence.errors import (
+    DiskFullError,
+    StoreError,
+)
 from distinfluence.influence.arrays import Array
-from distinfluence.scaling.plan.plan import Plan
 from distinfluence.store.format.folder import FULL, sync_to_disk
 
 
@@ -43,7 +52,7 @@ def save_whole(path: Path, array: Array, *, sync: bool = False) -> None:
 
     sync: also after the power failed. Raises StoreError.
     """
-    with scratch_errors(path.parent, f"{_size(array.nbytes)} to {path.name}"), appearing(path) as partial:
+    with scratch_errors(path.parent, f"{format_bytes(array.nbytes)} to {path.name}"), appearing(path) as partial:
         with partial.open("wb") as file:
             np.save(file, array, allow_pickle=False)
         if sync:
@@ -65,48 +74,63 @@ def appearing(path: Path) -> Iterator[Path]:
         raise
 
 
-def require_space(plan: Plan, output: Path | None, scratch: Path, share_of_result: float = 1.0) -> None:
-    """Pass if the disks have room for what the plan will write. Raises DiskFullError, saying how much to free.
+_HOST = socket.gethostname().encode()
 
-    output: where the result will be, None if that is no folder; what lies there counts as room: a run that goes on
-    has written it already, one that overwrites deletes it. So do factors and fits in `scratch`. share_of_result: of
-    the plan's bytes, below 1 where values are rounded and compressed.
+
+RUN_PREFIX = "run-"  # of the folders of single runs in a scratch folder
+
+
+class Scratch:
+    """Folders for a run's files. kept: the one that was named, for what a later run may take; folder: for the rest.
+
+    `folder` goes, whole, when nothing on this side refers to it: a folder of its own in the named one, or a temporary
+    one, which is `kept`, too, if none was named. Contexts hold on to it, so that lazy arrays outlive the calculator
+    that made them. It does not travel. Those of runs of this host that were killed go when its next run comes: their
+    lock is free. Of another host's that cannot be known, as some shared file systems keep locks to the host.
     """
-    needed: dict[int, list[tuple[str, Path, int, int]]] = {}
-    places = [("scratch", scratch, plan.scratch_bytes)]
-    if output is not None:
-        places.insert(0, ("output", output, int(share_of_result * plan.disk_bytes)))
-    for name, folder, nbytes in places:
-        disk = _existing(folder)
-        needed.setdefault(disk.stat().st_dev, []).append((name, disk, nbytes, bytes_in(folder)))
-    for uses in needed.values():
-        free = shutil.disk_usage(uses[0][1]).free
-        missing = sum(max(0, nbytes - there) for _, _, nbytes, there in uses) - free
-        if missing > 0:
-            listed = " and ".join(f"{_size(nbytes)} for `{name}`" for name, _, nbytes, _ in uses)
-            raise DiskFullError(
-                f"the run needs {listed} on the disk of {uses[0][1]}, which has {_size(free)} free. Free "
-                f"{_size(missing)}, put `output` or `scratch` on another disk, or store fewer `mantissa_bits`."
-            )
 
-
-def bytes_in(folder: Path) -> int:
-    """Bytes that the files in a folder take on the disk; holes in them take none."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
+    def __init__(self, named: str | Path | None) -> None:
+        self.temporary = named is None
+        if named is not None:
+            self.kept = Path(named).expanduser().resolve()
             try:
-                total += os.stat(os.path.join(place, name)).st_blocks * 512
-            except OSError:  # gone meanwhile
-                continue
-    return total
+                self.kept.mkdir(parents=True, exist_ok=True)
+                _remove_left(self.kept)
+                self.folder = Path(tempfile.mkdtemp(prefix=RUN_PREFIX, dir=self.kept))
+                self.folder.chmod(self.kept.stat().st_mode & 0o777)  # workers may be another user's
+            except OSError as error:
+                raise StoreError(
+                    f"`scratch` {self.kept} cannot be made: {error.strerror}. Pass a folder that can, or an output "
+                    "beside which it can."
+                ) from error
+        else:
+            self.folder = self.kept = Path(
+                tempfile.mkdtemp(prefix="distinfluence-", dir=dask.config.get("temporary-directory", None))
+            )
+        weakref.finalize(self, _removed, self.folder, _held(self.folder))
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
+def _held(folder: Path) -> IO[bytes]:
+    """The lock of a run's folder, which the system releases when its holder dies. It names the host once it holds."""
+    lock = (folder / "lock").open("wb", buffering=0)
+    with suppress(OSError):  # a file system without locks: what is left there stays until somebody removes it
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.write(_HOST)
+    return lock
 
 
-def _size(n: float) -> str:
-    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
+def _removed(folder: Path, lock: IO[bytes]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
+
+
+def _remove_left(scratch: Path) -> None:
+    """Remove the folders of this host's runs whose process is gone."""
+    for folder in scratch.glob(f"{RUN_PREFIX}*"):
+        with suppress(OSError), (folder / "lock").open("rb+") as lock:  # none yet: it is just being made
+            if lock.read() == _HOST:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)

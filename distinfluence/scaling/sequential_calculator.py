@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 
 from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.memory import free_bytes, process_bytes
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.data.recipe import ModelRecipe
-from distinfluence.scaling.data.sources import InThisProcess, process_bytes
+from distinfluence.scaling.data.sources import InThisProcess
 from distinfluence.scaling.dispatch.executor import Executor, InProcess
 from distinfluence.scaling.plan.problem import Machine
 from distinfluence.scaling.stages.materialise import stored
-from distinfluence.scaling.worker.context import LocalContext, SourcePlane, WorkerContext, fitted_travelling, travelling
+from distinfluence.scaling.worker.context import LocalContext, WorkerContext, fitted_travelling, travelling
 from distinfluence.scaling.worker.device import device_memory
-from distinfluence.solvers.auto import free_bytes
+from distinfluence.scaling.worker.source_reducer import SourceReducer
 
 
 class SequentialInfluenceCalculator(InfluenceCalculator):
@@ -54,8 +55,8 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
 
         return LocalContext(context.key, model, travel)
 
-    def _plane(self, context: LocalContext, data: ChunkedData, remarks: tuple[str, ...]) -> SourcePlane:
-        return SourcePlane(self.model.risk, data, remarks)
+    def _reducer(self, context: LocalContext, data: ChunkedData, remarks: tuple[str, ...]) -> SourceReducer:
+        return SourceReducer(self.model.risk, data, remarks)
 
     def _machine(self) -> Machine:
         process = process_bytes()

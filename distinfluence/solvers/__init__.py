@@ -1,7 +1,7 @@
 """Solvers for (A + λI) x = b, one file a method."""
 
 from distinfluence.solvers.arnoldi import Arnoldi, Eigenpairs
-from distinfluence.solvers.auto import Auto, Chosen
+from distinfluence.solvers.auto import Auto, AutoState
 from distinfluence.solvers.base import Outcome, Solution, Solver, SolverState, WrappedState
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
@@ -12,8 +12,8 @@ from distinfluence.solvers.harmonic_mean import InverseHarmonicMean
 from distinfluence.solvers.jacobi import Diagonal, JacobiPreConditioner
 from distinfluence.solvers.krylov import BlockKrylov
 from distinfluence.solvers.lanczos import BlockLanczos
-from distinfluence.solvers.lissa import LiSSA, Scaled
-from distinfluence.solvers.nystroem import LowRank, NystroemSketch, Sketched
+from distinfluence.solvers.lissa import LiSSA, LissaState
+from distinfluence.solvers.nystroem import LowRank, NystroemSketch, NystroemState
 from distinfluence.solvers.nystroem_preconditioner import NystroemInverse, NystroemPreConditioner
 from distinfluence.solvers.preconditioner import (
     FittedPreconditioner,
@@ -29,12 +29,12 @@ __all__ = [
     "CG",
     "Arnoldi",
     "Auto",
+    "AutoState",
     "BlockCG",
     "BlockKrylov",
     "BlockLanczos",
     "Brackets",
     "Chebyshev",
-    "Chosen",
     "Diagonal",
     "Direct",
     "Eigenpairs",
@@ -48,16 +48,16 @@ __all__ = [
     "InverseHarmonicMean",
     "JacobiPreConditioner",
     "LiSSA",
+    "LissaState",
     "LowRank",
     "NystroemInverse",
     "NystroemPreConditioner",
     "NystroemSketch",
+    "NystroemState",
     "Outcome",
     "Preconditioner",
     "Refined",
     "Refinement",
-    "Scaled",
-    "Sketched",
     "Solution",
     "Solver",
     "SolverState",

@@ -8,7 +8,6 @@
 | else | Chebyshev semi-iteration |
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import SettingError
+from distinfluence.memory import free_bytes
 from distinfluence.solvers.base import Solution, Solver, WrappedState, check_count, check_damping, check_tolerance
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.chebyshev import Chebyshev
@@ -32,7 +32,7 @@ SHARE = 0.5  # of the free memory that a solver may take
 
 
 @dataclass(frozen=True)
-class Chosen(WrappedState):
+class AutoState(WrappedState):
     """The solver that was chosen, its state, and why it was."""
 
     solver: Solver[Any]
@@ -45,7 +45,7 @@ class Chosen(WrappedState):
 
 
 @dataclass(frozen=True)
-class Auto(Solver[Chosen]):
+class Auto(Solver[AutoState]):
     """The solver that fits the problem.
 
     damping: λ ≥ 0. rtol: as the iterations mean it. rows: right-hand sides that are solved for together, about.
@@ -66,10 +66,10 @@ class Auto(Solver[Chosen]):
         if self.memory is not None:
             check_count("memory", self.memory)
 
-    def fit(self, operator: CurvatureOperator) -> Chosen:
+    def fit(self, operator: CurvatureOperator) -> AutoState:
         """Choose, then the chosen solver's fit."""
         solver, why = self.choose(operator)
-        return Chosen(operator, solver.fit(operator), solver, why)
+        return AutoState(operator, solver.fit(operator), solver, why)
 
     def choose(self, operator: CurvatureOperator) -> tuple[Solver[Any], str]:
         """The solver for this operator and a sentence that says why; nothing is computed."""
@@ -101,20 +101,20 @@ class Auto(Solver[Chosen]):
             return BlockCG(self.damping, rtol=self.rtol, preconditioner=NystroemPreConditioner())
         return Chebyshev(self.damping, rtol=self.rtol)
 
-    def adapt(self, state: Chosen) -> Chosen:
+    def adapt(self, state: AutoState) -> AutoState:
         """The same choice at another damping."""
         solver = state.solver.at(self.damping)
         return replace(state, solver=solver, inner=solver.adapt(state.inner))
 
-    def solve(self, state: Chosen, rhs: Tensor) -> Solution:
+    def solve(self, state: AutoState, rhs: Tensor) -> Solution:
         """By the chosen solver."""
         return state.solver.solve(state.inner, rhs)
 
-    def solve_at(self, state: Chosen, rhs: Tensor, dampings: Sequence[float]) -> list[Solution]:
+    def solve_at(self, state: AutoState, rhs: Tensor, dampings: Sequence[float]) -> list[Solution]:
         """By the chosen solver."""
         return state.solver.solve_at(state.inner, rhs, dampings)
 
-    def state_arrays(self, state: Chosen) -> dict[str, Tensor]:
+    def state_arrays(self, state: AutoState) -> dict[str, Tensor]:
         """The choice, so that every process makes the same, and the chosen solver's."""
         kind = type(state.solver).__name__
         code = torch.tensor(list(kind.encode()), dtype=torch.uint8)
@@ -123,20 +123,8 @@ class Auto(Solver[Chosen]):
         own = {"auto_kind": code, "auto_memory": torch.tensor(memory), "auto_why": why}
         return own | state.solver.state_arrays(state.inner)
 
-    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Chosen:
+    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> AutoState:
         """The chosen solver again, as it was chosen."""
         kind, why = (bytes(arrays[name].tolist()).decode() for name in ("auto_kind", "auto_why"))
         solver = self._built(kind, int(arrays["auto_memory"]))
-        return Chosen(operator, solver.restore(operator, arrays), solver, why)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device; of the host, also what its page cache would give back."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as file:
-            available = next(line for line in file if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return AutoState(operator, solver.restore(operator, arrays), solver, why)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.solvers.base import row_norms
-from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch
+from distinfluence.solvers.conjugate import CgState, ConjugateSolver, DriftWatch
 from distinfluence.solvers.iterative import Steps
 
 
@@ -30,7 +30,7 @@ class BlockCG(ConjugateSolver):
     tensor([2, 2])
     """
 
-    def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
+    def _inner(self, state: CgState, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
         result = Steps.none(rhs)
         rows = torch.arange(rhs.shape[0], device=rhs.device)
         mix, r = independent_rows(rhs)

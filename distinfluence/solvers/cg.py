@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.solvers.base import row_dots, row_norms
-from distinfluence.solvers.conjugate import ConjugateSolver, Damped, DriftWatch
+from distinfluence.solvers.conjugate import CgState, ConjugateSolver, DriftWatch
 from distinfluence.solvers.iterative import Steps
 
 
@@ -26,7 +26,7 @@ class CG(ConjugateSolver):
     tensor([[1., 1.]])
     """
 
-    def _inner(self, state: Damped, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
+    def _inner(self, state: CgState, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
         result = Steps.none(rhs)
         rows = torch.arange(rhs.shape[0], device=rhs.device)
         r, z = rhs.clone(), state.precondition(rhs)

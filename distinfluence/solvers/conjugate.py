@@ -20,7 +20,7 @@ PATIENCE = 100  # steps in which the residuals must fall by a tenth, or the true
 
 
 @dataclass(frozen=True)
-class Damped(DampedState):
+class CgState(DampedState):
     """A + λI with its preconditioner, as conjugate gradients see it: the state of a fit."""
 
     preconditioner: FittedPreconditioner | None
@@ -36,35 +36,35 @@ class Damped(DampedState):
 
 
 @dataclass(frozen=True)
-class ConjugateSolver(IterativeSolver[Damped]):
+class ConjugateSolver(IterativeSolver[CgState]):
     """Conjugate gradients; hyperparameters as `IterativeSolver`, and preconditioner: see `Preconditioner`."""
 
     preconditioner: Preconditioner | None = None
 
-    def fit(self, operator: CurvatureOperator) -> Damped:
+    def fit(self, operator: CurvatureOperator) -> CgState:
         """Fit the preconditioner, if there is one."""
         fitted = None if self.preconditioner is None else self.preconditioner.fit(operator, self.damping)
-        return Damped(operator, self.damping, fitted)
+        return CgState(operator, self.damping, fitted)
 
-    def adapt(self, state: Damped) -> Damped:
+    def adapt(self, state: CgState) -> CgState:
         """The preconditioner at the new damping, if it can; else it is fitted again."""
         if state.damping == self.damping:
             return state
         if state.preconditioner is None:
-            return Damped(state.operator, self.damping, None)
+            return CgState(state.operator, self.damping, None)
         if isinstance(state.preconditioner, SupportsDamping):
-            return Damped(state.operator, self.damping, state.preconditioner.at(self.damping))
+            return CgState(state.operator, self.damping, state.preconditioner.at(self.damping))
         return self.fit(state.operator)
 
-    def state_arrays(self, state: Damped) -> dict[str, Tensor]:
+    def state_arrays(self, state: CgState) -> dict[str, Tensor]:
         """Those of the preconditioner, if it can be stored."""
         stored = isinstance(self.preconditioner, SupportsStorage) and state.preconditioner is not None
         return self.preconditioner.arrays(state.preconditioner) if stored else {}  # type: ignore[union-attr]
 
-    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Damped:
+    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> CgState:
         """Without products, but for a preconditioner that cannot be stored: that is fitted again."""
         if isinstance(self.preconditioner, SupportsStorage):
-            return Damped(operator, self.damping, self.preconditioner.restore(operator, self.damping, arrays))
+            return CgState(operator, self.damping, self.preconditioner.restore(operator, self.damping, arrays))
         return self.fit(operator)
 
 
@@ -75,7 +75,7 @@ class DriftWatch:
     residual may stay on a plateau for hundreds. So they only say when to look, at the price of one pass.
     """
 
-    def __init__(self, state: Damped, rhs: Tensor) -> None:
+    def __init__(self, state: CgState, rhs: Tensor) -> None:
         self._state = state
         self._rhs = rhs
         self._best = torch.inf

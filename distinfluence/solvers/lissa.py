@@ -48,7 +48,7 @@ GROWTH, GROWTH_IN_BATCHES = 2.0, 100.0  # of an iterate beyond ‖h0‖ + steps�
 
 
 @dataclass(frozen=True)
-class Scaled(SolverState):
+class LissaState(SolverState):
     """scale: s > 0. largest: the largest eigenvalue of A and of the batches that were looked at, NaN if none was."""
 
     scale: float
@@ -61,7 +61,7 @@ class Scaled(SolverState):
 
 
 @dataclass(frozen=True)
-class LiSSA(Solver[Scaled]):
+class LiSSA(Solver[LissaState]):
     """Linear-time stochastic second-order iteration.
 
     damping: λ ≥ 0. maxiter: steps. dampen: d in [0, 1); acts as further damping of s·d, which the solution says.
@@ -99,32 +99,32 @@ class LiSSA(Solver[Scaled]):
         if self.h0 is not None and not isinstance(self.h0, Tensor):
             raise SettingError(f"`h0` must be a tensor [p] or [k, p], or None, got {type(self.h0).__name__}.")
 
-    def fit(self, operator: CurvatureOperator) -> Scaled:
+    def fit(self, operator: CurvatureOperator) -> LissaState:
         """Nothing, or the scale: up to 10 passes of 4 rows, and 40 products with mini-batches."""
         if self.scale is not None:
-            return Scaled(operator, self.scale, math.nan)
+            return LissaState(operator, self.scale, math.nan)
         largest = self._largest(operator, extreme_eigenvalues(operator, max_passes=LANCZOS, seed=self.seed).upper)
-        return Scaled(operator, self._scale_for(largest), largest)
+        return LissaState(operator, self._scale_for(largest), largest)
 
-    def adapt(self, state: Scaled) -> Scaled:
+    def adapt(self, state: LissaState) -> LissaState:
         """The same eigenvalue, another scale."""
         if self.scale is not None or math.isnan(state.largest):
             return state
-        return Scaled(state.operator, self._scale_for(state.largest), state.largest)
+        return LissaState(state.operator, self._scale_for(state.largest), state.largest)
 
     def _scale_for(self, largest: float) -> float:
         return SAFETY * (largest + self.damping) or 1.0
 
-    def state_arrays(self, state: Scaled) -> dict[str, Tensor]:
+    def state_arrays(self, state: LissaState) -> dict[str, Tensor]:
         """The scale."""
         return {"scale": torch.tensor([state.scale, state.largest], dtype=torch.float64)}
 
-    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Scaled:
+    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> LissaState:
         """Without products."""
         scale, largest = arrays["scale"].tolist()
-        return Scaled(operator, scale, largest)
+        return LissaState(operator, scale, largest)
 
-    def solve(self, state: Scaled, rhs: Tensor) -> Solution:
+    def solve(self, state: LissaState, rhs: Tensor) -> Solution:
         """Up to `maxiter` steps for the rows that are not done, and one pass for the true residuals."""
         check_rhs(rhs, state.operator)
         operator = state.operator
@@ -176,7 +176,7 @@ class LiSSA(Solver[Scaled]):
         tops = [sizes[i] * n / sum(sizes) * float(row_norms(rows).max()) for i, rows in found.items() if rows.numel()]
         return max(largest, 0.0, *(1.5 * top for top in tops))  # half as much again: from below, and not all batches
 
-    def _solution(self, state: Scaled, rhs: Tensor, run: "_Run") -> Solution:
+    def _solution(self, state: LissaState, rhs: Tensor, run: "_Run") -> Solution:
         x = run.solution()
         product = damped(state.operator, x, self.damping)
         relative = relative_residuals(rhs, product)
@@ -223,7 +223,7 @@ class LiSSA(Solver[Scaled]):
             )
         return tuple(remarks)
 
-    def _remedy(self, state: Scaled) -> tuple[str, ...]:
+    def _remedy(self, state: LissaState) -> tuple[str, ...]:
         """Why it diverged, and which scale would do; a few passes of Lanczos."""
         ends = extreme_eigenvalues(state.operator, max_passes=LANCZOS, seed=self.seed)
         if ends.smallest + self.damping + state.scale * self.dampen < 0:
@@ -256,7 +256,7 @@ class _Product:
 class _Run:
     """The iterates, of the rows that are not done; rows: [n], their numbers. n_batches: 0 if all data are in a step."""
 
-    def __init__(self, solver: LiSSA, state: Scaled, rhs: Tensor, start: Tensor, n_batches: int) -> None:
+    def __init__(self, solver: LiSSA, state: LissaState, rhs: Tensor, start: Tensor, n_batches: int) -> None:
         self._solver, self._scale, self.n_batches = solver, state.scale, n_batches
         size = row_norms(rhs)
         self._done = torch.zeros_like(rhs)  # h of the rows that stopped

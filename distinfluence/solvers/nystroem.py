@@ -174,7 +174,7 @@ def approximation_error(operator: CurvatureOperator, found: LowRank, *, passes: 
 
 
 @dataclass(frozen=True)
-class Sketched(SolverState):
+class NystroemState(SolverState):
     """Â of one operator. damping: λ, for what is said about A + λI; Â does not depend on it.
 
     error: an estimate of ‖A − Â‖ from below, NaN if it was not asked for.
@@ -213,7 +213,7 @@ class Sketched(SolverState):
 
 
 @dataclass(frozen=True)
-class NystroemSketch(Solver[Sketched]):
+class NystroemSketch(Solver[NystroemState]):
     """Sketch and solve: x = Uᵀ(Λ + λ)⁻¹U b + (b − UᵀU b)/λ, the inverse of Â + λI, for rows U.
 
     damping: λ ≥ 0; at 0 the pseudo-inverse of Â. rank: rows of the sketch, at most p are used. seed: of Ω. rtol: a
@@ -245,18 +245,18 @@ class NystroemSketch(Solver[Sketched]):
         check_count("estimate_error", self.estimate_error, least=0)
         check_residual_rows(self.residual_rows)
 
-    def fit(self, operator: CurvatureOperator) -> Sketched:
+    def fit(self, operator: CurvatureOperator) -> NystroemState:
         """One pass of `rank` rows, a second one where A is not known to be semi-definite, and those of the estimate."""
         found = nystroem(operator, self.rank, seed=self.seed)
         passes, seed = self.estimate_error, self.seed + 1
         error = approximation_error(operator, found, passes=passes, seed=seed) if passes else float("nan")
-        return Sketched(operator, found, self.damping, error)
+        return NystroemState(operator, found, self.damping, error)
 
-    def adapt(self, state: Sketched) -> Sketched:
+    def adapt(self, state: NystroemState) -> NystroemState:
         """The same sketch; no products."""
         return replace(state, damping=self.damping)
 
-    def solve(self, state: Sketched, rhs: Tensor) -> Solution:
+    def solve(self, state: NystroemState, rhs: Tensor) -> Solution:
         """Two products with U, or four, and one pass for the true residual."""
         check_rhs(rhs, state.operator)
         found = state.found
@@ -293,13 +293,13 @@ class NystroemSketch(Solver[Sketched]):
         outside -= (outside @ basis.T) @ basis  # what rounding leaves inside would be divided by λ alone
         return (inside * (1 / (values + self.damping)).to(rhs.dtype)) @ basis + outside / self.damping
 
-    def state_arrays(self, state: Sketched) -> dict[str, Tensor]:
+    def state_arrays(self, state: NystroemState) -> dict[str, Tensor]:
         """U, Λ, and ν, the clipped value and the estimate in one row."""
         found = state.found
         numbers = torch.tensor([found.shift, found.clipped, state.error], dtype=torch.float64)
         return {"basis": found.basis, "values": found.values, "numbers": numbers}
 
-    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Sketched:
+    def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> NystroemState:
         """No product."""
         shift, clipped, error = arrays["numbers"].tolist()
-        return Sketched(operator, LowRank(arrays["basis"], arrays["values"], shift, clipped), self.damping, error)
+        return NystroemState(operator, LowRank(arrays["basis"], arrays["values"], shift, clipped), self.damping, error)

@@ -26,7 +26,8 @@ from distinfluence.app.demo import build_model, train_data
 from distinfluence.curvature import DataOperator, operator_class, over_data
 from distinfluence.model.batch import take
 from distinfluence.model.gradients import EVEN, GRADIENT_BYTES, loss_gradients, samples_at_once
-from distinfluence.model.sample_risk import SampleRisk, double_differentiable
+from distinfluence.model.sample_risk import SampleRisk
+from distinfluence.model.untouched import double_differentiable
 from distinfluence.scaling.clusters.connect import WORKER_ENVIRONMENT
 from tests.benchmarks.cluster import models as cluster_models
 from tests.benchmarks.peers.models import build
@@ -135,8 +136,8 @@ def passes_on_workers(repeats: int) -> None:
             Client(cluster) as client,
         ):
             model = CgInfluence(build_model(), nn.CrossEntropyLoss(), 0.01, second_order_mode="ggn")
-            plane = DaskInfluenceCalculator(model, client).fit(*train_data(), chunk_size=250).model.plane
-            operator = operator_class(SecondOrderMode.GGN)(EmpiricalRisk.over(plane))
+            reducer = DaskInfluenceCalculator(model, client).fit(*train_data(), chunk_size=250).model.reducer
+            operator = operator_class(SecondOrderMode.GGN)(EmpiricalRisk.over(reducer))
             rows = torch.randn(297, operator.size)
             operator.matmat(rows)
             before = sum(client.run(page_faults).values())

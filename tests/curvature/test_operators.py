@@ -20,7 +20,7 @@ from distinfluence.curvature import (
 )
 from distinfluence.errors import DtypeError, NonFiniteError, ParameterBlockError, ShapeError
 from distinfluence.model import gradients, sample_risk
-from distinfluence.model import reducer as dataplane
+from distinfluence.model import reducer as reducer_module
 from distinfluence.model.objective import SupervisedObjective
 from distinfluence.model.sample_risk import SampleRisk
 from tests.reference import Reference
@@ -113,10 +113,10 @@ class OperatorContract:
 
     def test_a_product_is_one_pass_however_many_rows(self) -> None:
         operator = self.of(build("mlp classification"))
-        passes = operator.risk.plane.passes
+        passes = operator.risk.reducer.passes
         operator.matmat(torch.randn(100, operator.size, dtype=torch.float64))
         assert (operator.work.passes, operator.work.rows) == (1, 100)
-        assert operator.risk.plane.passes == passes + 1
+        assert operator.risk.reducer.passes == passes + 1
 
     def test_no_rows_cost_no_pass(self) -> None:
         operator = self.of(build("mlp classification"))
@@ -152,7 +152,7 @@ class OperatorContract:
     def test_a_loader_that_does_not_fit_in_memory_is_read_again_for_each_pass(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(dataplane, "KEPT_BYTES", 100)
+        monkeypatch.setattr(reducer_module, "KEPT_BYTES", 100)
         case = build("mlp classification")
         loader = DataLoader(TensorDataset(*case.train), batch_size=5)
         operator = self.operator(EmpiricalRisk(case.model, case.loss, loader))

@@ -93,13 +93,13 @@ def test_a_hessian_has_a_heuristic_bound_once_its_spectrum_is_asked_for() -> Non
     model = CgInfluence(case.model, case.loss, damping, rtol=1e-3).fit(case.train)
     assert model.influence_factors(*case.test, return_report=True)[1].error_bound is None
     assert model.fit_report.positive_definite == {"full": None}
-    before = model.plane.passes
+    before = model.reducer.passes
     extremes = model.spectrum()["full"]
-    assert model.plane.passes - before == extremes.passes <= 40
+    assert model.reducer.passes - before == extremes.passes <= 40
     assert extremes.lower <= float(values[0]) <= extremes.smallest + 1e-12
     assert extremes.largest - 1e-12 <= float(values[-1]) <= extremes.upper
     assert model.spectrum()["full"] == extremes
-    assert model.plane.passes - before == extremes.passes  # once
+    assert model.reducer.passes - before == extremes.passes  # once
     assert model.fit_report.positive_definite == {"full": True}
     holds(model, case, Reference(case).influences("hessian", damping))
     assert not model.influence_factors(*case.test, return_report=True)[1].rigorous
@@ -137,9 +137,9 @@ def test_self_influence_lies_between_its_bounds(name: str, structure: str) -> No
     expected = exact.fit(case.train).influences(*case.train).diagonal()
     passes = []
     for rtol in (1e-1, 1e-3, 1e-6):
-        before = model.plane.passes
+        before = model.reducer.passes
         found = model.self_influences(*case.train, rtol=rtol)
-        passes.append(model.plane.passes - before)
+        passes.append(model.reducer.passes - before)
         assert (found.lower <= expected * (1 + 1e-9)).all()
         assert (expected * (1 - 1e-9) <= found.upper).all()
         assert ((found.upper - found.lower) <= 1.001 * rtol * expected).all()

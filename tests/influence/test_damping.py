@@ -41,9 +41,9 @@ def test_one_fit_scores_a_list_of_dampings(method: str, mode: str) -> None:
 def test_another_damping_takes_the_same_fit(method: str) -> None:
     case = build("mlp classification")
     first = make(method, case, 1.0).fit(case.train)
-    passes = first.plane.passes
+    passes = first.reducer.passes
     second = first.with_damping(0.02)
-    assert second.plane.passes == passes
+    assert second.reducer.passes == passes
     assert (first.damping, second.damping) == ({"full": 1.0}, {"full": 0.02})
     assert second.settings()["hessian_regularization"] == {"full": 0.02}
     for model, damping in ((second, 0.02), (first, 1.0)):
@@ -56,14 +56,14 @@ def test_a_list_of_dampings_costs_direct_no_pass_and_krylov_those_of_the_smalles
     case = build("mlp classification")
     gradients = Reference(case).gradients(case.test)
     exact = make("direct", case, 0.1).fit(case.train)
-    before = exact.plane.passes
+    before = exact.reducer.passes
     exact.solve_at(gradients, [10.0**-i for i in range(40)])
-    assert exact.plane.passes == before
+    assert exact.reducer.passes == before
     krylov = make("krylov", case, 0.1).fit(case.train)
     krylov.solve_at(gradients, DAMPINGS)
-    together = krylov.plane.passes
+    together = krylov.reducer.passes
     krylov.with_damping(DAMPINGS[-1]).solve(gradients)
-    assert krylov.plane.passes - together == together
+    assert krylov.reducer.passes - together == together
 
 
 @pytest.mark.parametrize("mode", ["hessian", "ggn", "empirical_fisher"])
@@ -146,8 +146,8 @@ def test_two_dampings_of_the_digits_network_take_ten_passes() -> None:
     influence = KrylovInfluence(model, torch.nn.CrossEntropyLoss(), 0.1, rtol=1e-5, second_order_mode="ggn")
     influence.fit((train_x.double(), train_y))
     gradients = influence.measurement_gradients(influence.place(x[:64].double(), y[:64])).rows
-    before = influence.plane.passes
+    before = influence.reducer.passes
     for _, report in influence.solve_at(gradients, [1e-1, 1e-2]):
         assert report.converged.all()
         assert float(report.relative_residual.max()) <= 1e-5
-    assert influence.plane.passes - before <= 10
+    assert influence.reducer.passes - before <= 10

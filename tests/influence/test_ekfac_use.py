@@ -25,9 +25,9 @@ from distinfluence import (
 from distinfluence.curvature import KroneckerOperator
 from distinfluence.errors import DecompositionError, LayoutError, NonFiniteError, NotFittedError, SettingError
 from distinfluence.evaluate import verify_entries
-from distinfluence.layers.layout import Layout, Record, layout_of
+from distinfluence.layers.layout import LayerLayout, Record, layout_of
 from distinfluence.layers.scores import RankOne
-from distinfluence.model.reducer import LocalPlane
+from distinfluence.model.reducer import LocalReducer
 from tests.layers.networks import network
 from tests.reference import Reference
 from tests.zoo import Case, build
@@ -50,10 +50,10 @@ def fitted(case: Case, damping: Any = DAMPING, **settings: Any) -> EkfacInfluenc
 
 def test_a_list_of_dampings_comes_from_one_fit(case: Case) -> None:
     influence = fitted(case)
-    passes = influence.plane.passes
+    passes = influence.reducer.passes
     dampings = [1e-3, 1e-1, RelativeDamping(0.1)]
     together = influence.influences_at(dampings, *case.test, *case.train)
-    assert influence.plane.passes == passes
+    assert influence.reducer.passes == passes
     for damping, found in zip(dampings, together, strict=True):
         torch.testing.assert_close(found, fitted(case, damping).influences(*case.test, *case.train))
         again = influence.with_damping(damping).influences(*case.test, *case.train)
@@ -112,9 +112,9 @@ def test_residuals_refer_to_the_gauss_newton_matrix_and_are_measured_where_asked
 
 def test_nothing_is_claimed_of_rows_that_were_not_measured(case: Case) -> None:
     influence = fitted(case)
-    passes = influence.plane.passes
+    passes = influence.reducer.passes
     _, report = influence.influence_factors(*case.test, return_report=True)
-    assert influence.plane.passes == passes
+    assert influence.reducer.passes == passes
     assert report.relative_residual.isnan().all() and not report.converged.any()
     assert report.error_bound is None and influence.kind_of_bound == "none"
 
@@ -128,9 +128,9 @@ def test_conjugate_gradients_from_ekfac_come_to_the_exact_answer(case: Case, dam
     reference = Reference(case)
     exact = torch.linalg.solve(matrix + torch.diag(by_column), reference.gradients(case.test).T).T
     few = fitted(case, damping, cg_iterations=3)
-    passes = few.plane.passes
+    passes = few.reducer.passes
     factors, report = few.influence_factors(*case.test, return_report=True)
-    assert few.plane.passes == passes + 4  # one for each step and one for the residuals
+    assert few.reducer.passes == passes + 4  # one for each step and one for the residuals
     assert report.iterations.tolist() == [3] * 5
     assert (report.relative_residual > 1e-9).all()
     plain = fitted(case, damping).influence_factors(*case.test)
@@ -273,15 +273,15 @@ def test_a_fitted_state_is_restored_without_a_pass(name: str) -> None:
     influence = fitted(case)
     arrays = {key: tensor.clone() for key, tensor in influence.state_arrays().items()}
     other = pickle.loads(cloudpickle.dumps(influence.unbound())).bound_to(case.model)
-    plane = LocalPlane(other.risk, case.train)
-    other.restore(plane, arrays, influence.fit_report)
-    assert plane.passes == 0
+    reducer = LocalReducer(other.risk, case.train)
+    other.restore(reducer, arrays, influence.fit_report)
+    assert reducer.passes == 0
     assert torch.equal(other.influences(*case.test, *case.train), influence.influences(*case.test, *case.train))
 
 
 def test_a_layout_travels_as_bytes(case: Case) -> None:
     layout = fitted(case).layout
-    assert Layout.from_tensor(layout.to_tensor()) == layout
+    assert LayerLayout.from_tensor(layout.to_tensor()) == layout
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 24])

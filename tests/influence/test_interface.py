@@ -10,7 +10,7 @@ from distinfluence import DirectInfluence, InfluenceMode, Objective, SecondOrder
 from distinfluence.errors import DtypeError, NotFittedError, ParameterBlockError, SettingError, ShapeError
 from distinfluence.model.batch import Batch
 from distinfluence.model.objective import Forward
-from distinfluence.model.reducer import LocalPlane
+from distinfluence.model.reducer import LocalReducer
 from tests.influence.test_models import METHODS, allowed, cg, direct
 from tests.reference import Reference
 from tests.zoo import Case, build
@@ -45,8 +45,8 @@ def test_a_fitted_state_can_be_taken_elsewhere(method: str) -> None:
     model = METHODS[method](case, 0.05, block_structure="layer_wise").fit(case.train)
     there = model.unbound().bound_to(case.model)
     assert not there.is_fitted
-    plane = LocalPlane(there.risk, case.train)
-    there.restore(plane, model.state_arrays(), model.fit_report)
+    reducer = LocalReducer(there.risk, case.train)
+    there.restore(reducer, model.state_arrays(), model.fit_report)
     torch.testing.assert_close(there.influence_factors(*case.test), model.influence_factors(*case.test))
     moved = model.to("cpu")
     assert moved is model
@@ -86,13 +86,13 @@ def test_wrong_use_says_what_to_do() -> None:
         direct(case, -1.0)
     model = direct(case, 0.1).fit(case.train)
     iterative = cg(case, 0.1).fit(case.train)
-    passes = iterative.plane.passes
+    passes = iterative.reducer.passes
     for call in (iterative.influences, iterative.influences_by_block):
         with pytest.raises(SettingError, match="`mode` must be one of"):
             call(*case.test, mode="sideways")
         with pytest.raises(SettingError, match="`x` must come with `y`, got `y` alone"):
             call(*case.test, y=case.train[1])
-    assert iterative.plane.passes == passes, "refused before anything is solved"
+    assert iterative.reducer.passes == passes, "refused before anything is solved"
     with pytest.raises(SettingError, match=r"`hessian_regularization`.*unknown \['layer'\]"):
         direct(case, {"layer": 0.1})
     with pytest.raises(ParameterBlockError, match="no trainable parameter"):

@@ -82,9 +82,9 @@ def test_a_rank_is_that_of_each_block_and_at_most_its_size(method: str) -> None:
 def test_another_damping_takes_no_pass_over_the_training_data(method: str) -> None:
     case = build("mlp classification")
     model = METHODS[method](case, 0.05).fit(case.train)
-    passes = model.plane.passes
+    passes = model.reducer.passes
     other = model.with_damping(0.2)
-    assert model.plane.passes == passes
+    assert model.reducer.passes == passes
     close(other.influences(*case.test, *case.train), Reference(case).influences("ggn", 0.2))
     dampings = [0.05, 0.1, 0.2]
     swept = model.influences_at(dampings, *case.test, *case.train)
@@ -115,9 +115,9 @@ def test_a_fitted_model_is_restored_without_a_pass(method: str) -> None:
     case = build("mlp classification")
     model = METHODS[method](case, 0.05, rank=8).fit(case.train)
     arrays = pickle.loads(pickle.dumps(model.state_arrays()))
-    plane, passes = model.plane, model.plane.passes
-    again = METHODS[method](case, 0.05, rank=8).restore(plane, arrays, model.fit_report)
-    assert plane.passes == passes
+    reducer, passes = model.reducer, model.reducer.passes
+    again = METHODS[method](case, 0.05, rank=8).restore(reducer, arrays, model.fit_report)
+    assert reducer.passes == passes
     assert torch.equal(again.influence_factors(*case.test), model.influence_factors(*case.test))
 
 
@@ -175,9 +175,9 @@ def test_influences_with_the_complement_are_those_of_the_factors() -> None:
 def test_influences_in_the_projected_space_are_those_of_the_factors(structure: str) -> None:
     case = build("mlp classification", n_test=30)
     model = arnoldi(case, 0.05, rank=5, block_structure=structure).fit(case.train)
-    passes = model.plane.passes
+    passes = model.reducer.passes
     whole, blocks = model.influences(*case.test, *case.train), model.influences_by_block(*case.test, *case.train)
-    assert model.plane.passes == passes
+    assert model.reducer.passes == passes
     factors = model.influence_factors(*case.test)
     expected = model.influences_from_factors(factors, *case.train)
     torch.testing.assert_close(whole, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))

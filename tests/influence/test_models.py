@@ -272,14 +272,14 @@ def test_one_solve_serves_all_training_points() -> None:
     case = build("mlp classification")
     for make in (direct, cg, row_cg):
         model = make(case, 0.05).fit(in_ragged_batches(case))
-        before = model.plane.passes
+        before = model.reducer.passes
         factors, report = model.influence_factors(*case.test, return_report=True)
-        solved = model.plane.passes
+        solved = model.reducer.passes
         # one pass an iteration, and a fresh product for the residual; a restart measures it once more
         assert solved - before == 0 if make is direct else 0 < solved - before <= int(report.iterations.max()) + 3
         for part in range(0, 23, 5):
             model.influences_from_factors(factors, *(t[part : part + 5] for t in case.train))
-        assert model.plane.passes == solved
+        assert model.reducer.passes == solved
 
 
 def test_many_training_points_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def passes(model: InfluenceFunctionModel, case: Case) -> tuple[int, int]:
     planned = model.demand().fit_passes
     x, y = case.train
     model.fit([(x[start : start + 7], y[start : start + 7]) for start in range(0, len(x), 7)])
-    return model.plane.passes, planned
+    return model.reducer.passes, planned
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distinfluence import EmpiricalRisk, GGNOperator, Objective
 from distinfluence.errors import DtypeError, EmptyDataError, NonFiniteError, ShapeError
-from distinfluence.model import reducer as dataplane
+from distinfluence.model import reducer as reducer_module
 from distinfluence.model.batch import (
     Batch,
     as_batch,
@@ -25,7 +25,7 @@ from distinfluence.model.batch import (
     take,
 )
 from distinfluence.model.objective import Forward
-from distinfluence.model.reducer import LocalPlane, as_loader, read, together
+from distinfluence.model.reducer import LocalReducer, as_loader, read, together
 from tests.reference import Reference
 from tests.zoo import Case, build
 
@@ -108,12 +108,12 @@ def shuffled(case: Case) -> DataLoader[Any]:
 @pytest.mark.parametrize("kept", [100, 2**30])
 def test_reading_a_loader_leaves_the_random_state_of_the_caller(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A DataLoader draws a seed for each pass, also without shuffling."""
-    monkeypatch.setattr(dataplane, "KEPT_BYTES", kept)
+    monkeypatch.setattr(reducer_module, "KEPT_BYTES", kept)
     case = build("mlp classification")
     before = torch.get_rng_state()
-    plane = EmpiricalRisk(case.model, case.loss, shuffled(case)).plane
-    assert isinstance(plane, LocalPlane)
-    for _ in plane.batches():
+    reducer = EmpiricalRisk(case.model, case.loss, shuffled(case)).reducer
+    assert isinstance(reducer, LocalReducer)
+    for _ in reducer.batches():
         assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -142,7 +142,7 @@ def test_the_random_state_is_restored_when_a_loader_fails() -> None:
 
 
 def test_a_shuffled_loader_that_is_streamed_gives_the_same_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataplane, "KEPT_BYTES", 100)
+    monkeypatch.setattr(reducer_module, "KEPT_BYTES", 100)
     case = build("mlp classification")
     operator = GGNOperator(EmpiricalRisk(case.model, case.loss, shuffled(case)))
     for _ in range(2):  # another order each time, so equal to rounding only
@@ -161,7 +161,7 @@ class Shrinking:
 
 
 def test_data_that_change_between_passes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataplane, "KEPT_BYTES", 100)
+    monkeypatch.setattr(reducer_module, "KEPT_BYTES", 100)
     case = build("mlp classification")
     x, y = case.train
     operator = GGNOperator(EmpiricalRisk(case.model, case.loss, Shrinking([(x[:9], y[:9]), (x[9:], y[9:])])))
@@ -227,21 +227,21 @@ def test_small_batches_are_put_together_and_stay_themselves(batches: list[Any], 
     assert {tensor.untyped_storage().data_ptr() for view in views for _, tensor in leaves(view)} == stored
 
 
-def test_a_plane_sums_over_joined_batches_and_gives_out_the_loaders_own() -> None:
+def test_a_reducer_sums_over_joined_batches_and_gives_out_the_loaders_own() -> None:
     case = build("mlp classification")
     x, y = case.train
     batches = [(x[i : i + 7], y[i : i + 7]) for i in range(0, 23, 7)]
-    plane = EmpiricalRisk(case.model, case.loss, batches).plane
-    assert isinstance(plane, LocalPlane)
-    assert plane.chunk_sizes == (7, 7, 7, 2)
-    assert [batch_length(batch) for batch in plane.batches()] == [23]
+    reducer = EmpiricalRisk(case.model, case.loss, batches).reducer
+    assert isinstance(reducer, LocalReducer)
+    assert reducer.chunk_sizes == (7, 7, 7, 2)
+    assert [batch_length(batch) for batch in reducer.batches()] == [23]
     for index, (inputs, _) in enumerate(batches):
-        (sums,) = plane.one(index, InputSum())
+        (sums,) = reducer.one(index, InputSum())
         torch.testing.assert_close(sums, inputs.sum(dim=0))
-    assert plane.passes == 0
-    (total,) = plane.sum(InputSum())
+    assert reducer.passes == 0
+    (total,) = reducer.sum(InputSum())
     torch.testing.assert_close(total, x.sum(dim=0))
-    assert plane.passes == 1
+    assert reducer.passes == 1
 
 
 class InputSum:

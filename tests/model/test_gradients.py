@@ -249,7 +249,7 @@ def test_a_hugging_face_model_takes_its_own_batches() -> None:
 def test_a_loss_that_sums_over_the_batch_is_detected_and_said(loss: Any, scale: float) -> None:
     case = build("mlp regression")
     risk = EmpiricalRisk(case.model, loss, case.train)
-    assert bool(risk.plane.remarks) == (scale == 2.0)
+    assert bool(risk.reducer.remarks) == (scale == 2.0)
     expected = scale * Reference(case).gradients(case.train)  # two outputs: the sum of a sample is twice its mean
     torch.testing.assert_close(next(risk.sample_gradients()).rows, expected, **EXACT)
 

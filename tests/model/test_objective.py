@@ -68,7 +68,7 @@ def test_per_sample_losses_are_those_of_batches_of_one_and_agree_with_the_traini
     assert risk.value_and_gradient()[0] == pytest.approx(mean, rel=1e-12)
     rows = torch.cat([g.rows for g in risk.sample_gradients()])
     torch.testing.assert_close(rows, Reference(case).gradients(case.train), **EXACT)
-    assert bool(risk.plane.remarks) == (getattr(loss, "reduction", "mean") == "sum")
+    assert bool(risk.reducer.remarks) == (getattr(loss, "reduction", "mean") == "sum")
 
 
 @pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.NLLLoss])

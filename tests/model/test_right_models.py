@@ -8,7 +8,7 @@ from distinfluence.errors import DerivativeError
 from distinfluence.influence.checks import check_derivatives
 from distinfluence.model.blocks import ParameterBlocks
 from distinfluence.model.objective import as_objective
-from distinfluence.model.reducer import LocalPlane
+from distinfluence.model.reducer import LocalReducer
 from distinfluence.model.sample_risk import SampleRisk
 from tests.right_models import FLOAT32_ONLY, MODELS
 
@@ -23,24 +23,24 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_every_check_lets_a_right_model_pass(name: str, dtype: str) -> None:
-    risk, plane = placed(name, dtype)
+    risk, reducer = placed(name, dtype)
     modes = (SecondOrderMode.GGN,) if name in WRONG_HESSIAN else (SecondOrderMode.HESSIAN, SecondOrderMode.GGN)
-    probes = [check_derivatives(risk, plane.drawn, mode).probe for mode in modes]
-    assert len(probes[0].losses) == min(16, plane.n_samples)
+    probes = [check_derivatives(risk, reducer.drawn, mode).probe for mode in modes]
+    assert len(probes[0].losses) == min(16, reducer.n_samples)
     assert probes[0].differences(probes[-1]) == []
 
 
 def test_a_hessian_that_torch_gets_wrong_is_refused() -> None:
-    risk, plane = placed("weight norm", "float32")
+    risk, reducer = placed("weight norm", "float32")
     with pytest.raises(DerivativeError, match=r"⟨u, Hv⟩ is .* 'torch\._weight_norm'"):
-        check_derivatives(risk, plane.drawn, SecondOrderMode.HESSIAN)
+        check_derivatives(risk, reducer.drawn, SecondOrderMode.HESSIAN)
 
 
 def test_there_are_models_of_all_kinds() -> None:
     assert len(MODELS) >= 100
 
 
-def placed(name: str, dtype: str) -> tuple[SampleRisk, LocalPlane]:
+def placed(name: str, dtype: str) -> tuple[SampleRisk, LocalReducer]:
     case = MODELS[name](getattr(torch, dtype))
     risk = SampleRisk(case.model, as_objective(case.loss), ParameterBlocks.of(case.model))
-    return risk, LocalPlane(risk, case.data)
+    return risk, LocalReducer(risk, case.data)

@@ -41,7 +41,7 @@ from distinfluence.errors import (
     ShapeError,
     StoreExistsError,
 )
-from distinfluence.model.reducer import LocalPlane
+from distinfluence.model.reducer import LocalReducer
 from distinfluence.model.risk import LossAndGradient
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.scaling.calculator import InfluenceCalculator
@@ -233,20 +233,20 @@ def test_there_is_one_solve_per_test_chunk_and_one_gradient_pass_over_the_traini
 
 def test_a_wide_solve_costs_as_many_passes_as_its_worst_row_needs_steps(case: Case, tmp_path: Path) -> None:
     calculator = SequentialInfluenceCalculator(cg(case)).fit(*case.train, chunk_size=5)
-    before = calculator.model.plane.passes
+    before = calculator.model.reducer.passes
     result = calculator.to_zarr(tmp_path / "i.zarr", *case.test, progress=False)
-    assert calculator.model.plane.passes - before == result.iterations.max() + 1  # and one for the true residual
+    assert calculator.model.reducer.passes - before == result.iterations.max() + 1  # and one for the true residual
 
 
 def test_a_sum_on_the_cluster_is_the_local_one_and_repeats_to_the_bit(case: Case, client: Client) -> None:
     calculator = DaskInfluenceCalculator(cg(case), client).fit(*case.train, chunk_size=1)
-    plane = calculator.model.plane
-    local = LocalPlane(SampleRisk(case.model, plane.risk.objective, plane.risk.blocks), case.train)
-    first, second = plane.sum(LossAndGradient()), plane.sum(LossAndGradient())
+    reducer = calculator.model.reducer
+    local = LocalReducer(SampleRisk(case.model, reducer.risk.objective, reducer.risk.blocks), case.train)
+    first, second = reducer.sum(LossAndGradient()), reducer.sum(LossAndGradient())
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for there, here in zip(first, local.sum(LossAndGradient()), strict=True):
         torch.testing.assert_close(there, here, rtol=1e-12, atol=1e-12)
-    parts = [float(loss) for loss, _ in plane.map(LossAndGradient())]
+    parts = [float(loss) for loss, _ in reducer.map(LossAndGradient())]
     assert len(parts) == 23
     assert sum(parts) == pytest.approx(float(first[0]), rel=1e-12)
 
@@ -509,7 +509,7 @@ def test_scratch_files_go_when_neither_calculator_nor_lazy_arrays_need_them(case
     calculator = DaskInfluenceCalculator(direct(case), client).fit(*case.train)
     folder = calculator._scratch.folder
     lazy = calculator.influences(*case.test)
-    calculator.model._fit = None  # its data plane refers to the folder too
+    calculator.model._fit = None  # its reducer refers to the folder too
     del calculator
     gc.collect()
     assert lazy.compute().shape == (6, 23)

@@ -17,7 +17,8 @@ from distributed import Client, wait
 from distinfluence import ArnoldiInfluence, DirectInfluence, SequentialInfluenceCalculator, open_influences
 from distinfluence.errors import ChunkFailedError, SettingError
 from distinfluence.scaling import ClusterSpec, connected
-from distinfluence.scaling.dispatch import dispatcher as flight
+from distinfluence.scaling.dispatch import agenda
+from distinfluence.scaling.dispatch import dispatcher as dispatcher
 from distinfluence.scaling.dispatch.dispatcher import all_workers
 from distinfluence.scaling.dispatch.executor import InProcess, OnCluster
 from distinfluence.store import InfluenceWriter
@@ -41,7 +42,7 @@ def direct(case: Case) -> DirectInfluence:
 def fails_at_first(folder: str, index: int) -> int:
     file = Path(folder) / f"{index}-{time.monotonic_ns()}"
     file.touch()
-    if index == 3 and len(list(Path(folder).glob("3-*"))) <= flight.RETRIES:
+    if index == 3 and len(list(Path(folder).glob("3-*"))) <= dispatcher.RETRIES:
         raise RuntimeError("not yet")
     return index
 
@@ -75,13 +76,13 @@ def test_a_task_that_fails_is_tried_again(client: Client, tmp_path: Path) -> Non
     on_cluster = OnCluster(client)
     found = dict(on_cluster.run(fails_at_first, (str(tmp_path),), [(i,) for i in range(6)]))
     assert found == {i: i for i in range(6)}
-    assert on_cluster.events == {"submitted": 6 + flight.RETRIES, "retried": flight.RETRIES}
+    assert on_cluster.events == {"submitted": 6 + dispatcher.RETRIES, "retried": dispatcher.RETRIES}
 
 
 @pytest.mark.parametrize("where", ["in process", "on cluster"])
 def test_a_task_that_always_fails_is_set_apart_and_the_others_go_on(where: str, request: pytest.FixtureRequest) -> None:
     run = InProcess() if where == "in process" else OnCluster(request.getfixturevalue("client"))
-    failures: flight.Failures = {}
+    failures: agenda.Failures = {}
     found = dict(run.run(fails_always, (), [(i,) for i in range(6)], failures))
     assert found == {i: i for i in range(6) if i != 3}
     assert list(failures) == [3]
@@ -98,13 +99,13 @@ def own_cluster() -> Iterator[Client]:
 
 
 def test_a_task_that_kills_every_worker_is_set_apart(own_cluster: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flight, "RETRIES", 1)  # tasks that waited on the same worker are blamed too, the first time
+    monkeypatch.setattr(dispatcher, "RETRIES", 1)  # tasks that waited on the same worker are blamed too, the first time
 
     def unforgiving(dask_scheduler: Any) -> None:
         dask_scheduler.allowed_failures = 0
 
     own_cluster.run_on_scheduler(unforgiving)
-    failures: flight.Failures = {}
+    failures: agenda.Failures = {}
     found = dict(OnCluster(own_cluster).run(kills_its_worker, (), [(i,) for i in range(4)], failures))
     assert found == {0: 0, 2: 2, 3: 3}
     assert "memory" in str(failures[1])
@@ -116,7 +117,7 @@ def test_a_result_that_is_lost_as_it_comes_is_not_tried_again(
 ) -> None:
     """Before it is fetched, the scheduler has it made again; after that, nobody needs the worker that had it."""
     lost = list[str]()
-    original = getattr(flight.Flight, moment)
+    original = getattr(dispatcher.Dispatcher, moment)
 
     def lose(future: Any) -> None:
         """As the client does when it hears that the only holder has left, until it hears of another one."""
@@ -125,17 +126,17 @@ def test_a_result_that_is_lost_as_it_comes_is_not_tried_again(
             future._state.lose()
             threading.Timer(0.2, lambda: client.loop.add_callback(future._state.finish)).start()
 
-    def fetch(self: flight.Flight, future: Any) -> None:
+    def fetch(self: dispatcher.Dispatcher, future: Any) -> None:
         lose(future)
         original(self, future)
 
-    def arrival(self: flight.Flight) -> Any:
+    def arrival(self: dispatcher.Dispatcher) -> Any:
         found = original(self)
         if found is not None:
             lose(found[0])
         return found
 
-    monkeypatch.setattr(flight.Flight, moment, {"_fetch": fetch, "_arrival": arrival}[moment])
+    monkeypatch.setattr(dispatcher.Dispatcher, moment, {"_fetch": fetch, "_arrival": arrival}[moment])
     on_cluster = OnCluster(client)
     assert dict(on_cluster.run(fails_always, (), [(i,) for i in range(3)])) == {i: i for i in range(3)}
     assert len(lost) == 1
@@ -188,7 +189,7 @@ def test_tasks_that_wait_for_what_they_share_with_a_silent_worker_are_sent_again
     own_cluster: Client, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
     (silent, pid), (other, _) = sorted(own_cluster.run(os.getpid).items())
-    send, sent = flight.send, list[Any]()
+    send, sent = dispatcher.send, list[Any]()
 
     def send_and_stop(client: Client, value: object, key: str, workers: list[str] | None = None) -> Any:
         if sent:
@@ -201,10 +202,10 @@ def test_tasks_that_wait_for_what_they_share_with_a_silent_worker_are_sent_again
             os.kill(pid, signal.SIGSTOP)
         return sent[0]
 
-    monkeypatch.setattr(flight, "send", send_and_stop)
+    monkeypatch.setattr(dispatcher, "send", send_and_stop)
     with not_for_ever(pid):
         on_cluster = OnCluster(own_cluster, slow_seconds=1.0)
-        found = dict(on_cluster.follow(flight.Queue(max, [(i,) for i in range(12)], [other]), (5,)))
+        found = dict(on_cluster.follow(agenda.TaskQueue(max, [(i,) for i in range(12)], [other]), (5,)))
     assert found == {i: max(i, 5) for i in range(12)}
 
 
@@ -302,9 +303,9 @@ def test_a_run_that_goes_on_takes_the_fit_that_it_left(case: Case, tmp_path: Pat
         return calculator.fit(*case.train, chunk_size=12)
 
     first, again, other = fitted(), fitted(), fitted(tol=1e-3)
-    assert first.model.plane.passes > 1
-    assert again.model.plane.passes == 0
-    assert other.model.plane.passes > 1  # another fit than the one that is there
+    assert first.model.reducer.passes > 1
+    assert again.model.reducer.passes == 0
+    assert other.model.reducer.passes > 1  # another fit than the one that is there
     results = [
         calculator.to_zarr(tmp_path / f"{name}.zarr", *case.test, progress=False)[:]
         for name, calculator in (("first", first), ("again", again))

@@ -32,10 +32,10 @@ def case() -> Case:
 def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distinfluence.scaling.stages import strips as tasks
+    from distinfluence.scaling.stages import factor_file, factors
 
     full = DiskFullError("`scratch`: No space left on device")
-    save = tasks.save_factors
+    save = factor_file.save_factors
     written: list[Any] = []
 
     def filling(*args: Any) -> None:
@@ -51,7 +51,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
             tmp_path / "i.zarr", *case.test, test_chunk_size=2, solve="rows", resume=True, progress=False
         )
 
-    monkeypatch.setattr(tasks, "save_factors", filling)
+    monkeypatch.setattr(factors, "save_factors", filling)
     with pytest.raises(DiskFullError, match="No space"):
         run()
     assert len(list((tmp_path / "scratch").rglob("fields-*.npy"))) == 1
@@ -60,7 +60,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
         written.append(args)
         save(*args)
 
-    monkeypatch.setattr(tasks, "save_factors", counting)
+    monkeypatch.setattr(factors, "save_factors", counting)
     assert run().complete
     assert len(written) == 3  # each test chunk once, over both runs
 

@@ -14,13 +14,13 @@ from distinfluence.errors import PlanError, SettingError
 from distinfluence.influence.checks import check_bytes
 from distinfluence.influence.demand import Demand
 from distinfluence.scaling import Machine, make_plan
-from distinfluence.scaling.plan.problem import Asked, Rates, Work
+from distinfluence.scaling.plan.problem import FixedSizes, Problem, Rates
 from distinfluence.scaling.plan.tree_shape import pass_tasks, results_held
 from distinfluence.scaling.worker.device import device_memory, smallest_device
 from tests.zoo import build
 
 GIB = 2**30
-WORK = Work(
+WORK = Problem(
     n_test=1_000,
     n_train=1_000_000,
     n_fit=1_000_000,
@@ -67,15 +67,15 @@ def test_every_stage_fits_into_what_the_plan_chooses() -> None:
 
 def test_what_cannot_fit_is_refused_with_what_would_make_it_fit() -> None:
     with pytest.raises(PlanError, match=r"'factors' needs .* most of it is the solve.*test_chunk_size.*at least"):
-        make_plan(WORK, MACHINE, Asked(test=1_000, solve="rows"))
+        make_plan(WORK, MACHINE, FixedSizes(test=1_000, solve="rows"))
     with pytest.raises(PlanError, match=r"'strips' needs .* most of it is a strip, .*chunk_size"):
-        make_plan(replace(WORK, n_test=2_000), MACHINE, Asked(train=1_000_000))
+        make_plan(replace(WORK, n_test=2_000), MACHINE, FixedSizes(train=1_000_000))
     with pytest.raises(PlanError, match=r"the fitted state.*iterative"):
-        make_plan(replace(WORK, demand=Demand(state_bytes=8 * 10**12), over_data=False), MACHINE, Asked(test=1))
+        make_plan(replace(WORK, demand=Demand(state_bytes=8 * 10**12), over_data=False), MACHINE, FixedSizes(test=1))
 
 
 def test_sizes_that_are_asked_for_stay() -> None:
-    plan = make_plan(WORK, MACHINE, Asked(train=500, test=10, panel=100, solve="rows"))
+    plan = make_plan(WORK, MACHINE, FixedSizes(train=500, test=10, panel=100, solve="rows"))
     assert (plan.chunks.train, plan.chunks.test, plan.chunks.panel, plan.solve) == (500, 10, 100, "rows")
     assert plan.n_solves == 100
     assert plan.n_panels == 10
@@ -95,12 +95,14 @@ def test_a_row_is_multiplied_whole_however_long_it_is() -> None:
     assert on_gpu.stages[0].parts["products"] == 4 * 400_000 * 256
     assert make_plan(many, huge).stages[0].parts["products"] == 4 * 400_000 * 32 > check_bytes(100_000, 4)
     with pytest.raises(PlanError, match=r"'factors' needs .*"):
-        make_plan(replace(WORK, n_test=8, n_train=1_000, n_fit=1_000, p=1_000_000_000), MACHINE, Asked(solve="data"))
+        make_plan(
+            replace(WORK, n_test=8, n_train=1_000, n_fit=1_000, p=1_000_000_000), MACHINE, FixedSizes(solve="data")
+        )
 
 
 def test_a_pass_is_a_few_hundred_tasks_and_its_partial_sums_are_counted() -> None:
     sketch = Demand(fit_passes=1, fit_rows=100, by_method=True, solve_passes=10)
-    plan = make_plan(replace(WORK, demand=sketch), MACHINE, Asked(train=250, test=8, solve="data"))
+    plan = make_plan(replace(WORK, demand=sketch), MACHINE, FixedSizes(train=250, test=8, solve="data"))
     assert plan.n_strips == 4_000
     assert plan.stages[0].tasks == 4_000 + pass_tasks(4_000)
     assert plan.stages[1].tasks == plan.n_solves * (1 + 10 * pass_tasks(4_000))
@@ -109,7 +111,7 @@ def test_a_pass_is_a_few_hundred_tasks_and_its_partial_sums_are_counted() -> Non
     assert plan.stages[0].parts["sums"] == held * 100 * plan.work.row
     assert plan.stages[1].parts["sums"] == held * 8 * plan.work.row
     matrix = replace(WORK, p=1_000, demand=Demand(fit_passes=1, sum_bytes=4 * 1_000**2))
-    matrix_plan = make_plan(matrix, MACHINE, Asked(train=250))
+    matrix_plan = make_plan(matrix, MACHINE, FixedSizes(train=250))
     assert matrix_plan.stages[0].parts["sums"] == (held - 1) * 4 * 1_000**2 + 4 * 1_000
     alone = make_plan(matrix, replace(MACHINE, workers=1, alone=True))
     assert alone.stages[0].parts["sums"] == 2 * 4 * 1_000**2 + 4 * 1_000
@@ -179,7 +181,7 @@ def test_a_gpu_with_less_memory_than_its_host_decides_chunks_and_panels() -> Non
 def test_what_does_not_fit_on_a_gpu_is_refused_with_the_change_that_would() -> None:
     small = replace(MACHINE, device_memory=2 * GIB)
     with pytest.raises(PlanError, match=r"95 % of its GPU.*chunks\.panel.*of GPU memory\."):
-        make_plan(replace(WORK, p=10_000_000), small, Asked(panel=200))
+        make_plan(replace(WORK, p=10_000_000), small, FixedSizes(panel=200))
 
 
 def test_the_memory_of_a_gpu_is_what_is_free_and_of_the_host_nothing_is_said() -> None:
@@ -205,9 +207,9 @@ def test_of_many_workers_the_smallest_gpu_counts() -> None:
 
 
 def test_what_is_asked_for_beside_the_matrix_is_planned_as_stages_of_its_own() -> None:
-    plain = make_plan(WORK, MACHINE, Asked(train=512, test=256), Rates(1e4, 1e5, 1e11))
+    plain = make_plan(WORK, MACHINE, FixedSizes(train=512, test=256), Rates(1e4, 1e5, 1e11))
     more = replace(WORK, contributions=10, self_influence=True)
-    plan = make_plan(more, MACHINE, Asked(train=512, test=256), Rates(1e4, 1e5, 1e11))
+    plan = make_plan(more, MACHINE, FixedSizes(train=512, test=256), Rates(1e4, 1e5, 1e11))
     assert plan.stages[:3] == plain.stages
     own, apart = plan.stages[3:]
     assert (own.name, apart.name) == ("self-influence", "contributions")
@@ -218,7 +220,7 @@ def test_what_is_asked_for_beside_the_matrix_is_planned_as_stages_of_its_own() -
     assert own.seconds is not None and apart.seconds is not None and plain.seconds is not None
     assert own.seconds > 0 and apart.seconds > 0
     assert plan.seconds == pytest.approx(plain.seconds + own.seconds + apart.seconds)
-    free = make_plan(replace(more, over_data=False), MACHINE, Asked(train=512, test=256))
+    free = make_plan(replace(more, over_data=False), MACHINE, FixedSizes(train=512, test=256))
     assert free.stages[3].passes == 0
     assert "the solve" in free.stages[3].parts
     assert "self-influence" in str(plan)
@@ -227,7 +229,9 @@ def test_what_is_asked_for_beside_the_matrix_is_planned_as_stages_of_its_own() -
 def test_a_self_influence_that_cannot_be_held_is_refused_before_anything_is_computed() -> None:
     alone = Machine(1, 8 * GIB, 350 * 2**20, alone=True)
     work = replace(WORK, n_test=64, p=2_500_000, model_bytes=10_000_000)
-    asked = Asked(train=512, test=64, solve="data")  # the driver holds the solve, but for self-influences workers do
+    asked = FixedSizes(
+        train=512, test=64, solve="data"
+    )  # the driver holds the solve, but for self-influences workers do
     assert make_plan(work, alone, asked)
     with pytest.raises(PlanError, match=r"'self-influence' needs .* most of it is the solve.* `test_chunk_size`"):
         make_plan(replace(work, self_influence=True), alone, asked)

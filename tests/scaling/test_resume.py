@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from distinfluence import ArnoldiInfluence, CgInfluence, ModelRecipe, Recipe, SequentialInfluenceCalculator
 from distinfluence.errors import ChunkFailedError, DiskFullError, FingerprintError, SampleError
 from distinfluence.scaling.data.sources import spill
-from distinfluence.scaling.stages import strips as tasks
+from distinfluence.scaling.stages import factor_file, factors
 from distinfluence.store import InfluenceResult, InfluenceWriter
 from tests.zoo import Case, build
 
@@ -66,13 +66,13 @@ def quiet(case: Case, tmp_path_factory: pytest.TempPathFactory) -> InfluenceResu
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The first test point of each chunk whose factors are made."""
     starts: list[int] = []
-    save = tasks.save_factors
+    save = factor_file.save_factors
 
     def counting(file: str, start: int, factors: Any, fields: Any) -> None:
         starts.append(start)
         save(file, start, factors, fields)
 
-    monkeypatch.setattr(tasks, "save_factors", counting)
+    monkeypatch.setattr(factors, "save_factors", counting)
     return starts
 
 
@@ -144,8 +144,8 @@ def test_a_fit_that_cannot_be_read_is_made_again(case: Case, tmp_path: Path) -> 
     (folder,) = (tmp_path / "scratch").glob("fit-*")
     os.truncate(folder / "zarr.json", 0)
     with pytest.warns(RuntimeWarning, match="is made again"):
-        assert fitted().model.plane.passes > 1
-    assert fitted().model.plane.passes == 0
+        assert fitted().model.reducer.passes > 1
+    assert fitted().model.reducer.passes == 0
 
 
 def test_what_is_known_of_test_points_outlives_a_power_failure_after_the_last_strip(
@@ -202,10 +202,6 @@ def test_test_samples_that_fail_in_the_solve_are_named_when_all_other_factors_ar
 
     made = calculator(case, tmp_path / "scratch")
     monkeypatch.setattr(CgInfluence, "measurement_gradients", failing)
-    if solve == "data":
-        from distinfluence.scaling.stages import run as strips
-
-        monkeypatch.setattr(strips, "save_factors", tasks.save_factors)
     with pytest.raises(ChunkFailedError, match=r"1 of 3 test chunks(.|\n)*chunk 1 \(samples 2 to 3\): ValueError"):
         scores(made, tmp_path / "i.zarr", case, solve=solve)
     assert sorted(solved) == [0, 4]
@@ -293,7 +289,7 @@ def test_what_lies_there_already_counts_as_room(case: Case, tmp_path: Path, monk
 
 
 WRITES: dict[str, Callable[[Path], object]] = {
-    "factors": lambda folder: tasks.make_factor_file(folder / "factors.npy", 3, 4, np.dtype("f4")),
+    "factors": lambda folder: factor_file.make_factor_file(folder / "factors.npy", 3, 4, np.dtype("f4")),
     "model": lambda folder: ModelRecipe.spill(nn.Linear(2, 2), folder),
     "array": lambda folder: spill(np.zeros(3), folder),
 }

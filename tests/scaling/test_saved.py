@@ -49,7 +49,7 @@ def test_a_saved_fit_scores_as_it_did_without_a_pass(case: Case, method: str, tm
     influence = MAKE[method](case).fit(case.train)
     save_fit(influence, tmp_path / "fit")
     again = load_fit(MAKE[method](case), tmp_path / "fit", case.train)
-    assert again.plane.passes == 0
+    assert again.reducer.passes == 0
     found, before_it = (one.influences(*case.test, *case.train) for one in (again, influence))
     torch.testing.assert_close(found, before_it, rtol=1e-9, atol=1e-11)  # matrices may be read in another layout
     report, before = again.fit_report, influence.fit_report

@@ -7,7 +7,7 @@ import dask
 import pytest
 from distributed import Client, LocalCluster
 
-from distinfluence.scaling.dispatch.dispatcher import TASKS_PER_THREAD, Flight
+from distinfluence.scaling.dispatch.dispatcher import TASKS_PER_THREAD, Dispatcher
 from distinfluence.scaling.dispatch.executor import OnCluster
 from tests.benchmarks.scale import QUIET, pretend
 
@@ -20,13 +20,13 @@ def test_a_thousand_tasks_on_fifty_workers_that_leave_and_join_are_done_once_wit
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     in_flight: list[int] = []
-    submit = Flight._submit
+    submit = Dispatcher._submit
 
-    def counting(self: Flight, *arguments: Any) -> None:
+    def counting(self: Dispatcher, *arguments: Any) -> None:
         submit(self, *arguments)
         in_flight.append(len(self.under_way))
 
-    monkeypatch.setattr(Flight, "_submit", counting)
+    monkeypatch.setattr(Dispatcher, "_submit", counting)
     options = {"threads_per_worker": 1, "processes": False, "dashboard_address": "127.0.0.1:0"}
     with (
         dask.config.set(SETTINGS),

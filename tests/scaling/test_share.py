@@ -10,7 +10,7 @@ from distinfluence.app.config import Job
 from distinfluence.app.job import run_part
 from distinfluence.errors import ConfigError, SettingError
 from distinfluence.scaling import Progress
-from distinfluence.scaling.partition import Share
+from distinfluence.scaling.partition import Partition
 from tests.reference import Reference
 from tests.test_cli import command, job_file
 from tests.test_job import content
@@ -27,7 +27,7 @@ def expected() -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
 
 
 def test_every_strip_is_the_part_of_exactly_one(tmp_path: Path) -> None:
-    shares = [Share(part, 3, tmp_path) for part in range(3)]
+    shares = [Partition(part, 3, tmp_path) for part in range(3)]
     assert sorted(strip for share in shares for strip in share.of(range(10))) == list(range(10))
     assert [share.turned(range(6))[0] for share in shares] == [0, 2, 4]
     assert all(sorted(share.turned(range(7))) == list(range(7)) for share in shares)
@@ -36,7 +36,7 @@ def test_every_strip_is_the_part_of_exactly_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/3", "1/0", ""])
 def test_a_part_that_is_none_says_how_to_write_one(text: str, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="K/N"):
-        Share.parse(text, tmp_path)
+        Partition.parse(text, tmp_path)
 
 
 def test_parts_in_any_order_make_the_matrix_and_the_last_one_finishes_it(tmp_path: Path) -> None:

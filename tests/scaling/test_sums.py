@@ -27,7 +27,7 @@ from distinfluence.model.batch import Batch
 from distinfluence.model.risk import LossAndGradient
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.scaling import ClusterSpec, connected
-from distinfluence.scaling.dispatch.dask_reducer import DaskPlane
+from distinfluence.scaling.dispatch.dask_reducer import DaskReducer
 from distinfluence.scaling.dispatch.tree_sum import Tree
 from distinfluence.scaling.plan.tree_shape import PER_WORKER, groups, homes, pass_tasks, results_held
 from tests.zoo import build
@@ -136,14 +136,14 @@ def own() -> Iterator[Client]:
 
 
 @pytest.fixture
-def plane(own: Client) -> DaskPlane:
+def reducer(own: Client) -> DaskReducer:
     own.wait_for_workers(2, timeout=60)
     case = build("mlp classification")
     model = CgInfluence(case.model, case.loss, 0.01, second_order_mode="ggn")
-    plane = DaskInfluenceCalculator(model, own).fit(*case.train, chunk_size=1).model.plane
-    assert isinstance(plane, DaskPlane)
-    plane.executor.slow_seconds = 1.0
-    return plane
+    reducer = DaskInfluenceCalculator(model, own).fit(*case.train, chunk_size=1).model.reducer
+    assert isinstance(reducer, DaskReducer)
+    reducer.executor.slow_seconds = 1.0
+    return reducer
 
 
 def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
@@ -152,41 +152,41 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 
 @pytest.mark.parametrize("what", ["error", "stop", "kill"])
 def test_a_sum_survives_what_happens_to_a_worker_with_the_same_bits(
-    own: Client, plane: DaskPlane, tmp_path: Path, what: str
+    own: Client, reducer: DaskReducer, tmp_path: Path, what: str
 ) -> None:
-    quiet = plane.sum(LossAndGradient())
+    quiet = reducer.sum(LossAndGradient())
     try:
-        troubled = plane.sum(Troubled(str(tmp_path), what))
+        troubled = reducer.sum(Troubled(str(tmp_path), what))
     finally:
         if what == "stop":
             os.kill(int((tmp_path / "happened").read_text()), signal.SIGCONT)
     assert (tmp_path / "happened").exists()
     assert same(quiet, troubled)
-    events = plane.executor.events
+    events = reducer.executor.events
     assert events["retried"] == (what == "error")
     assert what != "stop" or events["backed up"] + events["made again"] > 0
 
 
-def test_a_sum_waits_for_workers_where_none_is_left(own: Client, plane: DaskPlane) -> None:
-    quiet = plane.sum(LossAndGradient())
+def test_a_sum_waits_for_workers_where_none_is_left(own: Client, reducer: DaskReducer) -> None:
+    quiet = reducer.sum(LossAndGradient())
     for pid in own.run(os.getpid).values():
         os.kill(pid, signal.SIGKILL)
     while own.nthreads():
         time.sleep(0.01)
-    assert same(plane.sum(LossAndGradient()), quiet)
+    assert same(reducer.sum(LossAndGradient()), quiet)
 
 
 def test_the_tasks_of_a_pass_are_counted_and_chunks_stay_where_they_were(
-    own: Client, plane: DaskPlane, tmp_path: Path
+    own: Client, reducer: DaskReducer, tmp_path: Path
 ) -> None:
-    plane.executor.slow_seconds = 60.0  # or workers that have just started are taken for slow
-    before = plane.executor.events["submitted"]
-    plane.sum(LossAndGradient())
-    assert plane.executor.events["submitted"] - before == pass_tasks(23) == 23 + 6 + 2 + 1
+    reducer.executor.slow_seconds = 60.0  # or workers that have just started are taken for slow
+    before = reducer.executor.events["submitted"]
+    reducer.sum(LossAndGradient())
+    assert reducer.executor.events["submitted"] - before == pass_tasks(23) == 23 + 6 + 2 + 1
     where: list[Any] = []
     for turn in ("first", "second"):
         (tmp_path / turn).mkdir()
-        plane.sum(Troubled(str(tmp_path / turn)))
+        reducer.sum(Troubled(str(tmp_path / turn)))
         where.append({file.name: len(file.read_text()) for file in (tmp_path / turn).iterdir()})
     assert sum(where[1].values()) == 23
     assert sum(abs(where[0].get(pid, 0) - n) for pid, n in where[1].items()) <= 4
@@ -206,9 +206,9 @@ def outgoing(dask_worker: Any) -> int:
     return int(dask_worker.transfer_outgoing_bytes_total)
 
 
-def test_sums_are_added_where_they_were_made_and_few_are_sent(own: Client, plane: DaskPlane) -> None:
+def test_sums_are_added_where_they_were_made_and_few_are_sent(own: Client, reducer: DaskReducer) -> None:
     before = sum(own.run(outgoing).values())
-    (total,) = plane.sum(Wide())
+    (total,) = reducer.sum(Wide())
     assert torch.equal(total, torch.full_like(total, 23))
     # of 23 groups and 8 additions two cross over, more where a worker is slow and the other takes from it
     assert sum(own.run(outgoing).values()) - before < 12 * 2**20
@@ -234,17 +234,17 @@ def test_workers_send_each_other_at_most_half_of_the_sums_that_a_fit_adds(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)).double().eval()
     x, y = torch.randn(24, 64, dtype=torch.float64), torch.randint(4, (24,))
-    add, sizes = DaskPlane.sum, list[int]()
+    add, sizes = DaskReducer.sum, list[int]()
 
-    def noted(plane: DaskPlane, *arguments: Any) -> tuple[Tensor, ...]:
-        total = add(plane, *arguments)
+    def noted(reducer: DaskReducer, *arguments: Any) -> tuple[Tensor, ...]:
+        total = add(reducer, *arguments)
         sizes.append(sum(tensor.nbytes for tensor in total))
         return total
 
-    monkeypatch.setattr(DaskPlane, "sum", noted)
+    monkeypatch.setattr(DaskReducer, "sum", noted)
     before = sum(own.run(outgoing).values())
-    plane = DaskInfluenceCalculator(method(model, nn.CrossEntropyLoss()), own).fit(x, y, chunk_size=1).model.plane
+    reducer = DaskInfluenceCalculator(method(model, nn.CrossEntropyLoss()), own).fit(x, y, chunk_size=1).model.reducer
     sent = sum(own.run(outgoing).values()) - before
-    assert plane.passes == len(sizes) > 0
+    assert reducer.passes == len(sizes) > 0
     # an addition is made where most of what it adds is; all but the total is added; 64 KiB a pass for what is shared
     assert sent <= sum((pass_tasks(24) - 1) // 2 * size + 2**16 for size in sizes)

@@ -12,8 +12,9 @@ from distinfluence import DirectInfluence
 from distinfluence.influence.arrays import HostCopies, to_numpy_batch
 from distinfluence.model.batch import Batch
 from distinfluence.model.sample_risk import SampleRisk
-from distinfluence.scaling.stages.strips import resident_panels, run_kernel
-from distinfluence.scaling.worker import context as worker
+from distinfluence.scaling.dispatch.kernel_tasks import run_kernel
+from distinfluence.scaling.stages.strips import resident_panels
+from distinfluence.scaling.worker import cache
 from distinfluence.scaling.worker.context import LocalContext
 from tests.zoo import build
 
@@ -44,15 +45,15 @@ def test_broadcasts_are_read_once_in_a_process_and_dropped_with_the_next_pass(
     for number, name in enumerate("abcd"):
         np.save(tmp_path / f"{name}.npy", np.full(3, float(number)))
     monkeypatch.setattr(np, "load", counting)
-    worker.forget_broadcasts()
+    cache.forget_broadcasts()
     for _ in range(3):
         np.testing.assert_array_equal(sums("a", "b"), np.full(3, 10.0))
     assert read == ["a", "b"]
     np.testing.assert_array_equal(sums("c", "d"), np.full(3, 50.0))
     assert read == ["a", "b", "c", "d"]
-    assert len(worker._broadcasts) == 1
+    assert len(cache._broadcasts) == 1
     list(resident_panels(str(tmp_path / "a.npy"), 3, torch.device("cpu")))
-    assert worker._broadcasts == {}
+    assert cache._broadcasts == {}
 
 
 def test_copies_to_the_host_come_in_their_order_on_any_device() -> None:

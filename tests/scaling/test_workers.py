@@ -27,7 +27,8 @@ from distinfluence.errors import ClusterError, SettingError
 from distinfluence.scaling import ClusterSpec, LogToFolder
 from distinfluence.scaling.clusters.connect import planned_workers
 from distinfluence.scaling.dispatch.executor import OnCluster, check_workers
-from distinfluence.scaling.worker.context import Scratch, travelling
+from distinfluence.scaling.scratch import Scratch
+from distinfluence.scaling.worker.context import travelling
 from distinfluence.scaling.worker.device import check_device, task_device
 from tests.processes import finished
 from tests.reference import Reference

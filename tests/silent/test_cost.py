@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distinfluence import DirectInfluence, EkfacInfluence
 from distinfluence.model.gradients import loss_gradients
-from distinfluence.model.reducer import LocalPlane
+from distinfluence.model.reducer import LocalReducer
 
 
 def cnn() -> nn.Module:
@@ -61,9 +61,9 @@ def test_all_checks_cost_at_most_twelve_gradients(name: str, mode: str) -> None:
     few = influence.risk.place((data[0][:16], data[1][:16]))
     loss_gradients(influence.risk, few)  # what is chosen once is not counted
     one = flops(lambda: loss_gradients(influence.risk, few))
-    plane: list[LocalPlane] = []
-    first = flops(lambda: plane.append(LocalPlane(influence.risk, data)))
-    found = first + flops(lambda: influence.check(plane[0].drawn))
+    reducer: list[LocalReducer] = []
+    first = flops(lambda: reducer.append(LocalReducer(influence.risk, data)))
+    found = first + flops(lambda: influence.check(reducer[0].drawn))
     assert one <= found <= 12 * one
 
 
@@ -72,15 +72,15 @@ def test_checks_are_made_by_a_fit() -> None:
     influence = DirectInfluence(make(), nn.CrossEntropyLoss(), 0.1).fit(
         (torch.randn(64, *shape), torch.arange(64) % 10)
     )
-    assert influence.plane.checked is not None
+    assert influence.reducer.checked is not None
 
 
-def test_a_plane_that_another_fit_has_checked_is_checked_for_this_one() -> None:
+def test_a_reducer_that_another_fit_has_checked_is_checked_for_this_one() -> None:
     make, shape = MODELS["mlp"]
     model = make()
     first = DirectInfluence(model, nn.CrossEntropyLoss(), 0.1, second_order_mode="empirical_fisher")
-    plane = LocalPlane(first.risk, (torch.randn(64, *shape), torch.arange(64) % 10))
+    reducer = LocalReducer(first.risk, (torch.randn(64, *shape), torch.arange(64) % 10))
     for mode in ("empirical_fisher", "ggn", "hessian"):
-        DirectInfluence(model, nn.CrossEntropyLoss(), 0.1, second_order_mode=mode).fit(plane)
-        assert plane.checked is not None
-        assert plane.checked.products == mode
+        DirectInfluence(model, nn.CrossEntropyLoss(), 0.1, second_order_mode=mode).fit(reducer)
+        assert reducer.checked is not None
+        assert reducer.checked.products == mode

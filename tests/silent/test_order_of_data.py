@@ -17,7 +17,7 @@ from distinfluence.errors import DistinfluenceError, LossError, NonDeterministic
 from distinfluence.model.counter_random import sample_keys
 from distinfluence.model.identity.draw import Draw
 from distinfluence.scaling.data import sources
-from distinfluence.scaling.worker import context as worker
+from distinfluence.scaling.worker import cache
 
 cross_entropy = nn.functional.cross_entropy
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2])
@@ -88,7 +88,7 @@ def test_right_losses_pass_in_any_order() -> None:
             DirectInfluence(net(), loss, 0.1, second_order_mode="ggn").fit(pair)
             for pair in ((x, y), (x[order], y[order]))
         ]
-        assert reports[0].plane.digest == reports[1].plane.digest
+        assert reports[0].reducer.digest == reports[1].reducer.digest
         assert reports[0].fit_report.remarks == reports[1].fit_report.remarks
 
 
@@ -226,7 +226,7 @@ def test_a_data_set_that_changes_under_a_run_is_refused(tmp_path: Path) -> None:
     model = DirectInfluence(net(), cross_entropy, 0.1, second_order_mode="ggn")
     fitted = SequentialInfluenceCalculator(model).fit(recipe, chunk_size=10)
     sources._data_sets.clear()
-    worker._chunks.clear()
+    cache._chunks.clear()
     (tmp_path / "shift").write_text("1e-3")
     with pytest.raises(DistinfluenceError, match="same values for a sample each time"):
         fitted.to_zarr(tmp_path / "i.zarr", *data(6), progress=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import DtypeError, NonFiniteError, SettingError, ShapeError
 from distinfluence.solvers import Outcome, Solution
-from distinfluence.solvers.conjugate import ConjugateSolver, Damped
+from distinfluence.solvers.conjugate import CgState, ConjugateSolver
 
 from .contract import SolverContract
 from .systems import (
@@ -56,7 +56,7 @@ def badly_scaled(p: int = P) -> Tensor:
     return scale[:, None] * with_spectrum(torch.linspace(1, 2, p)) * scale
 
 
-class ConjugateContract(SolverContract[Damped]):
+class ConjugateContract(SolverContract[CgState]):
     """The solver's rtol is 1e-10: error ≤ ‖residual‖ / λ_min ≤ rtol · cond · ‖x‖ ≤ 1e-6 · ‖x‖ at condition 1e4."""
 
     solver: ConjugateSolver

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import SettingError
-from distinfluence.solvers import Auto, Chosen
+from distinfluence.solvers import Auto, AutoState
 
 from .contract import SolverContract
 from .systems import SYSTEM, dense_solution, relative_error
@@ -26,7 +26,7 @@ class Large(CurvatureOperator):
         raise AssertionError("nothing is computed for a choice")
 
 
-class TestAuto(SolverContract[Chosen]):
+class TestAuto(SolverContract[AutoState]):
     """Small systems are factorised: as exact as Direct."""
 
     solver = Auto(damping=0.0, rtol=1e-10)

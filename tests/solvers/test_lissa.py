@@ -11,7 +11,7 @@ from torch import Tensor
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import NonFiniteError, SettingError, ShapeError
 from distinfluence.solvers import LiSSA, Outcome
-from distinfluence.solvers.lissa import Scaled
+from distinfluence.solvers.lissa import LissaState
 
 from .contract import SolverContract
 from .systems import SYSTEM, P, damped, dense_solution, indefinite, randn, relative_error, spd
@@ -45,7 +45,7 @@ def samples(n: int = 50) -> Tensor:
     return randn(n, 8, seed=3)
 
 
-class TestLiSSA(SolverContract[Scaled]):
+class TestLiSSA(SolverContract[LissaState]):
     """Steps are about cond·ln(1/rtol): a condition of 100 in 2000. Then error ≤ rtol · cond · ‖x‖ ≤ 1e-7 · ‖x‖."""
 
     solver = LiSSA(damping=0.0, scale=None, rtol=1e-9, maxiter=20_000)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import NonFiniteError, SettingError
-from distinfluence.solvers import Arnoldi, LowRank, NystroemSketch, Outcome, Sketched
+from distinfluence.solvers import Arnoldi, LowRank, NystroemSketch, NystroemState, Outcome
 from distinfluence.solvers.nystroem import approximation_error, extend, low_rank, nystroem, sketched
 
 from .contract import SolverContract
@@ -43,7 +43,7 @@ def norm(matrix: Tensor) -> float:
     return float(torch.linalg.matrix_norm(matrix.double(), 2))
 
 
-class TestNystroemSketch(SolverContract[Sketched]):
+class TestNystroemSketch(SolverContract[NystroemState]):
     """At full rank the sketch is the matrix, up to the rounding of float64 times its condition."""
 
     solver = NystroemSketch(damping=0.0, rank=P)

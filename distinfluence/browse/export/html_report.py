@@ -14,8 +14,8 @@ from distinfluence.browse.server.api import ResultApi
 from distinfluence.browse.views.png import colours, data_uri, robust_scale
 from distinfluence.browse.views.rendering import Shown
 from distinfluence.errors import CorruptStoreError, StoreError
-from distinfluence.store.format.html import facts
-from distinfluence.store.read.analysis import require_ranked
+from distinfluence.store.format.ranking import require_ranked
+from distinfluence.store.read.facts import facts
 
 
 def write_report(api: ResultApi, path: Path, *, tests: int = 8, k: int = 6, suspects: int = 24) -> None:

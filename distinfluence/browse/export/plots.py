@@ -12,7 +12,7 @@ from distinfluence.browse.views.picture import Pictures
 from distinfluence.browse.views.png import HARMS, HELPS, robust_scale
 from distinfluence.errors import MissingDependencyError, StoreError
 from distinfluence.store import InfluenceResult
-from distinfluence.store.read.analysis import require_ranked
+from distinfluence.store.format.ranking import require_ranked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

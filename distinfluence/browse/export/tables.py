@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from distinfluence.errors import IncompleteResultError, MissingDependencyError, StoreError
 from distinfluence.store import InfluenceResult
-from distinfluence.store.read.analysis import require_ranked
+from distinfluence.store.format.ranking import require_ranked
 from distinfluence.store.read.tables import KnownPoints, ranking_table
 
 Table = Mapping[str, NDArray[Any]]

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from distinfluence.errors import SettingError
 from distinfluence.store import InfluenceResult, Ranking
-from distinfluence.store.read.analysis import checked_index, checked_rows
+from distinfluence.store.format.ranking import checked_index
+from distinfluence.store.read.analysis import checked_rows
 from distinfluence.store.read.tables import KnownPoints, Table
 
 _COLUMNS = {"train": "train", "influence": "influence", "bound": "±", "train_id": "id", "train_label": "label"}

@@ -25,8 +25,8 @@ from distinfluence.browse.views.rendering import PointSource
 from distinfluence.browse.views.saliency import check_pair, saliency, strongest
 from distinfluence.errors import IndexRangeError, SettingError
 from distinfluence.store import InfluenceResult, open_influences
-from distinfluence.store.format.html import facts
-from distinfluence.store.read.analysis import require_ranked
+from distinfluence.store.format.ranking import require_ranked
+from distinfluence.store.read.facts import facts
 
 MAX_POINTS, MAX_STRIPS = 2**27, 200_000
 MAX_LISTED = 500

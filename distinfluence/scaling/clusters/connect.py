@@ -18,9 +18,9 @@ from distributed.worker_memory import parse_memory_limit
 from tornado.ioloop import PeriodicCallback
 
 from distinfluence.errors import ClusterError, MissingDependencyError, SettingError
+from distinfluence.memory import free_bytes
 from distinfluence.scaling.clusters.job_settings import QUEUES, job_kind, job_memory, job_processes
 from distinfluence.scaling.clusters.jobqueue import job_cluster
-from distinfluence.solvers.auto import free_bytes
 
 # Dask has its workers give memory back to the system at once, so that every large tensor costs page faults anew: ten
 # times as many in a pass over the training set (tests/benchmarks/passes.py). These are glibc's thresholds as it would

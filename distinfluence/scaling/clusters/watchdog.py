@@ -29,7 +29,7 @@ PASSING_SECONDS = 120.0  # that a refusal which may pass is waited for
 SILENT_SECONDS = 30.0  # after which a wait that nobody can look into is spoken of; then after twice as long, and so on
 
 
-class Queue(Protocol):
+class BatchQueue(Protocol):
     """What the watch asks of a queue."""
 
     def look(self, numbers: Iterable[str]) -> Mapping[str, QueuedJob] | None:
@@ -82,7 +82,7 @@ class Watchdog:
     """
 
     cluster: Any
-    queue: Queue | None
+    queue: BatchQueue | None
     workers: int | None
     refusals: list[str]
     announce: Callable[[str], None]

@@ -13,13 +13,13 @@ from typing import Any, Protocol, TypeAlias
 
 import cloudpickle
 import numpy as np
-import psutil
 import zarr
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from distinfluence.errors import DtypeError, EmptyDataError, ShapeError
 from distinfluence.influence.arrays import Array, ArrayBatch, to_numpy, to_numpy_batch
+from distinfluence.memory import process_bytes
 from distinfluence.model.batch import as_batch
 from distinfluence.scaling.data.recipe import Recipe
 from distinfluence.scaling.scratch import save_whole
@@ -199,11 +199,6 @@ def built_once(recipe: Recipe | bytes, key: str) -> Any:
 def built_bytes(source: "ChunkSource") -> int:
     """Memory that this process took to build the data set of a chunk that it has loaded, about."""
     return _grown.get(source.key.partition("/")[0], 0) if isinstance(source, DatasetSource) else 0
-
-
-def process_bytes() -> int:
-    """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def recipe_length(recipe: Recipe, key: str) -> int:

@@ -1,4 +1,4 @@
-"""The data plane on Dask: the same kernels, summed over the chunks on the workers, a tree of sums of groups.
+"""The reducer on Dask: the same kernels, summed over the chunks on the workers, a tree of sums of groups.
 
 A pass writes the broadcast tensors to files once (k·p numbers; workers read them through the page cache) and adds what
 the kernel gives for each chunk as `groups` and `sums` say. Nothing but the final sum comes back. Its tasks are few,
@@ -17,19 +17,19 @@ from distributed import Client
 from torch import Tensor
 
 from distinfluence.influence.arrays import Array, to_numpy, to_tensor
-from distinfluence.model.reducer import DataPlane, Kernel
+from distinfluence.model.reducer import ChunkReducer, Kernel
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.scaling.data.chunks import ChunkedData
-from distinfluence.scaling.dispatch.dispatcher import Queue
+from distinfluence.scaling.dispatch.agenda import TaskQueue
 from distinfluence.scaling.dispatch.executor import OnCluster
+from distinfluence.scaling.dispatch.kernel_tasks import run_kernel
 from distinfluence.scaling.dispatch.tree_sum import Tree
 from distinfluence.scaling.plan.tree_shape import groups
 from distinfluence.scaling.scratch import save_whole
-from distinfluence.scaling.stages.strips import run_kernel
 from distinfluence.scaling.worker.context import WorkerContext
 
 
-class DaskPlane(DataPlane):
+class DaskReducer(ChunkReducer):
     """Sums over chunks on the workers of a cluster.
 
     risk: of the caller, for its dtype and device; the workers build their own from `context`. resources: that a worker
@@ -84,10 +84,10 @@ class DaskPlane(DataPlane):
         home = self._homes.get(next(i for i, group in enumerate(self._groups) if index in group))
         with self._broadcast(kernel, broadcast) as files:
             item = (self._context, kernel, files, self._chunks(range(index, index + 1)))
-            ((_, result),) = self.executor.follow(Queue(run_kernel, [item], [home] if home else None))
+            ((_, result),) = self.executor.follow(TaskQueue(run_kernel, [item], [home] if home else None))
         return self._here(result)
 
-    def to(self, risk: SampleRisk) -> "DaskPlane":
+    def to(self, risk: SampleRisk) -> "DaskReducer":
         """The same chunks; the workers' device is fixed by their context."""
         other = copy.copy(self)
         other.risk = risk

@@ -1,6 +1,6 @@
 """The tasks of one run on a cluster: few under way, failures tried again, what stands still started elsewhere.
 
-An `Agenda` says what is to be done and in which order; a `Flight` submits it, waits, and sees to what goes wrong.
+An `Agenda` says what is to be done and in which order; a `Dispatcher` submits it, waits, and sees to what goes wrong.
 Workers that die are the scheduler's business, which runs again what they ran and makes again what they held. Workers
 that are only silent are not: they may come back. What they run and what only they hold is made a second time elsewhere,
 and the first to finish wins.
@@ -11,9 +11,8 @@ import math
 import queue
 import statistics
 import time
-from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ from dask.delayed import Delayed
 from distributed import Client, Future, KilledWorker
 
 from distinfluence.errors import ClusterError, DiskFullError
+from distinfluence.scaling.dispatch.agenda import Agenda, Failures, Task
 
 TASKS_PER_THREAD = 3  # in flight; two keep a worker busy, the third covers the way to the scheduler
 RETRIES = 2  # of a task that raised, or whose workers died time after time
@@ -30,100 +30,14 @@ SLOW_FACTOR = 4.0  # times the usual way from submission to result, after which 
 SLOW_SECONDS = 20.0  # and no sooner; also how long a worker may be silent until its tasks do
 TICK_SECONDS = 1.0  # between looks at the clock and the cluster while nothing arrives
 
-Task = Callable[..., Any]
-Failures = dict[int, Exception]
-
-
-@dataclass(frozen=True)
-class Call:
-    """A task with its own arguments; those that all share come first. workers: where it should run, None: anywhere."""
-
-    task: Task
-    arguments: tuple[object, ...]
-    with_shared: bool = True
-    workers: list[str] | None = None
-    priority: int = 0
-
-
-class Agenda(ABC):
-    """What a flight is to do, as tasks with numbers."""
-
-    def __init__(self) -> None:
-        self._alone: deque[int] = deque()  # to be tried when nothing else is left
-
-    def next(self, under_way: int, window: int) -> int | None:
-        """The next task to start, None if none may be now. under_way: tasks, of `window` that there should be."""
-        found = self._next(under_way, window)
-        return self._alone.popleft() if found is None and not under_way and self._alone else found
-
-    @abstractmethod
-    def _next(self, under_way: int, window: int) -> int | None:
-        """As `next`, but for tasks that are to be tried alone."""
-
-    @abstractmethod
-    def call(self, index: int) -> Call:
-        """How a task is called."""
-
-    @abstractmethod
-    def again(self, index: int, alone: bool = False) -> None:
-        """A task is to be done again: as soon as it can, or alone when the others are done."""
-
-    @abstractmethod
-    def see(self, workers: Sequence[str]) -> None:
-        """The workers that may be given tasks now; told at the start and every second."""
-
-    def keeps(self, index: int) -> bool:
-        """Whether the result stays on the worker that made it."""
-        return False
-
-    @abstractmethod
-    def finished(self, index: int, future: "Future[Any]") -> None:
-        """A task is done; what is kept is in the agenda's care from now on."""
-
-    def kept(self) -> "dict[int, Future[Any]]":
-        """Results that are on workers and still needed."""
-        return {}
-
-    def lost(self, index: int) -> list[int]:
-        """A kept result cannot be had: make it again. The tasks that cannot go on as they were called."""
-        return []
-
-
-class Queue(Agenda):
-    """One task for each item, in their order."""
-
-    def __init__(self, task: Task, items: Sequence[tuple[object, ...]], workers: list[str] | None = None) -> None:
-        super().__init__()
-        self._task, self._items, self._workers = task, items, workers
-        self._waiting, self._failed = iter(range(len(items))), deque[int]()
-
-    def _next(self, under_way: int, window: int) -> int | None:
-        if self._failed:
-            return self._failed.popleft()
-        return next(self._waiting, None) if under_way < window else None
-
-    def call(self, index: int) -> Call:
-        """The task with this item."""
-        return Call(self._task, self._items[index], workers=self._workers)
-
-    def again(self, index: int, alone: bool = False) -> None:
-        """Next, or alone."""
-        (self._alone if alone else self._failed).append(index)
-
-    def see(self, workers: Sequence[str]) -> None:
-        """Dask finds a place for each."""
-
-    def finished(self, index: int, future: "Future[Any]") -> None:
-        """Its result has been fetched."""
-
 
 @dataclass
-class Flight:
+class Dispatcher:
     """The tasks of an agenda: which are under way and since when, which came back how often.
 
     shared: values that tasks have in common; they are sent once, as tasks of their own, so that they survive the
     workers that hold them. resources: that a worker must have. events: counts what happens. silent: workers that were
-    not heard of in an earlier flight, to be kept up to date.
+    not heard of in an earlier dispatcher, to be kept up to date.
     """
 
     client: Client

@@ -21,19 +21,9 @@ from dask.delayed import Delayed
 from distributed import Client
 
 from distinfluence.errors import ClusterError, DiskFullError
-from distinfluence.scaling.data.sources import process_bytes
-from distinfluence.scaling.dispatch.dispatcher import (
-    RETRIES,
-    SLOW_SECONDS,
-    Agenda,
-    Failures,
-    Flight,
-    Queue,
-    Task,
-    able_workers,
-    all_workers,
-)
-from distinfluence.solvers.auto import free_bytes
+from distinfluence.memory import free_bytes, process_bytes
+from distinfluence.scaling.dispatch.agenda import Agenda, Failures, Task, TaskQueue
+from distinfluence.scaling.dispatch.dispatcher import RETRIES, SLOW_SECONDS, Dispatcher, able_workers, all_workers
 
 
 class Executor(ABC):
@@ -94,7 +84,7 @@ class InProcess(Executor):
 
 
 class OnCluster(Executor):
-    """Tasks on the workers of a Dask cluster, a window of them at a time; see `flight`.
+    """Tasks on the workers of a Dask cluster, a window of them at a time; see `dispatcher`.
 
     resources: that a worker must have for these tasks, for instance {"GPU": 1}. slow_seconds: see SLOW_SECONDS.
     """
@@ -116,15 +106,17 @@ class OnCluster(Executor):
         failures: Failures | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """As they finish. Raises ClusterError if workers keep dying on a task or the scheduler is gone."""
-        yield from self.follow(Queue(task, items), shared, failures)
+        yield from self.follow(TaskQueue(task, items), shared, failures)
 
     def follow(
         self, agenda: Agenda, shared: tuple[object, ...] = (), failures: Failures | None = None
     ) -> Iterator[tuple[int, Any]]:
         """Do what an agenda says; yields as `run` does."""
         name = uuid.uuid4().hex[:8]
-        flight = Flight(self.client, agenda, shared, name, self.resources, self.slow_seconds, self.events, self._silent)
-        yield from flight.results(failures)
+        dispatcher = Dispatcher(
+            self.client, agenda, shared, name, self.resources, self.slow_seconds, self.events, self._silent
+        )
+        yield from dispatcher.results(failures)
 
 
 @dataclass(frozen=True)

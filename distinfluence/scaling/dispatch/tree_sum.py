@@ -11,9 +11,9 @@ from typing import Any
 
 from distributed import Future
 
-from distinfluence.scaling.dispatch.dispatcher import Agenda, Call
+from distinfluence.scaling.dispatch.agenda import Agenda, Call
+from distinfluence.scaling.dispatch.kernel_tasks import add_parts, run_kernel
 from distinfluence.scaling.plan.tree_shape import FAN_IN, PER_WORKER, homes
-from distinfluence.scaling.stages.strips import add_parts, run_kernel
 
 
 class Tree(Agenda):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from distinfluence.influence.checks import check_bytes
 from distinfluence.model.gradients import rows_at_once, samples_at_once
 from distinfluence.model.sample_risk import KEPT_ROW_BYTES
-from distinfluence.scaling.plan.problem import Chunks, Machine, Rates, Work
+from distinfluence.scaling.plan.problem import Chunks, Machine, Problem, Rates
 from distinfluence.scaling.plan.tree_shape import GROUPS, pass_tasks, results_held
 
 ON_HOST = frozenset({"an idle process", "PyTorch at work", "data sets", "kept chunks"})  # what no GPU holds
@@ -36,7 +36,7 @@ class Stage:
         return {name: nbytes for name, nbytes in self.parts.items() if name not in ON_HOST}
 
 
-def sweep_bytes(work: Work, machine: Machine, rows: int, gradients: int) -> int:
+def sweep_bytes(work: Problem, machine: Machine, rows: int, gradients: int) -> int:
     """Bytes of work space of a pass that multiplies rows; one row is taken at once however many bytes it needs.
 
     Gradients of a micro-batch are there by parameter and as rows, and those before are not always given back by then.
@@ -46,7 +46,7 @@ def sweep_bytes(work: Work, machine: Machine, rows: int, gradients: int) -> int:
     return 4 * work.row * max(1, min(rows, rows_at_once(work.row, machine.device_memory is None)))
 
 
-def stages_of(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: Rates | None) -> tuple[Stage, ...]:
+def stages_of(work: Problem, machine: Machine, chunks: Chunks, solve: str, rates: Rates | None) -> tuple[Stage, ...]:
     """The stages of a run in their order. rates: measured, for the times; None leaves them out."""
     run = _Run(work, machine, chunks, solve, rates)
     extras = (run.self_influence(), run.contributions())
@@ -57,7 +57,7 @@ def stages_of(work: Work, machine: Machine, chunks: Chunks, solve: str, rates: R
 class _Run:
     """What stages have in common."""
 
-    work: Work
+    work: Problem
     machine: Machine
     chunks: Chunks
     solve: str
@@ -210,7 +210,7 @@ class _Run:
         return Stage("contributions", min(self.n_strips, pairs), 1, self.always | parts, flops, seconds)
 
 
-def solving_bytes(work: Work, rows: int) -> int:
+def solving_bytes(work: Problem, rows: int) -> int:
     """Bytes that a solve holds for `rows` right-hand sides."""
     needed = int((work.demand.row_vectors + 2) * rows * work.row)
     beside = int((work.demand.beside_vectors + 2) * rows * work.row)

@@ -21,9 +21,11 @@ be added. The gradients of the training set are made ⌈m / panel⌉ times for t
 import itertools
 from dataclasses import dataclass, field
 
+from dask.utils import format_bytes
+
 from distinfluence.errors import PlanError
 from distinfluence.scaling.plan.costs import TORCH_BYTES, Stage, ceil, solving_bytes, stages_of
-from distinfluence.scaling.plan.problem import Asked, Chunks, Machine, Rates, Work
+from distinfluence.scaling.plan.problem import Chunks, FixedSizes, Machine, Problem, Rates
 from distinfluence.scaling.plan.tree_shape import GROUPS, results_held
 
 USABLE = 0.8  # of a worker's memory limit: at 0.7 Dask begins to pause, at 0.95 it kills
@@ -42,7 +44,7 @@ class Plan:
     an idle one. disk_bytes: of the result; scratch_bytes: of files that go when it is complete.
     """
 
-    work: Work
+    work: Problem
     machine: Machine
     chunks: Chunks
     solve: str
@@ -82,8 +84,8 @@ class Plan:
         work, machine, chunks = self.work, self.machine, self.chunks
         lines = [
             f"plan: {work.n_test} × {work.n_train} influences of {work.p} parameters on {machine.workers} "
-            f"worker{'s' if machine.workers > 1 else ''} of {_size(machine.memory)}"
-            + ("" if machine.device_memory is None else f" with {_size(machine.device_memory)} on a GPU"),
+            f"worker{'s' if machine.workers > 1 else ''} of {format_bytes(machine.memory)}"
+            + ("" if machine.device_memory is None else f" with {format_bytes(machine.device_memory)} on a GPU"),
             f"  chunks: {chunks.train} training points in each of {_count(self.n_strips, 'strip')}, {chunks.test} test "
             f"points in each of {_count(self.n_solves, 'solve')} (by {self.solve}), factors in "
             f"{_count(self.n_panels, 'panel')} of {chunks.panel}",
@@ -93,21 +95,23 @@ class Plan:
             seconds = "" if stage.seconds is None else _time(stage.seconds)
             flops = f"{stage.flops:.1e}" if stage.flops else ""
             lines.append(
-                f"  {stage.name:<15}{stage.tasks:>9}{stage.passes:>9}{_size(stage.bytes):>18}{flops:>10}{seconds:>10}"
+                f"  {stage.name:<15}{stage.tasks:>9}{stage.passes:>9}{format_bytes(stage.bytes):>18}"
+                f"{flops:>10}{seconds:>10}"
             )
         lines.append(
-            f"  on disk: {_size(self.disk_bytes)} for the result, {_size(self.scratch_bytes)} of scratch while it runs;"
-            f" this process: {_size(self.driver_bytes)} more than idle"
+            f"  on disk: {format_bytes(self.disk_bytes)} for the result, "
+            f"{format_bytes(self.scratch_bytes)} of scratch while it runs; "
+            f"this process: {format_bytes(self.driver_bytes)} more than idle"
         )
         return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks)])
 
 
-def make_plan(work: Work, machine: Machine, asked: Asked | None = None, rates: Rates | None = None) -> Plan:
+def make_plan(work: Problem, machine: Machine, asked: FixedSizes | None = None, rates: Rates | None = None) -> Plan:
     """The plan of a run; chunk sizes that were not asked for are chosen.
 
     Raises PlanError, with the change that would make it fit, if a stage needs more than a worker has.
     """
-    asked = asked or Asked()
+    asked = asked or FixedSizes()
     chunks = Chunks(
         train=min(work.n_train, asked.train or _strip(work, machine)),
         test=min(work.n_test, asked.test or _test_chunk(work, machine)),
@@ -136,7 +140,7 @@ def make_plan(work: Work, machine: Machine, asked: Asked | None = None, rates: R
     return plan
 
 
-def _room(work: Work, machine: Machine) -> int:
+def _room(work: Problem, machine: Machine) -> int:
     process = machine.process + TORCH_BYTES
     room = int(USABLE * machine.memory) - process - work.model_bytes - work.built_bytes - machine.kept
     if machine.device_memory is not None:
@@ -144,7 +148,7 @@ def _room(work: Work, machine: Machine) -> int:
     return max(1, room)
 
 
-def _strip(work: Work, machine: Machine) -> int:
+def _strip(work: Problem, machine: Machine) -> int:
     """Training points in a strip: enough strips for all workers, few enough for one scheduler, small enough to hold."""
     fair = work.n_train // (STRIPS_PER_WORKER * machine.workers)
     entry = work.n_test * work.entry * (2 * work.itemsize + (12 if work.entry == 1 else 4))
@@ -156,7 +160,7 @@ def _strip(work: Work, machine: Machine) -> int:
     return min(work.n_train, max(_power_of_two(size), _power_of_two(2 * fewest - 1)))
 
 
-def _test_chunk(work: Work, machine: Machine) -> int:
+def _test_chunk(work: Problem, machine: Machine) -> int:
     room = (_room(work, machine) - work.demand.state_bytes) // 2
     vectors = int((work.demand.row_vectors + 2) * work.row)
     if work.over_data and not machine.alone:
@@ -168,7 +172,7 @@ def _test_chunk(work: Work, machine: Machine) -> int:
     return min(work.n_test, most, fair if fair >= 64 or not work.over_data else most)
 
 
-def _remarks(work: Work, chunks: Chunks) -> tuple[str, ...]:
+def _remarks(work: Problem, chunks: Chunks) -> tuple[str, ...]:
     remarks = []
     if not work.demand.by_method and work.over_data:
         remarks.append(
@@ -177,8 +181,8 @@ def _remarks(work: Work, chunks: Chunks) -> tuple[str, ...]:
     panels = ceil(work.n_test, chunks.panel)
     if panels > 1:
         remarks.append(
-            f"factors take {_size(work.n_test * work.row)}, {_size(chunks.panel * work.row)} at a time: the training "
-            f"gradients are made {panels} times. Workers with more memory would make them once."
+            f"factors take {format_bytes(work.n_test * work.row)}, {format_bytes(chunks.panel * work.row)} at a time: "
+            f"the training gradients are made {panels} times. Workers with more memory would make them once."
         )
     return tuple(remarks)
 
@@ -206,9 +210,10 @@ def _check(plan: Plan) -> None:
             "the fitted state": "Use an iterative method, such as cg, or block_structure='layer_wise'.",
         }.get(name, "")
         raise PlanError(
-            f"the stage {stage.name!r} needs {_size(needed)} a worker, which may take {_size(limit)} (95 % of "
-            f"{'its GPU' if on_device else 'its memory limit'}); most of it is {name}, {_size(largest)}. "
-            f"{remedy}{' Or g' if remedy else 'G'}ive each worker at least {_size(int(needed / USABLE))}"
+            f"the stage {stage.name!r} needs {format_bytes(needed)} a worker, which may take "
+            f"{format_bytes(limit)} (95 % of {'its GPU' if on_device else 'its memory limit'}); most of it is "
+            f"{name}, {format_bytes(largest)}. "
+            f"{remedy}{' Or g' if remedy else 'G'}ive each worker at least {format_bytes(int(needed / USABLE))}"
             f"{' of GPU memory.' if on_device else ', fewer workers on a host for instance.'}"
         )
 
@@ -219,14 +224,6 @@ def _power_of_two(n: int) -> int:
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"
 
 
 def _time(seconds: float) -> str:

@@ -8,7 +8,7 @@ KEPT_SHARE, KEPT_MOST = 0.125, 2**30  # of a worker's memory for loaded chunks t
 
 
 @dataclass(frozen=True)
-class Work:
+class Problem:
     """What is to be computed.
 
     n_test, n_train, n_fit: samples of the matrix's rows and columns, and of the fit. p: covered parameters; itemsize:
@@ -80,7 +80,7 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class Asked:
+class FixedSizes:
     """Chunk sizes that are fixed already; None where the plan chooses."""
 
     train: int | None = None

@@ -20,12 +20,13 @@ from distinfluence.scaling.data.chunks import ChunkedData, taken
 from distinfluence.scaling.plan.costs import FACTOR_BYTES
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.scratch import save_whole
-from distinfluence.scaling.worker.context import Chunk, Context, load, named_samples, torch_task
+from distinfluence.scaling.worker.cache import Chunk, load, named_samples
+from distinfluence.scaling.worker.context import Context, torch_task
 from distinfluence.scaling.worker.logs import logged_task
 from distinfluence.store import InfluenceWriter, write_contributions
 
 if TYPE_CHECKING:
-    from distinfluence.scaling.stages.run import Fitted
+    from distinfluence.scaling.stages.request import FittedRun
 
 SHOWN = 10  # pairs at each end of a ranking that are taken apart, where nobody says better
 MOST_TESTS, MOST_TOKEN_POINTS = 64, 4  # test points, training points of sequences, that are multiplied at once
@@ -59,7 +60,7 @@ class RankedPairs:
 
 
 def take_apart(
-    fitted: "Fitted",
+    fitted: "FittedRun",
     writer: InfluenceWriter,
     columns: ChunkedData,
     pairs: RankedPairs,

@@ -3,13 +3,17 @@
 import uuid
 from pathlib import Path
 
+import numpy as np
 from dask.delayed import Delayed
 
-from distinfluence.influence.arrays import ArrayBatch
+from distinfluence.influence.arrays import (
+    ArrayBatch,
+)
 from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.data.sources import ArraySource, LeafTree, NpyLeaf
 from distinfluence.scaling.dispatch.executor import Executor
-from distinfluence.scaling.stages.strips import store_chunk
+from distinfluence.scaling.scratch import save_whole
+from distinfluence.scaling.worker.cache import Chunk, load
 
 
 def stored(data: ChunkedData, folder: Path, executor: Executor) -> ChunkedData:
@@ -30,3 +34,18 @@ def _npy_leaves(files: ArrayBatch) -> LeafTree:
         return tuple(_npy_leaves(value) for value in files)
     path, *shape = (str(part) for part in files)
     return NpyLeaf(path, tuple(int(length) for length in shape))
+
+
+def store_chunk(chunk: Chunk, folder: str, name: str) -> ArrayBatch:
+    """Write a chunk's arrays to .npy files in a folder, whole or not at all; the files' names in the batch's form."""
+    return _stored(load(chunk), Path(folder), name)
+
+
+def _stored(arrays: ArrayBatch, folder: Path, name: str) -> ArrayBatch:
+    if isinstance(arrays, dict):
+        return {key: _stored(value, folder, f"{name}-{i}") for i, (key, value) in enumerate(arrays.items())}
+    if isinstance(arrays, tuple):
+        return tuple(_stored(value, folder, f"{name}-{i}") for i, value in enumerate(arrays))
+    path = folder / f"{name}.npy"
+    save_whole(path, np.asarray(arrays))
+    return np.array([str(path), *map(str, np.asarray(arrays).shape)])

@@ -15,59 +15,32 @@ Factors have checksums; those that are not as they were written are solved again
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from distinfluence.errors import (
     ChunkFailedError,
-    DistinfluenceError,
-    FingerprintError,
-    NonDeterministicDataError,
     StoreNotFoundError,
 )
-from distinfluence.influence.arrays import Array, to_numpy, to_tensor, to_tensor_batch
-from distinfluence.influence.base import InfluenceFunctionModel
-from distinfluence.influence.scores import InfluenceMode
-from distinfluence.model.batch import Batch
-from distinfluence.model.counter_random import sample_keys
-from distinfluence.model.identity.draw import Draw, Place, grouped, sample_of
 from distinfluence.model.identity.probe import Probe
 from distinfluence.model.identity.structure import structure
-from distinfluence.model.reducer import OTHER_VALUES
-from distinfluence.model.sample_risk import SampleRisk
-from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.data.recipe import fingerprint_module
-from distinfluence.scaling.dispatch.dispatcher import Failures
-from distinfluence.scaling.dispatch.executor import Executor
-from distinfluence.scaling.partition import Share
-from distinfluence.scaling.plan.plan import Plan
+from distinfluence.scaling.dispatch.agenda import Failures
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.scratch import appearing, scratch_errors
 from distinfluence.scaling.stages.contributions import RankedPairs, take_apart
-from distinfluence.scaling.stages.self_influence import write_self_influences
-from distinfluence.scaling.stages.strips import (
-    Inspection,
-    Sample,
-    chunk_right_hand_sides,
-    factor_fields,
+from distinfluence.scaling.stages.factor_file import (
     fields_file,
-    inspect_chunk,
-    make_factor_file,
-    read_again,
-    save_factors,
-    saved_fields,
-    solve_chunk,
-    stored_fields,
-    write_strip,
 )
-from distinfluence.scaling.worker.context import Context, samples_of
+from distinfluence.scaling.stages.factors import write_all_fields, write_factors
+from distinfluence.scaling.stages.inspect import listed, look, reasons_of
+from distinfluence.scaling.stages.probe import require_same_probe
+from distinfluence.scaling.stages.request import FittedRun, Request
+from distinfluence.scaling.stages.self_influence import write_self_influences
+from distinfluence.scaling.stages.strips import write_strip
 from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, mend, open_influences
 from distinfluence.store.format.fingerprint import combine, fingerprint_settings
 from distinfluence.store.format.remote import RemoteFolder
@@ -75,124 +48,8 @@ from distinfluence.store.format.remote import RemoteFolder
 FACTORS_FORMAT = 2  # of their files in the scratch folder; those of another are not taken
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What a fit leaves for the stages after it.
-
-    sha256: of the data that was fitted to; sample: what one of them is like; probe: what the model makes of some.
-    """
-
-    model: InfluenceFunctionModel
-    context: Context
-    executor: Executor
-    train: ChunkedData
-    sha256: str
-    sample: Sample
-    probe: Probe
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a run, beyond the fitted model.
-
-    plan: chunk sizes, panel, and where is solved: "rows" solves each test chunk on one worker, which sweeps the
-    training set by itself; "data" solves here and spreads each sweep over the workers. input_shape: of one training
-    input for mode "perturbation", else empty. check: read what is there of a run that goes on, and make anew what is
-    damaged. share: the part of the strips to make, of runs that work on one result.
-    """
-
-    test: ChunkedData
-    columns: ChunkedData
-    mode: InfluenceMode
-    plan: Plan
-    input_shape: tuple[int, ...]
-    top_k: int
-    mantissa_bits: int
-    overwrite: bool
-    resume: bool
-    attributes: Mapping[str, object]
-    contributions: int = 0
-    self_influence: bool = False
-    check: bool = False
-    share: Share | None = None
-
-
-@dataclass(frozen=True)
-class Looked:
-    """A data set that was looked at. data: with the fingerprint of each chunk; sha256: of it all, in these chunks."""
-
-    data: ChunkedData
-    sha256: str
-    draw: Draw
-
-
-def look(executor: Executor, context: Context, data: ChunkedData, progress: Progress, what: str) -> Looked:
-    """Load and check every chunk where it will be used.
-
-    All chunks are looked at before the bad ones are named: raises the error of the only one, the common kind of error
-    of several, else ChunkFailedError.
-    """
-    items = [(chunk, i, data.starts[i], data.sizes[i]) for i, chunk in enumerate(data.chunks)]
-    found: dict[int, Inspection] = {}
-    with progress.stage(f"look at {what}", len(items), "chunks") as bar:
-        failures: Failures = {}
-        for index, inspection in executor.run(inspect_chunk, (context,), items, failures):
-            assert isinstance(inspection, Inspection)
-            found[index] = inspection
-            bar.advance()
-    if failures:
-        kinds = {type(error) for error in failures.values()}
-        kind = kinds.pop() if len(kinds) == 1 else ChunkFailedError
-        kind = kind if issubclass(kind, DistinfluenceError) else ChunkFailedError
-        first, *others = _reasons(data, failures).values()
-        if not others:
-            raise kind(first) from next(iter(failures.values()))
-        raise kind(f"{len(failures)} of {len(items)} chunks of {what}:\n  " + _listed([first, *others]))
-    whole = combine({str(index): inspection.sha256 for index, inspection in found.items()})
-    ordered = [found[index] for index in range(len(items))]
-    draw = sum((inspection.draw for inspection in ordered), Draw())
-    return Looked(data.looked_at([inspection.sha256 for inspection in ordered]), whole, draw)
-
-
-def drawn_samples(executor: Executor, risk: SampleRisk, looked: Looked) -> list[Batch]:
-    """The drawn samples, read once more, joined where their shapes allow and placed.
-
-    Raises NonDeterministicDataError where they are not what they were: the data set draws random numbers, or each
-    process builds another one.
-    """
-    by_chunk: dict[int, list[int]] = {}
-    for chunk, index in looked.draw.places:
-        by_chunk.setdefault(chunk, []).append(index)
-    chunks = list(by_chunk)
-    samples: dict[Place, Batch] = {}
-    for position, arrays in executor.run(read_again, (), [(looked.data.chunks[c], by_chunk[c]) for c in chunks]):
-        batch = risk.place(to_tensor_batch(arrays))
-        for number, index in enumerate(by_chunk[chunks[position]]):
-            samples[chunks[position], index] = sample_of(batch, number)
-    for (chunk, index), key in looked.draw.places.items():
-        if int(sample_keys(samples[chunk, index])) != key:
-            where = f"the data set (sample {looked.data.starts[chunk] + index})"
-            raise NonDeterministicDataError(OTHER_VALUES.format(what=where))
-    return grouped([samples[place] for place in looked.draw.places])
-
-
-def _reasons(data: ChunkedData, failures: Failures) -> dict[int, str]:
-    """Why each chunk failed, with its samples."""
-    reasons = {}
-    for i, error in sorted(failures.items()):
-        named = samples_of(i, data.starts[i], data.sizes[i])
-        text = str(error) if isinstance(error, DistinfluenceError) else f"{type(error).__name__}: {error}"
-        reasons[i] = text if text.startswith(named) else f"{named}: {text}"
-    return reasons
-
-
-def _listed(reasons: Iterable[str]) -> str:
-    some = [*reasons]
-    return "\n  ".join([*some[:10], *(["…"] if len(some) > 10 else [])])
-
-
 def write_influences(
-    path: Path | RemoteFolder, fitted: Fitted, request: Request, scratch: Path, progress: Progress
+    path: Path | RemoteFolder, fitted: FittedRun, request: Request, scratch: Path, progress: Progress
 ) -> InfluenceResult:
     """Carry out a request; see the module. Raises FingerprintError if the result there is of another run."""
     executor, context = fitted.executor, fitted.context
@@ -226,17 +83,17 @@ def write_influences(
         # where is solved is an arithmetic of its own, and "auto" decides it by the workers that there are
         "chunks": {"test": list(test.sizes), "train": layout.strip, "panel": panel, "solve": request.plan.solve},
     }
-    share = request.share
-    with share.alone() if share is not None else nullcontext():
+    partition = request.partition
+    with partition.alone() if partition is not None else nullcontext():
         writer = _writer(path, layout, fingerprints, settings, fitted, request)
         if request.check and (damage := mend(writer)):
             progress.warn(f"{damage} of {path} are damaged and made again.")
     belongs = {**fingerprints, "settings": fingerprint_settings({**settings, "format": FACTORS_FORMAT})}
     with scratch_errors(scratch, "factors"):
         folder = _own_folder(scratch / f"factors-{combine(belongs)[:16]}", fitted.probe)
-    pending = writer.pending() if share is None else share.of(writer.pending())
+    pending = writer.pending() if partition is None else partition.of(writer.pending())
     if pending:
-        file = _write_factors(writer, fitted, request, folder, progress)
+        file = write_factors(writer, fitted, request, folder, progress)
         with progress.stage("strips", len(pending), "strips") as bar:
             failures: Failures = {}
             items = [(columns.chunks[i], i, columns.starts[i], columns.sizes[i]) for i in pending]
@@ -244,27 +101,16 @@ def write_influences(
             for _ in fitted.executor.run(write_strip, shared, items, failures):
                 bar.advance()
         if failures:
-            named = _reasons(columns, {pending[position]: error for position, error in failures.items()})
+            named = reasons_of(columns, {pending[position]: error for position, error in failures.items()})
             raise _quarantined(writer, named)
-    with share.alone() if share is not None else nullcontext():
-        if share is not None and writer.pending():
+    with partition.alone() if partition is not None else nullcontext():
+        if partition is not None and writer.pending():
             return open_influences(path)  # whoever makes the last strip finishes
-        _write_all_fields(writer, fitted, replace(request, share=None), folder, progress)
+        write_all_fields(writer, fitted, replace(request, partition=None), folder, progress)
         writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
         _write_extras(writer, fitted, request, folder, progress)
         shutil.rmtree(folder, ignore_errors=True)
     return open_influences(path)
-
-
-def require_same_probe(recorded: Mapping[str, Any], here: Probe, path: object) -> None:
-    """Raise FingerprintError if a result was made with a model or an objective that computes something else."""
-    differences = here.differences(Probe.from_json(recorded["probe"]))
-    if differences:
-        raise FingerprintError(
-            f"`path` {path} was made with a model or an objective that computes something else: "
-            f"{'; '.join(differences)}. Take the model and the objective that it was begun with, write to another "
-            "path, or pass overwrite=True to start again."
-        )
 
 
 def _own_folder(named: Path, probe: Probe) -> Path:
@@ -285,7 +131,9 @@ def _own_folder(named: Path, probe: Probe) -> Path:
             return folder
 
 
-def _write_extras(writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress) -> None:
+def _write_extras(
+    writer: InfluenceWriter, fitted: FittedRun, request: Request, folder: Path, progress: Progress
+) -> None:
     """What is asked for beyond the matrix, after it: a failure here leaves a complete result, and can be resumed."""
     if request.self_influence:
         group = min(request.plan.chunks.test, request.columns.strip)
@@ -294,7 +142,7 @@ def _write_extras(writer: InfluenceWriter, fitted: Fitted, request: Request, fol
     if k and open_influences(writer.path).n_contributions != k:
         file = folder / "factors.npy"
         if not all(fields_file(str(file), start).is_file() for start in request.test.starts):
-            _write_factors(writer, fitted, replace(request, share=None), folder, progress)  # a lock is held already
+            write_factors(writer, fitted, replace(request, partition=None), folder, progress)  # a lock is held already
         take_apart(fitted, writer, request.columns, RankedPairs.of(writer, k), str(file), progress)
         writer.note(progress.seconds)
 
@@ -304,7 +152,7 @@ def _writer(
     layout: Layout,
     fingerprints: dict[str, str],
     settings: dict[str, object],
-    fitted: Fitted,
+    fitted: FittedRun,
     request: Request,
 ) -> InfluenceWriter:
     if request.resume:
@@ -341,123 +189,6 @@ def _quarantined(writer: InfluenceWriter, reasons: Mapping[int, str]) -> ChunkFa
     writer.quarantine(reasons)
     return ChunkFailedError(
         f"{len(reasons)} of {writer.layout.n_strips} strips failed every time they were tried and were set apart, all "
-        f"others are written:\n  {_listed(reasons.values())}\nMend these training samples or their loading, then go on "
+        f"others are written:\n  {listed(reasons.values())}\nMend these training samples or their loading, then go on "
         "with resume."
     )
-
-
-def _unsolved(test: ChunkedData, failures: Failures) -> ChunkFailedError:
-    """What to raise when the factors of all other test chunks are made: a strip needs them all."""
-    return ChunkFailedError(
-        f"{len(failures)} of {len(test.sizes)} test chunks failed every time they were tried, the factors of all "
-        f"others are made:\n  {_listed(_reasons(test, failures).values())}\nMend these test samples or their "
-        "loading, then go on with resume."
-    )
-
-
-def _write_all_fields(
-    writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress
-) -> None:
-    """What is known of the test points, once more and whole: a power failure may have torn what was written before."""
-    fields = _all_fields(request.test, folder)
-    if fields is None and not writer.knows_tests():
-        _write_factors(writer, fitted, request, folder, progress)
-        fields = _all_fields(request.test, folder)
-    if fields is not None:
-        writer.write_test(slice(0, writer.layout.n_test), **stored_fields(fields, writer.layout))
-
-
-def _all_fields(test: ChunkedData, folder: Path) -> dict[str, Array] | None:
-    """The fields of all test points, None if those of some are not there."""
-    parts = [saved_fields(str(folder / "factors.npy"), start, check=False) for start in test.starts]
-    whole = [part for part in parts if part is not None]
-    if len(whole) < len(parts):
-        return None
-    return {name: np.concatenate([part[name] for part in whole]) for name in whole[0]}
-
-
-def _made(
-    fitted: Fitted, test: ChunkedData, file: str, chunks: Iterable[int], progress: Progress
-) -> dict[int, Mapping[str, Array]]:
-    """Of these test chunks those whose factors are there and as they were written, with their fields."""
-    there = [i for i in chunks if fields_file(file, test.starts[i]).is_file()]
-    found, items = dict[int, Mapping[str, Array]](), [(file, test.starts[i]) for i in there]
-    for position, fields in fitted.executor.run(saved_fields, (), items):
-        if fields is None:
-            damaged = samples_of(there[position], test.starts[there[position]], test.sizes[there[position]])
-            progress.warn(f"the factors of test {damaged} in {Path(file).parent} are damaged: solved again.")
-        else:
-            found[there[position]] = fields
-    return found
-
-
-def _share_factors(fitted: Fitted, request: Request, share: Share, file: str, progress: Progress) -> None:
-    """Factors that nobody has made yet, beginning elsewhere in each run, so that runs at the same time share them."""
-    test, failures = request.test, Failures()
-    with progress.stage("factors", test.n_samples, "test points") as bar:
-        for i in share.turned(range(len(test.sizes))):
-            if not _made(fitted, test, file, [i], progress):
-                item, failed = (test.chunks[i], file, i, test.starts[i], test.sizes[i]), Failures()
-                for _ in fitted.executor.run(solve_chunk, (fitted.context,), [item], failed):
-                    pass
-                failures.update((i, error) for error in failed.values())
-            bar.advance(test.sizes[i])
-    if failures:
-        raise _unsolved(test, failures)
-
-
-def _write_factors(writer: InfluenceWriter, fitted: Fitted, request: Request, folder: Path, progress: Progress) -> str:
-    test, model = request.test, fitted.model
-    file = folder / "factors.npy"
-    dtype = to_numpy(torch.empty(0, dtype=model.risk.dtype)).dtype
-    share = request.share
-    with share.alone() if share is not None else nullcontext():
-        make_factor_file(file, test.n_samples, model.n_parameters, dtype)
-    if share is not None:
-        _share_factors(fitted, request, share, str(file), progress)
-        return str(file)
-    made = _made(fitted, test, str(file), range(len(test.sizes)), progress)
-    waiting, failed = [i for i in range(len(test.sizes)) if i not in made], Failures()
-    with progress.stage("factors", test.n_samples, "test points") as bar:
-
-        def done(index: int, fields: Mapping[str, Array]) -> None:
-            rows = slice(test.starts[index], test.starts[index] + test.sizes[index])
-            writer.write_test(rows, **stored_fields(fields, writer.layout))
-            bar.advance(test.sizes[index])
-
-        for index, fields in made.items():
-            done(index, fields)
-        if request.plan.solve == "rows":
-            items = [(test.chunks[i], str(file), i, test.starts[i], test.sizes[i]) for i in waiting]
-            for position, fields in fitted.executor.run(solve_chunk, (fitted.context,), items, failed):
-                done(waiting[position], fields)
-        else:
-            _solve_here(fitted, request, str(file), waiting, failed, done, bar.note)
-    if failed:
-        raise _unsolved(test, {waiting[position]: error for position, error in failed.items()})
-    return str(file)
-
-
-def _solve_here(
-    fitted: Fitted,
-    request: Request,
-    file: str,
-    waiting: list[int],
-    failed: Failures,
-    done: Callable[[int, Mapping[str, Array]], None],
-    note: Callable[[str], None],
-) -> None:
-    """Gradients of the test chunks from the workers, one solve for each, its sweeps spread over the workers."""
-    plane = fitted.model.plane
-    before = plane.passes
-    plane.on_pass = lambda: note(f"{plane.passes - before} passes")
-    items = [(request.test.chunks[i], i, request.test.starts[i], request.test.sizes[i]) for i in waiting]
-    try:
-        for position, sides in fitted.executor.run(chunk_right_hand_sides, (fitted.context,), items, failed):
-            with torch.no_grad():
-                factors, report = fitted.model.solve(to_tensor(sides["rows"]).to(fitted.model.risk.device))
-            fields = factor_fields(factors, report, sides["loss"], sides["gradient_norm"])
-            save_factors(file, request.test.starts[waiting[position]], np.asarray(to_numpy(factors)), fields)
-            done(waiting[position], fields)
-    finally:
-        plane.on_pass = None

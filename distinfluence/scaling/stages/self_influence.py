@@ -18,12 +18,13 @@ from distinfluence.influence.self_influence import SelfInfluences
 from distinfluence.model.batch import batch_length, take
 from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.progress import Progress
-from distinfluence.scaling.worker.context import Chunk, Context, load, named_samples, torch_task
+from distinfluence.scaling.worker.cache import Chunk, load, named_samples
+from distinfluence.scaling.worker.context import Context, torch_task
 from distinfluence.scaling.worker.logs import logged_task
 from distinfluence.store import InfluenceWriter
 
 if TYPE_CHECKING:
-    from distinfluence.scaling.stages.run import Fitted
+    from distinfluence.scaling.stages.request import FittedRun
 
 RTOL = 1e-3  # of a bracket's width
 QUADRATURE, SOLVE = "quadrature", "solve"
@@ -36,7 +37,7 @@ def self_influence_method(model: InfluenceFunctionModel) -> str:
 
 
 def write_self_influences(
-    fitted: "Fitted", writer: InfluenceWriter, columns: ChunkedData, group: int, progress: Progress
+    fitted: "FittedRun", writer: InfluenceWriter, columns: ChunkedData, group: int, progress: Progress
 ) -> None:
     """Compute those that are not there and write them, strip by strip. group: training points solved together."""
     method = self_influence_method(fitted.model)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distributed import Worker, WorkerPlugin
 
-from distinfluence.scaling.data.sources import process_bytes
+from distinfluence.memory import process_bytes
 from distinfluence.store.format.folder import surfaced_errors
 
 LOGGER = logging.getLogger("distinfluence.worker")

@@ -4,55 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from distinfluence.store.read.result import InfluenceResult
-
-
-def result_as_html(result: InfluenceResult) -> str:
-    """What it is, what made it, how far it converged, and what it cost."""
-    rows = "".join(
-        f'<tr><th style="text-align:left">{escape(name)}</th><td style="text-align:left">{escape(text)}</td></tr>'
-        for name, text in facts(result).items()
-    )
-    return f"<table><caption>Influences, {escape(str(result.path))}</caption><tbody>{rows}</tbody></table>"
-
-
-def facts(result: InfluenceResult) -> dict[str, str]:
-    """Name → text, what one asks first. Attributes of any kind are taken: a result may be of an older version."""
-    provenance = result.provenance
-    done, n_strips = result.layout.n_strips - result.n_missing, result.layout.n_strips
-    found = {
-        **({"model": model} if (model := model_of(provenance)) else {}),
-        "shape": f"{' × '.join(f'{n:,}' for n in result.shape)} (test × train{' × input' if result.shape[2:] else ''})",
-        "state": "complete" if result.complete else f"running, {done} of {n_strips} strips",
-        "method": _method(_mapping(provenance.get("solver"))),
-        "converged": f"{int(result.converged.sum())} of {result.shape[0]} rows, {_worst(result.relative_residual)}",
-        "error bounds": _bounds(result),
-    }
-    covered = _mapping(provenance.get("parameters"))
-    if "coverage" in covered:
-        found["parameters"] = f"{covered.get('covered')} of {covered.get('total')} covered"
-    seconds = _mapping(_mapping(provenance.get("summary")).get("seconds"))
-    times = [f"{name} {value:.1f} s" for name, value in seconds.items() if isinstance(value, int | float)]
-    if times:
-        found["time"] = ", ".join(times)
-    for name in ("created", "sign_convention"):
-        if name in provenance:
-            found[name.replace("_", " ")] = str(provenance[name])
-    return found
-
-
-def model_of(provenance: Mapping[str, Any]) -> str:
-    """The model's class and the factory that a job names, as far as they are recorded; else empty."""
-    kind = _mapping(provenance.get("model")).get("class")
-    factory = _mapping(_mapping(_mapping(provenance.get("job")).get("model")).get("factory")).get("target")
-    named = [str(kind)] if isinstance(kind, str) else []
-    return _cut(" from ".join([*named, *([str(factory)] if isinstance(factory, str) else [])]), 400)
+    pass
 
 
 def table_as_html(caption: str, columns: Mapping[str, Sequence[object]]) -> str:
@@ -64,30 +21,9 @@ def table_as_html(caption: str, columns: Mapping[str, Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, float | np.floating) else _cut(str(value), 80)
+    return f"{value:.5g}" if isinstance(value, float | np.floating) else cut(str(value), 80)
 
 
-def _cut(text: str, most: int) -> str:
+def cut(text: str, most: int) -> str:
+    """Return the text, shortened to `most` characters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _method(solver: Mapping[str, Any]) -> str:
-    name = solver.get("method", solver.get("name", "not recorded"))
-    details = {key: value for key, value in solver.items() if key not in ("method", "name")}
-    text = ", ".join(f"{key} {value}" for key, value in details.items())
-    return f"{name}{': ' if text else ''}{_cut(text, 400)}"
-
-
-def _worst(residual: NDArray[np.float32]) -> str:
-    known = residual[~np.isnan(residual)]
-    return f"worst relative residual {float(known.max()):.2g}" if known.size else "residuals not measured"
-
-
-def _bounds(result: InfluenceResult) -> str:
-    known = np.isfinite(result.error_bound)
-    kind = result.provenance.get("error_bound")
-    return f"{int(known.sum())} of {known.size} rows{f', {kind}' if isinstance(kind, str) else ''}"
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

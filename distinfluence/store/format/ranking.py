@@ -6,12 +6,17 @@ unique: equal influences rank by ascending training index, however the matrix wa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distinfluence.errors import IndexRangeError, ShapeError
 from distinfluence.store.format.html import table_as_html
+from distinfluence.store.format.layout import whole_number
+
+if TYPE_CHECKING:
+    from distinfluence.store.read.result import InfluenceResult
 
 _KEYS_AT_ONCE = 2**21  # 16 MiB
 _SIGN = np.uint32(0x8000_0000)
@@ -76,3 +81,30 @@ def _unpack(keys: NDArray[np.uint64]) -> Ranking:
     order = (keys >> np.uint64(32)).astype(np.uint32)
     bits = np.where(order & _SIGN, order ^ _SIGN, ~order)
     return Ranking((keys & np.uint64(0xFFFF_FFFF)).astype(np.int32), bits.view(np.float32))
+
+
+End = Literal["top", "bottom"]
+
+
+def require_ranked(result: InfluenceResult, what: str) -> None:
+    """Pass for one number per pair of points. Raises ShapeError for influences of inputs."""
+    if not result.layout.ranked:
+        raise ShapeError(
+            f"`{what}` wants one number per pair of points, got perturbation influences of inputs "
+            f"{result.layout.input_shape}. Reduce them first, for example by their norm over the input."
+        )
+
+
+def checked_index(name: str, index: int, n: int) -> int:
+    """`index` from 0 to n - 1, negative ones counted from the end. Raises IndexRangeError."""
+    index = whole_number(name, index)
+    if not -n <= index < n:
+        axis = name.partition("_")[0]
+        raise IndexRangeError(f"`{name}` must be from {-n} to {n - 1}, got {index}. There are {n} {axis} points.")
+    return index % n
+
+
+def is_ranking(ranking: Ranking, columns: slice) -> bool:
+    """Whether it names training points of `columns` only, with finite influences: what a missing chunk does not."""
+    inside = (ranking.indices >= columns.start) & (ranking.indices < columns.stop)
+    return bool(inside.all() and np.isfinite(ranking.values).all())

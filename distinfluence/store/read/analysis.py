@@ -12,18 +12,19 @@ from distinfluence.errors import CorruptStoreError, IncompleteResultError, Index
 from distinfluence.store.format.html import table_as_html
 from distinfluence.store.format.layout import whole_number
 from distinfluence.store.format.ranking import (
+    End,
     Ranking,
+    checked_index,
     empty_ranking,
     merge_harmful,
     merge_helpful,
     most_harmful,
     most_helpful,
+    require_ranked,
 )
 
 if TYPE_CHECKING:
     from distinfluence.store.read.result import InfluenceResult
-
-End = Literal["top", "bottom"]
 
 
 class Grouped(NamedTuple):
@@ -170,30 +171,6 @@ def checked_rows(tests: ArrayLike | slice, n_test: int) -> NDArray[np.int64]:
     if not rows.size:
         raise IndexRangeError("`tests` must name at least one test point, got none.")
     return rows
-
-
-def require_ranked(result: InfluenceResult, what: str) -> None:
-    """Pass for one number per pair of points. Raises ShapeError for influences of inputs."""
-    if not result.layout.ranked:
-        raise ShapeError(
-            f"`{what}` wants one number per pair of points, got perturbation influences of inputs "
-            f"{result.layout.input_shape}. Reduce them first, for example by their norm over the input."
-        )
-
-
-def checked_index(name: str, index: int, n: int) -> int:
-    """`index` from 0 to n - 1, negative ones counted from the end. Raises IndexRangeError."""
-    index = whole_number(name, index)
-    if not -n <= index < n:
-        axis = name.partition("_")[0]
-        raise IndexRangeError(f"`{name}` must be from {-n} to {n - 1}, got {index}. There are {n} {axis} points.")
-    return index % n
-
-
-def is_ranking(ranking: Ranking, columns: slice) -> bool:
-    """Whether it names training points of `columns` only, with finite influences: what a missing chunk does not."""
-    inside = (ranking.indices >= columns.start) & (ranking.indices < columns.stop)
-    return bool(inside.all() and np.isfinite(ranking.values).all())
 
 
 def _groups(axis: str, labels: ArrayLike | None, n: int) -> tuple[NDArray[Any], NDArray[np.int64]]:

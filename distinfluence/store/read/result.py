@@ -18,14 +18,15 @@ from distinfluence.errors import (
     DistinfluenceError,
     MissingDependencyError,
 )
+from distinfluence.store.format.contribution_layout import spec_of
 from distinfluence.store.format.folder import COMPLETE, RUNNING, place_of, read_attributes, surfaced_errors
-from distinfluence.store.format.html import result_as_html
 from distinfluence.store.format.layout import Layout, array_specs
-from distinfluence.store.format.ranking import Ranking
+from distinfluence.store.format.ranking import Ranking, checked_index, require_ranked
 from distinfluence.store.format.remote import RemoteFolder, RemoteStore
 from distinfluence.store.read import analysis
 from distinfluence.store.read.annotations import Axis, StoredPoints, names_of, read_samples
-from distinfluence.store.read.contributions import Contributions, read_contributions, spec_of
+from distinfluence.store.read.contributions import Contributions, read_contributions
+from distinfluence.store.read.facts import result_as_html
 from distinfluence.store.read.guarded_store import GuardedStore, checked, is_bounded, largest_file, open_to_read
 from distinfluence.store.read.row_ranking import rank_row
 from distinfluence.store.read.tables import ranking_table
@@ -182,7 +183,7 @@ class InfluenceResult:
         Its negative is the net harm: large where removing the point would lower the test loss. Written by the strips;
         results that do not have it are read a strip at a time. Raises ShapeError for mode `perturbation`.
         """
-        analysis.require_ranked(self, "train_total")
+        require_ranked(self, "train_total")
         if self._has("train_total"):
             return self.read("train_total")
         total = np.full(self.layout.n_train, np.nan, np.float32)
@@ -319,8 +320,8 @@ class InfluenceResult:
         ranking. None if the run kept none: ask it with `contributions=True`. Raises IndexRangeError, ShapeError for a
         result of mode `perturbation`, IncompleteResultError, CorruptStoreError.
         """
-        analysis.require_ranked(self, "contributions")
-        return read_contributions(self, analysis.checked_index("test_index", test_index, self.layout.n_test))
+        require_ranked(self, "contributions")
+        return read_contributions(self, checked_index("test_index", test_index, self.layout.n_test))
 
     def contribution_array(self, name: str) -> zarr.Array[Any]:
         """`top`, `bottom`, `top_tokens` or `bottom_tokens` of the group `contributions`, checked."""

@@ -8,8 +8,15 @@ import numpy as np
 
 from distinfluence.errors import CorruptStoreError, IncompleteResultError, SettingError
 from distinfluence.store.format.layout import whole_number
-from distinfluence.store.format.ranking import Ranking, most_harmful, most_helpful
-from distinfluence.store.read.analysis import End, checked_index, is_ranking, require_ranked
+from distinfluence.store.format.ranking import (
+    End,
+    Ranking,
+    checked_index,
+    is_ranking,
+    most_harmful,
+    most_helpful,
+    require_ranked,
+)
 
 if TYPE_CHECKING:
     from distinfluence.store.read.result import InfluenceResult

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distinfluence.store.read.analysis import require_ranked
+from distinfluence.store.format.ranking import require_ranked
 from distinfluence.store.read.annotations import StoredPoints
 
 if TYPE_CHECKING:

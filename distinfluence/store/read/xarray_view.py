@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from distinfluence.errors import CorruptStoreError, MissingDependencyError
+from distinfluence.store.format.contribution_layout import ENDS
 from distinfluence.store.format.folder import surfaced_errors
-from distinfluence.store.read.contributions import ENDS
 
 if TYPE_CHECKING:
     import xarray

@@ -52,7 +52,7 @@ def main() -> None:
     scores = model.influences(data["xt"], data["yt"], data["x"], data["y"])
     seconds = time.perf_counter() - start
     np.save(spec["scores"], scores.numpy())
-    Path(sys.argv[2]).write_text(json.dumps({"seconds": seconds, "passes": model.plane.passes}))
+    Path(sys.argv[2]).write_text(json.dumps({"seconds": seconds, "passes": model.reducer.passes}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,25 @@
+"""The dtypes that passes run in, and outputs widened from them."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def widened_outputs(outputs: Any, dtype: torch.dtype) -> Any:
+    """What a model returned, with its floating-point tensors in the dtype: a tensor, or a tuple, list or dict of them.
+
+    A dict keeps its type (transformers' outputs are dicts with attributes); it is the call's own, and changed in place.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs.to(dtype) if outputs.dtype in NARROW else outputs
+    if isinstance(outputs, MutableMapping):
+        for key, value in outputs.items():
+            outputs[key] = widened_outputs(value, dtype)
+        return outputs
+    if type(outputs) in (tuple, list):
+        return type(outputs)(widened_outputs(value, dtype) for value in outputs)
+    return outputs
