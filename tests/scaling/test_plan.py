@@ -174,7 +174,7 @@ def test_a_gpu_with_less_memory_than_its_host_decides_chunks_and_panels() -> Non
     for stage in gpu.stages:
         assert sum(stage.on_device.values()) <= 0.95 * 8 * GIB
         assert not {"an idle process", "PyTorch at work", "kept chunks", "data sets"} & set(stage.on_device)
-    assert "of 32.0 GiB with 8.0 GiB on a GPU" in str(gpu)
+    assert "of 32.00 GiB with 8.00 GiB on a GPU" in str(gpu)
     assert make_plan(wide, replace(MACHINE, device_memory=80 * GIB)).chunks == host.chunks
 
 
