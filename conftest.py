@@ -9,10 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 pytest_plugins = ["tests.timeouts"]
+pytest.register_assert_rewrite("distinfluence.testing")
 
 
 def _enter_folder(namespace: dict[str, Any]) -> None:

@@ -1,3 +1,3 @@
 import pytest
 
-pytest.register_assert_rewrite(f"{__name__}.contract", f"{__name__}.conjugate_contract")
+pytest.register_assert_rewrite(f"{__name__}.conjugate_contract")

@@ -12,9 +12,8 @@ from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import DtypeError, NonFiniteError, SettingError, ShapeError
 from distinfluence.solvers import Outcome, Solution
 from distinfluence.solvers.conjugate import CgState, ConjugateSolver
-
-from .contract import SolverContract
-from .systems import (
+from distinfluence.testing import SolverContract
+from distinfluence.testing.systems import (
     P,
     dense_solution,
     diagonal_with_zeros,

@@ -12,9 +12,18 @@ from distinfluence.errors import NonFiniteError, SettingError
 from distinfluence.solvers import Arnoldi, Eigenpairs, Outcome
 from distinfluence.solvers.lanczos import BlockLanczos
 from distinfluence.solvers.spectrum import random_rows
-
-from .contract import SolverContract
-from .systems import SYSTEM, P, clustered, dense_solution, indefinite, low_rank, randn, relative_error, with_spectrum
+from distinfluence.testing import SolverContract
+from distinfluence.testing.systems import (
+    SYSTEM,
+    P,
+    clustered,
+    dense_solution,
+    indefinite,
+    low_rank,
+    randn,
+    relative_error,
+    with_spectrum,
+)
 
 
 def falling(p: int = 200, ratio: float = 0.9) -> Tensor:

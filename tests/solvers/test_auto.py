@@ -10,9 +10,8 @@ from torch import Tensor
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import SettingError
 from distinfluence.solvers import Auto, AutoState
-
-from .contract import SolverContract
-from .systems import SYSTEM, dense_solution, relative_error
+from distinfluence.testing import SolverContract
+from distinfluence.testing.systems import SYSTEM, dense_solution, relative_error
 
 
 class Large(CurvatureOperator):

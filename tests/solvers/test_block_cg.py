@@ -7,9 +7,9 @@ from torch import Tensor
 from distinfluence.curvature import MatrixOperator
 from distinfluence.solvers import CG, BlockCG, Outcome
 from distinfluence.solvers.block_cg import independent_rows, orthonormal_rows
+from distinfluence.testing.systems import MATRICES, P, dense_solution, diagonal_with_zeros, randn, relative_error, spd
 
 from .conjugate_contract import ConjugateContract
-from .systems import MATRICES, P, dense_solution, diagonal_with_zeros, randn, relative_error, spd
 
 
 class TestBlockCG(ConjugateContract):

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.solvers import CG, Outcome
+from distinfluence.testing.systems import P, randn, relative_error, spd
 
 from .conjugate_contract import ConjugateContract
-from .systems import P, randn, relative_error, spd
 
 
 class Rounded(CurvatureOperator):

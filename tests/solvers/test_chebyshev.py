@@ -10,9 +10,18 @@ from torch import Tensor
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.solvers import Chebyshev, Outcome
 from distinfluence.solvers.chebyshev import Interval
-
-from .contract import SolverContract
-from .systems import MATRICES, SYSTEM, P, dense_solution, indefinite, randn, relative_error, spd, with_spectrum
+from distinfluence.testing import SolverContract
+from distinfluence.testing.systems import (
+    MATRICES,
+    SYSTEM,
+    P,
+    dense_solution,
+    indefinite,
+    randn,
+    relative_error,
+    spd,
+    with_spectrum,
+)
 
 
 class Noisy(CurvatureOperator):

@@ -6,9 +6,18 @@ import torch
 from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import NonFiniteError
 from distinfluence.solvers import Direct, Factorisation, Outcome
-
-from .contract import SolverContract
-from .systems import SYSTEM, P, dense_solution, indefinite, low_rank, randn, relative_error, spd, with_spectrum
+from distinfluence.testing import SolverContract
+from distinfluence.testing.systems import (
+    SYSTEM,
+    P,
+    dense_solution,
+    indefinite,
+    low_rank,
+    randn,
+    relative_error,
+    spd,
+    with_spectrum,
+)
 
 
 class TestDirect(SolverContract[Factorisation]):

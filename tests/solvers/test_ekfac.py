@@ -10,9 +10,8 @@ from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import SettingError, ShapeError, UnsupportedOperatorError
 from distinfluence.solvers import BlockCG, Ekfac, EkfacPreConditioner, Outcome
 from distinfluence.solvers.ekfac import EigenbasisState
-
-from .contract import SolverContract
-from .systems import SYSTEM, P, diagonal_with_zeros, relative_error
+from distinfluence.testing import SolverContract
+from distinfluence.testing.systems import SYSTEM, P, diagonal_with_zeros, relative_error
 
 
 class Decomposed(MatrixOperator):

@@ -8,11 +8,10 @@ from distinfluence import EmpiricalFisherOperator, EmpiricalRisk, InverseHarmoni
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import SettingError, UnsupportedOperatorError
 from distinfluence.solvers import InverseHarmonicMean, Outcome, SolverState
+from distinfluence.testing import SolverForm
+from distinfluence.testing.systems import randn, relative_error
 from tests.reference import Reference
 from tests.zoo import build
-
-from .contract import SolverForm
-from .systems import randn, relative_error
 
 
 class Samples(CurvatureOperator):

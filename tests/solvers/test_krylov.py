@@ -8,9 +8,18 @@ import torch
 from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import SettingError
 from distinfluence.solvers import BlockCG, BlockKrylov, Outcome, SolverState
-
-from .contract import SolverContract
-from .systems import SYSTEM, SYSTEMS, P, System, dense_solution, indefinite, randn, relative_error, spd
+from distinfluence.testing import SolverContract
+from distinfluence.testing.systems import (
+    SYSTEM,
+    SYSTEMS,
+    P,
+    System,
+    dense_solution,
+    indefinite,
+    randn,
+    relative_error,
+    spd,
+)
 
 DAMPINGS = [1e-1, 1e-2, 1e-3, 0.0]
 

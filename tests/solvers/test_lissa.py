@@ -12,9 +12,8 @@ from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import NonFiniteError, SettingError, ShapeError
 from distinfluence.solvers import LiSSA, Outcome
 from distinfluence.solvers.lissa import LissaState
-
-from .contract import SolverContract
-from .systems import SYSTEM, P, damped, dense_solution, indefinite, randn, relative_error, spd
+from distinfluence.testing import SolverContract
+from distinfluence.testing.systems import SYSTEM, P, damped, dense_solution, indefinite, randn, relative_error, spd
 
 
 class Batched(CurvatureOperator):

@@ -11,10 +11,18 @@ from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import NonFiniteError, SettingError
 from distinfluence.solvers import Arnoldi, LowRank, NystroemSketch, NystroemState, Outcome
 from distinfluence.solvers.nystroem import approximation_error, extend, low_rank, nystroem, sketched
-
-from .contract import SolverContract
-from .systems import SYSTEM, P, dense_solution, indefinite, randn, relative_error, spd, with_spectrum
-from .systems import low_rank as of_low_rank
+from distinfluence.testing import SolverContract
+from distinfluence.testing.systems import (
+    SYSTEM,
+    P,
+    dense_solution,
+    indefinite,
+    randn,
+    relative_error,
+    spd,
+    with_spectrum,
+)
+from distinfluence.testing.systems import low_rank as of_low_rank
 
 EPS = torch.finfo(torch.float64).eps
 

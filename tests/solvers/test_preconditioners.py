@@ -12,8 +12,16 @@ from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import SettingError
 from distinfluence.solvers import CG, BlockCG, JacobiPreConditioner, NystroemPreConditioner, Outcome
 from distinfluence.solvers.conjugate import ConjugateSolver
-
-from .systems import P, dense_solution, indefinite, low_rank, randn, relative_error, spd, with_spectrum
+from distinfluence.testing.systems import (
+    P,
+    dense_solution,
+    indefinite,
+    low_rank,
+    randn,
+    relative_error,
+    spd,
+    with_spectrum,
+)
 
 SOLVERS = [CG(1e-3, rtol=1e-8), BlockCG(1e-3, rtol=1e-8)]
 PRECONDITIONERS = [JacobiPreConditioner(20), NystroemPreConditioner(10), NystroemPreConditioner(2, adaptive=True)]

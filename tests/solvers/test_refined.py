@@ -8,9 +8,8 @@ import torch
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import DtypeError, SettingError, UnsupportedOperatorError
 from distinfluence.solvers import CG, BlockCG, BlockKrylov, Outcome, Refined, Refinement
-
-from .contract import SolverContract
-from .systems import SYSTEM, P, damped, dense_solution, randn, relative_error, spd
+from distinfluence.testing import SolverContract
+from distinfluence.testing.systems import SYSTEM, P, damped, dense_solution, randn, relative_error, spd
 
 INNER = BlockKrylov(damping=0.0, rtol=1e-3)
 

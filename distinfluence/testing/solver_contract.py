@@ -1,4 +1,4 @@
-"""What every solver promises. A solver's test class inherits `SolverContract` and adds what is special to it."""
+"""What every solver promises. A test class inherits `SolverContract` and adds what is special to its solver."""
 
 import math
 import pickle
@@ -12,8 +12,7 @@ from torch import Tensor
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import DistinfluenceError, DtypeError, NonFiniteError, SettingError, ShapeError
 from distinfluence.solvers import Outcome, Solution, Solver, SolverState
-
-from .systems import (
+from distinfluence.testing.systems import (
     SYSTEM,
     SYSTEMS,
     System,
@@ -29,23 +28,50 @@ StateT = TypeVar("StateT", bound=SolverState)
 
 
 class SolverForm(Generic[StateT]):
-    """What holds for every solver, also for one that approximates: form, order, refusals, and honest residuals.
+    """Tests of form, order, refusals and honest residuals, which hold for solvers that approximate, too.
 
-    solver: any damping, it is replaced. accuracy: of repeated solves, relative. operator: the matrix as the solver
-    takes it.
+    Attributes:
+        solver: The solver under test. Its damping is replaced in each test.
+        accuracy: Relative difference that repeated solves may have.
     """
 
     solver: Solver[StateT]
     accuracy: float
 
     def operator(self, matrix: Tensor) -> CurvatureOperator:
+        """Return the matrix in the form that the solver takes.
+
+        Args:
+            matrix: A symmetric matrix, [p, p].
+
+        Returns:
+            An operator; a `MatrixOperator` unless a test class overrides this method.
+        """
         return MatrixOperator(matrix)
 
     def with_damping(self, damping: float) -> Solver[StateT]:
+        """Return the solver with another damping.
+
+        Args:
+            damping: The damping λ, an absolute number.
+
+        Returns:
+            The same solver at this damping.
+        """
         assert is_dataclass(self.solver)
         return replace(self.solver, damping=damping)
 
     def solve(self, matrix: Tensor, damping: float, rhs: Tensor) -> Solution:
+        """Solve one system.
+
+        Args:
+            matrix: A symmetric matrix, [p, p].
+            damping: The damping λ, an absolute number.
+            rhs: Right-hand sides, [k, p].
+
+        Returns:
+            What the solver makes of (matrix + λI) x = rhs.
+        """
         solver = self.with_damping(damping)
         return solver.solve(solver.fit(self.operator(matrix)), rhs)
 
@@ -164,11 +190,19 @@ class SolverForm(Generic[StateT]):
 
 
 class SolverContract(SolverForm[StateT]):
-    """solver: any damping, it is replaced. accuracy: ‖x − exact‖ / ‖exact‖ on the systems, of condition ≤ 1e4."""
+    """Tests of solvers that converge to the exact solution, next to those of `SolverForm`.
 
-    keeps_float32 = True  # whether x is float32 for float32 rows
-    least_damping = 0.0  # relative damping of the hardest system that is worth the steps
-    unsolvable = Outcome.SINGULAR  # how rows end that no x solves
+    Attributes:
+        solver: The solver under test. Its damping is replaced in each test.
+        accuracy: Largest ‖x − exact‖ / ‖exact‖ on the systems, whose condition is 1e4 at most.
+        keeps_float32: Whether x is float32 where the rows are.
+        least_damping: Damping relative to ‖matrix‖ below which a system takes too many steps to be tested.
+        unsolvable: Outcome of rows that no x solves.
+    """
+
+    keeps_float32 = True
+    least_damping = 0.0
+    unsolvable = Outcome.SINGULAR
 
     @pytest.mark.parametrize("system", SYSTEMS, ids=str)
     def test_the_solution_is_that_of_a_dense_solve(self, system: System) -> None:
