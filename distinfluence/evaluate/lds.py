@@ -10,18 +10,22 @@ from distinfluence.errors import NonFiniteError, ShapeError
 
 @dataclass(frozen=True)
 class LinearDatamodelingScore:
-    """by_query: [n_test] float64, Spearman's rank correlation over subsets; NaN where either side is constant."""
+    """Rank correlations of predicted with measured outcomes.
+
+    Attributes:
+        by_query: Spearman's rank correlation over subsets, [n_test] float64; NaN where either side is constant.
+    """
 
     by_query: NDArray[np.float64]
 
     @property
     def mean(self) -> float:
-        """Over the queries that have one."""
+        """Mean over the queries that have a correlation."""
         return float(np.nanmean(self.by_query))
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, over queries."""
+        """Standard error of the mean, over queries; NaN for fewer than two."""
         known = self.by_query[~np.isnan(self.by_query)]
         return float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
 
@@ -29,12 +33,22 @@ class LinearDatamodelingScore:
 def linear_datamodeling_score(
     influences: ArrayLike, subsets: ArrayLike, outcomes: ArrayLike
 ) -> LinearDatamodelingScore:
-    """Rank correlation of summed influences with measured outcomes, query by query.
+    """Compute the rank correlation of summed influences with measured outcomes, query by query.
 
-    influences: [n_test, n_train], positive where a training point helps. subsets: [s, n_train] bool, the training
-    points of each retraining. outcomes: [s, n_test], how *good* each retrained model is at each query (minus its loss),
-    averaged over seeds. Raises ShapeError, or NonFiniteError for NaN or infinity. Reference: Park et al. (2023),
-    "TRAK", section 3.
+    Args:
+        influences: Scores, [n_test, n_train]; positive where a training point helps.
+        subsets: The training points of each retraining, [s, n_train] bool.
+        outcomes: How *good* each retrained model is at each query, [s, n_test]: minus its loss, averaged over seeds.
+
+    Returns:
+        The correlations, one for each query.
+
+    Raises:
+        ShapeError: If the three arrays do not fit together, or there are fewer than two subsets.
+        NonFiniteError: If `influences` or `outcomes` hold NaN or infinity.
+
+    References:
+        Park et al. (2023), "TRAK", section 3.
     """
     scores, chosen, measured = (np.asarray(a, dtype=np.float64) for a in (influences, subsets, outcomes))
     if scores.ndim != 2 or chosen.ndim != 2 or chosen.shape[1] != scores.shape[1] or len(chosen) < 2:

@@ -11,7 +11,14 @@ from distinfluence.errors import ShapeError
 
 @dataclass(frozen=True)
 class MislabelRecall:
-    """Of `n_mislabelled` points, `found` are among the `inspected` most suspicious ones; `expected`: by chance."""
+    """How many mislabelled points are among the most suspicious ones.
+
+    Attributes:
+        found: Mislabelled points among the inspected ones.
+        inspected: Points that were inspected, the most suspicious ones.
+        n_mislabelled: Mislabelled points in all.
+        expected: Number that would be found by chance.
+    """
 
     found: int
     inspected: int
@@ -20,18 +27,31 @@ class MislabelRecall:
 
 
 def net_harm(influences: ArrayLike) -> NDArray[np.float64]:
-    """Minus the sum of a training point's influence over all test points: [n_test, n_train] → [n_train].
+    """Sum the influence of each training point over all test points, and change the sign.
 
-    Large where removing the point would lower the test loss.
+    Args:
+        influences: Scores, [n_test, n_train].
+
+    Returns:
+        The net harm of each training point, [n_train]: large where removing the point would lower the test loss.
     """
     harm: NDArray[np.float64] = -np.asarray(influences, dtype=np.float64).sum(axis=0)
     return harm
 
 
 def mislabel_recall(scores: ArrayLike, mislabelled: Sequence[int] | ArrayLike, inspected: int) -> MislabelRecall:
-    """How many mislabelled points stand among the `inspected` highest scores; ties by index.
+    """Count the mislabelled points among the `inspected` highest scores.
 
-    scores: [n_train], higher is more suspicious. mislabelled: indices of the mislabelled points.
+    Args:
+        scores: One score for each training point, [n_train]; higher is more suspicious. Ties go by index.
+        mislabelled: Indices of the mislabelled points.
+        inspected: Number of points to inspect.
+
+    Returns:
+        The count, with what chance would give.
+
+    Raises:
+        ShapeError: If `scores` is not [n_train], or `inspected` is not from 1 to n_train.
 
     >>> mislabel_recall([0.1, 0.9, 0.2, 0.8], mislabelled=[1, 2], inspected=2)
     MislabelRecall(found=1, inspected=2, n_mislabelled=2, expected=1.0)

@@ -27,11 +27,16 @@ RTOL = 1e-10
 
 @dataclass(frozen=True)
 class Verification:
-    """Influences beside exact ones.
+    """Influences next to exact ones.
 
-    test, train: indices of the sampled points, [a] and [b]. given, exact: [a, b]. bound: [a, b], what the error may be
-    by the bounds that came with the given ones and that of the exact ones, NaN without. converged: whether every exact
-    factor reached its tolerance. method: how the exact ones were solved for.
+    Attributes:
+        test: Indices of the sampled test points, [a].
+        train: Indices of the sampled training points, [b].
+        given: The influences to be verified, [a, b].
+        exact: The exact influences, [a, b].
+        bound: Largest error that the bounds of both allow, [a, b]; NaN where there are no bounds.
+        converged: Whether every exact factor reached its tolerance.
+        method: Names of the solvers that made the exact factors.
     """
 
     test: NDArray[np.int64]
@@ -78,9 +83,21 @@ def verify(
 ) -> Verification:
     """Compare influences with exact ones on a random sample of test and training points.
 
-    influences: [n_test, n_train] as `model` scored them, mode "up". model: fitted. test, train: the whole batches that
-    were scored, (x, y) or as the objective takes them. n_test, n_train: points to sample. error_bound: c_i [n_test] of
-    the solve report or of the result. Raises ShapeError for influences of another shape.
+    Args:
+        influences: Scores of `model` in mode "up", [n_test, n_train].
+        model: The fitted influence model that made them.
+        test: All test points that were scored: (x, y), or a batch as the objective takes it.
+        train: All training points that were scored, in the same form.
+        n_test: Test points to sample.
+        n_train: Training points to sample.
+        seed: Seed of the sample.
+        error_bound: Error bounds c_i of the solve report or of the result, [n_test]; None for no comparison with them.
+
+    Returns:
+        The sampled influences next to exact ones.
+
+    Raises:
+        ShapeError: If `influences` does not fit the data.
     """
     batches = [model.place(test), model.place(train)]
     shape = (batch_length(batches[0]), batch_length(batches[1]))
@@ -104,10 +121,20 @@ def verify_entries(
     error_bound: NDArray[np.float64] | None,
     used: str,
 ) -> Verification:
-    """As `verify`, for entries that are sampled already: given [a, b], tests and trains the batches of a and b samples.
+    """Compare influences with exact ones, for a sample that has been drawn already.
 
-    model: fitted; its curvature and damping are taken. used: name of the influence model that scored the given ones,
-    whose method is avoided.
+    Args:
+        given: The influences to be verified, [a, b].
+        model: A fitted influence model, whose curvature and damping are taken.
+        rows: Indices of the test points, [a].
+        columns: Indices of the training points, [b].
+        tests: A batch of the a test points.
+        trains: A batch of the b training points.
+        error_bound: Error bounds of the test points, [a], or None.
+        used: Name of the influence model that made `given`; the exact factors are solved for by another method.
+
+    Returns:
+        The influences next to exact ones.
     """
     risk = model.risk.in_double()
     right = measurement_gradients(risk, risk.place(as_batch(tests))).rows

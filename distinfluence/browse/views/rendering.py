@@ -26,7 +26,11 @@ MAX_PARTS = 8
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text in the pieces that the model reads, so that what each of them contributes is drawn on it."""
+    """A text in the pieces that the model reads, so that the contribution of each is drawn on it.
+
+    Attributes:
+        texts: The pieces, in order.
+    """
 
     texts: tuple[str, ...]
 
@@ -62,29 +66,63 @@ class Shown(TypedDict, total=False):
 
 
 class PointSource(Protocol):
-    """What is known of the points of one axis."""
+    """Labels, names and samples of the points of one axis.
+
+    Attributes:
+        range: Smallest and largest number of the images, which are drawn black and white.
+        columns: Names of a table's columns.
+    """
 
     range: tuple[float, float]
     columns: list[str]
 
     @property
     def kind(self) -> str | None:
-        """What the samples are, None without samples."""
+        """Kind of the samples: image, text or table; None without samples."""
 
     def labels(self) -> NDArray[Any] | None:
-        """[n], None if not known."""
+        """Look up all labels.
+
+        Returns:
+            The labels, [n], or None if they are not known.
+        """
 
     def self_influence(self) -> NDArray[np.float32] | None:
-        """[n], None if not known."""
+        """Look up all self-influences.
+
+        Returns:
+            The self-influences, [n], or None if they are not known.
+        """
 
     def id_of(self, index: int) -> str | None:
-        """What the user calls a point, None without such names."""
+        """Look up the user's own name of a point.
+
+        Args:
+            index: Number of the point, from 0.
+
+        Returns:
+            The name, or None if there are no names.
+        """
 
     def name_of(self, label: float) -> str:
-        """A label as it is called."""
+        """Look up the name of a label.
+
+        Args:
+            label: The label.
+
+        Returns:
+            Its name, or the number as text.
+        """
 
     def sample(self, index: int) -> Drawable | Sample | None:
-        """One sample, None if not known."""
+        """Look up one sample.
+
+        Args:
+            index: Number of the point, from 0.
+
+        Returns:
+            The sample, or None if it is not known.
+        """
 
 
 def show(source: PointSource, index: int, *, small: bool) -> Shown | None:
