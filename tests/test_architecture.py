@@ -103,7 +103,7 @@ LAYERS = {
         about="tables, plots, the page; sees only the result",
         files=(r"browse(\..*)?",),
         sees=("errors", "store"),
-        top=frozenset({"click", "numpy", "tornado"}),
+        top=frozenset({"click", "jinja2", "numpy", "tornado"}),
         lazily=frozenset({"matplotlib", "pandas", "pyarrow"}),
     ),
     "application": Layer(

@@ -11,7 +11,7 @@ import yaml
 from distinfluence.app.demo import prepare, train_data
 from distinfluence.app.demo import test_data as held_out
 from distinfluence.app.job_points import points_of_job
-from distinfluence.browse.export.html_report import _sample
+from distinfluence.browse.export.html_report import write_report
 from distinfluence.browse.server.api import ResultApi
 from distinfluence.browse.views.rendering import draw
 from distinfluence.errors import DtypeError, FingerprintError, SettingError
@@ -112,7 +112,7 @@ def test_a_page_takes_samples_from_the_data_of_the_job_as_they_are_looked_at(
 @pytest.mark.parametrize(
     ("render", "kind"), [("as_text", "text"), ("as_image", "image"), ("as_row", "table"), ("as_both", "parts")]
 )
-def test_a_renderer_says_what_is_drawn(job: Path, render: str, kind: str) -> None:
+def test_a_renderer_says_what_is_drawn(job: Path, tmp_path: Path, render: str, kind: str) -> None:
     api = asked_of(job, render=f"tests.browse.results:{render}")
     shown = api.test_point(3, 2)["sample"]
     assert shown["kind"] == kind
@@ -125,7 +125,9 @@ def test_a_renderer_says_what_is_drawn(job: Path, render: str, kind: str) -> Non
         assert shown["cells"] == [("dark", str(int((x[3] > 0.5).sum()))), ("mean", f"{x[3].mean():.5g}")]
     if kind == "parts":
         assert [part["kind"] for part in shown["parts"]] == ["image", "text"]
-        assert "&lt;b&gt;" in _sample(shown)
+        write_report(api, tmp_path / "r.html", tests=1, suspects=1)
+        report = (tmp_path / "r.html").read_text()
+        assert "&lt;b&gt;" in report and "<b>" not in report
 
 
 @pytest.mark.parametrize("what", [np.array(["a"]), 3, None, np.zeros((2, 2, 2, 2))])
