@@ -55,6 +55,7 @@ BENCHES = (
     Bench("reading", "reading", 5, ("--memmap",)),
     Bench("scale", "scale", 15),
     Bench("soak", "soak", 20),
+    Bench("dispatch", "dispatch", 3),
     Bench("kronecker", "kronecker", 10, ("--repeats", "2")),
     Bench("cluster", "cluster", 4, ("--models", "mlp", "--limit", "150")),
     Bench("cluster-cnn", "cluster", 60, ("--models", "cnn", "--limit", "1800")),
