@@ -24,7 +24,7 @@ def write_report(api: ResultApi, path: Path, *, tests: int = 8, k: int = 6, susp
     k: how many helpful and harmful training points of each. What is damaged is said in its place. Raises StoreError,
     and ShapeError for a result of mode `perturbation`.
     """
-    require_ranked(api.result, "export")
+    require_ranked(api.result.layout, "export")
     style = resources.files("distinfluence.browse").joinpath("page", "report.css").read_text()
     document = "".join(
         [

@@ -37,7 +37,7 @@ def entries(result: InfluenceResult, tests: slice, trains: slice, partial: bool)
 
     Raises IncompleteResultError if a strip is missing, unless `partial`, which leaves its entries out.
     """
-    require_ranked(result, "export")
+    require_ranked(result.layout, "export")
     known = KnownPoints(result)
     rows, finished, strip = np.arange(tests.start, tests.stop), result.finished_strips(), result.layout.strip
     for i in range(trains.start // strip, -(-trains.stop // strip)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import zarr
 from numpy.typing import NDArray
@@ -13,19 +13,9 @@ from distinfluence.store.format.layout import CHUNK_ROWS, ArraySpec, Layout
 from distinfluence.store.format.ranking import End
 from distinfluence.store.format.remote import RemoteFolder
 
-if TYPE_CHECKING:
-    pass
-
-
 ENDS: tuple[End, End] = ("top", "bottom")
-
-
 MAX_BLOCKS, MAX_TOKENS = 2**16, 2**20
-
-
 _VALUES_PER_CHUNK = 2**18  # 1 MiB of float32
-
-
 _NAN = float("nan")
 
 
