@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from distinfluence.browse.export.tables import exported
 from distinfluence.browse.server.api import ResultApi
 from distinfluence.browse.views.png import colours, data_uri, robust_scale
 from distinfluence.browse.views.rendering import Shown
-from distinfluence.errors import CorruptStoreError, StoreError
+from distinfluence.errors import CorruptStoreError
 from distinfluence.store.format.ranking import require_ranked
 from distinfluence.store.read.facts import facts
 
@@ -38,13 +38,8 @@ def write_report(api: ResultApi, path: Path, *, tests: int = 8, k: int = 6, susp
             "</body></html>\n",
         ]
     )
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        beside.write_text(document, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise StoreError(f"cannot write `{path}`: {error.strerror or error}. Pass another path.") from error
+    with exported(path) as partial:
+        partial.write_text(document, encoding="utf-8")
 
 
 def _facts(api: ResultApi) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import zarr
 
+from distinfluence.atomic import appearing, sync_to_disk
 from distinfluence.errors import (
     CorruptStoreError,
     DiskFullError,
@@ -129,9 +130,12 @@ def delete_files(place: Path | RemoteFolder, keys: Iterable[str]) -> None:
 
 
 def settle(place: Path | RemoteFolder, keys: Iterable[str]) -> None:
-    """Have files of a result outlive a power failure; behind a URL they do, once they are written."""
+    """Have files of a result outlive a power failure; behind a URL they do, once they are written.
+
+    zarr renames files but never syncs them.
+    """
     if not isinstance(place, RemoteFolder):
-        sync_to_disk([place / key for key in keys])
+        sync_to_disk(place / key for key in keys)
 
 
 def zarr_store(place: Path | RemoteFolder) -> Any:
@@ -184,35 +188,21 @@ def put_in_place(path: Path | RemoteFolder, overwrite: bool, build: Callable[[Pa
             path.delete()
             build(path)
         return
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
-    replaced = beside.with_suffix(".old")
+    replaced = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
     with surfaced_errors("create", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            build(beside)
-            require_free(path, overwrite)
-            if path.exists() and any(path.iterdir()):
-                path.rename(replaced)
-            beside.rename(path)
+            with appearing(path) as beside:
+                build(beside)
+                require_free(path, overwrite)
+                if path.exists() and any(path.iterdir()):
+                    path.rename(replaced)
         except BaseException:
             if replaced.exists() and not path.exists():
                 replaced.rename(path)
             raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
         if replaced.exists():
             shutil.rmtree(replaced)
-
-
-def sync_to_disk(files: list[Path]) -> None:
-    """fsync files and their folders; those that do not exist are skipped. zarr renames but never syncs."""
-    for path in [*files, *sorted({file.parent for file in files})]:
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 def consolidate(path: Path | RemoteFolder) -> None:
