@@ -8,10 +8,13 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+P = TypeVar("P", bound=Path)
 
 
 @contextlib.contextmanager
-def appearing(path: Path, *, sync: bool = False) -> Iterator[Path]:
+def appearing(path: P, *, sync: bool = False) -> Iterator[P]:
     """Yield a path beside `path` to write to; rename it to `path` at the end, or delete it if anything is raised.
 
     Args:

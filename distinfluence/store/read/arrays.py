@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 
 from distinfluence.errors import CorruptStoreError, DistinfluenceError
 from distinfluence.store.format.contribution_layout import spec_of
-from distinfluence.store.format.folder import COMPLETE, RUNNING, has_file, read_attributes, surfaced_errors
+from distinfluence.store.format.folder import COMPLETE, RUNNING, Location, read_attributes, surfaced_errors
 from distinfluence.store.format.layout import Layout, array_specs
-from distinfluence.store.format.remote import RemoteFolder, RemoteStore
+from distinfluence.store.format.remote import RemoteStore
 from distinfluence.store.read.annotations import Axis, StoredPoints, names_of, read_samples
 from distinfluence.store.read.guarded_store import GuardedStore, checked, is_bounded, largest_file, open_to_read
 
@@ -27,7 +26,7 @@ class ResultArrays:
     `provenance` and `complete` are as of opening. All else is read when asked for.
     """
 
-    def __init__(self, path: Path | RemoteFolder) -> None:
+    def __init__(self, path: Location) -> None:
         attributes = read_attributes(path)
         self.path = path
         self.layout = _layout_of(attributes, path)
@@ -183,7 +182,7 @@ class ResultArrays:
         """Return the marked strips whose file is gone. Looks at the folder only; `damaged_strips` reads everything."""
         tail = "/0" * len(self.layout.input_shape)
         marked = np.flatnonzero(self.finished_strips()).tolist()
-        return [i for i in marked if not has_file(self.path, f"influences/c/0/{i}{tail}")]
+        return [i for i in marked if not self.path.has(f"influences/c/0/{i}{tail}")]
 
     def expanding_arrays(self) -> list[str]:
         """Return the arrays whose codecs may expand to any size; the writer makes none. Damaged arrays do not count."""
@@ -217,7 +216,7 @@ class ResultArrays:
 
     def has(self, name: str) -> bool:
         """Return whether the array or group `name` is stored."""
-        return has_file(self.path, f"{name}/zarr.json")  # zarr's own look raises for metadata that are torn
+        return self.path.has(f"{name}/zarr.json")  # zarr's own look raises for metadata that are torn
 
     def _array(self, name: str) -> zarr.Array[Any]:
         return checked(self._node(name), self._specs[name], self.path)
@@ -247,7 +246,7 @@ class ResultArrays:
         return node
 
 
-def _layout_of(attributes: Mapping[str, Any], path: Path | RemoteFolder) -> Layout:
+def _layout_of(attributes: Mapping[str, Any], path: Location) -> Layout:
     try:
         layout = Layout.from_attributes(attributes["layout"])
     except (LookupError, TypeError, DistinfluenceError) as error:

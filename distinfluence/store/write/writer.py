@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,12 @@ from distinfluence.store.format.fingerprint import to_json
 from distinfluence.store.format.folder import (
     COMPLETE,
     RUNNING,
+    Location,
     consolidate,
-    delete_files,
-    has_file,
     place_of,
     put_in_place,
     read_attributes,
-    require_free,
-    settle,
     surfaced_errors,
-    sweep_unfinished_files,
-    zarr_store,
 )
 from distinfluence.store.format.layout import Layout, array_specs
 from distinfluence.store.format.overview import strip_cells
@@ -66,11 +60,11 @@ class InfluenceWriter:
     `finish` are for the one process that drives the run.
     """
 
-    def __init__(self, path: Path | RemoteFolder, layout: Layout) -> None:
+    def __init__(self, path: Location, layout: Layout) -> None:
         self.path = path
         self.layout = layout
         with surfaced_errors("open", path):
-            self._group = zarr.open_group(zarr_store(path), mode="r+", use_consolidated=False)
+            self._group = zarr.open_group(path.writable_store(), mode="r+", use_consolidated=False)
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     @classmethod
@@ -90,8 +84,8 @@ class InfluenceWriter:
         """
         folder = place_of(path)
         stored = stored_attributes(layout, attributes)
-        require_free(folder, overwrite)
-        put_in_place(folder, overwrite, lambda beside: build(beside, layout, stored))
+        with put_in_place(folder, overwrite) as new:
+            build(new, layout, stored)
         return cls(folder, layout)
 
     @classmethod
@@ -155,7 +149,7 @@ class InfluenceWriter:
                     self._array(name)[rows] = values
             except CorruptStoreError:  # torn by a power failure: zarr reads what lies there before it replaces a part
                 with surfaced_errors("write to", self.path):
-                    delete_files(self.path, [f"{name}/c/0"])
+                    self.path.delete([f"{name}/c/0"])
                     self._array(name)[rows] = values
 
     def knows_tests(self) -> bool:
@@ -200,7 +194,7 @@ class InfluenceWriter:
                 # zarr reads what lies there before it replaces a shard at the edge: here a torn file, from a power cut.
                 self._delete_chunks(i)
                 self._write_chunks(i, values, loss, gradient_norm)
-            settle(self.path, self._keys_of(i))
+            self.path.settle(self._keys_of(i))
             self._mark(i, 1)
         return True
 
@@ -217,11 +211,11 @@ class InfluenceWriter:
         with surfaced_errors(f"write self-influences of strip {i} to", self.path):
             self._array("self_influence_error")[columns] = error
             self._array("self_influence")[columns] = values  # last: it says that both are there
-            settle(self.path, [f"{name}/c/{i}" for name in ("self_influence_error", "self_influence")])
+            self.path.settle([f"{name}/c/{i}" for name in ("self_influence_error", "self_influence")])
 
     def without_self_influence(self) -> list[int]:
         """The strips whose training points have no self-influences yet."""
-        return [i for i in range(self.layout.n_strips) if not has_file(self.path, f"self_influence/c/{i}")]
+        return [i for i in range(self.layout.n_strips) if not self.path.has(f"self_influence/c/{i}")]
 
     def rankings(self, k: int) -> tuple[Ranking, Ranking]:
         """The first k of the stored rankings, helpful and harmful, [n_test, k] each. The result must be finished."""
@@ -270,7 +264,7 @@ class InfluenceWriter:
             self._group.attrs["state"] = RUNNING
             if "contributions" in self._group:  # of rankings that may change
                 del self._group["contributions"]
-            delete_files(self.path, [f"{name}/c" for name in arrays])
+            self.path.delete([f"{name}/c" for name in arrays])
             for i in strips:
                 self._mark(i, 0)
                 self._delete_chunks(i)
@@ -298,8 +292,8 @@ class InfluenceWriter:
             if read_attributes(self.path)["state"] != COMPLETE:
                 if self.layout.ranked:
                     self._fold_rankings()
-                sweep_unfinished_files(self.path)
-                settle(self.path, [f"{name}/c/{chunk}" for name, chunk in _DRIVER_CHUNKS])
+                self.path.sweep()
+                self.path.settle([f"{name}/c/{chunk}" for name, chunk in _DRIVER_CHUNKS])
                 if summary is not None:
                     self._group.attrs["summary"] = to_json(summary, "summary")
                 self._group.attrs["quarantined"] = {}
@@ -332,18 +326,18 @@ class InfluenceWriter:
             self._write_overview(i, values)
 
     def _delete_chunks(self, i: int) -> None:
-        delete_files(self.path, self._keys_of(i))
+        self.path.delete(self._keys_of(i))
 
     def _mark(self, i: int, status: int) -> None:
         self._array("strip_status")[i] = status
-        settle(self.path, [f"strip_status/c/{i}"])
+        self.path.settle([f"strip_status/c/{i}"])
 
     def is_done(self, i: int) -> bool:
         """Whether strip i is marked and its shard is there."""
         return bool(np.asarray(self._array("strip_status")[i]) == 1) and self._has_shard(i)
 
     def _has_shard(self, i: int) -> bool:
-        return has_file(self.path, self._keys_of(i)[0])
+        return self.path.has(self._keys_of(i)[0])
 
     def _keys_of(self, i: int) -> list[str]:
         """The files of a strip, its shard first."""
