@@ -43,40 +43,41 @@ class Layer:
     lazily: frozenset[str] = frozenset()
 
 
-_CORE = ("errors", "memory", "model", "curvature", "solvers", "influence")
+_CORE = ("atomic", "errors", "memory", "model", "curvature", "solvers", "influence")
 
 LAYERS = {
+    "atomic": Layer(about="files that appear whole", files=("atomic",), sees=()),
     "errors": Layer(about="what can go wrong", files=("errors",), sees=()),
     "memory": Layer(about="bytes held and bytes free", files=("memory",), sees=(), top=frozenset({"psutil", "torch"})),
     "store": Layer(
         about="the result on disk; fingerprints",
         files=(r"store(\..*)?",),
-        sees=("errors",),
+        sees=("atomic", "errors"),
         top=frozenset({"numpy", "zarr"}),
         lazily=frozenset({"fsspec", "pandas", "xarray"}),
     ),
     "model": Layer(
         about="the user's model, read-only: risk, gradients, layers",
         files=(r"model(\..*)?", r"layers(\..*)?"),
-        sees=("errors", "memory"),
+        sees=("atomic", "errors", "memory"),
         top=frozenset({"torch"}),
     ),
     "curvature": Layer(
         about="one file a matrix: products with rows",
         files=(r"curvature(\..*)?",),
-        sees=("errors", "memory", "model"),
+        sees=("atomic", "errors", "memory", "model"),
         top=frozenset({"torch"}),
     ),
     "solvers": Layer(
         about="one file a method; knows no models and no data",
         files=(r"solvers(\..*)?",),
-        sees=("errors", "memory", "curvature.base"),
+        sees=("atomic", "errors", "memory", "curvature.base"),
         top=frozenset({"torch"}),
     ),
     "influence": Layer(
         about="risk + blocks + curvature + solver; torch meets NumPy",
         files=(r"influence(\..*)?",),
-        sees=("errors", "memory", "model", "curvature", "solvers"),
+        sees=("atomic", "errors", "memory", "model", "curvature", "solvers"),
         top=frozenset({"numpy", "torch"}),
     ),
     "scaling": Layer(
@@ -102,7 +103,7 @@ LAYERS = {
     "browse": Layer(
         about="tables, plots, the page; sees only the result",
         files=(r"browse(\..*)?",),
-        sees=("errors", "store"),
+        sees=("atomic", "errors", "store"),
         top=frozenset({"click", "jinja2", "numpy", "tornado"}),
         lazily=frozenset({"matplotlib", "pandas", "pyarrow"}),
     ),

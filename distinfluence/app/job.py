@@ -48,8 +48,9 @@ from distinfluence.scaling.stages.probe import require_same_probe
 from distinfluence.scaling.worker.context import LocalContext
 from distinfluence.scaling.worker.device import smallest_device, task_device
 from distinfluence.scaling.worker.source_reducer import SourceReducer
-from distinfluence.store import InfluenceResult, check_output, chunks_of, find_damage, open_influences
+from distinfluence.store import InfluenceResult, find_damage, open_influences
 from distinfluence.store.format.fingerprint import to_json
+from distinfluence.store.write.resume import check_output, chunks_of
 
 
 def run_job(

@@ -48,10 +48,12 @@ from distinfluence.scaling.stages.request import FittedRun, Request
 from distinfluence.scaling.stages.run import write_influences
 from distinfluence.scaling.worker.context import Context
 from distinfluence.scaling.worker.source_reducer import SourceReducer
-from distinfluence.store import InfluenceResult, check_output, chunks_of, combine, fingerprint_settings
+from distinfluence.store import InfluenceResult
+from distinfluence.store.format.fingerprint import combine, fingerprint_settings
 from distinfluence.store.format.folder import place_of
 from distinfluence.store.format.layout import FLOAT32_BITS
 from distinfluence.store.format.remote import RemoteFolder
+from distinfluence.store.write.resume import check_output, chunks_of
 
 if TYPE_CHECKING:
     import dask.array as da

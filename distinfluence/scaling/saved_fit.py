@@ -4,8 +4,6 @@ Every chunk is stored, also one of zeros, with a checksum, and on the disk befor
 missing or other than it was written is found when it is read.
 """
 
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,6 +14,7 @@ import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
+from distinfluence.atomic import appearing
 from distinfluence.errors import (
     CorruptStoreError,
     FingerprintError,
@@ -32,7 +31,7 @@ from distinfluence.model.reducer import ChunkReducer, LocalReducer
 from distinfluence.scaling.data.recipe import fingerprint_module
 from distinfluence.solvers.spectrum import Extremes
 from distinfluence.store.format.fingerprint import to_json
-from distinfluence.store.format.folder import surfaced_errors, sync_to_disk
+from distinfluence.store.format.folder import surfaced_errors
 
 KIND, VERSION = "distinfluence fit", 4
 DIFFERENT = {
@@ -55,7 +54,6 @@ def save_fit(influence: InfluenceFunctionModel, path: str | Path) -> Path:
         raise StoreExistsError(f"`path` {target} exists. Remove it or choose another.")
     arrays = {f"state/{name}": tensor for name, tensor in influence.state_arrays().items()}
     arrays |= {f"details/{b}/{name}": t for b, own in report.details.items() for name, t in own.items()}
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     belongs = {
         "kind": KIND,
         "version": VERSION,
@@ -64,14 +62,9 @@ def save_fit(influence: InfluenceFunctionModel, path: str | Path) -> Path:
         "report": to_json(_plain(report), "report"),
     }
     with surfaced_errors("write a fit to", target):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(target, sync=True) as partial:
             _write(partial, arrays, belongs)
-            partial.rename(target)
-            sync_to_disk([target])
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
     return target
 
 
@@ -89,7 +82,6 @@ def _write(folder: Path, arrays: Mapping[str, Tensor], attributes: Mapping[str, 
             )
             array[...] = values
     group.attrs.update(attributes)
-    sync_to_disk([file for file in folder.rglob("*") if file.is_file()])
 
 
 def _belongs(influence: InfluenceFunctionModel, reducer: ChunkReducer) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import tempfile
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,12 +18,10 @@ import dask
 import numpy as np
 from dask.utils import format_bytes
 
-from distinfluence.errors import (
-    DiskFullError,
-    StoreError,
-)
+from distinfluence.atomic import appearing
+from distinfluence.errors import DiskFullError, StoreError
 from distinfluence.influence.arrays import Array
-from distinfluence.store.format.folder import FULL, sync_to_disk
+from distinfluence.store.format.folder import FULL
 
 
 @contextmanager
@@ -52,26 +49,9 @@ def save_whole(path: Path, array: Array, *, sync: bool = False) -> None:
 
     sync: also after the power failed. Raises StoreError.
     """
-    with scratch_errors(path.parent, f"{format_bytes(array.nbytes)} to {path.name}"), appearing(path) as partial:
-        with partial.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-        if sync:
-            sync_to_disk([partial])
-    if sync:
-        with scratch_errors(path.parent, path.name):
-            sync_to_disk([path])  # its name in the folder, too
-
-
-@contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """A file to be written under another name, which becomes `path` at the end, or goes if that is not reached."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    what = f"{format_bytes(array.nbytes)} to {path.name}"
+    with scratch_errors(path.parent, what), appearing(path, sync=sync) as partial, partial.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
 
 
 _HOST = socket.gethostname().encode()

@@ -1,6 +1,5 @@
 """The result on disk: a zarr v3 group, written strip by strip by many processes, read lazily by anyone."""
 
-from distinfluence.store.format.fingerprint import combine, fingerprint_array, fingerprint_arrays, fingerprint_settings
 from distinfluence.store.format.layout import Layout
 from distinfluence.store.format.ranking import Ranking
 from distinfluence.store.read.analysis import Grouped
@@ -8,7 +7,6 @@ from distinfluence.store.read.annotations import Sample, StoredPoints, annotate
 from distinfluence.store.read.contributions import Contributions, Shares, write_contributions
 from distinfluence.store.read.result import InfluenceResult, open_influences
 from distinfluence.store.repair import Damage, find_damage, mend
-from distinfluence.store.write.resume import check_output, check_resumable, chunks_of
 from distinfluence.store.write.writer import InfluenceWriter
 
 __all__ = [
@@ -23,14 +21,7 @@ __all__ = [
     "Shares",
     "StoredPoints",
     "annotate",
-    "check_output",
-    "check_resumable",
-    "chunks_of",
-    "combine",
     "find_damage",
-    "fingerprint_array",
-    "fingerprint_arrays",
-    "fingerprint_settings",
     "mend",
     "open_influences",
     "write_contributions",

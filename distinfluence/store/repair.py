@@ -84,6 +84,6 @@ class _Reading:
     def _read(self, name: str, key: Any = _WHOLE) -> NDArray[Any] | None:
         """The values, none where the result has no such array; None if they are not those that were written."""
         try:
-            return self._result.read(name, key) if self._result._has(name) else np.empty(0)
+            return self._result.read(name, key) if self._result.has(name) else np.empty(0)
         except CorruptStoreError:
             return None

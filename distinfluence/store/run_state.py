@@ -14,6 +14,8 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from distinfluence.atomic import appearing
+
 HEARTBEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # after which a run on another host counts as dead: shared file systems may show it late
 
@@ -93,14 +95,10 @@ def manifest_file(output: Path, part: str = "") -> Path:
 
 def write_state(file: Path, state: RunState) -> None:
     """Replace the file. What the file system says is not raised: no run ends for the sake of telling of it."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     with contextlib.suppress(OSError):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(file) as partial:
             partial.write_text(json.dumps(asdict(state), indent=1))
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def read_runs(output: Path) -> list[RunState]:

@@ -63,7 +63,7 @@ def test_an_unfinished_result_is_exported_only_if_told_to(result: Path, tmp_path
     InfluenceWriter.open(result).reopen([1])
     outcome = command("export", result, "--csv", tmp_path / "s.csv", "--trains", ":")
     assert outcome.exit_code == 1 and "strip 1 is not written yet" in outcome.output
-    assert not list(tmp_path.glob("*.csv")) and not list(tmp_path.glob(".*.new"))
+    assert not list(tmp_path.glob("*.csv")) and not list(tmp_path.glob(".*.partial"))
     assert "18 lines" in command("export", result, "--csv", tmp_path / "s.csv", "--trains", ":", "--partial").output
     assert "running, 2 of 3 strips" in command("info", result).output
 

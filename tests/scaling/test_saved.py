@@ -27,7 +27,6 @@ from distinfluence.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from distinfluence.scaling import saved_fit as saved
 from tests.layers.networks import network
 from tests.zoo import Case
 
@@ -130,7 +129,7 @@ def test_a_fit_of_zeros_is_whole(case: Case, tmp_path: Path) -> None:
 
 def test_a_fit_is_on_the_disk_before_it_has_its_name(case: Case, tmp_path: Path, monkeypatch: Any) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(saved, "sync_to_disk", lambda files: synced.extend(files))
+    monkeypatch.setattr("distinfluence.atomic.sync_to_disk", synced.extend)
     save_fit(MAKE["direct"](case).fit(case.train), tmp_path / "fit")
     assert synced.pop() == tmp_path / "fit"
     written = {file.relative_to(tmp_path / "fit").parts for file in (tmp_path / "fit").rglob("*") if file.is_file()}

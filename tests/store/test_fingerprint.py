@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distinfluence.errors import DtypeError, SettingError
-from distinfluence.store import combine, fingerprint_array, fingerprint_arrays, fingerprint_settings
+from distinfluence.store.format.fingerprint import combine, fingerprint_array, fingerprint_arrays, fingerprint_settings
 
 BASE = np.arange(12, dtype=np.float32).reshape(3, 4)
 

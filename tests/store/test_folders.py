@@ -17,7 +17,8 @@ from distinfluence.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from distinfluence.store import InfluenceWriter, Layout, check_resumable, open_influences
+from distinfluence.store import InfluenceWriter, Layout, open_influences
+from distinfluence.store.write.resume import check_resumable
 
 from .conftest import ATTRIBUTES, matrix, write_all
 

@@ -19,13 +19,12 @@ from distinfluence.store import (
     InfluenceWriter,
     Layout,
     annotate,
-    check_output,
-    chunks_of,
     find_damage,
     mend,
     open_influences,
 )
 from distinfluence.store.format.remote import RemoteStore
+from distinfluence.store.write.resume import check_output, chunks_of
 from tests.reference import Reference
 from tests.store.conftest import ATTRIBUTES, matrix, write_all
 from tests.test_job import content

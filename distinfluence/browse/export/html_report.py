@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
+from distinfluence.browse.export.tables import exported
 from distinfluence.browse.server.api import ResultApi
 from distinfluence.browse.views.png import colours, data_uri, robust_scale
-from distinfluence.errors import CorruptStoreError, StoreError
+from distinfluence.errors import CorruptStoreError
 from distinfluence.store.format.ranking import require_ranked
 from distinfluence.store.read.facts import facts
 
@@ -23,7 +23,7 @@ def write_report(api: ResultApi, path: Path, *, tests: int = 8, k: int = 6, susp
     k: how many helpful and harmful training points of each. What is damaged is said in its place. Raises StoreError,
     and ShapeError for a result of mode `perturbation`.
     """
-    require_ranked(api.result, "export")
+    require_ranked(api.result.layout, "export")
     page = resources.files("distinfluence.browse").joinpath("page")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     document = environment.from_string(page.joinpath("report.html").read_text()).render(
@@ -34,13 +34,8 @@ def write_report(api: ResultApi, path: Path, *, tests: int = 8, k: int = 6, susp
         tests=[_or_damage(lambda row=row: api.test_point(row, k), index=row) for row in _worst_rows(api, tests)],
         suspects=_or_damage(lambda: api.suspects("net_harm", suspects)),
     )
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        beside.write_text(document, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise StoreError(f"cannot write `{path}`: {error.strerror or error}. Pass another path.") from error
+    with exported(path) as partial:
+        partial.write_text(document, encoding="utf-8")
 
 
 def _map(api: ResultApi) -> dict[str, Any] | None:

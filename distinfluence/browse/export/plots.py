@@ -25,7 +25,7 @@ def plot(result: InfluenceResult, what: str, path: Path) -> None:
 
     Raises MissingDependencyError without matplotlib, ShapeError for mode `perturbation`, StoreError.
     """
-    require_ranked(result, "plot")
+    require_ranked(result.layout, "plot")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

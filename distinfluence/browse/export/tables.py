@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import os
+import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distinfluence.atomic import appearing
 from distinfluence.errors import IncompleteResultError, MissingDependencyError, StoreError
 from distinfluence.store import InfluenceResult
 from distinfluence.store.format.ranking import require_ranked
@@ -37,7 +38,7 @@ def entries(result: InfluenceResult, tests: slice, trains: slice, partial: bool)
 
     Raises IncompleteResultError if a strip is missing, unless `partial`, which leaves its entries out.
     """
-    require_ranked(result, "export")
+    require_ranked(result.layout, "export")
     known = KnownPoints(result)
     rows, finished, strip = np.arange(tests.start, tests.stop), result.finished_strips(), result.layout.strip
     for i in range(trains.start // strip, -(-trains.stop // strip)):
@@ -66,7 +67,7 @@ def write_csv(path: Path, tables: Iterator[Table]) -> int:
     Texts that a spreadsheet would run as a formula get an apostrophe in front.
     """
     written = 0
-    with _WholeOrNot(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with exported(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         for table in tables:
             if not written:
@@ -86,37 +87,27 @@ def write_parquet(path: Path, tables: Iterator[Table]) -> int:
         raise MissingDependencyError(
             "Parquet needs pyarrow, which is not installed. Run pip install pyarrow, or export CSV."
         ) from error
-    written, writer = 0, None
-    with _WholeOrNot(path) as beside:
-        try:
-            for table in tables:
-                content = pyarrow.table({name: pyarrow.array(values) for name, values in table.items()})
-                writer = writer or pyarrow.parquet.ParquetWriter(beside, content.schema)
-                writer.write_table(content)
-                written += content.num_rows
-        finally:
-            if writer is not None:
-                writer.close()
+    contents = (pyarrow.table({name: pyarrow.array(v) for name, v in table.items()}) for table in tables)
+    first, written = next(contents, None), 0
+    if first is None:  # an empty slice
+        return 0
+    with exported(path) as partial, pyarrow.parquet.ParquetWriter(partial, first.schema) as writer:
+        for content in itertools.chain([first], contents):
+            writer.write_table(content)
+            written += content.num_rows
     return written
 
 
-class _WholeOrNot:
-    """The path to write to, beside `path` and renamed to it at the end; gone if anything is raised."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._beside = path, path.with_name(f".{path.name}.{os.getpid()}.new")
-
-    def __enter__(self) -> Path:
-        return self._beside
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        if kind is None:
-            with suppress(FileNotFoundError):  # nothing was written: an empty slice
-                os.replace(self._beside, self._path)
-            return
-        self._beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not isinstance(error, StoreError):
-            raise StoreError(f"cannot write `{self._path}`: {error.strerror or error}. Pass another path.") from error
+@contextlib.contextmanager
+def exported(path: Path) -> Iterator[Path]:
+    """Yield a path to write to that becomes `path` at the end. Raises StoreError for what the file system says."""
+    try:
+        with appearing(path) as partial:
+            yield partial
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot write `{path}`: {error.strerror or error}. Pass another path.") from error
 
 
 def _harmless(values: NDArray[Any]) -> list[Any]:

@@ -104,12 +104,12 @@ class ResultApi:
 
     def picture(self, rows: slice, columns: slice, height: int, width: int, orders: tuple[str, str]) -> Picture:
         """A window of the matrix; orders: names for rows and columns."""
-        require_ranked(self.result, "picture")
+        require_ranked(self.result.layout, "picture")
         return self.pictures.picture(rows, columns, height, width, self._permutations(orders))
 
     def cell(self, rows: slice, columns: slice, orders: tuple[str, str]) -> Json:
         """The entry of largest magnitude in a window: which test and training point, its value, and its place."""
-        require_ranked(self.result, "cell")
+        require_ranked(self.result.layout, "cell")
         check_window("rows", rows, self.result.shape[0])
         check_window("columns", columns, self.result.shape[1])
         if (rows.stop - rows.start) * (columns.stop - columns.start) > MAX_CELL:
@@ -126,7 +126,7 @@ class ResultApi:
 
     def pair(self, test: int, train: int, orders: tuple[str, str]) -> Json:
         """As `cell`, of a test and a training point, wherever they stand in these orders."""
-        require_ranked(self.result, "pair")
+        require_ranked(self.result.layout, "pair")
         _check_index("test", test, self.result.shape[0])
         _check_index("train", train, self.result.shape[1])
         permutations = self._permutations(orders)
@@ -229,7 +229,7 @@ class ResultApi:
 
     def class_table(self, everything: bool) -> Json:
         """Mean influences of classes on classes; everything: from all strips, not from some."""
-        require_ranked(self.result, "classes")
+        require_ranked(self.result.layout, "classes")
         tests, trains = self.known.classes("test"), self.known.classes("train")
         if tests is None or trains is None:
             raise SettingError(
@@ -300,7 +300,7 @@ class ResultApi:
 
     def _totals(self, rows: NDArray[np.int64]) -> Totals:
         """Of the last sets that were asked for, kept once the result does not change any more."""
-        require_ranked(self.result, "test sets")
+        require_ranked(self.result.layout, "test sets")
         key = rows.tobytes()
         found = self._sets.pop(key, None) or totals(self.result, rows)
         if self.result.complete:

@@ -15,6 +15,7 @@ import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from distinfluence.atomic import appearing
 from distinfluence.errors import SettingError
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,200}", re.ASCII)
@@ -56,12 +57,11 @@ def kept_link(result: str) -> Link | None:
 def keep_link(result: str, link: Link) -> None:
     """Keep it, readable by its owner only; in a home that cannot be written to, links end with the server."""
     file = _file(result)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
-            json.dump(asdict(link), out)
-        os.replace(beside, file)
+        with appearing(file) as partial:
+            partial.touch(mode=0o600, exist_ok=False)
+            partial.write_text(json.dumps(asdict(link)), encoding="utf-8")
 
 
 def _file(result: str) -> Path:

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distinfluence.atomic import appearing
 from distinfluence.errors import RecipeError
 from distinfluence.influence.arrays import Array
-from distinfluence.scaling.scratch import appearing, scratch_errors
+from distinfluence.scaling.scratch import scratch_errors
 from distinfluence.store.format.fingerprint import fingerprint_arrays
 
 STRUCTURE_BYTES = 16 * 2**20  # a module without its tensors that is larger than this carries data it should not

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from distinfluence.atomic import appearing
 from distinfluence.influence.arrays import (
     Array,
 )
 from distinfluence.influence.report import SolveReport
-from distinfluence.scaling.scratch import appearing, save_whole, scratch_errors
+from distinfluence.scaling.scratch import save_whole, scratch_errors
 from distinfluence.store import Layout
 from distinfluence.store.format.layout import FLOAT32_BITS
 

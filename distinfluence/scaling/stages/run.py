@@ -21,6 +21,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+from distinfluence.atomic import appearing
 from distinfluence.errors import (
     ChunkFailedError,
     StoreNotFoundError,
@@ -30,7 +31,7 @@ from distinfluence.model.identity.structure import structure
 from distinfluence.scaling.data.recipe import fingerprint_module
 from distinfluence.scaling.dispatch.agenda import Failures
 from distinfluence.scaling.progress import Progress
-from distinfluence.scaling.scratch import appearing, scratch_errors
+from distinfluence.scaling.scratch import scratch_errors
 from distinfluence.scaling.stages.contributions import RankedPairs, take_apart
 from distinfluence.scaling.stages.factor_file import (
     fields_file,

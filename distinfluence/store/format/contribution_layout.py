@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import zarr
 from numpy.typing import NDArray
 
 from distinfluence.errors import CorruptStoreError, SettingError
+from distinfluence.store.format.folder import Location
 from distinfluence.store.format.layout import CHUNK_ROWS, ArraySpec, Layout
 from distinfluence.store.format.ranking import End
-from distinfluence.store.format.remote import RemoteFolder
-
-if TYPE_CHECKING:
-    pass
-
 
 ENDS: tuple[End, End] = ("top", "bottom")
-
-
 MAX_BLOCKS, MAX_TOKENS = 2**16, 2**20
-
-
 _VALUES_PER_CHUNK = 2**18  # 1 MiB of float32
-
-
 _NAN = float("nan")
 
 
@@ -53,7 +42,7 @@ def contribution_specs(
     return specs
 
 
-def spec_of(name: str, array: zarr.Array[Any], n_blocks: int, layout: Layout, path: Path | RemoteFolder) -> ArraySpec:
+def spec_of(name: str, array: zarr.Array[Any], n_blocks: int, layout: Layout, path: Location) -> ArraySpec:
     """What an array of contributions must be, going by its own k' and length. Raises CorruptStoreError."""
     k = int(array.shape[1]) if array.ndim == 3 else 0
     if not 1 <= k <= layout.k:

@@ -14,12 +14,13 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PosixPath
 from typing import Any
 
 import zarr
 
+from distinfluence.atomic import appearing, sync_to_disk
 from distinfluence.errors import (
     CorruptStoreError,
     DiskFullError,
@@ -66,12 +67,95 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nobody can write 
 _ATTRIBUTES_BYTES = 2**26  # of attributes and consolidated metadata, at most
 
 
+class LocalFolder(PosixPath):
+    """The folder of a result on a file system of this host. It answers the same questions as `RemoteFolder`."""
+
+    def writable_store(self) -> str:
+        """Return what zarr writes to."""
+        return str(self)
+
+    def read_file(self, key: str) -> bytes | None:
+        """Return a file of the folder, or None if there is none.
+
+        Raises CorruptStoreError for a file that is too large to be ours: it may be all holes.
+        """
+        file = self / key
+        if not file.is_file():
+            return None
+        if file.stat().st_size > _ATTRIBUTES_BYTES:
+            raise CorruptStoreError(
+                f"`{key}` of {self} has {file.stat().st_size} bytes, expected at most {_ATTRIBUTES_BYTES}. Pass "
+                "another path."
+            )
+        return file.read_bytes()
+
+    def has(self, key: str) -> bool:
+        """Return whether a file of the folder is there."""
+        return (self / key).is_file()
+
+    def names(self) -> list[str]:
+        """Return the names of what lies in the folder, sorted."""
+        return sorted(entry.name for entry in self.iterdir())
+
+    def is_used(self) -> bool:
+        """Return whether anything is there, other than an empty folder."""
+        return self.exists() and not (self.is_dir() and not self.names())
+
+    def looks_like(self) -> str:
+        """Say what is there, where it is not a result of ours."""
+        if not self.is_dir():
+            return "a file"
+        if any((self / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+            return "another zarr store"
+        names = self.names()
+        return f"a folder with {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else "an empty folder"
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete files or folders in it; those that are not there are skipped."""
+        for key in keys:
+            if (self / key).is_dir():
+                shutil.rmtree(self / key, ignore_errors=True)
+            else:
+                (self / key).unlink(missing_ok=True)
+
+    def settle(self, keys: Iterable[str]) -> None:
+        """Have files in it outlive a power failure: zarr renames files but never syncs them."""
+        sync_to_disk(self / key for key in keys)
+
+    @contextlib.contextmanager
+    def replaced(self) -> Iterator[LocalFolder]:
+        """Yield a path beside this one to build a folder at, which takes its place at the end."""
+        old = self.with_name(f".{self.name}.{uuid.uuid4().hex}.old")
+        self.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with appearing(self) as new:
+                yield new
+                if self.is_used():
+                    self.rename(old)
+        except BaseException:
+            if old.exists() and not self.exists():
+                old.rename(self)
+            raise
+        if old.exists():
+            shutil.rmtree(old)
+
+    def sweep(self) -> None:
+        """Delete the `.partial` files of killed writers that nobody has written to for 15 minutes."""
+        for file in self.rglob("*.partial"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime > _STALE_SECONDS:
+                    file.unlink()
+
+
+Location = LocalFolder | RemoteFolder
+
+
 def is_local_url(path: str | os.PathLike[str]) -> bool:
     """Whether it is the URL of a folder of this host's file systems."""
     return str(path).startswith(("file://", "local://"))
 
 
-def local_path(path: str | os.PathLike[str]) -> Path:
+def local_path(path: str | os.PathLike[str]) -> LocalFolder:
     """`path` made absolute, links resolved; a `file://` URL is one, too.
 
     Raises SettingError for other URLs.
@@ -85,24 +169,25 @@ def local_path(path: str | os.PathLike[str]) -> Path:
             f"`path` must be a folder of this host or a shared file system, got {str(path)!r}. Copy the result here."
         )
     with surfaced_errors("resolve", Path(path)):
-        return Path(path).expanduser().resolve()
+        return LocalFolder(path).expanduser().resolve()
 
 
-def place_of(path: str | os.PathLike[str]) -> Path | RemoteFolder:
+def place_of(path: str | os.PathLike[str]) -> Location:
     """Where a result is read from: a URL as it is, a path made absolute. Raises SettingError."""
     remote = "://" in str(path) and not is_local_url(path)
     return RemoteFolder(str(path)) if remote else local_path(path)
 
 
-def read_attributes(path: Path | RemoteFolder) -> dict[str, Any]:
+def read_attributes(path: Location) -> dict[str, Any]:
     """The attributes of our result at `path`. Raises StoreNotFoundError, ForeignStoreError, or StoreError (too new)."""
     with surfaced_errors("read", path):
         attributes = _our_attributes(path)
         if attributes is None and (isinstance(path, RemoteFolder) or not path.exists()):
             raise StoreNotFoundError(f"`path` {path} does not exist, expected a result. Check it for typing errors.")
     if attributes is None:
-        found = "a URL" if isinstance(path, RemoteFolder) else _looks_like(path)
-        raise ForeignStoreError(f"`path` {path} is not a result of distinfluence: {found}. Pass another path.")
+        raise ForeignStoreError(
+            f"`path` {path} is not a result of distinfluence: {path.looks_like()}. Pass another path."
+        )
     version = attributes.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise StoreError(
@@ -112,59 +197,24 @@ def read_attributes(path: Path | RemoteFolder) -> dict[str, Any]:
     return attributes
 
 
-def has_file(place: Path | RemoteFolder, key: str) -> bool:
-    """Whether a file of a result is there."""
-    return place.has(key) if isinstance(place, RemoteFolder) else (place / key).is_file()
-
-
-def delete_files(place: Path | RemoteFolder, keys: Iterable[str]) -> None:
-    """Delete files, or folders, of a result, those that are there."""
-    for key in keys:
-        if isinstance(place, RemoteFolder):
-            place.delete(key)
-        elif (place / key).is_dir():
-            shutil.rmtree(place / key, ignore_errors=True)
-        else:
-            (place / key).unlink(missing_ok=True)
-
-
-def settle(place: Path | RemoteFolder, keys: Iterable[str]) -> None:
-    """Have files of a result outlive a power failure; behind a URL they do, once they are written."""
-    if not isinstance(place, RemoteFolder):
-        sync_to_disk([place / key for key in keys])
-
-
-def zarr_store(place: Path | RemoteFolder) -> Any:
-    """What zarr writes to."""
-    return place.store(read_only=False) if isinstance(place, RemoteFolder) else str(place)
-
-
-def is_used(place: Path | RemoteFolder) -> bool:
-    """Whether anything lies there, more than an empty folder."""
-    if isinstance(place, RemoteFolder):
-        return bool(place.names())
-    return place.exists() and not (place.is_dir() and not any(place.iterdir()))
-
-
-def require_free(path: Path | RemoteFolder, overwrite: bool) -> None:
+def require_free(path: Location, overwrite: bool) -> None:
     """Pass if a result may be put at `path`: nothing or an empty folder is there, or a result of ours and `overwrite`.
 
     Raises ForeignStoreError or StoreExistsError. Touches nothing.
     """
     with surfaced_errors("read", path):
-        if not is_used(path):
+        if not path.is_used():
             return
         if _our_attributes(path) is None:
             raise ForeignStoreError(
-                f"`path` {path} holds something that distinfluence did not write ({_looks_like(path)}); nothing was "
+                f"`path` {path} holds something that distinfluence did not write ({path.looks_like()}); nothing was "
                 "touched. Pass another path."
             )
         if not overwrite:
             raise StoreExistsError(
                 f"`path` {path} holds a result already. Pass `resume` to go on with it, or `overwrite` to delete it."
             )
-        names = path.names() if isinstance(path, RemoteFolder) else [entry.name for entry in path.iterdir()]
-        strangers = sorted(set(names) - _OWN_ENTRIES)
+        strangers = sorted(set(path.names()) - _OWN_ENTRIES)
     if strangers:
         raise ForeignStoreError(
             f"`path` {path} holds a result, but also {', '.join(strangers[:5])}, which distinfluence did not write; "
@@ -172,64 +222,25 @@ def require_free(path: Path | RemoteFolder, overwrite: bool) -> None:
         )
 
 
-def put_in_place(path: Path | RemoteFolder, overwrite: bool, build: Callable[[Path | RemoteFolder], None]) -> None:
-    """Have `build` make the folder beside `path`, then rename it to `path`, so that it is there whole or not at all.
+@contextlib.contextmanager
+def put_in_place(path: Location, overwrite: bool) -> Iterator[Location]:
+    """Yield where to build a result, which is at `path` at the end: whole, or not at all.
 
     With `overwrite`, a result of ours at `path` is deleted after the new one is built. Behind a URL nothing can be
     renamed: it is deleted first, and the new one built in its place.
     """
     require_free(path, overwrite)
-    if isinstance(path, RemoteFolder):
-        with surfaced_errors("create", path):
-            path.delete()
-            build(path)
-        return
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
-    replaced = beside.with_suffix(".old")
-    with surfaced_errors("create", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            build(beside)
+    with surfaced_errors("create", path), path.replaced() as new:
+        yield new
+        if new is not path:  # another process may have been faster
             require_free(path, overwrite)
-            if path.exists() and any(path.iterdir()):
-                path.rename(replaced)
-            beside.rename(path)
-        except BaseException:
-            if replaced.exists() and not path.exists():
-                replaced.rename(path)
-            raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-        if replaced.exists():
-            shutil.rmtree(replaced)
 
 
-def sync_to_disk(files: list[Path]) -> None:
-    """fsync files and their folders; those that do not exist are skipped. zarr renames but never syncs."""
-    for path in [*files, *sorted({file.parent for file in files})]:
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def consolidate(path: Path | RemoteFolder) -> None:
+def consolidate(path: Location) -> None:
     """Note the metadata of all arrays in the group's own, so that readers need one look: of a complete result."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # consolidated metadata is no part of the v3 specification, yet
-        zarr.consolidate_metadata(zarr_store(path))
-
-
-def sweep_unfinished_files(path: Path | RemoteFolder) -> None:
-    """Delete the `.partial` files that killed writers left behind, if nobody has written to them for 15 minutes."""
-    if isinstance(path, RemoteFolder):
-        return
-    for file in path.rglob("*.partial"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - file.stat().st_mtime > _STALE_SECONDS:
-                file.unlink()
+        zarr.consolidate_metadata(path.writable_store())
 
 
 @contextlib.contextmanager
@@ -261,11 +272,8 @@ def surfaced_errors(action: str, path: Path | RemoteFolder) -> Iterator[None]:
         ) from error
 
 
-def _our_attributes(path: Path | RemoteFolder) -> dict[str, Any] | None:
-    if isinstance(path, RemoteFolder):
-        metadata = path.read_bytes("zarr.json")
-    else:
-        metadata = (path / "zarr.json").read_bytes() if _is_readable(path / "zarr.json") else None
+def _our_attributes(path: Location) -> dict[str, Any] | None:
+    metadata = path.read_file("zarr.json")
     if metadata is None:
         return None
     try:
@@ -275,28 +283,3 @@ def _our_attributes(path: Path | RemoteFolder) -> dict[str, Any] | None:
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return dict(attributes) if ours else None
-
-
-def _is_readable(file: Path) -> bool:
-    """Whether it is there. Raises CorruptStoreError for one that is too large to be ours: it may be all holes."""
-    if not file.is_file():
-        return False
-    if file.stat().st_size > _ATTRIBUTES_BYTES:
-        raise CorruptStoreError(
-            f"`zarr.json` of {file.parent} has {file.stat().st_size} bytes, expected at most {_ATTRIBUTES_BYTES}. Pass "
-            "another path."
-        )
-    return True
-
-
-def _looks_like(path: Path | RemoteFolder) -> str:
-    if isinstance(path, RemoteFolder):
-        return f"a URL with {', '.join(path.names()[:3])}"
-    if not path.is_dir():
-        return "a file"
-    if any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
-        return "another zarr store"
-    entries = sorted(entry.name for entry in path.iterdir())
-    return (
-        f"a folder with {', '.join(entries[:3])}{', …' if len(entries) > 3 else ''}" if entries else "an empty folder"
-    )

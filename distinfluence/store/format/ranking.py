@@ -6,17 +6,14 @@ unique: equal influences rank by ascending training index, however the matrix wa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.errors import IndexRangeError, ShapeError
 from distinfluence.store.format.html import table_as_html
-from distinfluence.store.format.layout import whole_number
-
-if TYPE_CHECKING:
-    from distinfluence.store.read.result import InfluenceResult
+from distinfluence.store.format.layout import Layout, whole_number
 
 _KEYS_AT_ONCE = 2**21  # 16 MiB
 _SIGN = np.uint32(0x8000_0000)
@@ -86,12 +83,12 @@ def _unpack(keys: NDArray[np.uint64]) -> Ranking:
 End = Literal["top", "bottom"]
 
 
-def require_ranked(result: InfluenceResult, what: str) -> None:
+def require_ranked(layout: Layout, what: str) -> None:
     """Pass for one number per pair of points. Raises ShapeError for influences of inputs."""
-    if not result.layout.ranked:
+    if not layout.ranked:
         raise ShapeError(
             f"`{what}` wants one number per pair of points, got perturbation influences of inputs "
-            f"{result.layout.input_shape}. Reduce them first, for example by their norm over the input."
+            f"{layout.input_shape}. Reduce them first, for example by their norm over the input."
         )
 
 

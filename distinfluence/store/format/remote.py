@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from zarr.abc.store import ByteRequest
@@ -41,7 +42,11 @@ class RemoteFolder(os.PathLike[str]):
         assert isinstance(store, RemoteStore)
         return store
 
-    def read_bytes(self, key: str) -> bytes | None:
+    def writable_store(self) -> RemoteStore:
+        """Return what zarr writes to."""
+        return self.store(read_only=False)
+
+    def read_file(self, key: str) -> bytes | None:
         """A file of the folder, or None if there is none. Raises StoreError if the server does not answer."""
         filesystem, root = self._place
         try:
@@ -67,12 +72,33 @@ class RemoteFolder(os.PathLike[str]):
         except FileNotFoundError:
             return []
 
-    def delete(self, key: str = "") -> None:
-        """Delete a file or folder in it, or all of it; nothing if there is none."""
+    def is_used(self) -> bool:
+        """Return whether anything is there."""
+        return bool(self.names())
+
+    def looks_like(self) -> str:
+        """Say what is there, where it is not a result of ours."""
+        return f"a URL with {', '.join(self.names()[:3])}"
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete files or folders in it, or all of it (an empty key); those that are not there are skipped."""
         filesystem, root = self._place
         filesystem.invalidate_cache()
-        with contextlib.suppress(FileNotFoundError):
-            filesystem.rm(f"{root}/{key}".rstrip("/"), recursive=True)
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.rm(f"{root}/{key}".rstrip("/"), recursive=True)
+
+    def settle(self, keys: Iterable[str]) -> None:
+        """Do nothing: what is written outlives a power failure."""
+
+    @contextlib.contextmanager
+    def replaced(self) -> Iterator[RemoteFolder]:
+        """Delete the folder, and yield it to be built again."""
+        self.delete([""])
+        yield self
+
+    def sweep(self) -> None:
+        """Do nothing: killed writers leave no unfinished files."""
 
     @functools.cached_property
     def _place(self) -> tuple[Any, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,9 +22,7 @@ from distinfluence.store.format.ranking import (
     most_helpful,
     require_ranked,
 )
-
-if TYPE_CHECKING:
-    from distinfluence.store.read.result import InfluenceResult
+from distinfluence.store.read.arrays import ResultArrays
 
 
 class Grouped(NamedTuple):
@@ -42,9 +40,9 @@ class Grouped(NamedTuple):
         return table_as_html(of, {"test \\ train": rows, **cells})
 
 
-def rank_column(result: InfluenceResult, end: End, train_index: int, k: int | None) -> Ranking:
+def rank_column(result: ResultArrays, end: End, train_index: int, k: int | None) -> Ranking:
     """The test points that a training point helps (top) or harms (bottom) most; k: 10 if None. Reads one column."""
-    require_ranked(result, f"{end}_for_train")
+    require_ranked(result.layout, f"{end}_for_train")
     j = checked_index("train_index", train_index, result.layout.n_train)
     k = 10 if k is None else whole_number("k", k)
     if k < 1:
@@ -63,14 +61,14 @@ def rank_column(result: InfluenceResult, end: End, train_index: int, k: int | No
 
 
 def group(
-    result: InfluenceResult,
+    result: ResultArrays,
     test: ArrayLike | None,
     train: ArrayLike | None,
     how: Literal["mean", "sum"],
     partial: bool,
 ) -> Grouped:
     """Influences added up, or averaged, over groups; see `InfluenceResult.group`."""
-    require_ranked(result, "group")
+    require_ranked(result.layout, "group")
     _check_how(how)
     _require_strips(result, "group", partial)
     test_groups, of_test = _groups("test", test, result.layout.n_test)
@@ -104,7 +102,7 @@ def _check_how(how: str) -> None:
         raise SettingError(f"`how` must be 'mean' or 'sum', got {how!r}.")
 
 
-def _require_strips(result: InfluenceResult, what: str, partial: bool) -> None:
+def _require_strips(result: ResultArrays, what: str, partial: bool) -> None:
     if result.n_missing and not partial:
         raise IncompleteResultError(
             f"`{what}` needs all strips, {result.n_missing} of {result.layout.n_strips} are missing. Finish the run, "
@@ -112,7 +110,7 @@ def _require_strips(result: InfluenceResult, what: str, partial: bool) -> None:
         )
 
 
-def strips(result: InfluenceResult) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+def strips(result: ResultArrays) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """The finished strips, one by one: their columns, and their values [n_test, n]."""
     for i in np.flatnonzero(result.finished_strips()).tolist():
         columns = result.layout.strip_slice(i)
@@ -120,7 +118,7 @@ def strips(result: InfluenceResult) -> Iterator[tuple[slice, NDArray[np.float32]
 
 
 def rank_set(
-    result: InfluenceResult,
+    result: ResultArrays,
     end: End,
     tests: ArrayLike | slice,
     k: int | None,
@@ -128,7 +126,7 @@ def rank_set(
     partial: bool,
 ) -> Ranking:
     """The training points that help (top) or harm (bottom) a set of test points most; see `InfluenceResult.top_of`."""
-    require_ranked(result, f"{end}_of")
+    require_ranked(result.layout, f"{end}_of")
     _check_how(how)
     rows = checked_rows(tests, result.layout.n_test)
     k = result.layout.k if k is None else whole_number("k", k)
@@ -145,7 +143,7 @@ def rank_set(
     return Ranking(found.indices[0], found.values[0])
 
 
-def strip_total(result: InfluenceResult, rows: NDArray[np.int64], i: int) -> NDArray[np.float64]:
+def strip_total(result: ResultArrays, rows: NDArray[np.int64], i: int) -> NDArray[np.float64]:
     """[n], the influences of strip i's training points, added up over test points. Raises CorruptStoreError."""
     values = result.rows(rows, result.layout.strip_slice(i))
     if not np.isfinite(values).all():

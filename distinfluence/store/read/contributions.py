@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -27,9 +27,8 @@ from distinfluence.store.format.folder import COMPLETE, consolidate, local_path,
 from distinfluence.store.format.html import table_as_html
 from distinfluence.store.format.layout import ArraySpec, Layout
 from distinfluence.store.format.ranking import Ranking
-
-if TYPE_CHECKING:
-    from distinfluence.store.read.result import InfluenceResult
+from distinfluence.store.read.arrays import ResultArrays
+from distinfluence.store.read.row_ranking import rank_row
 
 
 class Shares(NamedTuple):
@@ -98,7 +97,7 @@ def write_contributions(
             consolidate(folder)
 
 
-def read_contributions(result: InfluenceResult, row: int) -> Contributions | None:
+def read_contributions(result: ResultArrays, row: int) -> Contributions | None:
     """Those of test point `row`, 0 <= row < n_test; None if none are stored."""
     blocks = result.contribution_blocks
     if not blocks:
@@ -108,7 +107,7 @@ def read_contributions(result: InfluenceResult, row: int) -> Contributions | Non
         by_block = result.contribution_array(end)
         tokens = result.contribution_array(f"{end}_tokens") if result.has_token_contributions else None
         k = by_block.shape[1]
-        ranking = result.top(row, k) if end == "top" else result.bottom(row, k)
+        ranking = rank_row(result, end, row, k, partial=False)
         with surfaced_errors("read", result.path):
             own = np.asarray(by_block[row])
             by_token = None if tokens is None else np.asarray(tokens[row])

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from distinfluence.store.read.result import InfluenceResult
 from distinfluence.store.format.html import cut
+from distinfluence.store.read.arrays import ResultArrays
 
 
-def result_as_html(result: InfluenceResult) -> str:
+def result_as_html(result: ResultArrays) -> str:
     """What it is, what made it, how far it converged, and what it cost."""
     rows = "".join(
         f'<tr><th style="text-align:left">{escape(name)}</th><td style="text-align:left">{escape(text)}</td></tr>'
@@ -23,16 +22,17 @@ def result_as_html(result: InfluenceResult) -> str:
     return f"<table><caption>Influences, {escape(str(result.path))}</caption><tbody>{rows}</tbody></table>"
 
 
-def facts(result: InfluenceResult) -> dict[str, str]:
+def facts(result: ResultArrays) -> dict[str, str]:
     """Name → text, what one asks first. Attributes of any kind are taken: a result may be of an older version."""
     provenance = result.provenance
     done, n_strips = result.layout.n_strips - result.n_missing, result.layout.n_strips
+    n_converged = int(result.read("converged").sum())
     found = {
         **({"model": model} if (model := model_of(provenance)) else {}),
         "shape": f"{' × '.join(f'{n:,}' for n in result.shape)} (test × train{' × input' if result.shape[2:] else ''})",
         "state": "complete" if result.complete else f"running, {done} of {n_strips} strips",
         "method": _method(_mapping(provenance.get("solver"))),
-        "converged": f"{int(result.converged.sum())} of {result.shape[0]} rows, {_worst(result.relative_residual)}",
+        "converged": f"{n_converged} of {result.shape[0]} rows, {_worst(result.read('relative_residual'))}",
         "error bounds": _bounds(result),
     }
     covered = _mapping(provenance.get("parameters"))
@@ -68,8 +68,8 @@ def _worst(residual: NDArray[np.float32]) -> str:
     return f"worst relative residual {float(known.max()):.2g}" if known.size else "residuals not measured"
 
 
-def _bounds(result: InfluenceResult) -> str:
-    known = np.isfinite(result.error_bound)
+def _bounds(result: ResultArrays) -> str:
+    known = np.isfinite(result.read("error_bound"))
     kind = result.provenance.get("error_bound")
     return f"{int(known.sum())} of {known.size} rows{f', {kind}' if isinstance(kind, str) else ''}"
 

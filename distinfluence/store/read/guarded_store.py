@@ -16,6 +16,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from distinfluence.errors import CorruptStoreError
+from distinfluence.store.format.folder import Location
 from distinfluence.store.format.layout import ArraySpec
 from distinfluence.store.format.remote import RemoteFolder, RemoteStore
 
@@ -80,13 +81,13 @@ class GuardedStore(LocalStore):
         return buffer
 
 
-def open_to_read(path: Path | RemoteFolder) -> tuple[zarr.Group, GuardedStore | RemoteStore]:
+def open_to_read(path: Location) -> tuple[zarr.Group, GuardedStore | RemoteStore]:
     """The group at `path` and the store that it reads from."""
     store = path.store() if isinstance(path, RemoteFolder) else GuardedStore(path)
     return zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False), store
 
 
-def checked(array: object, spec: ArraySpec, path: Path | RemoteFolder) -> zarr.Array[Any]:
+def checked(array: object, spec: ArraySpec, path: Location) -> zarr.Array[Any]:
     """`array`, if it is what a result of this layout has under this name. Raises CorruptStoreError.
 
     Its chunks may be cut otherwise, but none may be larger than the layout's, nor than 64 MiB: a few bytes of metadata

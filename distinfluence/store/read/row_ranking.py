@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from distinfluence.errors import CorruptStoreError, IncompleteResultError, SettingError
@@ -17,14 +15,12 @@ from distinfluence.store.format.ranking import (
     most_helpful,
     require_ranked,
 )
-
-if TYPE_CHECKING:
-    from distinfluence.store.read.result import InfluenceResult
+from distinfluence.store.read.arrays import ResultArrays
 
 
-def rank_row(result: InfluenceResult, end: End, test_index: int, k: int | None, partial: bool) -> Ranking:
+def rank_row(result: ResultArrays, end: End, test_index: int, k: int | None, partial: bool) -> Ranking:
     """The training points that help (top) or harm (bottom) a test point most; see `InfluenceResult.top`."""
-    require_ranked(result, end)
+    require_ranked(result.layout, end)
     row = checked_index("test_index", test_index, result.layout.n_test)
     k = result.layout.k if k is None else whole_number("k", k)
     if k < 1:
@@ -42,7 +38,7 @@ def rank_row(result: InfluenceResult, end: End, test_index: int, k: int | None, 
     return _ranked_values(result, end, row, k)
 
 
-def _folded_ranking(result: InfluenceResult, end: End, row: int, k: int) -> Ranking:
+def _folded_ranking(result: ResultArrays, end: End, row: int, k: int) -> Ranking:
     """From the rankings of the finished strips, a few hundredths of the row's bytes."""
     # the marks are read before the rankings, as in `_ranked_values`
     finished = np.flatnonzero(result.finished_strips())
@@ -59,7 +55,7 @@ def _folded_ranking(result: InfluenceResult, end: End, row: int, k: int) -> Rank
     return Ranking(ranking.indices[0], ranking.values[0])
 
 
-def _stored_ranking(result: InfluenceResult, end: End, row: int, k: int) -> Ranking:
+def _stored_ranking(result: ResultArrays, end: End, row: int, k: int) -> Ranking:
     ranking = Ranking(result.read(f"{end}_index", row)[:k], result.read(f"{end}_value", row)[:k])
     if not is_ranking(ranking, slice(0, result.layout.n_train)):
         raise CorruptStoreError(
@@ -69,7 +65,7 @@ def _stored_ranking(result: InfluenceResult, end: End, row: int, k: int) -> Rank
     return ranking
 
 
-def _ranked_values(result: InfluenceResult, end: End, row: int, k: int) -> Ranking:
+def _ranked_values(result: ResultArrays, end: End, row: int, k: int) -> Ranking:
     # The marks are read before the row: a strip that is marked then has its values in the row read afterwards.
     points = np.flatnonzero(np.repeat(result.finished_strips(), result.layout.strip)[: result.layout.n_train])
     values = result.read("influences", row)[points]

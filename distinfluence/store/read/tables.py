@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distinfluence.store.format.ranking import require_ranked
+from distinfluence.store.format.ranking import End, require_ranked
 from distinfluence.store.read.annotations import StoredPoints
-
-if TYPE_CHECKING:
-    from distinfluence.store.read.result import InfluenceResult
+from distinfluence.store.read.arrays import ResultArrays
+from distinfluence.store.read.row_ranking import rank_row
 
 Table = dict[str, NDArray[Any]]
 
@@ -19,9 +18,9 @@ Table = dict[str, NDArray[Any]]
 class KnownPoints:
     """What is known of all points, read once, to stand beside the lines of tables."""
 
-    def __init__(self, result: InfluenceResult) -> None:
-        self._bound = result.error_bound.astype(np.float64)
-        self._norm = result.train_gradient_norm.astype(np.float64)
+    def __init__(self, result: ResultArrays) -> None:
+        self._bound = result.read("error_bound").astype(np.float64)
+        self._norm = result.read("train_gradient_norm").astype(np.float64)
         self._columns: dict[str, tuple[str, NDArray[Any]]] = {}
         for axis in ("test", "train"):
             points = result.points(axis)
@@ -42,7 +41,7 @@ class KnownPoints:
 
 
 def ranking_table(
-    result: InfluenceResult,
+    result: ResultArrays,
     rows: NDArray[np.int64] | None,
     k: int | None,
     partial: bool,
@@ -53,12 +52,13 @@ def ranking_table(
     rows: test points, all if None. Columns: test, rank (from 1), end ("helpful" or "harmful"), train, influence, and
     what `KnownPoints.beside` adds; known: made already.
     """
-    require_ranked(result, "to_dataframe")
+    require_ranked(result.layout, "to_dataframe")
     rows = np.arange(result.layout.n_test) if rows is None else rows
     parts: list[tuple[Any, ...]] = []
-    for end, name in (("top", "helpful"), ("bottom", "harmful")):
+    ends: dict[End, str] = {"top": "helpful", "bottom": "harmful"}
+    for end, name in ends.items():
         for row in rows.tolist():
-            ranking = result.top(row, k, partial=partial) if end == "top" else result.bottom(row, k, partial=partial)
+            ranking = rank_row(result, end, row, k, partial)
             n = ranking.indices.size
             parts.append((np.full(n, row), np.arange(1, n + 1), np.full(n, name), ranking.indices, ranking.values))
     names = ("test", "rank", "end", "train", "influence")

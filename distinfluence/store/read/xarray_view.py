@@ -15,16 +15,16 @@ import numpy as np
 from distinfluence.errors import CorruptStoreError, MissingDependencyError
 from distinfluence.store.format.contribution_layout import ENDS
 from distinfluence.store.format.folder import surfaced_errors
+from distinfluence.store.read.arrays import ResultArrays
 
 if TYPE_CHECKING:
     import xarray
 
-    from distinfluence.store.read.result import InfluenceResult
 
 Chunks = Mapping[str, int] | Literal["auto"] | None
 
 
-def as_dataset(result: InfluenceResult, chunks: Chunks) -> xarray.Dataset:
+def as_dataset(result: ResultArrays, chunks: Chunks) -> xarray.Dataset:
     """See `InfluenceResult.to_xarray`."""
     result.check_arrays()
     dataset = _opened(result, None, chunks)
@@ -38,7 +38,7 @@ def as_dataset(result: InfluenceResult, chunks: Chunks) -> xarray.Dataset:
     return dataset.assign_coords({name: value for name, value in known.items() if value[1] is not None})
 
 
-def as_datatree(result: InfluenceResult, chunks: Chunks) -> xarray.DataTree:
+def as_datatree(result: ResultArrays, chunks: Chunks) -> xarray.DataTree:
     """See `InfluenceResult.to_datatree`."""
     nodes = {"/": as_dataset(result, chunks)}
     for axis in ("test", "train"):
@@ -59,7 +59,7 @@ def as_datatree(result: InfluenceResult, chunks: Chunks) -> xarray.DataTree:
         return xarray.DataTree.from_dict(nodes)
 
 
-def _opened(result: InfluenceResult, group: str | None, chunks: Chunks) -> xarray.Dataset:
+def _opened(result: ResultArrays, group: str | None, chunks: Chunks) -> xarray.Dataset:
     cut = dict(chunks) if isinstance(chunks, Mapping) else chunks
     with _needed():
         import xarray
@@ -75,7 +75,7 @@ def _opened(result: InfluenceResult, group: str | None, chunks: Chunks) -> xarra
     return dataset
 
 
-def _damping(result: InfluenceResult) -> dict[str, Any]:
+def _damping(result: ResultArrays) -> dict[str, Any]:
     """The damping λ, one for all blocks or block by block; none where it is not recorded."""
     solver = result.provenance.get("solver")
     by_block = solver.get("hessian_regularization") if isinstance(solver, Mapping) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from distinfluence.errors import FingerprintError
 from distinfluence.store.format.fingerprint import to_json
-from distinfluence.store.format.folder import is_used, place_of, read_attributes, require_free
+from distinfluence.store.format.folder import place_of, read_attributes, require_free
 from distinfluence.store.format.layout import Layout
 
 _MISSING = object()
@@ -21,7 +21,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False, resum
     overwritten nor resumed. Touches nothing.
     """
     folder = place_of(path)
-    if resume and is_used(folder):
+    if resume and folder.is_used():
         read_attributes(folder)
     else:
         require_free(folder, overwrite)
@@ -56,7 +56,7 @@ def check_resumable(
 def chunks_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The chunk sizes that the result at `path` was begun with, to go on with the same; None if there is none."""
     folder = place_of(path)
-    if not is_used(folder):
+    if not folder.is_used():
         return None
     found = read_attributes(folder).get("chunks")
     return found if isinstance(found, dict) else None

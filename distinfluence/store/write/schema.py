@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import zarr
@@ -12,9 +11,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from distinfluence.errors import SettingError
 from distinfluence.store.format.fingerprint import to_json
-from distinfluence.store.format.folder import FORMAT, FORMAT_VERSION, RUNNING, zarr_store
+from distinfluence.store.format.folder import FORMAT, FORMAT_VERSION, RUNNING, Location
 from distinfluence.store.format.layout import FLOAT32_BITS, ArraySpec, Layout, array_specs
-from distinfluence.store.format.remote import RemoteFolder
 
 SIGN_CONVENTION = (
     "positive: the training point helps (without it the test measurement rises by about influence / n_train); "
@@ -43,9 +41,9 @@ def stored_attributes(layout: Layout, attributes: Mapping[str, object]) -> dict[
     return {**own, **plain}
 
 
-def build(folder: Path | RemoteFolder, layout: Layout, attributes: dict[str, Any]) -> None:
+def build(folder: Location, layout: Layout, attributes: dict[str, Any]) -> None:
     """An empty result at `folder`, which must not exist."""
-    group = zarr.open_group(zarr_store(folder), mode="w-", zarr_format=3, attributes=attributes)
+    group = zarr.open_group(folder.writable_store(), mode="w-", zarr_format=3, attributes=attributes)
     if layout.ranked:
         group.create_group("strips")
     if layout.levels:

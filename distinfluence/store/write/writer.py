@@ -9,39 +9,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from distinfluence.errors import (
-    CorruptStoreError,
-    DtypeError,
-    IncompleteResultError,
-    IndexRangeError,
-    NonFiniteError,
-    SettingError,
-    ShapeError,
-)
+from distinfluence.errors import CorruptStoreError, IncompleteResultError
 from distinfluence.store.format.fingerprint import to_json
 from distinfluence.store.format.folder import (
     COMPLETE,
     RUNNING,
+    Location,
     consolidate,
-    delete_files,
-    has_file,
     place_of,
     put_in_place,
     read_attributes,
-    require_free,
-    settle,
     surfaced_errors,
-    sweep_unfinished_files,
-    zarr_store,
 )
-from distinfluence.store.format.layout import FLOAT32_BITS, Layout, array_specs
+from distinfluence.store.format.layout import Layout, array_specs
 from distinfluence.store.format.overview import strip_cells
 from distinfluence.store.format.ranking import (
     Ranking,
@@ -54,6 +40,7 @@ from distinfluence.store.format.ranking import (
 from distinfluence.store.format.remote import RemoteFolder
 from distinfluence.store.write.resume import check_resumable
 from distinfluence.store.write.schema import build, create_array, stored_attributes
+from distinfluence.store.write.values import check_rows, per_point, require_finite, rounded, rounded_up, strip_values
 
 QUARANTINED = 2  # in `strip_status`: tried and failed; 1 is whole, 0 not made yet
 
@@ -73,11 +60,11 @@ class InfluenceWriter:
     `finish` are for the one process that drives the run.
     """
 
-    def __init__(self, path: Path | RemoteFolder, layout: Layout) -> None:
+    def __init__(self, path: Location, layout: Layout) -> None:
         self.path = path
         self.layout = layout
         with surfaced_errors("open", path):
-            self._group = zarr.open_group(zarr_store(path), mode="r+", use_consolidated=False)
+            self._group = zarr.open_group(path.writable_store(), mode="r+", use_consolidated=False)
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     @classmethod
@@ -97,8 +84,8 @@ class InfluenceWriter:
         """
         folder = place_of(path)
         stored = stored_attributes(layout, attributes)
-        require_free(folder, overwrite)
-        put_in_place(folder, overwrite, lambda beside: build(beside, layout, stored))
+        with put_in_place(folder, overwrite) as new:
+            build(new, layout, stored)
         return cls(folder, layout)
 
     @classmethod
@@ -143,17 +130,17 @@ class InfluenceWriter:
         `error_bound`: c_i with |stored − exact| ≤ c_i·‖g_j‖ for every training point j; rounded up to float32.
         Raises IndexRangeError, ShapeError, DtypeError, NonFiniteError, StoreError.
         """
-        n_rows = _check_rows(rows, self.layout.n_test)
+        n_rows = check_rows(rows, self.layout.n_test)
         given = {
-            "test_loss": _per_point("loss", loss, n_rows, "fiu", np.float32),
-            "test_gradient_norm": _per_point("gradient_norm", gradient_norm, n_rows, "fiu", np.float32),
-            "relative_residual": _per_point("relative_residual", relative_residual, n_rows, "fiu", np.float32),
-            "iterations": _per_point("iterations", iterations, n_rows, "iu", np.int32),
-            "converged": _per_point("converged", converged, n_rows, "b", np.bool_),
-            "error_bound": _rounded_up(_per_point("error_bound", error_bound, n_rows, "f", np.float64)),
+            "test_loss": per_point("loss", loss, n_rows, "fiu", np.float32),
+            "test_gradient_norm": per_point("gradient_norm", gradient_norm, n_rows, "fiu", np.float32),
+            "relative_residual": per_point("relative_residual", relative_residual, n_rows, "fiu", np.float32),
+            "iterations": per_point("iterations", iterations, n_rows, "iu", np.int32),
+            "converged": per_point("converged", converged, n_rows, "b", np.bool_),
+            "error_bound": rounded_up(per_point("error_bound", error_bound, n_rows, "f", np.float64)),
         }
         for name in ("test_loss", "test_gradient_norm"):
-            _require_finite(f"{name} of test points {rows.start or 0}…", given[name])
+            require_finite(f"{name} of test points {rows.start or 0}…", given[name])
         for name, values in given.items():
             if values is None:
                 continue
@@ -162,7 +149,7 @@ class InfluenceWriter:
                     self._array(name)[rows] = values
             except CorruptStoreError:  # torn by a power failure: zarr reads what lies there before it replaces a part
                 with surfaced_errors("write to", self.path):
-                    delete_files(self.path, [f"{name}/c/0"])
+                    self.path.delete([f"{name}/c/0"])
                     self._array(name)[rows] = values
 
     def knows_tests(self) -> bool:
@@ -191,11 +178,11 @@ class InfluenceWriter:
         returns whether this call wrote. Values are stored as float32. Raises IndexRangeError, ShapeError, DtypeError,
         NonFiniteError, or StoreError (disk full, no permission); the strip then stays unmarked.
         """
-        values = rounded(_strip_values(i, values, self.layout.strip_shape(i)), self.layout.mantissa_bits)
-        loss = _per_point("loss", loss, values.shape[1], "fiu", np.float32)
-        gradient_norm = _per_point("gradient_norm", gradient_norm, values.shape[1], "fiu", np.float32)
-        _require_finite(f"loss of strip {i}", loss)
-        _require_finite(f"gradient_norm of strip {i}", gradient_norm)
+        values = rounded(strip_values(i, values, self.layout.strip_shape(i)), self.layout.mantissa_bits)
+        loss = per_point("loss", loss, values.shape[1], "fiu", np.float32)
+        gradient_norm = per_point("gradient_norm", gradient_norm, values.shape[1], "fiu", np.float32)
+        require_finite(f"loss of strip {i}", loss)
+        require_finite(f"gradient_norm of strip {i}", gradient_norm)
         action = f"write strip {i} to"
         with surfaced_errors(action, self.path):
             if self.is_done(i):
@@ -207,7 +194,7 @@ class InfluenceWriter:
                 # zarr reads what lies there before it replaces a shard at the edge: here a torn file, from a power cut.
                 self._delete_chunks(i)
                 self._write_chunks(i, values, loss, gradient_norm)
-            settle(self.path, self._keys_of(i))
+            self.path.settle(self._keys_of(i))
             self._mark(i, 1)
         return True
 
@@ -218,17 +205,17 @@ class InfluenceWriter:
         """
         columns = self.layout.strip_slice(i)
         n = columns.stop - columns.start
-        values = np.asarray(_per_point("values", values, n, "f", np.float32))
-        _require_finite(f"self-influences of strip {i}", values)
-        error = np.asarray(_rounded_up(_per_point("error", error, n, "f", np.float64)))
+        values = np.asarray(per_point("values", values, n, "f", np.float32))
+        require_finite(f"self-influences of strip {i}", values)
+        error = np.asarray(rounded_up(per_point("error", error, n, "f", np.float64)))
         with surfaced_errors(f"write self-influences of strip {i} to", self.path):
             self._array("self_influence_error")[columns] = error
             self._array("self_influence")[columns] = values  # last: it says that both are there
-            settle(self.path, [f"{name}/c/{i}" for name in ("self_influence_error", "self_influence")])
+            self.path.settle([f"{name}/c/{i}" for name in ("self_influence_error", "self_influence")])
 
     def without_self_influence(self) -> list[int]:
         """The strips whose training points have no self-influences yet."""
-        return [i for i in range(self.layout.n_strips) if not has_file(self.path, f"self_influence/c/{i}")]
+        return [i for i in range(self.layout.n_strips) if not self.path.has(f"self_influence/c/{i}")]
 
     def rankings(self, k: int) -> tuple[Ranking, Ranking]:
         """The first k of the stored rankings, helpful and harmful, [n_test, k] each. The result must be finished."""
@@ -277,7 +264,7 @@ class InfluenceWriter:
             self._group.attrs["state"] = RUNNING
             if "contributions" in self._group:  # of rankings that may change
                 del self._group["contributions"]
-            delete_files(self.path, [f"{name}/c" for name in arrays])
+            self.path.delete([f"{name}/c" for name in arrays])
             for i in strips:
                 self._mark(i, 0)
                 self._delete_chunks(i)
@@ -305,8 +292,8 @@ class InfluenceWriter:
             if read_attributes(self.path)["state"] != COMPLETE:
                 if self.layout.ranked:
                     self._fold_rankings()
-                sweep_unfinished_files(self.path)
-                settle(self.path, [f"{name}/c/{chunk}" for name, chunk in _DRIVER_CHUNKS])
+                self.path.sweep()
+                self.path.settle([f"{name}/c/{chunk}" for name, chunk in _DRIVER_CHUNKS])
                 if summary is not None:
                     self._group.attrs["summary"] = to_json(summary, "summary")
                 self._group.attrs["quarantined"] = {}
@@ -331,26 +318,26 @@ class InfluenceWriter:
         columns = self.layout.strip_slice(i)
         # One assignment per shard: two would read the shard back and write it twice.
         self._array("influences")[:, columns] = values
-        for name, per_point in (("train_loss", loss), ("train_gradient_norm", gradient_norm)):
-            if per_point is not None:
-                self._array(name)[columns] = per_point
+        for name, given in (("train_loss", loss), ("train_gradient_norm", gradient_norm)):
+            if given is not None:
+                self._array(name)[columns] = given
         if self.layout.ranked:
             self._write_partial_ranking(i, values)
             self._write_overview(i, values)
 
     def _delete_chunks(self, i: int) -> None:
-        delete_files(self.path, self._keys_of(i))
+        self.path.delete(self._keys_of(i))
 
     def _mark(self, i: int, status: int) -> None:
         self._array("strip_status")[i] = status
-        settle(self.path, [f"strip_status/c/{i}"])
+        self.path.settle([f"strip_status/c/{i}"])
 
     def is_done(self, i: int) -> bool:
         """Whether strip i is marked and its shard is there."""
         return bool(np.asarray(self._array("strip_status")[i]) == 1) and self._has_shard(i)
 
     def _has_shard(self, i: int) -> bool:
-        return has_file(self.path, self._keys_of(i)[0])
+        return self.path.has(self._keys_of(i)[0])
 
     def _keys_of(self, i: int) -> list[str]:
         """The files of a strip, its shard first."""
@@ -403,75 +390,6 @@ class InfluenceWriter:
                 f"{columns.start} to {columns.stop - 1}. Call reopen([{i}]) and write the strip again."
             )
         return Ranking(indices[0], values[0]), Ranking(indices[1], values[1])
-
-
-def rounded(values: NDArray[np.float32], mantissa_bits: int) -> NDArray[np.float32]:
-    """The nearest float32 numbers with so many bits of mantissa, ties to even; relative error ≤ 2^-(bits + 1)."""
-    drop = FLOAT32_BITS - mantissa_bits
-    if drop == 0:
-        return values
-    raw = np.ascontiguousarray(values).view(np.uint32)
-    half = np.uint32((1 << (drop - 1)) - 1) + ((raw >> np.uint32(drop)) & np.uint32(1))
-    nearest: NDArray[np.float32] = ((raw + half) >> np.uint32(drop) << np.uint32(drop)).view(np.float32)
-    return nearest
-
-
-def _strip_values(i: int, values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    values = np.asarray(values)
-    if values.shape != shape:
-        raise ShapeError(
-            f"`values` of strip {i} must be {shape}, got {values.shape}. Pass all test points by its points."
-        )
-    if values.dtype.kind != "f":
-        raise DtypeError(f"`values` of strip {i} must be floating point, got {values.dtype}. Convert to float32.")
-    with np.errstate(over="ignore"):
-        values = values.astype(np.float32, copy=False)
-    _require_finite(f"values of strip {i}", values)
-    return values
-
-
-def _per_point(
-    name: str, values: NDArray[Any] | None, n: int, kinds: str, dtype: type[np.generic]
-) -> NDArray[Any] | None:
-    if values is None:
-        return None
-    values = np.asarray(values)
-    if values.shape != (n,):
-        raise ShapeError(f"`{name}` must be ({n},), one value per point, got {values.shape}. Pass a flat array.")
-    if values.dtype.kind not in kinds:
-        raise DtypeError(f"`{name}` must convert to {dtype.__name__}, got {values.dtype}. Convert it first.")
-    with np.errstate(over="ignore"):
-        return values.astype(dtype, copy=False)
-
-
-def _rounded_up(values: NDArray[Any] | None) -> NDArray[np.float32] | None:
-    """The smallest float32 numbers that are not below these."""
-    if values is None:
-        return None
-    nearest = values.astype(np.float32)
-    return np.where(nearest < values, np.nextafter(nearest, np.float32(np.inf)), nearest)
-
-
-def _require_finite(name: str, values: NDArray[Any] | None) -> None:
-    # The extremes carry NaN and infinity along and need no mask as large as the strip.
-    if values is None or (np.isfinite(values.min()) and np.isfinite(values.max())):
-        return
-    first = tuple(int(d) for d in np.argwhere(~np.isfinite(values))[0])
-    raise NonFiniteError(
-        f"`{name}` must be finite in float32, got {values[first]} at {list(first)}. Look for "
-        "diverged solves, overflow in half precision, or bad samples."
-    )
-
-
-def _check_rows(rows: slice, n_test: int) -> int:
-    if not isinstance(rows, slice) or rows.step not in (None, 1):
-        raise SettingError(f"`rows` must be a slice without step, got {rows!r}. Pass slice(start, stop).")
-    start, stop = rows.start or 0, n_test if rows.stop is None else rows.stop
-    if not 0 <= start < stop <= n_test:
-        raise IndexRangeError(
-            f"`rows` must lie within 0 to {n_test} and not be empty, got {rows!r}. Pass a range of rows."
-        )
-    return int(stop - start)
 
 
 def _some(strips: list[int]) -> str:
