@@ -6,6 +6,7 @@ of n samples. Another damping costs nothing.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import GROWING, USUAL_STEPS, Demand
 from distinfluence.influence.scores import InfluenceMode, influence_mode
 from distinfluence.model.batch import Batch
 from distinfluence.model.blocks import BlockMode, BlockStructure
@@ -65,63 +65,25 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.rank_estimate = rank_estimate
-        self.tol = tol
-        self.complement = complement
-        self.indefinite = indefinite
-        self.block_size = block_size
-        self.max_basis = max_basis
-        self.seed = seed
-        self.residual_rows = residual_rows
-        self.solver(1.0)  # its checks of the settings, before anything is computed
         super().__init__(
             model,
             loss,
             hessian_regularization,
+            partial(
+                Arnoldi,
+                rank_estimate=rank_estimate,
+                tol=tol,
+                complement=complement,
+                indefinite=indefinite,
+                block_size=block_size,
+                max_basis=max_basis,
+                seed=seed,
+                residual_rows=residual_rows,
+            ),
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
-
-    def solver(self, damping: float) -> Arnoldi:
-        """The inverse on leading eigenvectors."""
-        return Arnoldi(
-            damping=damping,
-            rank_estimate=self.rank_estimate,
-            tol=self.tol,
-            complement=self.complement,
-            indefinite=self.indefinite,
-            block_size=self.block_size,
-            max_basis=self.max_basis,
-            seed=self.seed,
-            residual_rows=self.residual_rows,
-        )
-
-    @property
-    def solves_over_data(self) -> bool:  # type: ignore[override]
-        """Whether a solve sweeps over the training data: only for residuals."""
-        return self.residual_rows != 0
-
-    def demand(self) -> Demand:
-        """The eigenvectors, and the basis that they are found in, as large as it may grow."""
-        vector = self.risk.size * self.risk.dtype.itemsize
-        state = self.rank_estimate * vector
-        solver = self.solver(1.0)
-        basis = solver.most_basis(self.risk.size, self.risk.dtype.itemsize) * vector
-        rows, block = 5.0 + self.complement, solver.block(self.rank_estimate)
-        return Demand(GROWING * basis + state, state, rows, 0, USUAL_STEPS, int(self.solves_over_data), False, block)
-
-    def settings(self) -> dict[str, object]:
-        """The common settings and those of the eigenvectors."""
-        return self._common_settings() | {
-            "rank_estimate": self.rank_estimate,
-            "tol": self.tol,
-            "complement": self.complement,
-            "indefinite": self.indefinite,
-            "block_size": self.block_size,
-            "max_basis": self.max_basis,
-            "seed": self.seed,
-            "residual_rows": self.residual_rows,
-        }
+        self._complement = complement
 
     def influences(
         self,
@@ -153,7 +115,7 @@ class ArnoldiInfluence(InfluenceFunctionModel):
 
     def _projects(self, x: object | None, y: Tensor | None, mode: InfluenceMode | str) -> bool:
         refused = x is None and y is not None  # by the general way, with its error
-        return influence_mode(mode) is InfluenceMode.UP and not self.complement and not self.refine and not refused
+        return influence_mode(mode) is InfluenceMode.UP and not self._complement and not refused
 
     def _projected(self, x_test: object, y_test: Tensor | None, x: object | None, y: Tensor | None) -> ByBlock:
         """(g_test Vᵀ)(D + λ)⁻¹(g_train Vᵀ)ᵀ, block by block: [n_test, n_train] each."""

@@ -8,9 +8,9 @@ published for its influence models (`fit`, `influence_factors`, `influences`, `i
 
 import copy
 import time
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -20,7 +20,6 @@ from distinfluence.curvature import CurvatureOperator, SecondOrderMode, operator
 from distinfluence.errors import NotFittedError, SettingError, ShapeError
 from distinfluence.influence.checks import check_derivatives
 from distinfluence.influence.damping import Regularization, RelativeDamping, damping_by_block, resolved
-from distinfluence.influence.demand import Demand
 from distinfluence.influence.fitted import Fitted
 from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode, scores_by_block, tile_of
@@ -35,11 +34,11 @@ from distinfluence.model.risk import EmpiricalRisk
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.model.untouched import check_mode
 from distinfluence.solvers.base import Solver
-from distinfluence.solvers.refined import Refined
+from distinfluence.solvers.demand import Demand, Systems
 from distinfluence.solvers.spectrum import Extremes
 
 
-class InfluenceFunctionModel(ABC):
+class InfluenceFunctionModel:
     """Influence of training points on test points, for one model, loss and curvature.
 
     model: any `nn.Module`; read only. loss: a torch loss of (outputs, targets), or an `Objective`.
@@ -47,25 +46,28 @@ class InfluenceFunctionModel(ABC):
     mapping block → number or rule. block_structure: "full", "layer_wise", "parameter_wise" or a mapping block →
     parameter names; the curvature is taken block-diagonal. second_order_mode: "hessian", "ggn" or "empirical_fisher".
 
-    Subclasses say which solver they use. Raises SettingError for an unknown name or a negative damping, and what
+    solver: makes the solver of each block from a `damping`, with the hyperparameters that the user can set as keywords.
+
+    Raises SettingError for an unknown name or a negative damping, and what
     `ParameterBlocks.of` and `SampleRisk` raise for a model that cannot be used.
     """
 
     is_thread_safe = False
-    solves_over_data = True  # whether a solve sweeps over the training data
     brackets_self_influence = True  # whether `self_influences` has bounds on the curvature's own values
-    refine = False  # whether residuals are brought to float64 quality
     _autocast: torch.dtype | None = None  # what the model's passes run in, if not in the risk's own dtype
 
     def __init__(
         self,
         model: nn.Module,
         loss: Loss | Objective,
-        hessian_regularization: Regularization = 0.0,
+        hessian_regularization: Regularization,
+        solver: partial[Any],
         *,
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
+        self._template: Solver[Any] = solver(damping=1.0)  # its checks of the settings, before anything is computed
+        self._hyperparameters = tuple(solver.keywords)  # those of the template that the user can set
         self.objective = as_objective(loss)
         self.objective_settings = self.objective.settings()  # as it is now: a loss may count its calls
         self.second_order_mode = _second_order_mode(second_order_mode)
@@ -80,18 +82,22 @@ class InfluenceFunctionModel(ABC):
         self._asked = damping_by_block(blocks, self.hessian_regularization)
         self._risk = SampleRisk(model, self.objective, blocks, device, autocast=self._autocast)
 
-    @abstractmethod
     def solver(self, damping: float) -> Solver[Any]:
-        """The solver for a block with this damping."""
+        """Return the solver for this damping."""
+        return self._template.at(damping)
 
     def block_solver(self, block: str, damping: float) -> Solver[Any]:
-        """The solver that a block is solved by: that of `solver`, refined if asked."""
-        solver = self.solver(damping)
-        return Refined(solver) if self.refine and self.risk.dtype != torch.float64 else solver
+        """Return the solver of a block."""
+        return self.solver(damping)
 
-    @abstractmethod
+    @property
+    def solves_over_data(self) -> bool:
+        """Whether a solve sweeps over the training data."""
+        return self._template.solves_over_data
+
     def settings(self) -> dict[str, object]:
         """What fixes the numbers besides model, loss and data, in JSON's types: for provenance and fingerprints."""
+        return self._common_settings() | {name: getattr(self._template, name) for name in self._hyperparameters}
 
     def asked_settings(self) -> dict[str, object]:
         """As `settings`, with the damping as it was asked for: the same before and after a fit."""
@@ -100,8 +106,11 @@ class InfluenceFunctionModel(ABC):
         return bare.settings()
 
     def demand(self) -> Demand:
-        """What a fit and a solve will need, before anything is computed: for plans. Iterative methods' unless said."""
-        return Demand()
+        """What a fit and a solve will need, before anything is computed: for plans."""
+        # a dense Hessian is compared with products; the sketch of one, which may be indefinite, is seen from both sides
+        looks = len(self.risk.blocks.names) * (2 if self.second_order_mode is SecondOrderMode.HESSIAN else 1)
+        sizes = tuple(self.risk.blocks.sizes)
+        return self._template.demand(Systems(sizes, self.risk.dtype.itemsize, looks, self.risk.device))
 
     def _common_settings(self) -> dict[str, object]:
         structure = self.block_structure
@@ -287,14 +296,6 @@ class InfluenceFunctionModel(ABC):
 
     def _by_block(self, gradients: Tensor) -> dict[str, Tensor]:
         return {block: gradients[:, columns].contiguous() for block, columns in self.risk.blocks.columns.items()}
-
-    @property
-    def looks(self) -> int:
-        """Passes of a fit that makes a matrix of each block: one, or two for a Hessian.
-
-        A dense Hessian is compared with products; the sketch of one, which may be indefinite, is seen from both sides.
-        """
-        return len(self.risk.blocks.columns) * (2 if self.second_order_mode is SecondOrderMode.HESSIAN else 1)
 
     @property
     def kind_of_bound(self) -> str:

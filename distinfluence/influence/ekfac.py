@@ -13,6 +13,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distinfluence.curvature import KroneckerOperator, SecondOrderMode
 from distinfluence.curvature.base import CurvatureOperator
@@ -23,7 +24,6 @@ from distinfluence.curvature.queries import joined_queries, query_of
 from distinfluence.errors import SettingError
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization, damping_by_block, resolved
-from distinfluence.influence.demand import DECOMPOSING, Demand
 from distinfluence.influence.fitted import Fitted
 from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode
@@ -45,8 +45,9 @@ from distinfluence.model.gradients import SampleGradients
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.risk import EmpiricalRisk
-from distinfluence.solvers.base import Outcome, check_count, check_rhs, default_rtol, relative_residuals, row_norms
+from distinfluence.solvers.base import Outcome, check_count, check_rhs, relative_residuals, row_norms, rtol_for
 from distinfluence.solvers.cg import CG
+from distinfluence.solvers.demand import DECOMPOSING, Demand
 from distinfluence.solvers.ekfac import Ekfac, inverse_values
 
 APPROXIMATE = (
@@ -126,22 +127,19 @@ class EkfacInfluence(InfluenceFunctionModel):
             model,
             nn.CrossEntropyLoss() if loss is None else loss,
             hessian_regularization,
+            functools.partial(Ekfac),
             block_structure=BlockMode.LAYER_WISE,
             second_order_mode=SecondOrderMode.GGN,
         )
 
     @property
-    def solves_over_data(self) -> bool:  # type: ignore[override]
-        """Whether a solve sweeps over the training data: only for conjugate gradients and residuals."""
+    @override
+    def solves_over_data(self) -> bool:  # only for conjugate gradients and residuals
         return self.cg_iterations > 0 or self.residual_rows > 0
 
     @property
     def _products(self) -> SecondOrderMode | None:
         return self.second_order_mode if self.solves_over_data else None
-
-    def solver(self, damping: float) -> Ekfac:
-        """The inverse in the eigenbasis."""
-        return Ekfac(damping)
 
     def demand(self) -> Demand:
         """Two factors for each weight matrix, in float64 in the fit, and what the largest takes to be decomposed."""
@@ -286,7 +284,7 @@ class EkfacInfluence(InfluenceFunctionModel):
 
     @property
     def _rtol(self) -> float:
-        return default_rtol(self.risk.dtype)
+        return rtol_for(None, self.risk.dtype)
 
     @property
     def kind_of_bound(self) -> str:
