@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
@@ -85,21 +86,17 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         )
         self._complement = complement
 
-    def influences(
-        self,
-        x_test: object,
-        y_test: Tensor | None = None,
-        x: object | None = None,
-        y: Tensor | None = None,
-        mode: InfluenceMode | str = InfluenceMode.UP,
-    ) -> Tensor:
-        """As `InfluenceFunctionModel.influences`; in the projected space for mode "up" without the complement."""
-        if not self._projects(x, y, mode):
-            return super().influences(x_test, y_test, x, y, mode)
-        by_block = self._projected(x_test, y_test, x, y)
-        total = torch.stack(list(by_block.values())).sum(dim=0) if len(by_block) > 1 else next(iter(by_block.values()))
-        return total
+    @property
+    @override
+    def _is_factorless(self) -> bool:
+        return not self._complement  # then all happens in the projected space
 
+    @override
+    def _between(self, tests: Batch, trains: Batch) -> Tensor:
+        by_block = list(self._projected(tests, trains).values())
+        return torch.stack(by_block).sum(dim=0) if len(by_block) > 1 else by_block[0]
+
+    @override
     def influences_by_block(
         self,
         x_test: object,
@@ -108,20 +105,15 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         y: Tensor | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> ByBlock:
-        """As `influences`, block by block; they sum to it."""
-        if not self._projects(x, y, mode):
-            return super().influences_by_block(x_test, y_test, x, y, mode)
-        return self._projected(x_test, y_test, x, y)
-
-    def _projects(self, x: object | None, y: Tensor | None, mode: InfluenceMode | str) -> bool:
         refused = x is None and y is not None  # by the general way, with its error
-        return influence_mode(mode) is InfluenceMode.UP and not self._complement and not refused
+        if influence_mode(mode) is not InfluenceMode.UP or self._complement or refused:
+            return super().influences_by_block(x_test, y_test, x, y, mode)
+        tests = self.place(x_test, y_test)
+        return self._projected(tests, tests if x is None else self.place(x, y))
 
-    def _projected(self, x_test: object, y_test: Tensor | None, x: object | None, y: Tensor | None) -> ByBlock:
+    def _projected(self, tests: Batch, trains: Batch) -> ByBlock:
         """(g_test Vᵀ)(D + λ)⁻¹(g_train Vᵀ)ᵀ, block by block: [n_test, n_train] each."""
         fitted = self._fitted()
-        tests = self.place(x_test, y_test)
-        trains = tests if x is None else self.place(x, y)
         left = self._coordinates(tests, self.measurement_gradients)
         right = self._coordinates(trains, self.loss_gradients)
         return OrderedDict(

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from distinfluence.curvature import CurvatureOperator, SecondOrderMode, operator_class
-from distinfluence.errors import NotFittedError, SettingError, ShapeError
+from distinfluence.errors import NotFittedError
 from distinfluence.influence.checks import check_derivatives
 from distinfluence.influence.damping import Regularization, RelativeDamping, damping_by_block, resolved
-from distinfluence.influence.fitted import Fitted
+from distinfluence.influence.fitted import Curvature, Fitted
 from distinfluence.influence.report import FitReport, SolveReport
-from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode, scores_by_block, tile_of
-from distinfluence.influence.self_influence import SelfInfluences, self_influences_of
+from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode
+from distinfluence.influence.scoring import Scorer, trains_or_tests
+from distinfluence.influence.self_influence import SelfInfluences, self_influences_by_factors
+from distinfluence.influence.settings import check_exact, check_precision, checked_mode, common_settings
 from distinfluence.model.batch import Batch, as_batch
 from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlocks
-from distinfluence.model.gradients import SampleGradients, loss_gradients, measurement_gradients
+from distinfluence.model.gradients import SampleGradients
 from distinfluence.model.identity.probe import Checked
 from distinfluence.model.objective import Loss, Objective, as_objective
 from distinfluence.model.reducer import ChunkReducer, LocalReducer
@@ -41,15 +43,18 @@ from distinfluence.solvers.spectrum import Extremes
 class InfluenceFunctionModel:
     """Influence of training points on test points, for one model, loss and curvature.
 
-    model: any `nn.Module`; read only. loss: a torch loss of (outputs, targets), or an `Objective`.
-    hessian_regularization: damping λ added to the curvature of the mean loss: a number, a `RelativeDamping` rule, or a
-    mapping block → number or rule. block_structure: "full", "layer_wise", "parameter_wise" or a mapping block →
-    parameter names; the curvature is taken block-diagonal. second_order_mode: "hessian", "ggn" or "empirical_fisher".
+    Args:
+        model: Any `nn.Module`. It is only read.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        hessian_regularization: Damping λ added to the curvature of the mean loss: a number, a `RelativeDamping` rule,
+            or a mapping block → number or rule.
+        solver: Makes the solver from a `damping`. Its keywords are the hyperparameters that the user can set.
+        block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names. The curvature is
+            block-diagonal.
+        second_order_mode: "hessian", "ggn" or "empirical_fisher".
 
-    solver: makes the solver of each block from a `damping`, with the hyperparameters that the user can set as keywords.
-
-    Raises SettingError for an unknown name or a negative damping, and what
-    `ParameterBlocks.of` and `SampleRisk` raise for a model that cannot be used.
+    Raises:
+        SettingError: If a name is unknown or the damping is negative.
     """
 
     is_thread_safe = False
@@ -70,7 +75,7 @@ class InfluenceFunctionModel:
         self._hyperparameters = tuple(solver.keywords)  # those of the template that the user can set
         self.objective = as_objective(loss)
         self.objective_settings = self.objective.settings()  # as it is now: a loss may count its calls
-        self.second_order_mode = _second_order_mode(second_order_mode)
+        self.second_order_mode = checked_mode(second_order_mode)
         self.block_structure = block_structure
         self.hessian_regularization = hessian_regularization
         self._fit: Fitted | None = None
@@ -101,9 +106,7 @@ class InfluenceFunctionModel:
 
     def asked_settings(self) -> dict[str, object]:
         """As `settings`, with the damping as it was asked for: the same before and after a fit."""
-        bare = copy.copy(self)
-        bare._fit = None
-        return bare.settings()
+        return self.unbound().settings()
 
     def demand(self) -> Demand:
         """What a fit and a solve will need, before anything is computed: for plans."""
@@ -113,26 +116,20 @@ class InfluenceFunctionModel:
         return self._template.demand(Systems(sizes, self.risk.dtype.itemsize, looks, self.risk.device))
 
     def _common_settings(self) -> dict[str, object]:
-        structure = self.block_structure
-        rules = {block: str(rule) for block, rule in self._asked.items() if isinstance(rule, RelativeDamping)}
-        common: dict[str, object] = {
-            "method": type(self).__name__,
-            "second_order_mode": str(self.second_order_mode),
-            "block_structure": {k: list(v) for k, v in structure.items()}
-            if isinstance(structure, Mapping)
-            else structure,
-            "hessian_regularization": self.damping if self.is_fitted or not rules else rules,
-        }
-        mixed = {} if self._autocast is None else {"mixed_precision": str(self._autocast).removeprefix("torch.")}
-        return common | mixed | ({"damping_rule": rules} if rules else {})
+        damping = None if self._fit is None and self._rules() else self.damping
+        common = common_settings(self.second_order_mode, self.block_structure, self._asked, damping, self._autocast)
+        return {"method": type(self).__name__} | common
+
+    def _rules(self) -> list[str]:
+        """The blocks whose damping is relative to the curvature."""
+        return [block for block, value in self._asked.items() if isinstance(value, RelativeDamping)]
 
     @property
     def damping(self) -> dict[str, float]:
         """Block → λ. Raises NotFittedError for a rule that is not worked out before `fit`."""
         if self._fit is not None:
             return dict(self._fit.damping)
-        rules = [block for block, value in self._asked.items() if isinstance(value, RelativeDamping)]
-        if rules:
+        if rules := self._rules():
             raise NotFittedError(f"`damping` of {rules} is relative to the curvature. Call `fit(data)` first.")
         return resolved(self._asked, {})
 
@@ -193,9 +190,9 @@ class InfluenceFunctionModel:
         if reducer.drawn and (reducer.checked is None or reducer.checked.products != self._products):
             reducer.checked = self.check(reducer.drawn)
             reducer.remarks = tuple(dict.fromkeys((*reducer.remarks, *reducer.checked.remarks)))
-        begun, operators = (start, reducer.passes), self._operators(reducer)
-        solvers = self._solvers(resolved(self._asked, operators))
-        self._fit = Fitted.of(self.risk, reducer, str(self.second_order_mode), operators, solvers, begun)
+        begun, curvature = (start, reducer.passes), self._curvature(reducer)
+        solvers = self._solvers(resolved(self._asked, curvature.operators))
+        self._fit = Fitted.of(self.risk, reducer, str(self.second_order_mode), curvature, solvers, begun)
         return self
 
     def check(self, drawn: Sequence[Batch]) -> Checked:
@@ -229,16 +226,7 @@ class InfluenceFunctionModel:
         then have about two digits; no error bounds are given, since those know nothing of the passes' rounding. Faster
         on GPUs with matrix units for these types, slower on most CPUs. Raises SettingError for another dtype.
         """
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise SettingError(
-                f"`dtype` of mixed precision must be torch.bfloat16 or torch.float16, got {dtype}. Take bfloat16: its "
-                "range is float32's."
-            )
-        if self.risk.dtype != torch.float32:
-            raise SettingError(
-                f"mixed precision is for a `model` that is evaluated in float32, got {self.risk.dtype}. Convert it, or "
-                "leave mixed precision out."
-            )
+        check_precision(dtype, self.risk.dtype)
         other = self.unbound()
         other._autocast = dtype
         other._bind(self.risk.module, self.risk.device)
@@ -253,12 +241,18 @@ class InfluenceFunctionModel:
         self._fit = self._fitted().with_spectrum()
         return dict(self._fit.report.spectrum)
 
-    def _operators(self, reducer: ChunkReducer) -> dict[str, CurvatureOperator]:
+    def _curvature(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor] | None = None) -> Curvature:
+        """The matrices of the blocks over the training data, and the scorer. arrays: `state_arrays` of a fit."""
         risk = EmpiricalRisk.over(reducer)
         operator = operator_class(self.second_order_mode)
         # one block over everything needs no restriction: its products are the whole matrix
         names = list(self.risk.blocks.names)
-        return {block: operator(risk, block if len(names) > 1 else None) for block in names}
+        operators = {block: operator(risk, block if len(names) > 1 else None) for block in names}
+        return Curvature(operators, Scorer(self.risk))
+
+    @property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.risk) if self._fit is None else self._fit.scorer
 
     @overload
     def influence_factors(
@@ -300,11 +294,7 @@ class InfluenceFunctionModel:
     @property
     def kind_of_bound(self) -> str:
         """ "rigorous", "heuristic" or "none": what error bounds the solves of this fit carry."""
-        fitted = self._fitted()
-        bounds = fitted.lower_bounds(fitted.damping).values()
-        if any(bound is None for bound in bounds):
-            return "none"
-        return "rigorous" if all(bound is not None and bound.rigorous for bound in bounds) else "heuristic"
+        return self._fitted().kind_of_bound
 
     def self_influences(
         self, x: object, y: Tensor | None = None, *, rtol: float = 1e-3, maxiter: int = 500
@@ -315,17 +305,9 @@ class InfluenceFunctionModel:
         training data for each step, whatever the method of this model. A memory of four rows [p] for each sample.
         Raises SettingError unless A + λI is known to be positive definite: for a Hessian, call `spectrum()` first.
         """
-        if self._autocast is not None:
-            raise SettingError(
-                "`self_influences` brackets values by products that must be exact to rounding; this `model` runs in "
-                "mixed precision. Make the influence model without it."
-            )
-        gradients = self.loss_gradients(self.place(x, y)).rows
-        fitted = self._fitted()
-        bounds = fitted.lower_bounds(fitted.damping)
-        return self_influences_of(
-            self._by_block(gradients), fitted.operators, fitted.damping, bounds, rtol=rtol, maxiter=maxiter
-        )
+        check_exact(self._autocast)
+        rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
+        return self._fitted().self_influences(rows, rtol=rtol, maxiter=maxiter)
 
     def self_influences_by_solve(self, x: object, y: Tensor | None = None) -> SelfInfluences:
         """As `self_influences`, by this model's own solver: what it gives a training sample that is a test sample too.
@@ -334,16 +316,7 @@ class InfluenceFunctionModel:
         gradients and factors [n, p], and what the solve takes.
         """
         gradients = self.loss_gradients(self.place(x, y))
-        factors, report = self.solve(gradients.rows)
-        pairs = zip(factors, gradients.rows, strict=True)
-        values = torch.stack([torch.dot(own.double(), g.double()) for own, g in pairs]).cpu()
-        bound = (
-            torch.full_like(values, torch.inf)
-            if report.error_bound is None
-            else report.error_bound.nan_to_num(nan=torch.inf)
-        )
-        half = bound * gradients.norms.double().cpu()
-        return SelfInfluences(values, values - half, values + half, report.iterations, report.rigorous)
+        return self_influences_by_factors(gradients, *self.solve(gradients.rows))
 
     def influences(
         self,
@@ -358,9 +331,21 @@ class InfluenceFunctionModel:
         x_test, y_test: test samples; x, y: training samples, the test samples themselves if left out. mode "up":
         [n_test, n_train]; "perturbation": [n_test, n_train, *input], the derivative by the training input.
         """
-        train, mode = _or_tests(x_test, y_test, x, y), influence_mode(mode)  # before anything is solved
+        train, mode = trains_or_tests(x_test, y_test, x, y), influence_mode(mode)  # before anything is solved
+        if mode is InfluenceMode.UP and self._is_factorless:
+            tests = self.place(x_test, y_test)
+            return self._between(tests, tests if x is None else self.place(x, y))
         factors = self.influence_factors(x_test, y_test)
         return self.influences_from_factors(factors, *train, mode)
+
+    @property
+    def _is_factorless(self) -> bool:
+        """Whether `_between` gives influences with less work than factors take."""
+        return False
+
+    def _between(self, tests: Batch, trains: Batch) -> Tensor:
+        """Influences [n_test, n_train] of placed samples, without factors."""
+        raise NotImplementedError
 
     def influences_by_block(
         self,
@@ -371,7 +356,7 @@ class InfluenceFunctionModel:
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> "OrderedDict[str, Tensor]":
         """As `influences`, block by block; they sum to it."""
-        train, mode = _or_tests(x_test, y_test, x, y), influence_mode(mode)  # before anything is solved
+        train, mode = trains_or_tests(x_test, y_test, x, y), influence_mode(mode)  # before anything is solved
         factors = self.influence_factors_by_block(x_test, y_test)
         return self.influences_from_factors_by_block(factors, *train, mode)
 
@@ -388,7 +373,7 @@ class InfluenceFunctionModel:
 
         One fit and one set of gradients serve them all.
         """
-        train, mode = _or_tests(x_test, y_test, x, y), influence_mode(mode)
+        train, mode = trains_or_tests(x_test, y_test, x, y), influence_mode(mode)
         gradients = self.measurement_gradients(self.place(x_test, y_test)).rows
         factors = [factors for factors, _ in self.solve_at(gradients, dampings)]
         together = self.influences_from_factors(torch.cat(factors), *train, mode)
@@ -399,11 +384,7 @@ class InfluenceFunctionModel:
         self, factors: Tensor, x: object, y: Tensor | None = None, mode: InfluenceMode | str = InfluenceMode.UP
     ) -> Tensor:
         """Influence of training samples on the test points of these factors [n_test, p]; shapes as `influences`."""
-        columns = slice(0, self.n_parameters)
-        rows, batch = self._check_factors(factors, columns), self.place(x, y)
-        if influence_mode(mode) is InfluenceMode.UP:
-            return tile_of(self.risk, rows, batch).values
-        return scores_by_block(self.risk, rows, {"": columns}, batch, mode)[""]
+        return self._scorer.scores(self._scorer.checked(factors), self.place(x, y), mode)
 
     def influences_from_factors_by_block(
         self,
@@ -413,33 +394,22 @@ class InfluenceFunctionModel:
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> "OrderedDict[str, Tensor]":
         """As `influences_from_factors`, from block → [n_test, p_block], block by block."""
-        rows = self._rows_of_blocks(factors)
-        return scores_by_block(self.risk, rows, self.risk.blocks.columns, self.place(x, y), mode)
-
-    def _rows_of_blocks(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """block → [n_test, p_block], checked, side by side."""
-        blocks = self.risk.blocks
-        if list(factors) != list(blocks.names):
-            raise ShapeError(
-                f"`factors` must have the blocks {list(blocks.names)}, got {list(factors)}. "
-                "Pass what `influence_factors_by_block` returned."
-            )
-        return torch.cat([self._check_factors(factors[b], columns) for b, columns in blocks.columns.items()], dim=1)
+        return self._scorer.by_block(self._scorer.joined(factors), self.place(x, y), mode)
 
     def tile(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str = InfluenceMode.UP) -> Tile:
         """Influences of a batch of training samples, with their losses and gradient norms; one gradient pass.
 
         factors: [n_test, p]; batch: as `place` returns it.
         """
-        return tile_of(self.risk, factors, batch, mode)
+        return self._scorer.tile(factors, batch, mode)
 
     def loss_gradients(self, batch: Batch) -> SampleGradients:
         """Gradient of each sample's training loss, [n, p], and the losses; batch as `place` returns it."""
-        return loss_gradients(self.risk, batch)
+        return self._scorer.loss_gradients(batch)
 
     def measurement_gradients(self, batch: Batch) -> SampleGradients:
         """Gradient of each sample's measurement, [n, p], and the measurements; batch as `place` returns it."""
-        return measurement_gradients(self.risk, batch)
+        return self._scorer.measurement_gradients(batch)
 
     def place(self, x: object, y: Tensor | None = None) -> Batch:
         """(x, y), or x alone where it is the whole batch, checked and on the model's device.
@@ -450,15 +420,6 @@ class InfluenceFunctionModel:
         check_mode(self.risk.module)
         self.risk.check_unchanged()
         return self.risk.place(as_batch(x if y is None else (x, y)))
-
-    def _check_factors(self, factors: Tensor, columns: slice) -> Tensor:
-        size = columns.stop - columns.start
-        if factors.ndim != 2 or factors.shape[1] != size:
-            raise ShapeError(
-                f"`factors` must be [n_test, {size}], got {tuple(factors.shape)}. "
-                "Pass what `influence_factors` returned."
-            )
-        return factors.to(self.risk.device, self.risk.dtype)
 
     def to(self, device: torch.device | str) -> Self:
         """Compute on another device from now on, with the fitted state; the user's model stays where it is."""
@@ -476,7 +437,7 @@ class InfluenceFunctionModel:
     def restore(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor], report: FitReport) -> Self:
         """The fitted state again from `state_arrays`, from a reducer over the same data, without the work of `fit`."""
         solvers = self._solvers(report.damping)
-        self._fit = Fitted.restored(reducer, self._operators(reducer), solvers, arrays, report)
+        self._fit = Fitted.restored(reducer, self._curvature(reducer, arrays), solvers, arrays, report)
         return self
 
     def unbound(self) -> Self:
@@ -491,24 +452,3 @@ class InfluenceFunctionModel:
         other = self.unbound()
         other._bind(model, device)
         return other
-
-
-def _second_order_mode(mode: SecondOrderMode | str) -> SecondOrderMode:
-    try:
-        return SecondOrderMode(mode)
-    except ValueError:
-        raise SettingError(
-            f"`second_order_mode` must be one of {[m.value for m in SecondOrderMode]}, got {mode!r}. "
-            "Choose one of these."
-        ) from None
-
-
-def _or_tests(
-    x_test: object, y_test: Tensor | None, x: object | None, y: Tensor | None
-) -> tuple[object, Tensor | None]:
-    """The training samples, the test samples if left out. Raises SettingError for targets without inputs."""
-    if x is not None:
-        return x, y
-    if y is not None:
-        raise SettingError("`x` must come with `y`, got `y` alone. Pass both, or neither for the test samples.")
-    return x_test, y_test
