@@ -2,7 +2,6 @@
 
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def test():
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the recipe's solver and test class, as somebody would write them down."""
     section = (ROOT / "docs" / "design.md").read_text().partition("## To add a solver")[2].partition("\n## ")[0]
-    solver, contract = (textwrap.dedent(block) for block in re.findall(r" ```python\n(.*?) ```", section, re.DOTALL))
+    solver, contract = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
     (tmp_path / "spectral.py").write_text(solver)
     (tmp_path / "test_spectral.py").write_text(f"from spectral import Spectral\n{contract}")
     (tmp_path / "given.py").write_text(GIVEN)

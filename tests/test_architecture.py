@@ -174,7 +174,7 @@ def violations(file: str, source: str) -> list[str]:
                 found.append(f"{where} must not import {each.module}")
         elif top == "":
             found.append(f"{where} must import by the full name, not {each.module}")
-        elif top not in sys.stdlib_module_names and top not in layer.top:
+        elif top not in sys.stdlib_module_names and top not in layer.top | {"typing_extensions"}:
             if top not in layer.lazily:
                 found.append(f"{where} must not import {each.module}")
             elif not each.lazy:

@@ -10,8 +10,9 @@ import yaml
 
 from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping
 from distinfluence.app import job
-from distinfluence.app.config import METHODS, Job
+from distinfluence.app.config import Job
 from distinfluence.errors import ConfigError, MissingDependencyError, RecipeError
+from distinfluence.influence.registry import METHODS
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def test_a_job_builds_the_influence_model_that_it_names(tmp_path: Path) -> None:
     method = {"name": "cg", "second_order_mode": "ggn", "rtol": 1e-4, "block_structure": "layer_wise"}
     model, _ = Job.parse(content(method=method), tmp_path).influence_model()
     assert isinstance(model, CgInfluence)
-    assert model.rtol == 1e-4
+    assert model.settings()["rtol"] == 1e-4
     assert len(model.damping) == 2
 
 

@@ -25,36 +25,11 @@ from pydantic import (
 )
 
 from distinfluence.errors import ConfigError, SettingError
-from distinfluence.influence import (
-    ArnoldiInfluence,
-    AutoInfluence,
-    CgInfluence,
-    ChebyshevInfluence,
-    DirectInfluence,
-    EkfacInfluence,
-    InfluenceFunctionModel,
-    InverseHarmonicMeanInfluence,
-    KrylovInfluence,
-    LissaInfluence,
-    NystroemSketchInfluence,
-    RelativeDamping,
-)
+from distinfluence.influence import InfluenceFunctionModel, RelativeDamping
+from distinfluence.influence.registry import METHODS
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.scaling import ClusterSpec, ModelRecipe, Recipe
 from distinfluence.store.format.folder import is_local_url
-
-METHODS: Mapping[str, type[InfluenceFunctionModel]] = {
-    "arnoldi": ArnoldiInfluence,
-    "auto": AutoInfluence,
-    "cg": CgInfluence,
-    "chebyshev": ChebyshevInfluence,
-    "datainf": InverseHarmonicMeanInfluence,
-    "direct": DirectInfluence,
-    "ekfac": EkfacInfluence,
-    "krylov": KrylovInfluence,
-    "lissa": LissaInfluence,
-    "nystroem": NystroemSketchInfluence,
-}
 
 
 class Section(BaseModel):

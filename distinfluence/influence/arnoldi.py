@@ -6,15 +6,16 @@ of n samples. Another damping costs nothing.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import GROWING, USUAL_STEPS, Demand
 from distinfluence.influence.scores import InfluenceMode, influence_mode
 from distinfluence.model.batch import Batch
 from distinfluence.model.blocks import BlockMode, BlockStructure
@@ -65,79 +66,37 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.rank_estimate = rank_estimate
-        self.tol = tol
-        self.complement = complement
-        self.indefinite = indefinite
-        self.block_size = block_size
-        self.max_basis = max_basis
-        self.seed = seed
-        self.residual_rows = residual_rows
-        self.solver(1.0)  # its checks of the settings, before anything is computed
         super().__init__(
             model,
             loss,
             hessian_regularization,
+            partial(
+                Arnoldi,
+                rank_estimate=rank_estimate,
+                tol=tol,
+                complement=complement,
+                indefinite=indefinite,
+                block_size=block_size,
+                max_basis=max_basis,
+                seed=seed,
+                residual_rows=residual_rows,
+            ),
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
-
-    def solver(self, damping: float) -> Arnoldi:
-        """The inverse on leading eigenvectors."""
-        return Arnoldi(
-            damping=damping,
-            rank_estimate=self.rank_estimate,
-            tol=self.tol,
-            complement=self.complement,
-            indefinite=self.indefinite,
-            block_size=self.block_size,
-            max_basis=self.max_basis,
-            seed=self.seed,
-            residual_rows=self.residual_rows,
-        )
+        self._complement = complement
 
     @property
-    def solves_over_data(self) -> bool:  # type: ignore[override]
-        """Whether a solve sweeps over the training data: only for residuals."""
-        return self.residual_rows != 0
+    @override
+    def _is_factorless(self) -> bool:
+        return not self._complement  # then all happens in the projected space
 
-    def demand(self) -> Demand:
-        """The eigenvectors, and the basis that they are found in, as large as it may grow."""
-        vector = self.risk.size * self.risk.dtype.itemsize
-        state = self.rank_estimate * vector
-        solver = self.solver(1.0)
-        basis = solver.most_basis(self.risk.size, self.risk.dtype.itemsize) * vector
-        rows, block = 5.0 + self.complement, solver.block(self.rank_estimate)
-        return Demand(GROWING * basis + state, state, rows, 0, USUAL_STEPS, int(self.solves_over_data), False, block)
+    @override
+    def _between(self, tests: Batch, trains: Batch) -> Tensor:
+        by_block = list(self._projected(tests, trains).values())
+        return torch.stack(by_block).sum(dim=0) if len(by_block) > 1 else by_block[0]
 
-    def settings(self) -> dict[str, object]:
-        """The common settings and those of the eigenvectors."""
-        return self._common_settings() | {
-            "rank_estimate": self.rank_estimate,
-            "tol": self.tol,
-            "complement": self.complement,
-            "indefinite": self.indefinite,
-            "block_size": self.block_size,
-            "max_basis": self.max_basis,
-            "seed": self.seed,
-            "residual_rows": self.residual_rows,
-        }
-
-    def influences(
-        self,
-        x_test: object,
-        y_test: Tensor | None = None,
-        x: object | None = None,
-        y: Tensor | None = None,
-        mode: InfluenceMode | str = InfluenceMode.UP,
-    ) -> Tensor:
-        """As `InfluenceFunctionModel.influences`; in the projected space for mode "up" without the complement."""
-        if not self._projects(x, y, mode):
-            return super().influences(x_test, y_test, x, y, mode)
-        by_block = self._projected(x_test, y_test, x, y)
-        total = torch.stack(list(by_block.values())).sum(dim=0) if len(by_block) > 1 else next(iter(by_block.values()))
-        return total
-
+    @override
     def influences_by_block(
         self,
         x_test: object,
@@ -146,20 +105,15 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         y: Tensor | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> ByBlock:
-        """As `influences`, block by block; they sum to it."""
-        if not self._projects(x, y, mode):
-            return super().influences_by_block(x_test, y_test, x, y, mode)
-        return self._projected(x_test, y_test, x, y)
-
-    def _projects(self, x: object | None, y: Tensor | None, mode: InfluenceMode | str) -> bool:
         refused = x is None and y is not None  # by the general way, with its error
-        return influence_mode(mode) is InfluenceMode.UP and not self.complement and not self.refine and not refused
+        if influence_mode(mode) is not InfluenceMode.UP or self._complement or refused:
+            return super().influences_by_block(x_test, y_test, x, y, mode)
+        tests = self.place(x_test, y_test)
+        return self._projected(tests, tests if x is None else self.place(x, y))
 
-    def _projected(self, x_test: object, y_test: Tensor | None, x: object | None, y: Tensor | None) -> ByBlock:
+    def _projected(self, tests: Batch, trains: Batch) -> ByBlock:
         """(g_test Vᵀ)(D + λ)⁻¹(g_train Vᵀ)ᵀ, block by block: [n_test, n_train] each."""
         fitted = self._fitted()
-        tests = self.place(x_test, y_test)
-        trains = tests if x is None else self.place(x, y)
         left = self._coordinates(tests, self.measurement_gradients)
         right = self._coordinates(trains, self.loss_gradients)
         return OrderedDict(

@@ -1,16 +1,15 @@
 """Influence by whatever method fits the size of the problem: what to take if you're not sure."""
 
+from functools import partial
+
 from torch import nn
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import BESIDE_BASIS, GROWING, USUAL_BASIS, Demand, dense_demand
-from distinfluence.memory import free_bytes
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.objective import Loss, Objective
-from distinfluence.solvers.auto import DIRECT_SIZE, SHARE, Auto
-from distinfluence.solvers.base import default_rtol
+from distinfluence.solvers.auto import Auto
 
 
 class AutoInfluence(InfluenceFunctionModel):
@@ -42,32 +41,11 @@ class AutoInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.GGN,
     ) -> None:
-        self.rtol = rtol
-        self.rows = rows
-        self.memory = memory
         super().__init__(
             model,
             loss,
             hessian_regularization,
+            partial(Auto, rtol=rtol, rows=rows, memory=memory),
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
-        self.solver(0.0)  # its checks of the settings, before anything is computed
-
-    def solver(self, damping: float) -> Auto:
-        """The choice."""
-        rtol = default_rtol(self.risk.dtype) if self.rtol is None else self.rtol
-        return Auto(damping=damping, rtol=rtol, rows=self.rows, memory=self.memory)
-
-    def demand(self) -> Demand:
-        """Those of a dense factorisation for few parameters; else a Krylov basis as large as `memory` allows."""
-        sizes = self.risk.blocks.sizes
-        if max(sizes) <= DIRECT_SIZE:
-            return dense_demand(sizes, self.risk.dtype.itemsize, self.looks)
-        most = self.memory or int(SHARE * free_bytes(self.risk.device))
-        most *= GROWING
-        return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=most, beside_vectors=BESIDE_BASIS)
-
-    def settings(self) -> dict[str, object]:
-        """The common settings and those of the choice."""
-        return self._common_settings() | {"rtol": self.rtol, "rows": self.rows, "memory": self.memory}

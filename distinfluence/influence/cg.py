@@ -4,15 +4,16 @@ Memory: 12 blocks of rows [k, p], 11 row by row. Work: one pass over the trainin
 test points together, so give it many at once.
 """
 
+from functools import partial
+
 from torch import nn
+from typing_extensions import override
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import SKETCHING, Demand
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.objective import Loss, Objective
-from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.preconditioner import Preconditioner
@@ -51,44 +52,24 @@ class CgInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.rtol = rtol
-        self.atol = atol
-        self.maxiter = maxiter
-        self.use_block_cg = use_block_cg
-        self.pre_conditioner = pre_conditioner
         super().__init__(
             model,
             loss,
             hessian_regularization,
+            partial(
+                BlockCG if use_block_cg else CG,
+                rtol=rtol,
+                atol=atol,
+                maxiter=maxiter,
+                preconditioner=pre_conditioner,
+            ),
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
-        self.solver(0.0)  # its checks of the settings, before anything is computed
 
-    def solver(self, damping: float) -> CG | BlockCG:
-        """Block or row-wise conjugate gradients."""
-        method = BlockCG if self.use_block_cg else CG
-        return method(
-            damping=damping,
-            rtol=default_rtol(self.risk.dtype) if self.rtol is None else self.rtol,
-            atol=self.atol,
-            maxiter=self.maxiter,
-            preconditioner=self.pre_conditioner,
-        )
-
-    def demand(self) -> Demand:
-        """Solutions, residuals, directions and their images, and copies of them while blocks are made orthonormal."""
-        helped = self.pre_conditioner is not None
-        state = (getattr(self.pre_conditioner, "rank", 0) or 0) * self.risk.size * self.risk.dtype.itemsize
-        rows = 12.0 if self.use_block_cg else 11.0 + helped
-        return Demand(SKETCHING * state, state, rows, fit_passes=int(helped))
-
+    @override
     def settings(self) -> dict[str, object]:
-        """The common settings and those of the iteration."""
-        return self._common_settings() | {
-            "rtol": self.rtol,
-            "atol": self.atol,
-            "maxiter": self.maxiter,
-            "use_block_cg": self.use_block_cg,
-            "pre_conditioner": None if self.pre_conditioner is None else repr(self.pre_conditioner),
-        }
+        settings = super().settings()
+        helper = settings.pop("preconditioner")
+        block = isinstance(self._template, BlockCG)
+        return settings | {"use_block_cg": block, "pre_conditioner": None if helper is None else repr(helper)}

@@ -4,15 +4,15 @@ Memory: 10 blocks of rows [k, p]. Work: one pass over the training data for each
 of them, and 5 to 40 passes of 4 rows to find the ends of the spectrum.
 """
 
+from functools import partial
+
 from torch import nn
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import USUAL_STEPS, Demand
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.objective import Loss, Objective
-from distinfluence.solvers.base import default_rtol
 from distinfluence.solvers.chebyshev import Chebyshev
 
 
@@ -44,27 +44,11 @@ class ChebyshevInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.rtol = rtol
-        self.maxiter = maxiter
-        self.seed = seed
         super().__init__(
             model,
             loss,
             hessian_regularization,
+            partial(Chebyshev, rtol=rtol, maxiter=maxiter, seed=seed),
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
-        self.solver(0.0)  # its checks of the settings, before anything is computed
-
-    def solver(self, damping: float) -> Chebyshev:
-        """Chebyshev semi-iteration."""
-        rtol = default_rtol(self.risk.dtype) if self.rtol is None else self.rtol
-        return Chebyshev(damping=damping, rtol=rtol, maxiter=self.maxiter, seed=self.seed)
-
-    def demand(self) -> Demand:
-        """Ten blocks; Lanczos for the ends of the spectrum first."""
-        return Demand(row_vectors=10.0, fit_passes=USUAL_STEPS)
-
-    def settings(self) -> dict[str, object]:
-        """The common settings and those of the iteration."""
-        return self._common_settings() | {"rtol": self.rtol, "maxiter": self.maxiter, "seed": self.seed}

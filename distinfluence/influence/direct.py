@@ -4,12 +4,13 @@ Memory: two p × p matrices in float64 (p = 10⁴: 1.6 GB). Work: p products for
 factor, once; 2·p² flops for each test point.
 """
 
+from functools import partial
+
 from torch import nn
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import Demand, dense_demand
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.solvers.direct import Direct
@@ -30,8 +31,6 @@ class DirectInfluence(InfluenceFunctionModel):
     True
     """
 
-    solves_over_data = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -45,18 +44,7 @@ class DirectInfluence(InfluenceFunctionModel):
             model,
             loss,
             hessian_regularization,
+            partial(Direct),
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
-
-    def solver(self, damping: float) -> Direct:
-        """A dense factorisation."""
-        return Direct(damping=damping)
-
-    def demand(self) -> Demand:
-        """Those of a dense factorisation of each block."""
-        return dense_demand(self.risk.blocks.sizes, self.risk.dtype.itemsize, self.looks)
-
-    def settings(self) -> dict[str, object]:
-        """The common settings."""
-        return self._common_settings()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from distinfluence.curvature import CurvatureOperator
 from distinfluence.influence.bounds import LowerBound, lower_bound
 from distinfluence.influence.report import FitReport, SolveReport, named_by_block
+from distinfluence.influence.scoring import Scorer
+from distinfluence.influence.self_influence import SelfInfluences, self_influences_of
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.solvers.base import Solution, Solver
@@ -20,11 +22,25 @@ Rows = Mapping[str, Tensor]  # block → [k, p_block]
 
 
 @dataclass(frozen=True)
+class Curvature:
+    """What a fit makes of the training data before it solves.
+
+    operators: block → A. scorer: for scores and gradients from now on. remarks, treatments: for the fit report.
+    """
+
+    operators: Mapping[str, CurvatureOperator]
+    scorer: Scorer
+    remarks: tuple[str, ...] = ()
+    treatments: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Fitted:
     """The fitted part of an influence model."""
 
     reducer: ChunkReducer
     operators: Mapping[str, CurvatureOperator]
+    scorer: Scorer
     solvers: Mapping[str, Solver[Any]]
     states: Mapping[str, Any]
     report: FitReport
@@ -35,12 +51,12 @@ class Fitted:
         risk: SampleRisk,
         reducer: ChunkReducer,
         mode: str,
-        operators: Mapping[str, CurvatureOperator],
+        curvature: Curvature,
         solvers: Mapping[str, Solver[Any]],
         begun: tuple[float, int],
     ) -> Self:
         """Fit every block. begun: `time.perf_counter()` and the reducer's passes before anything was done."""
-        states = {block: solvers[block].fit(operator) for block, operator in operators.items()}
+        states = {block: solvers[block].fit(operator) for block, operator in curvature.operators.items()}
         blocks = risk.blocks
         report = FitReport(
             second_order_mode=mode,
@@ -52,11 +68,12 @@ class Fitted:
             damping={block: solver.damping for block, solver in solvers.items()},
             positive_definite={block: state.positive_definite for block, state in states.items()},
             passes=reducer.passes - begun[1],
-            remarks=_remarks(reducer, states),
+            remarks=(*_remarks(reducer, states), *curvature.remarks),
             seconds=time.perf_counter() - begun[0],
             details=_details(states),
+            treatments=curvature.treatments,
         )
-        return cls(reducer, operators, solvers, states, report)
+        return cls(reducer, curvature.operators, curvature.scorer, solvers, states, report)
 
     @property
     def damping(self) -> dict[str, float]:
@@ -112,6 +129,19 @@ class Fitted:
             for block, operator in self.operators.items()
         }
 
+    @property
+    def kind_of_bound(self) -> str:
+        """ "rigorous", "heuristic" or "none": what error bounds the solves carry."""
+        bounds = self.lower_bounds(self.damping).values()
+        if any(bound is None for bound in bounds):
+            return "none"
+        return "rigorous" if all(bound is not None and bound.rigorous for bound in bounds) else "heuristic"
+
+    def self_influences(self, rows: Rows, *, rtol: float, maxiter: int) -> SelfInfluences:
+        """Brackets of each row's quadratic form, over all blocks."""
+        bounds = self.lower_bounds(self.damping)
+        return self_influences_of(rows, self.operators, self.damping, bounds, rtol=rtol, maxiter=maxiter)
+
     def arrays(self) -> dict[str, Tensor]:
         """What must be kept to restore the states: "block/array" → tensor."""
         return {
@@ -124,7 +154,7 @@ class Fitted:
     def restored(
         cls,
         reducer: ChunkReducer,
-        operators: Mapping[str, CurvatureOperator],
+        curvature: Curvature,
         solvers: Mapping[str, Solver[Any]],
         arrays: Mapping[str, Tensor],
         report: FitReport,
@@ -134,9 +164,9 @@ class Fitted:
             block: solvers[block].restore(
                 operator, {n.removeprefix(f"{block}/"): a for n, a in arrays.items() if n.startswith(f"{block}/")}
             )
-            for block, operator in operators.items()
+            for block, operator in curvature.operators.items()
         }
-        return cls(reducer, operators, solvers, states, report)
+        return cls(reducer, curvature.operators, curvature.scorer, solvers, states, report)
 
     def _together(
         self, found: Mapping[str, Solution], rhs: Rows, damping: Mapping[str, float]

@@ -1,11 +1,12 @@
 """Influence by DataInf: one pass over the gradients, no fit, and no claim to be exact."""
 
+from functools import partial
+
 from torch import nn
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import Demand
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.solvers.harmonic_mean import InverseHarmonicMean
@@ -38,26 +39,14 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
         residual_rows: int | None = None,
         block_structure: BlockStructure = BlockMode.FULL,
     ) -> None:
-        self.residual_rows = residual_rows
         super().__init__(
             model,
             loss,
             hessian_regularization,
+            partial(InverseHarmonicMean, residual_rows=residual_rows),
             block_structure=block_structure,
             second_order_mode=SecondOrderMode.EMPIRICAL_FISHER,
         )
         for value in self._asked.values():
             if isinstance(value, float):
                 self.solver(value)  # refuses λ = 0 before anything is computed
-
-    def solver(self, damping: float) -> InverseHarmonicMean:
-        """The mean of inverses."""
-        return InverseHarmonicMean(damping=damping, residual_rows=self.residual_rows)
-
-    def demand(self) -> Demand:
-        """No fit; a pass for the factors and one for the residual."""
-        return Demand(row_vectors=7.0, solve_passes=1 + (self.residual_rows != 0), by_method=True)
-
-    def settings(self) -> dict[str, object]:
-        """The common settings, and how many residuals are measured."""
-        return self._common_settings() | {"residual_rows": self.residual_rows}

@@ -4,16 +4,21 @@ Memory: rows × passes vectors [p]. Work: one pass over the training data for ea
 true residuals; a list of dampings costs the passes of the smallest.
 """
 
+from functools import partial
+from typing import Any
+
+import torch
 from torch import nn
+from typing_extensions import override
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import BESIDE_BASIS, GROWING, USUAL_BASIS, Demand
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.objective import Loss, Objective
-from distinfluence.solvers.base import default_rtol
+from distinfluence.solvers.base import Solver
 from distinfluence.solvers.krylov import BASIS_BYTES, BlockKrylov
+from distinfluence.solvers.refined import Refined
 
 
 class KrylovInfluence(InfluenceFunctionModel):
@@ -46,29 +51,23 @@ class KrylovInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.rtol = rtol
-        self.maxiter = maxiter
-        self.basis_bytes = basis_bytes
-        self.refine = refine
         super().__init__(
             model,
             loss,
             hessian_regularization,
+            partial(BlockKrylov, rtol=rtol, maxiter=maxiter, basis_bytes=basis_bytes),
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
-        self.solver(0.0)  # its checks of the settings, before anything is computed
+        self._refine = refine
 
-    def solver(self, damping: float) -> BlockKrylov:
-        """The multi-shift solver."""
-        rtol = default_rtol(self.risk.dtype) if self.rtol is None else self.rtol
-        return BlockKrylov(damping=damping, rtol=rtol, maxiter=self.maxiter, basis_bytes=self.basis_bytes)
+    @override
+    def block_solver(self, block: str, damping: float) -> Solver[Any]:
+        solver = self.solver(damping)
+        return Refined(solver) if self._refine and self.risk.dtype != torch.float64 else solver
 
-    def demand(self) -> Demand:
-        """A block of the basis and one of its images for each step, up to `basis_bytes`."""
-        most = GROWING * self.basis_bytes
-        return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=most, beside_vectors=BESIDE_BASIS)
-
+    @override
     def settings(self) -> dict[str, object]:
-        """The common settings and those of the iteration."""
-        return self._common_settings() | {"rtol": self.rtol, "maxiter": self.maxiter, "refine": self.refine}
+        settings = super().settings() | {"refine": self._refine}
+        del settings["basis_bytes"]  # what the memory does to rounding is no setting of the numbers
+        return settings

@@ -6,17 +6,20 @@ one pass for the true residuals.
 
 import hashlib
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.errors import ShapeError
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import Demand
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.objective import Loss, Objective
+from distinfluence.solvers.base import Solver
 from distinfluence.solvers.lissa import LiSSA
 
 
@@ -56,50 +59,36 @@ class LissaInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.maxiter = maxiter
-        self.dampen = dampen
-        self.scale = scale
-        self.h0 = h0
-        self.rtol = rtol
-        self.full_batch = full_batch
-        self.seed = seed
-        self.solver(0.0)  # its checks of the settings, before anything is computed
         super().__init__(
             model,
             loss,
             hessian_regularization,
+            partial(
+                LiSSA,
+                maxiter=maxiter,
+                dampen=dampen,
+                scale=scale,
+                rtol=rtol,
+                full_batch=full_batch,
+                seed=seed,
+                h0=h0,
+            ),
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
+        self._h0 = h0
         if h0 is not None and (h0.ndim not in (1, 2) or h0.shape[-1] != self.n_parameters):
             raise ShapeError(f"`h0` must be [p] or [k, p] with p={self.n_parameters}, got {list(h0.shape)}.")
 
-    def block_solver(self, block: str, damping: float) -> LiSSA:
-        """The recursion, from the block's part of `h0`."""
-        solver, columns = self.solver(damping), self.risk.blocks.columns[block]
-        return solver if self.h0 is None else replace(solver, h0=self.h0[..., columns])
+    @override
+    def block_solver(self, block: str, damping: float) -> Solver[Any]:
+        columns = self.risk.blocks.columns[block]  # the recursion starts from the block's part of `h0`
+        h0 = None if self._h0 is None else self._h0[..., columns]
+        return replace(self._template, damping=damping, h0=h0)  # type: ignore[type-var]
 
-    def solver(self, damping: float) -> LiSSA:
-        """The recursion."""
-        return LiSSA(
-            damping=damping,
-            maxiter=self.maxiter,
-            dampen=self.dampen,
-            scale=self.scale,
-            h0=self.h0,
-            rtol=self.rtol,
-            full_batch=self.full_batch,
-            seed=self.seed,
-        )
-
-    def demand(self) -> Demand:
-        """Eight blocks in full batches, averages beside them on mini-batches; as many as the data have are one pass."""
-        return Demand(row_vectors=8.0 if self.full_batch else 13.0)
-
+    @override
     def settings(self) -> dict[str, object]:
-        """The common settings and those of the recursion."""
-        names = ("maxiter", "dampen", "scale", "rtol", "full_batch", "seed")
-        return self._common_settings() | {name: getattr(self, name) for name in names} | {"h0": _digest(self.h0)}
+        return super().settings() | {"h0": _digest(self._h0)}
 
 
 def _digest(tensor: Tensor | None) -> str | None:

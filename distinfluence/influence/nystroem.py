@@ -3,12 +3,13 @@
 Memory: about 8·rank·p numbers while fitting, rank·p after it. Another damping costs nothing.
 """
 
+from functools import partial
+
 from torch import nn
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.demand import SKETCHING, Demand
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.solvers.nystroem import NystroemSketch
@@ -45,36 +46,11 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.rank = rank
-        self.seed = seed
-        self.residual_rows = residual_rows
-        self.solver(0.0)  # its checks of the settings, before anything is computed
         super().__init__(
             model,
             loss,
             hessian_regularization,
+            partial(NystroemSketch, rank=rank, seed=seed, residual_rows=residual_rows),
             block_structure=block_structure,
             second_order_mode=second_order_mode,
         )
-
-    def solver(self, damping: float) -> NystroemSketch:
-        """Sketch and solve."""
-        return NystroemSketch(damping=damping, rank=self.rank, seed=self.seed, residual_rows=self.residual_rows)
-
-    @property
-    def solves_over_data(self) -> bool:  # type: ignore[override]
-        """Whether a solve sweeps over the training data: only for residuals."""
-        return self.residual_rows != 0
-
-    def demand(self) -> Demand:
-        """The sketch, its image and their orthonormal basis; passes for the sketch, one for the residual."""
-        state = self.rank * self.risk.size * self.risk.dtype.itemsize
-        return Demand(SKETCHING * state, state, 5.0, 0, self.looks, int(self.solves_over_data), True, self.rank)
-
-    def settings(self) -> dict[str, object]:
-        """The common settings and those of the sketch."""
-        return self._common_settings() | {
-            "rank": self.rank,
-            "seed": self.seed,
-            "residual_rows": self.residual_rows,
-        }

@@ -1,7 +1,7 @@
 """From factors to influences: the gradients of training samples, made in micro-batches, against every factor."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from distinfluence.errors import NonFiniteError, SettingError
 from distinfluence.influence.checks import check_mixed
 from distinfluence.layers.layout import layout_of
-from distinfluence.layers.scores import scores_of_factors
+from distinfluence.layers.scores import LayerScores, scores_of_factors
 from distinfluence.model.batch import Batch, batch_length, take
 from distinfluence.model.gradients import loss_gradients, micro_batches, mixed_gradients
 from distinfluence.model.sample_risk import SampleRisk
@@ -74,6 +74,16 @@ def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode
     return Tile(torch.cat(values, dim=1), torch.cat(losses), torch.cat(norms))
 
 
+def layer_tile(parts: Iterable[LayerScores]) -> Tile:
+    """Return the sums over units of the scores of a batch's micro-batches."""
+    done = list(parts)
+    return Tile(
+        torch.cat([torch.stack(part.by_unit).sum(dim=0) for part in done], dim=1),
+        torch.cat([part.losses for part in done]),
+        torch.cat([part.gradient_norms for part in done]),
+    )
+
+
 def by_layers(device: torch.device) -> bool:
     """Whether known layers' scores are made layer by layer: on a GPU; a gain on a CPU has not been measured."""
     return device.type != "cpu"
@@ -94,12 +104,7 @@ def _by_layers(risk: SampleRisk, factors: Tensor, batch: Batch) -> Tile | None:
     if layout is None:
         return None
     try:
-        parts = list(scores_of_factors(risk, layout, factors, batch))
-        tile = Tile(
-            torch.cat([part.by_unit[0] for part in parts], dim=1),
-            torch.cat([part.losses for part in parts]),
-            torch.cat([part.gradient_norms for part in parts]),
-        )
+        tile = layer_tile(scores_of_factors(risk, layout, factors, batch))
     except (torch.OutOfMemoryError, NonFiniteError):
         raise
     except (RuntimeError, ValueError, IndexError):  # a layout that is not this batch's, shapes that do not go together

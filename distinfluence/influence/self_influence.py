@@ -9,6 +9,8 @@ from torch import Tensor
 from distinfluence.curvature import CurvatureOperator
 from distinfluence.errors import SettingError
 from distinfluence.influence.bounds import LowerBound
+from distinfluence.influence.report import SolveReport
+from distinfluence.model.gradients import SampleGradients
 from distinfluence.solvers.quadrature import quadratic_forms
 
 
@@ -25,6 +27,16 @@ class SelfInfluences:
     upper: Tensor
     iterations: Tensor
     rigorous: bool
+
+
+def self_influences_by_factors(gradients: SampleGradients, factors: Tensor, report: SolveReport) -> SelfInfluences:
+    """⟨factor, gradient⟩ of each sample, for factors [n, p] that were solved for from the gradients [n, p]."""
+    pairs = zip(factors, gradients.rows, strict=True)
+    values = torch.stack([torch.dot(factor.double(), g.double()) for factor, g in pairs]).cpu()
+    unknown = torch.full_like(values, torch.inf)
+    bound = unknown if report.error_bound is None else report.error_bound.nan_to_num(nan=torch.inf)
+    half = bound * gradients.norms.double().cpu()
+    return SelfInfluences(values, values - half, values + half, report.iterations, report.rigorous)
 
 
 def self_influences_of(

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import NonFiniteError, SettingError
@@ -32,6 +33,7 @@ from distinfluence.solvers.base import (
     check_tolerance,
     row_norms,
 )
+from distinfluence.solvers.demand import GROWING, USUAL_STEPS, Demand, Systems
 from distinfluence.solvers.lanczos import BlockLanczos
 from distinfluence.solvers.spectrum import random_rows
 
@@ -170,6 +172,19 @@ class Arnoldi(Solver[Eigenpairs]):
         block = min(self.block(rank), size)
         fitting = BASIS_BYTES // (size * itemsize)
         return self.max_basis or max(min(MOST_BLOCKS * block, fitting), 2 * rank, rank + 4 * block)
+
+    @property
+    @override
+    def solves_over_data(self) -> bool:
+        return self.residual_rows != 0  # only for residuals
+
+    @override
+    def demand(self, systems: Systems) -> Demand:
+        # the eigenvectors, and the basis that they are found in, as large as it may grow
+        state = self.rank_estimate * systems.vector_bytes
+        basis = self.most_basis(sum(systems.sizes), systems.itemsize) * systems.vector_bytes
+        rows, block = 5.0 + self.complement, self.block(self.rank_estimate)
+        return Demand(GROWING * basis + state, state, rows, 0, USUAL_STEPS, int(self.solves_over_data), False, block)
 
     def fit(self, operator: CurvatureOperator) -> Eigenpairs:
         """The leading eigenpairs, until they have converged, the whole space is searched, or `maxiter` passes spent."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import SettingError
@@ -21,6 +22,7 @@ from distinfluence.memory import free_bytes
 from distinfluence.solvers.base import Solution, Solver, WrappedState, check_count, check_damping, check_tolerance
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.chebyshev import Chebyshev
+from distinfluence.solvers.demand import Demand, Systems
 from distinfluence.solvers.direct import Direct
 from distinfluence.solvers.krylov import BlockKrylov
 from distinfluence.solvers.nystroem_preconditioner import NystroemPreConditioner
@@ -53,18 +55,29 @@ class Auto(Solver[AutoState]):
     """
 
     damping: float
-    rtol: float = 1e-7
+    rtol: float | None = 1e-7
     rows: int = 1024
     memory: int | None = None
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
-        check_tolerance("rtol", self.rtol)
+        if self.rtol is not None:
+            check_tolerance("rtol", self.rtol)
         if self.rtol == 0:
             raise SettingError("`rtol` must be > 0, got 0: no residual is. Pass for instance 1e-6.")
         check_count("rows", self.rows)
         if self.memory is not None:
             check_count("memory", self.memory)
+
+    @override
+    def demand(self, systems: Systems) -> Demand:
+        # a dense factorisation for few parameters; else a Krylov basis as large as `memory` allows
+        if max(systems.sizes) <= DIRECT_SIZE:
+            return self._built("Direct").demand(systems)
+        return self._built("BlockKrylov", self._memory(systems.device)).demand(systems)
+
+    def _memory(self, device: torch.device) -> int:
+        return self.memory or int(SHARE * free_bytes(device))
 
     def fit(self, operator: CurvatureOperator) -> AutoState:
         """Choose, then the chosen solver's fit."""
@@ -74,7 +87,7 @@ class Auto(Solver[AutoState]):
     def choose(self, operator: CurvatureOperator) -> tuple[Solver[Any], str]:
         """The solver for this operator and a sentence that says why; nothing is computed."""
         p, vector = operator.size, operator.size * operator.dtype.itemsize
-        memory = self.memory or int(SHARE * free_bytes(operator.device))
+        memory = self._memory(operator.device)
         rows = min(self.rows, p)
         gib = memory / 2**30
         if p <= DIRECT_SIZE and 24 * p * p <= memory:

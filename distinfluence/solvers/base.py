@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import DtypeError, NonFiniteError, SettingError, ShapeError
+from distinfluence.solvers.demand import Demand, Systems
 
 StateT = TypeVar("StateT", bound="SolverState")
 
@@ -120,6 +121,15 @@ class Solver(ABC, Generic[StateT]):
 
     damping: float
 
+    @property
+    def solves_over_data(self) -> bool:
+        """Whether a solve sweeps over the training data."""
+        return True
+
+    def demand(self, systems: Systems) -> Demand:
+        """What a fit and a solve will need, before anything is computed. Iterative methods' unless said."""
+        return Demand()
+
     def at(self, damping: float) -> Self:
         """The same solver with another damping."""
         return replace(self, damping=damping)  # type: ignore[type-var]
@@ -222,8 +232,10 @@ def approximation(
     )
 
 
-def default_rtol(dtype: torch.dtype) -> float:
-    """1e-7 in float64 and 1e-4 in float32, whose rounding leaves about 1e-7 times the condition number."""
+def rtol_for(rtol: float | None, dtype: torch.dtype) -> float:
+    """The tolerance; if None 1e-7 in float64 and 1e-4 below, where rounding leaves about 1e-7·cond(A + λI)."""
+    if rtol is not None:
+        return rtol
     return 1e-7 if dtype == torch.float64 else 1e-4
 
 
@@ -260,6 +272,15 @@ def check_residual_rows(value: object) -> None:
     """Raise SettingError unless `residual_rows` is None or a whole number of at least 0."""
     if value is not None:
         check_count("residual_rows", value, least=0)
+
+
+def check_stopping(rtol: float | None, atol: float) -> None:
+    """Raise SettingError unless both are tolerances, of which `rtol` may be None, and one is above 0."""
+    if rtol is not None:
+        check_tolerance("rtol", rtol)
+    check_tolerance("atol", atol)
+    if rtol == 0 and atol == 0:
+        raise SettingError("`rtol` and `atol` must not both be 0: no residual is. Pass for instance rtol=1e-6.")
 
 
 def check_tolerance(name: str, value: float) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.solvers.base import row_norms
 from distinfluence.solvers.conjugate import CgState, ConjugateSolver, DriftWatch
@@ -29,6 +30,10 @@ class BlockCG(ConjugateSolver):
     >>> solver.solve(state, torch.tensor([[2.0, 4.0], [2.0, 4.0]], dtype=torch.float64)).iterations
     tensor([2, 2])
     """
+
+    @override
+    def _row_vectors(self) -> float:
+        return 12.0
 
     def _inner(self, state: CgState, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
         result = Steps.none(rhs)

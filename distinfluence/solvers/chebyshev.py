@@ -17,9 +17,11 @@ from dataclasses import astuple, dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.solvers.base import row_norms
+from distinfluence.solvers.demand import USUAL_STEPS, Demand, Systems
 from distinfluence.solvers.iterative import MOST_ITERATIONS, DampedState, IterativeSolver, Steps
 from distinfluence.solvers.spectrum import Extremes, extreme_eigenvalues
 
@@ -111,6 +113,10 @@ class Chebyshev(IterativeSolver[Interval]):
     """
 
     seed: int = 0
+
+    @override
+    def demand(self, systems: Systems) -> Demand:
+        return Demand(row_vectors=10.0, fit_passes=USUAL_STEPS)  # Lanczos for the ends of the spectrum first
 
     def fit(self, operator: CurvatureOperator) -> Interval:
         """The ends of the spectrum, by Lanczos: 5 to 40 passes of 4 rows."""

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.solvers.base import row_norms
+from distinfluence.solvers.demand import SKETCHING, Demand, Systems
 from distinfluence.solvers.iterative import DampedState, IterativeSolver, Steps
 from distinfluence.solvers.preconditioner import (
     FittedPreconditioner,
@@ -40,6 +42,16 @@ class ConjugateSolver(IterativeSolver[CgState]):
     """Conjugate gradients; hyperparameters as `IterativeSolver`, and preconditioner: see `Preconditioner`."""
 
     preconditioner: Preconditioner | None = None
+
+    def _row_vectors(self) -> float:
+        """Vectors [p] that a solve holds for each row."""
+        return 11.0 + (self.preconditioner is not None)
+
+    @override
+    def demand(self, systems: Systems) -> Demand:
+        # solutions, residuals, directions, their images, and copies while blocks are made orthonormal
+        state = (getattr(self.preconditioner, "rank", 0) or 0) * systems.vector_bytes
+        return Demand(SKETCHING * state, state, self._row_vectors(), fit_passes=int(self.preconditioner is not None))
 
     def fit(self, operator: CurvatureOperator) -> CgState:
         """Fit the preconditioner, if there is one."""

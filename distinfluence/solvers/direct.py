@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator, MatrixOperator
 from distinfluence.errors import NonFiniteError
@@ -26,6 +27,7 @@ from distinfluence.solvers.base import (
     check_tolerance,
     row_norms,
 )
+from distinfluence.solvers.demand import DENSE_BYTES, EIGEN_BYTES, Demand, Systems
 from distinfluence.solvers.spectrum import extreme_eigenvalues
 
 EIGEN_PAYS = 16  # dampings from which one eigendecomposition is cheaper than a Cholesky factor for each
@@ -116,6 +118,19 @@ class Direct(Solver[Factorisation]):
     def __post_init__(self) -> None:
         check_damping(self.damping)
         check_tolerance("rtol", self.rtol)
+
+    @property
+    @override
+    def solves_over_data(self) -> bool:
+        return False
+
+    @override
+    def demand(self, systems: Systems) -> Demand:
+        # matrix and factor of each block, and of the largest one what eigenvalues take, in float64
+        largest = max(systems.sizes) ** 2
+        state = DENSE_BYTES * sum(size * size for size in systems.sizes)
+        sum_bytes = systems.itemsize * largest
+        return Demand(state + EIGEN_BYTES * largest, state, 10.0, 0, systems.looks, 0, True, sum_bytes=sum_bytes)
 
     def fit(self, operator: CurvatureOperator) -> Factorisation:
         """Make the matrix and factorise it. Raises NonFiniteError if it has NaN or infinity."""

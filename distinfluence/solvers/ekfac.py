@@ -25,8 +25,8 @@ from distinfluence.solvers.base import (
     check_rhs,
     check_tolerance,
     damped,
-    default_rtol,
     relative_residuals,
+    rtol_for,
 )
 
 
@@ -101,7 +101,7 @@ class Ekfac(Solver[EigenbasisState]):
         assert isinstance(state.operator, SupportsEigenbasis)
         x = state.operator.in_eigenbasis(rhs, lambda values: inverse_values(values, self.damping, state.noise))
         relative = relative_residuals(rhs, damped(state.operator, x, self.damping))
-        rtol = default_rtol(rhs.dtype) if self.rtol is None else self.rtol
+        rtol = rtol_for(self.rtol, rhs.dtype)
         otherwise = Outcome.STAGNATED if state.positive_definite else Outcome.SINGULAR
         return Solution(
             x=x,

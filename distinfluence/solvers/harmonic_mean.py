@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator, SupportsSampleGradients
 from distinfluence.errors import SettingError, UnsupportedOperatorError
@@ -24,6 +25,7 @@ from distinfluence.solvers.base import (
     check_rhs,
     check_tolerance,
 )
+from distinfluence.solvers.demand import Demand, Systems
 
 ROUGH = (
     "DataInf averages the inverses of the samples' matrices, which is not the inverse of their average: residuals "
@@ -51,6 +53,11 @@ class InverseHarmonicMean(Solver[SolverState]):
                 f"`damping` must be > 0 for DataInf, which divides by it, got {self.damping!r}. A tenth of the mean "
                 "squared gradient norm over the number of parameters is usual."
             )
+
+    @override
+    def demand(self, systems: Systems) -> Demand:
+        # no fit; a pass for the factors and one for the residual
+        return Demand(row_vectors=7.0, solve_passes=1 + (self.residual_rows != 0), by_method=True)
 
     def fit(self, operator: CurvatureOperator) -> SolverState:
         """Nothing. Raises UnsupportedOperatorError for an operator that is not one over samples."""

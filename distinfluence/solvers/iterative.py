@@ -20,9 +20,10 @@ from distinfluence.solvers.base import (
     SolverState,
     check_damping,
     check_rhs,
-    check_tolerance,
+    check_stopping,
     damped,
     row_norms,
+    rtol_for,
 )
 
 MOST_ITERATIONS = 5_000  # where `maxiter` is None: 10·p, but no more than this
@@ -87,20 +88,18 @@ class IterativeSolver(Solver[DampedT]):
     """Hyperparameters and outer loop of an iteration.
 
     damping: λ ≥ 0. rtol, atol: a row has converged when ‖rhs − (A + λI) x‖ ≤ max(rtol·‖rhs‖, atol), SciPy's rule, for
-    the true residual. maxiter: iterations of a row, 10·p up to 5000 if None.
+    the true residual; an rtol of None is 1e-7 in float64 and 1e-4 in float32. maxiter: iterations of a row, 10·p up to
+    5000 if None.
     """
 
     damping: float
-    rtol: float = 1e-7
+    rtol: float | None = 1e-7
     atol: float = 0.0
     maxiter: int | None = None
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
-        check_tolerance("rtol", self.rtol)
-        check_tolerance("atol", self.atol)
-        if self.rtol == 0 and self.atol == 0:
-            raise SettingError("`rtol` and `atol` must not both be 0: no residual is. Pass for instance rtol=1e-6.")
+        check_stopping(self.rtol, self.atol)
         if self.maxiter is not None and (type(self.maxiter) is not int or self.maxiter < 1):  # a bool is none
             raise SettingError(f"`maxiter` must be a whole number ≥ 1 or None, got {self.maxiter!r}.")
 
@@ -141,7 +140,7 @@ class _Run:
         # not rhs.clone(): a zero row then returns at once, and step counts mean products
         self._x = torch.zeros_like(rhs) if x0 is None else torch.where(self._rhs_norm[:, None] > 0, x0, 0.0)
         self.residual = rhs.clone() if x0 is None else rhs - state.matmat(self._x)
-        self.threshold = (solver.rtol * self._rhs_norm).clamp_min(solver.atol)
+        self.threshold = (rtol_for(solver.rtol, rhs.dtype) * self._rhs_norm).clamp_min(solver.atol)
         self._norm = row_norms(self.residual)
         self._steps = torch.zeros(k, dtype=torch.int64, device=rhs.device)
         self._curvature = torch.full((k,), torch.inf, dtype=torch.float64, device=rhs.device)

@@ -21,6 +21,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator, SupportsBatches
 from distinfluence.errors import SettingError, ShapeError
@@ -38,6 +39,7 @@ from distinfluence.solvers.base import (
     row_norms,
 )
 from distinfluence.solvers.block_cg import orthonormal_rows
+from distinfluence.solvers.demand import Demand, Systems
 from distinfluence.solvers.spectrum import extreme_eigenvalues, random_rows
 
 SAFETY = 1.1  # times the largest eigenvalue is the scale that is found where none is given
@@ -98,6 +100,10 @@ class LiSSA(Solver[LissaState]):
             raise SettingError(f"`scale` must be a finite number > 0, got {self.scale!r}. Pass None to have it found.")
         if self.h0 is not None and not isinstance(self.h0, Tensor):
             raise SettingError(f"`h0` must be a tensor [p] or [k, p], or None, got {type(self.h0).__name__}.")
+
+    @override
+    def demand(self, systems: Systems) -> Demand:
+        return Demand(row_vectors=8.0 if self.full_batch else 13.0)  # averages are held too on mini-batches
 
     def fit(self, operator: CurvatureOperator) -> LissaState:
         """Nothing, or the scale: up to 10 passes of 4 rows, and 40 products with mini-batches."""

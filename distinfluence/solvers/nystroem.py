@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import NonFiniteError
@@ -31,6 +32,7 @@ from distinfluence.solvers.base import (
     check_tolerance,
 )
 from distinfluence.solvers.block_cg import orthonormal_rows
+from distinfluence.solvers.demand import SKETCHING, Demand, Systems
 from distinfluence.solvers.spectrum import random_rows
 
 COLUMNS = 2**18  # of Ω and Y that are widened to float64 at once
@@ -244,6 +246,17 @@ class NystroemSketch(Solver[NystroemState]):
         check_tolerance("rtol", self.rtol)
         check_count("estimate_error", self.estimate_error, least=0)
         check_residual_rows(self.residual_rows)
+
+    @property
+    @override
+    def solves_over_data(self) -> bool:
+        return self.residual_rows != 0  # only for residuals
+
+    @override
+    def demand(self, systems: Systems) -> Demand:
+        # the sketch, its image and their orthonormal basis; passes for the sketch, one for the residual
+        state = self.rank * systems.vector_bytes
+        return Demand(SKETCHING * state, state, 5.0, 0, systems.looks, int(self.solves_over_data), True, self.rank)
 
     def fit(self, operator: CurvatureOperator) -> NystroemState:
         """One pass of `rank` rows, a second one where A is not known to be semi-definite, and those of the estimate."""

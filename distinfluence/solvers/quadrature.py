@@ -25,11 +25,6 @@ class Brackets:
     upper: Tensor
     iterations: Tensor
 
-    @property
-    def middle(self) -> Tensor:
-        """[k] float64, halfway between the bounds."""
-        return (self.lower + self.upper) / 2
-
 
 def quadratic_forms(
     operator: CurvatureOperator,

@@ -237,7 +237,7 @@ def test_low_rank_scores_are_those_of_the_truncated_factors() -> None:
     factors = influence.influence_factors(*case.test)
     assert float(influence.query_error(factors).max()) > 0.01  # or nothing would be compared
     found = influence.influences_from_factors(factors, x, y)
-    prepared = influence._prepared(factors)
+    prepared = influence._layers.queries(factors)
     parts: dict[str, Tensor] = {}
     for unit, whole, own in zip(influence.layout.units, prepared.matrices, prepared.low_rank, strict=True):
         parts |= unit.tensors(whole if own is None else own[0] @ own[1].transpose(2, 3), influence.risk.blocks.shapes)

@@ -28,7 +28,6 @@ from distinfluence import (
     SequentialInfluenceCalculator,
     open_influences,
 )
-from distinfluence.app import config
 from distinfluence.errors import (
     ChunkError,
     ClusterError,
@@ -41,6 +40,7 @@ from distinfluence.errors import (
     ShapeError,
     StoreExistsError,
 )
+from distinfluence.influence import registry
 from distinfluence.model.reducer import LocalReducer
 from distinfluence.model.risk import LossAndGradient
 from distinfluence.model.sample_risk import SampleRisk
@@ -519,7 +519,7 @@ def test_scratch_files_go_when_neither_calculator_nor_lazy_arrays_need_them(case
 
 
 @pytest.mark.parametrize("solve", ["rows", "data"])
-@pytest.mark.parametrize("name", sorted(config.METHODS))
+@pytest.mark.parametrize("name", sorted(registry.METHODS))
 def test_every_method_runs_on_workers_and_gives_what_it_gives_here(
     case: Case, client: Client, name: str, solve: str, tmp_path: Path
 ) -> None:
@@ -530,7 +530,7 @@ def test_every_method_runs_on_workers_and_gives_what_it_gives_here(
         settings |= {"update_diagonal": True, "cg_iterations": 2}
     if name == "lissa":
         settings |= {"scale": None, "full_batch": True, "rtol": 1e-6}  # chunks are its mini-batches
-    method = config.METHODS[name]
+    method = registry.METHODS[name]
     here = method(case.model, loss=case.loss, **settings).fit(case.train).influences(*case.test, *case.train)
     calculator = DaskInfluenceCalculator(method(case.model, loss=case.loss, **settings), client)
     calculator.fit(*case.train, chunk_size=7)

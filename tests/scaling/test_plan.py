@@ -12,11 +12,11 @@ from torch import nn
 from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence, SequentialInfluenceCalculator
 from distinfluence.errors import PlanError, SettingError
 from distinfluence.influence.checks import check_bytes
-from distinfluence.influence.demand import Demand
 from distinfluence.scaling import Machine, make_plan
 from distinfluence.scaling.plan.problem import FixedSizes, Problem, Rates
 from distinfluence.scaling.plan.tree_shape import pass_tasks, results_held
 from distinfluence.scaling.worker.device import device_memory, smallest_device
+from distinfluence.solvers.demand import Demand
 from tests.zoo import build
 
 GIB = 2**30

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import NonFiniteError, SettingError
-from distinfluence.solvers import Arnoldi, Eigenpairs, Outcome
+from distinfluence.solvers import Arnoldi, Outcome
+from distinfluence.solvers.arnoldi import Eigenpairs
 from distinfluence.solvers.lanczos import BlockLanczos
 from distinfluence.solvers.spectrum import random_rows
 from distinfluence.testing import SolverContract

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import SettingError
-from distinfluence.solvers import Auto, AutoState
+from distinfluence.solvers import Auto
+from distinfluence.solvers.auto import AutoState
 from distinfluence.testing import SolverContract
 from distinfluence.testing.systems import SYSTEM, dense_solution, relative_error
 

@@ -5,7 +5,8 @@ import torch
 
 from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import NonFiniteError
-from distinfluence.solvers import Direct, Factorisation, Outcome
+from distinfluence.solvers import Direct, Outcome
+from distinfluence.solvers.direct import Factorisation
 from distinfluence.testing import SolverContract
 from distinfluence.testing.systems import (
     SYSTEM,

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import NonFiniteError, SettingError
-from distinfluence.solvers import Arnoldi, LowRank, NystroemSketch, NystroemState, Outcome
-from distinfluence.solvers.nystroem import approximation_error, extend, low_rank, nystroem, sketched
+from distinfluence.solvers import Arnoldi, NystroemSketch, Outcome
+from distinfluence.solvers.nystroem import (
+    LowRank,
+    NystroemState,
+    approximation_error,
+    extend,
+    low_rank,
+    nystroem,
+    sketched,
+)
 from distinfluence.testing import SolverContract
 from distinfluence.testing.systems import (
     SYSTEM,

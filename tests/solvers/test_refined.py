@@ -7,7 +7,8 @@ import torch
 
 from distinfluence.curvature import CurvatureOperator, MatrixOperator
 from distinfluence.errors import DtypeError, SettingError, UnsupportedOperatorError
-from distinfluence.solvers import CG, BlockCG, BlockKrylov, Outcome, Refined, Refinement
+from distinfluence.solvers import CG, BlockCG, BlockKrylov, Outcome, Refined
+from distinfluence.solvers.refined import Refinement
 from distinfluence.testing import SolverContract
 from distinfluence.testing.systems import SYSTEM, P, damped, dense_solution, randn, relative_error, spd
 

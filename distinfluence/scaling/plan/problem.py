@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distinfluence.influence.demand import Demand
+from distinfluence.solvers.demand import Demand
 
 KEPT_SHARE, KEPT_MOST = 0.125, 2**30  # of a worker's memory for loaded chunks that it keeps between tasks, and no more
 

@@ -1,7 +1,8 @@
 """What a method will need before it starts: memory beyond the gradients, and passes over the training data."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 USUAL_STEPS = 15  # of an iterative solve, where only the matrix knows
 USUAL_BASIS = 30  # steps that a Krylov basis is prepared for
@@ -11,6 +12,25 @@ DECOMPOSING = 32  # bytes for each entry of a factor in float64, its eigenvector
 SKETCHING = 8  # times what a Nyström sketch leaves, while it is made
 BESIDE_BASIS = 15.0  # blocks of rows beside a Krylov basis, or for conjugate gradients after it
 GROWING = 2  # times its limit is what a basis takes at most while it moves to a larger store
+
+
+@dataclass(frozen=True)
+class Systems:
+    """The systems of an influence model, one for each block, as far as they are known before a fit.
+
+    sizes: parameters of each block. itemsize: bytes of a number. looks: passes of a fit that makes a matrix of each
+    block. device: where they are solved.
+    """
+
+    sizes: tuple[int, ...]
+    itemsize: int
+    looks: int
+    device: torch.device
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of a vector [p] over all blocks."""
+        return sum(self.sizes) * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -36,13 +56,3 @@ class Demand:
     fit_rows: int = 1
     sum_bytes: int = 0
     beside_vectors: float = 0.0
-
-
-def dense_demand(sizes: Sequence[int], itemsize: int, passes: int) -> Demand:
-    """Of dense factorisations. sizes: parameters of each block; itemsize: bytes of a number; passes: of the fit.
-
-    Matrix and factor of each block, and of the largest one what eigenvalues take, in float64.
-    """
-    state = DENSE_BYTES * sum(size * size for size in sizes)
-    fit, matrix = state + EIGEN_BYTES * max(sizes) ** 2, itemsize * max(sizes) ** 2
-    return Demand(fit, state, 10.0, 0, passes, 0, True, sum_bytes=matrix)

@@ -1,0 +1,105 @@
+"""The scorer for models whose layers a fit has recognised: scores without matrices of samples × parameters.
+
+Gradients and scores are put together from the inputs and the output gradients of the layers.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from distinfluence.curvature.kronecker import Eigenbasis
+from distinfluence.curvature.queries import joined_queries, query_of
+from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode, layer_tile
+from distinfluence.influence.scoring import Scorer
+from distinfluence.layers.layout import LayerLayout
+from distinfluence.layers.scores import QueryFactors, RankOne, layer_gradients, layer_scores, recorded, token_scores
+from distinfluence.model.batch import Batch
+from distinfluence.model.gradients import SampleGradients
+from distinfluence.model.objective import Objective
+from distinfluence.model.sample_risk import SampleRisk
+
+
+class LayerScorer(Scorer):
+    """Gradients and scores of samples, layer by layer.
+
+    Args:
+        risk: The risk of single samples.
+        layout: The layers that the fit has recognised.
+        energy: Share of each factor's squared norm that is kept where low rank saves work; None keeps factors whole.
+    """
+
+    def __init__(self, risk: SampleRisk, layout: LayerLayout, energy: float | None) -> None:
+        super().__init__(risk)
+        self.layout = layout
+        self._energy = energy
+        self._queries: tuple[Tensor, QueryFactors] | None = None  # those of the last call, since strips share them
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the measurement of a test point is its loss."""
+        return type(self.risk.objective).measurements is Objective.measurements
+
+    @override
+    def loss_gradients(self, batch: Batch) -> SampleGradients:
+        return SampleGradients(*layer_gradients(self.risk, self.layout, batch))
+
+    @override
+    def measurement_gradients(self, batch: Batch) -> SampleGradients:
+        return self.loss_gradients(batch) if self.measures_loss else super().measurement_gradients(batch)
+
+    @override
+    def tile(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str = InfluenceMode.UP) -> Tile:
+        if influence_mode(mode) is not InfluenceMode.UP:
+            return super().tile(factors, batch, mode)
+        return self.tile_of_queries(self.queries(factors), batch)
+
+    def tile_of_queries(self, queries: QueryFactors, batch: Batch) -> Tile:
+        """Return the influences of the batch's samples on these queries, with losses and gradient norms."""
+        return layer_tile(layer_scores(self.risk, self.layout, queries, batch))
+
+    @override
+    def by_block(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str) -> "OrderedDict[str, Tensor]":
+        if influence_mode(mode) is not InfluenceMode.UP:
+            return super().by_block(factors, batch, mode)
+        parts = list(layer_scores(self.risk, self.layout, self.queries(factors), batch))  # one pass for all blocks
+        by_unit = [torch.cat(scores, dim=1) for scores in zip(*(part.by_unit for part in parts), strict=True)]
+        blocks: dict[str, Tensor] = {}
+        for unit, scores in zip(self.layout.units, by_unit, strict=True):
+            blocks[unit.block] = blocks[unit.block] + scores if unit.block in blocks else scores
+        return OrderedDict((block, blocks[block]) for block in self.risk.blocks.names)
+
+    def by_token(self, factors: Tensor, batch: Batch) -> Tensor:
+        """Return the influences by position of the batch's samples, [n_test, n, T], from factors [n_test, p].
+
+        Raises:
+            UnsupportedOperatorError: If the layers do not share the same positions.
+        """
+        return token_scores(self.risk, self.layout, QueryFactors.of(self.risk, self.layout, factors), batch)
+
+    def queries(self, factors: Tensor) -> QueryFactors:
+        """Return the factors [n_test, p] unit by unit, compressed if asked."""
+        if self._queries is None or self._queries[0] is not factors:
+            self._queries = factors, QueryFactors.of(self.risk, self.layout, factors, self._energy)
+        return self._queries[1]
+
+    def queries_in(
+        self, bases: Sequence[Eigenbasis], inverses: Sequence[Callable[[Tensor], Tensor]], batch: Batch, separate: bool
+    ) -> QueryFactors:
+        """Return the batch's samples as queries, unit by unit: as outer products in the eigenbasis, or as factors.
+
+        Args:
+            bases: The eigenbasis of each unit.
+            inverses: What is done to the eigenvalues of each unit.
+            batch: The samples.
+            separate: Whether to look for weights that are separable.
+        """
+        parts: list[list[Tensor | RankOne]] = [[] for _ in self.layout.units]
+        for samples, record in recorded(self.risk, self.layout, batch):
+            deltas = record.of_losses()
+            for unit, basis, inverse, made in zip(self.layout.units, bases, inverses, parts, strict=True):
+                made.append(query_of(self.risk, unit, basis, inverse, record, deltas, samples))
+        whole = tuple(joined_queries(made, self.risk.dtype, separate=separate) for made in parts)
+        return QueryFactors(whole, (None,) * len(whole), torch.zeros(0, dtype=torch.float64))

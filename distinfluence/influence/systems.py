@@ -1,0 +1,290 @@
+"""What an influence model solves: the systems (A + λI) x = g of a model and a loss, block by block.
+
+They are made by a fit, solved for rows, moved between devices, and kept without the model.
+"""
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from distinfluence.curvature import CurvatureOperator, SecondOrderMode, operator_class
+from distinfluence.errors import NotFittedError
+from distinfluence.influence.checks import check_derivatives
+from distinfluence.influence.damping import Regularization, RelativeDamping, damping_by_block, resolved
+from distinfluence.influence.fitted import Curvature, Fitted
+from distinfluence.influence.report import FitReport, SolveReport
+from distinfluence.influence.scoring import Scorer
+from distinfluence.influence.settings import check_precision, checked_mode, common_settings
+from distinfluence.model.batch import Batch, as_batch
+from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlocks
+from distinfluence.model.identity.probe import Checked
+from distinfluence.model.objective import Loss, Objective, as_objective
+from distinfluence.model.reducer import ChunkReducer, LocalReducer
+from distinfluence.model.risk import EmpiricalRisk
+from distinfluence.model.sample_risk import SampleRisk
+from distinfluence.model.untouched import check_mode
+from distinfluence.solvers.base import Solver
+from distinfluence.solvers.demand import Demand, Systems
+from distinfluence.solvers.spectrum import Extremes
+
+
+class CurvatureSystems:
+    """The systems (A + λI) x = g of a model and a loss; arguments as for `InfluenceFunctionModel`."""
+
+    is_thread_safe = False
+    brackets_self_influence = True  # whether `self_influences` has bounds on the curvature's own values
+    _autocast: torch.dtype | None = None  # what the model's passes run in, if not in the risk's own dtype
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | Objective,
+        hessian_regularization: Regularization,
+        solver: partial[Any],
+        *,
+        block_structure: BlockStructure = BlockMode.FULL,
+        second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
+    ) -> None:
+        self._template: Solver[Any] = solver(damping=1.0)  # its checks of the settings, before anything is computed
+        self._hyperparameters = tuple(solver.keywords)  # those of the template that the user can set
+        self.objective = as_objective(loss)
+        self.objective_settings = self.objective.settings()  # as it is now: a loss may count its calls
+        self.second_order_mode = checked_mode(second_order_mode)
+        self.block_structure = block_structure
+        self.hessian_regularization = hessian_regularization
+        self._fit: Fitted | None = None
+        self._risk: SampleRisk | None = None
+        self._bind(model)
+
+    def _bind(self, model: nn.Module, device: torch.device | None = None) -> None:
+        blocks = ParameterBlocks.of(model, self.block_structure)
+        self._asked = damping_by_block(blocks, self.hessian_regularization)
+        self._risk = SampleRisk(model, self.objective, blocks, device, autocast=self._autocast)
+
+    def solver(self, damping: float) -> Solver[Any]:
+        """Return the solver for this damping."""
+        return self._template.at(damping)
+
+    def block_solver(self, block: str, damping: float) -> Solver[Any]:
+        """Return the solver of a block."""
+        return self.solver(damping)
+
+    @property
+    def solves_over_data(self) -> bool:
+        """Whether a solve sweeps over the training data."""
+        return self._template.solves_over_data
+
+    def settings(self) -> dict[str, object]:
+        """What fixes the numbers besides model, loss and data, in JSON's types: for provenance and fingerprints."""
+        return self._common_settings() | {name: getattr(self._template, name) for name in self._hyperparameters}
+
+    def asked_settings(self) -> dict[str, object]:
+        """As `settings`, with the damping as it was asked for: the same before and after a fit."""
+        return self.unbound().settings()
+
+    def demand(self) -> Demand:
+        """What a fit and a solve will need, before anything is computed: for plans."""
+        # a dense Hessian is compared with products; the sketch of one, which may be indefinite, is seen from both sides
+        looks = len(self.risk.blocks.names) * (2 if self.second_order_mode is SecondOrderMode.HESSIAN else 1)
+        sizes = tuple(self.risk.blocks.sizes)
+        return self._template.demand(Systems(sizes, self.risk.dtype.itemsize, looks, self.risk.device))
+
+    def _common_settings(self) -> dict[str, object]:
+        damping = None if self._fit is None and self._rules() else self.damping
+        common = common_settings(self.second_order_mode, self.block_structure, self._asked, damping, self._autocast)
+        return {"method": type(self).__name__} | common
+
+    def _rules(self) -> list[str]:
+        """The blocks whose damping is relative to the curvature."""
+        return [block for block, value in self._asked.items() if isinstance(value, RelativeDamping)]
+
+    @property
+    def damping(self) -> dict[str, float]:
+        """Block → λ. Raises NotFittedError for a rule that is not worked out before `fit`."""
+        if self._fit is not None:
+            return dict(self._fit.damping)
+        if rules := self._rules():
+            raise NotFittedError(f"`damping` of {rules} is relative to the curvature. Call `fit(data)` first.")
+        return resolved(self._asked, {})
+
+    @property
+    def risk(self) -> SampleRisk:
+        """The risk of single samples that this model differentiates."""
+        if self._risk is None:
+            raise NotFittedError("This influence model is without its `model`. Call `bound_to(model)` first.")
+        return self._risk
+
+    @property
+    def n_parameters(self) -> int:
+        """p, the number of covered parameters."""
+        return self.risk.size
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `fit` has been called."""
+        return self._fit is not None
+
+    @property
+    def fit_report(self) -> FitReport:
+        """What the fit covered. Raises NotFittedError before `fit`."""
+        return self._fitted().report
+
+    @property
+    def reducer(self) -> ChunkReducer:
+        """The training data that the model was fitted to. Raises NotFittedError before `fit`."""
+        return self._fitted().reducer
+
+    @property
+    def operators(self) -> Mapping[str, CurvatureOperator]:
+        """Block → the curvature A of the block, without damping. Raises NotFittedError before `fit`."""
+        return self._fitted().operators
+
+    def exact_systems(self) -> dict[str, tuple[CurvatureOperator, float, slice]]:
+        """What factors are compared with by `verify`: block → (A, λ, columns) of the systems (A + λI) x = g."""
+        columns = self.risk.blocks.columns
+        return {block: (self.operators[block], self.damping[block], columns[block]) for block in self.operators}
+
+    def _fitted(self) -> Fitted:
+        if self._fit is None:
+            raise NotFittedError(f"`{type(self).__name__}` has not been fitted. Call `fit(data)` first.")
+        return self._fit
+
+    def fit(self, data: object) -> Self:
+        """Do the work that needs no test point; returns the influence model itself.
+
+        data: the training set as a DataLoader, a list of batches, one (x, y) pair, or a `ChunkReducer`.
+        Raises EmptyDataError, NonFiniteError, LossError, DtypeError for data or losses that cannot be used.
+        """
+        start = time.perf_counter()
+        if isinstance(data, ChunkReducer):
+            reducer = data
+        else:
+            self._bind(self.risk.module, self.risk.device)  # buffers and mode as they are now
+            reducer = LocalReducer(self.risk, data)
+        if reducer.drawn and (reducer.checked is None or reducer.checked.products != self._products):
+            reducer.checked = self.check(reducer.drawn)
+            reducer.remarks = tuple(dict.fromkeys((*reducer.remarks, *reducer.checked.remarks)))
+        begun, curvature = (start, reducer.passes), self._curvature(reducer)
+        solvers = self._solvers(resolved(self._asked, curvature.operators))
+        self._fit = Fitted.of(self.risk, reducer, str(self.second_order_mode), curvature, solvers, begun)
+        return self
+
+    def check(self, drawn: Sequence[Batch]) -> Checked:
+        """Check the derivatives that a fit will use, at samples from all over its data; see `influence.checks`."""
+        return check_derivatives(self.risk, drawn, self._products)
+
+    @property
+    def _products(self) -> SecondOrderMode | None:
+        """The matrix whose products with rows the fit or the solves will use."""
+        return self.second_order_mode
+
+    def _solvers(self, damping: Mapping[str, float]) -> dict[str, Solver[Any]]:
+        return {block: self.block_solver(block, value) for block, value in damping.items()}
+
+    def with_damping(self, hessian_regularization: Regularization) -> Self:
+        """A copy with another damping and the same fit: no products where the method's mathematics allow it.
+
+        Direct, Arnoldi, Nyström and Krylov models re-use everything, preconditioners that can do so too.
+        """
+        fitted = self._fitted()
+        other = copy.copy(self)
+        other.hessian_regularization = hessian_regularization
+        other._asked = damping_by_block(self.risk.blocks, hessian_regularization)
+        other._fit = fitted.adapted(other._solvers(resolved(other._asked, fitted.operators)))
+        return other
+
+    def in_mixed_precision(self, dtype: torch.dtype = torch.bfloat16) -> Self:
+        """A copy, not fitted, whose passes through the model run in bfloat16 or float16 where torch's autocast does so.
+
+        Parameters, losses, gradients and all sums stay in float32, so do the solver and the scores' products. Scores
+        then have about two digits; no error bounds are given, since those know nothing of the passes' rounding. Faster
+        on GPUs with matrix units for these types, slower on most CPUs. Raises SettingError for another dtype.
+        """
+        check_precision(dtype, self.risk.dtype)
+        other = self.unbound()
+        other._autocast = dtype
+        other._bind(self.risk.module, self.risk.device)
+        return other
+
+    def spectrum(self) -> dict[str, Extremes]:
+        """Both ends of the spectrum of A, block by block, by Lanczos: 5 to 40 passes of 4 rows, once.
+
+        From then on, solve reports of an A that is not positive semi-definite by what it is carry error bounds as well
+        (heuristic ones), and `fit_report` says whether A + λI is positive definite.
+        """
+        self._fit = self._fitted().with_spectrum()
+        return dict(self._fit.report.spectrum)
+
+    def _curvature(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor] | None = None) -> Curvature:
+        """The matrices of the blocks over the training data, and the scorer. arrays: `state_arrays` of a fit."""
+        risk = EmpiricalRisk.over(reducer)
+        operator = operator_class(self.second_order_mode)
+        # one block over everything needs no restriction: its products are the whole matrix
+        names = list(self.risk.blocks.names)
+        operators = {block: operator(risk, block if len(names) > 1 else None) for block in names}
+        return Curvature(operators, Scorer(self.risk))
+
+    def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
+        """(A + λI)⁻¹ applied to each row: gradients [k, p] → factors [k, p] and how far each row got."""
+        return self._fitted().solve(self._by_block(gradients))
+
+    def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
+        """As `solve`, for each of several dampings from the one fit; methods that can share their work between them."""
+        fitted, blocks = self._fitted(), self.risk.blocks
+        asked = [resolved(damping_by_block(blocks, damping), fitted.operators) for damping in dampings]
+        return fitted.solve_at(self._by_block(gradients), asked)
+
+    def _by_block(self, gradients: Tensor) -> dict[str, Tensor]:
+        return {block: gradients[:, columns].contiguous() for block, columns in self.risk.blocks.columns.items()}
+
+    @property
+    def kind_of_bound(self) -> str:
+        """ "rigorous", "heuristic" or "none": what error bounds the solves of this fit carry."""
+        return self._fitted().kind_of_bound
+
+    def place(self, x: object, y: Tensor | None = None) -> Batch:
+        """(x, y), or x alone where it is the whole batch, checked and on the model's device.
+
+        Raises ModelModeError if the model has been put in train mode since `fit`, NotFittedError if its parameters have
+        been written to.
+        """
+        check_mode(self.risk.module)
+        self.risk.check_unchanged()
+        return self.risk.place(as_batch(x if y is None else (x, y)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Compute on another device from now on, with the fitted state; the user's model stays where it is."""
+        device = torch.device(device)
+        arrays = {name: tensor.to(device) for name, tensor in self.state_arrays().items()} if self.is_fitted else {}
+        self._risk = self.risk.to(device)
+        if self._fit is not None:
+            self.restore(self._fit.reducer.to(self._risk), arrays, self._fit.report)
+        return self
+
+    def state_arrays(self) -> dict[str, Tensor]:
+        """What of the fitted state must be kept to `restore` it elsewhere: "block/array" → tensor."""
+        return self._fitted().arrays()
+
+    def restore(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor], report: FitReport) -> Self:
+        """The fitted state again from `state_arrays`, from a reducer over the same data, without the work of `fit`."""
+        solvers = self._solvers(report.damping)
+        self._fit = Fitted.restored(reducer, self._curvature(reducer, arrays), solvers, arrays, report)
+        return self
+
+    def unbound(self) -> Self:
+        """A copy of the settings without the model and the fitted state: small, and free to travel."""
+        bare = copy.copy(self)
+        bare._fit = None
+        bare._risk = None
+        return bare
+
+    def bound_to(self, model: nn.Module, device: torch.device | None = None) -> Self:
+        """A copy of the settings for this model, not fitted."""
+        other = self.unbound()
+        other._bind(model, device)
+        return other
