@@ -305,12 +305,12 @@ class InfluenceWriter(StripFiles):
                 raise CorruptStoreError(f"the rankings of {self.path} are missing or damaged. Call `finish` again.")
         return top, bottom
 
-    def note(self, seconds: Mapping[str, float], **attributes: object) -> None:
+    def note(self, seconds: Mapping[str, float], attributes: Mapping[str, object] | None = None) -> None:
         """Add work that was done after `finish` to the summary.
 
         Args:
             seconds: Seconds by stage.
-            attributes: Attributes to set, JSON values.
+            attributes: Attributes to set, JSON values. Default: none.
 
         Raises:
             SettingError: If a value is not JSON.
@@ -320,7 +320,7 @@ class InfluenceWriter(StripFiles):
             summary = dict(read_attributes(self.path).get("summary") or {})
             before = summary.get("seconds") or {}
             summary["seconds"] = {**{name: round(value, 3) for name, value in seconds.items()}, **before}
-            for name, value in {"summary": summary, **attributes}.items():
+            for name, value in {"summary": summary, **(attributes or {})}.items():
                 self._group.attrs[name] = to_json(value, name)
             consolidate(self.path)
 
