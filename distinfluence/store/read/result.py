@@ -50,8 +50,13 @@ def open_influences(path: str | os.PathLike[str]) -> InfluenceResult:
 class InfluenceResult(ResultArrays):
     """A result on disk: the influences of training points (columns) on test points (rows).
 
-    A positive influence means that the training point helps. `provenance` and `complete` are as of opening; all else is
-    read when asked for. Indices count as in NumPy, so -1 is the last point. Open one with `open_influences`.
+    A positive influence means that the training point helps. All but the attributes below is read when asked for.
+    Indices count as in NumPy, so -1 is the last point. Open a result with `open_influences`.
+
+    Attributes:
+        path: The folder, or the URL.
+        layout: The cut of the result into strips.
+        provenance: What the run recorded, as of opening.
     """
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:

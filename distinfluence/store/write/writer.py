@@ -48,6 +48,10 @@ class InfluenceWriter(StripFiles):
 
     Any number of processes may call `write_strip` at once, for different strips. `create`, `write_test`, `reopen` and
     `finish` are for the one process that drives the run.
+
+    Attributes:
+        path: The folder, or the URL.
+        layout: The cut of the result into strips.
     """
 
     @classmethod
