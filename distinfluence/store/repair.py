@@ -11,14 +11,20 @@ from numpy.typing import NDArray
 
 from distinfluence.errors import CorruptStoreError
 from distinfluence.store.read.result import open_influences
-from distinfluence.store.write.writer import BY_STRIP, RANKING_ARRAYS, TEST_ARRAYS, InfluenceWriter
+from distinfluence.store.write.strips import BY_STRIP
+from distinfluence.store.write.writer import RANKING_ARRAYS, TEST_ARRAYS, InfluenceWriter
 
 _WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Strips whose mark, values, points or cells are not those that were written; arrays of which that is true."""
+    """What is damaged in a result. False if nothing is.
+
+    Attributes:
+        strips: Strips whose mark, values, points or overview cells are not those that were written.
+        arrays: Names of arrays of test points and rankings that are not those that were written.
+    """
 
     strips: tuple[int, ...]
     arrays: tuple[str, ...]
@@ -35,14 +41,34 @@ class Damage:
 def find_damage(path: str | os.PathLike[str]) -> Damage:
     """Read the whole result, a strip at a time, and compare the checksums.
 
-    path: of the result, a folder or a URL; may be running: strips that are not marked don't count. Raises what
-    `open_influences` raises, and CorruptStoreError where the description of an array is damaged.
+    Args:
+        path: A folder or a URL. The result may be running: strips that are not marked do not count.
+
+    Returns:
+        The damaged strips and arrays.
+
+    Raises:
+        StoreNotFoundError: If there is nothing at `path`.
+        ForeignStoreError: If something else than a result is at `path`.
+        StoreError: If a newer version wrote the result, or it cannot be read.
+        CorruptStoreError: If the description of an array is damaged.
     """
     return _Reading(path).damage()
 
 
 def mend(writer: InfluenceWriter) -> Damage:
-    """Reopen what is damaged, so that the run that goes on makes it again; what that was."""
+    """Reopen what is damaged, so that the run that continues computes it again.
+
+    Args:
+        writer: The result.
+
+    Returns:
+        The damaged strips and arrays, now reopened.
+
+    Raises:
+        CorruptStoreError: If the description of an array is damaged.
+        StoreError: If the folder cannot be written.
+    """
     damage = find_damage(writer.path)
     writer.reopen(damage.strips, damage.arrays)
     return damage

@@ -54,7 +54,7 @@ def write_self_influences(
             bar.advance()
     if pending:
         about = {"method": method, **({"rtol": RTOL} if method == QUADRATURE else {})}
-        writer.note(progress.seconds, self_influence=about)
+        writer.note(progress.seconds, {"self_influence": about})
 
 
 def self_influences_of_strip(

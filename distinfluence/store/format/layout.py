@@ -26,10 +26,19 @@ MAX_POINTS = 2**31 - 1  # indices are int32, because browsers read int64 as BigI
 class Layout:
     """The cut of a result [n_test, n_train, *input_shape] into strips.
 
-    `strip`: training points per strip, at most n_train. `input_shape`: shape of one training input for mode
-    `perturbation`, empty for mode `up`. `top_k`: how many most helpful and most harmful training points are kept for
-    each test point (mode `up` only). `mantissa_bits`: of a stored value; fewer than 23 are rounded and compressed.
-    Raises ShapeError, ChunkError or SettingError for what cannot be laid out.
+    Args:
+        n_test: Number of test points.
+        n_train: Number of training points.
+        strip: Training points per strip, at most n_train.
+        input_shape: Shape of one training input for mode `perturbation`; empty for mode `up`.
+        top_k: How many of the most helpful and of the most harmful training points are stored for each test point.
+            Mode `up` only.
+        mantissa_bits: Bits of the mantissa of a stored value; values with fewer than 23 are rounded and compressed.
+
+    Raises:
+        ShapeError: If a size is not a positive integer, or there are too many training points.
+        ChunkError: If `strip` is not a positive integer up to n_train, or has no sensible chunks.
+        SettingError: If `top_k` or `mantissa_bits` is out of range.
 
     >>> layout = Layout(n_test=100, n_train=10_000, strip=4096)
     >>> layout.n_strips, layout.chunk_shape, layout.shard_shape, layout.strip_slice(2)
@@ -65,11 +74,22 @@ class Layout:
 
     @classmethod
     def from_attributes(cls, stored: Mapping[str, Any]) -> Layout:
-        """The layout that `to_attributes` wrote."""
+        """Return the layout that `to_attributes` wrote.
+
+        Args:
+            stored: The fields as JSON values.
+
+        Returns:
+            The layout.
+        """
         return cls(**{**stored, "input_shape": tuple(stored["input_shape"])})
 
     def to_attributes(self) -> dict[str, Any]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values.
+
+        Returns:
+            Name → value.
+        """
         return {**asdict(self), "input_shape": list(self.input_shape)}
 
     @property
@@ -89,7 +109,7 @@ class Layout:
 
     @property
     def rounding_error(self) -> float:
-        """By how much a stored value may differ from what was computed, relative to it."""
+        """Largest difference between a stored and the computed value, relative to the value."""
         return float(2.0 ** -(self.mantissa_bits + 1))
 
     @property
@@ -99,17 +119,17 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[n_test, n_train, *input_shape]."""
+        """Shape of the matrix: [n_test, n_train, *input_shape]."""
         return (self.n_test, self.n_train, *self.input_shape)
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
-        """What one read fetches: [rows, columns, *input_shape]."""
+        """Shape that one read fetches: [rows, columns, *input_shape]."""
         return (self._chunk_rows(), self._chunk_columns(), *self.input_shape)
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
-        """One strip, its rows rounded up to whole chunks: [rows, strip, *input_shape]."""
+        """Shape of one strip, its rows rounded up to whole chunks: [rows, strip, *input_shape]."""
         rows = self._chunk_rows()
         return (-(-self.n_test // rows) * rows, self.strip, *self.input_shape)
 
@@ -119,14 +139,34 @@ class Layout:
         return overview.levels(self.n_test, self.n_train, self.strip) if self.ranked else []
 
     def strip_slice(self, i: int) -> slice:
-        """The training points of strip i, 0 <= i < n_strips. Raises IndexRangeError."""
+        """Return the training points of a strip.
+
+        Args:
+            i: The strip, 0 ≤ i < n_strips.
+
+        Returns:
+            A range of training points.
+
+        Raises:
+            IndexRangeError: If there is no such strip.
+        """
         i = whole_number("i", i)
         if not 0 <= i < self.n_strips:
             raise IndexRangeError(f"`i` must be a strip from 0 to {self.n_strips - 1}, got {i}. See `n_strips`.")
         return slice(i * self.strip, min((i + 1) * self.strip, self.n_train))
 
     def strip_shape(self, i: int) -> tuple[int, ...]:
-        """[n_test, n_i, *input_shape], n_i the training points of strip i."""
+        """Return the shape of a strip's values.
+
+        Args:
+            i: The strip, 0 ≤ i < n_strips.
+
+        Returns:
+            (n_test, n_i, *input_shape), where n_i is the number of training points of strip i.
+
+        Raises:
+            IndexRangeError: If there is no such strip.
+        """
         columns = self.strip_slice(i)
         return (self.n_test, columns.stop - columns.start, *self.input_shape)
 

@@ -20,13 +20,18 @@ _SIGN = np.uint32(0x8000_0000)
 
 
 class Ranking(NamedTuple):
-    """Training points in order of influence, and their influences. [k], or [rows, k] within the store."""
+    """Points in order of influence.
+
+    Attributes:
+        indices: The points, [k]; [rows, k] within the store.
+        values: Their influences, of the same shape.
+    """
 
     indices: NDArray[np.int32]
     values: NDArray[np.float32]
 
     def _repr_html_(self) -> str:
-        """A table of at most 100 lines, for notebooks."""
+        """Return a table of at most 100 lines, for notebooks."""
         n = self.indices.shape[0]
         columns = {"rank": range(1, n + 1), "point": self.indices.tolist(), "influence": self.values.tolist()}
         return table_as_html(f"{n} points by influence", {name: list(each)[:100] for name, each in columns.items()})

@@ -37,7 +37,7 @@ class RemoteFolder(os.PathLike[str]):
         return self.url
 
     def store(self, *, read_only: bool = True) -> RemoteStore:
-        """What zarr reads from, or writes to."""
+        """Return the zarr store behind the URL."""
         store = RemoteStore.from_url(self.url, read_only=read_only)
         assert isinstance(store, RemoteStore)
         return store
@@ -47,7 +47,7 @@ class RemoteFolder(os.PathLike[str]):
         return self.store(read_only=False)
 
     def read_file(self, key: str) -> bytes | None:
-        """A file of the folder, or None if there is none. Raises StoreError if the server does not answer."""
+        """Return a file of the folder, or None if there is none. Raises StoreError if the server does not answer."""
         filesystem, root = self._place
         try:
             content: bytes = filesystem.cat_file(f"{root}/{key}")
@@ -58,13 +58,13 @@ class RemoteFolder(os.PathLike[str]):
         return content
 
     def has(self, key: str) -> bool:
-        """Whether a file of the folder is there."""
+        """Return whether a file of the folder is there."""
         filesystem, root = self._place
         filesystem.invalidate_cache()  # other processes write, too
         return bool(filesystem.isfile(f"{root}/{key}"))
 
     def names(self) -> list[str]:
-        """What lies in the folder; nothing if there is none."""
+        """Return the names of what lies in the folder, sorted; empty if there is no folder."""
         filesystem, root = self._place
         filesystem.invalidate_cache()
         try:

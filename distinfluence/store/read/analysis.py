@@ -26,14 +26,20 @@ from distinfluence.store.read.arrays import ResultArrays
 
 
 class Grouped(NamedTuple):
-    """Influences of groups on groups. values: [n_test_groups, n_train_groups] float64; the groups are sorted."""
+    """Influences of groups of training points on groups of test points.
+
+    Attributes:
+        test_groups: The groups of test points, sorted.
+        train_groups: The groups of training points, sorted.
+        values: Mean or summed influences, [n_test_groups, n_train_groups] float64.
+    """
 
     test_groups: NDArray[Any]
     train_groups: NDArray[Any]
     values: NDArray[np.float64]
 
     def _repr_html_(self) -> str:
-        """The first groups of both axes as a table, for notebooks."""
+        """Return the first groups of both axes as a table, for notebooks."""
         rows, columns = self.test_groups[:20].tolist(), self.train_groups[:20].tolist()
         cells = {str(group): self.values[:20, j].tolist() for j, group in enumerate(columns)}
         of = f"{self.test_groups.size} groups of test points, {self.train_groups.size} of training points"

@@ -36,7 +36,12 @@ MAX_SAMPLE = 2**22  # values of one sample that are read
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it is stored. kind: image, text or table; values: its array, or its text."""
+    """One sample as it is stored.
+
+    Attributes:
+        kind: "image", "text" or "table".
+        values: The array, or the text.
+    """
 
     kind: str
     values: NDArray[Any] | str
@@ -55,13 +60,31 @@ def annotate(
     self_influence: ArrayLike | None = None,
     replace: bool = False,
 ) -> None:
-    """Store with the result at `path` what its test or training points are.
+    """Store what the test or training points of a result are: samples, labels, ids, self-influences.
 
-    What is passed takes the place of what was stored of it; all else stays, unless `replace`, which forgets it. n is
-    the length of the axis. samples with kind "image": [n, h, w], [n, h, w, 3] or [n, 3, h, w], uint8 or floats that are
-    scaled from the smallest to the largest; "table": [n, d], named by `columns`; "text": n strings. labels: [n] whole
-    numbers, named by `classes`, or numbers to regress on. ids: [n] strings or whole numbers, all different: what you
-    call the points. self_influence: [n]. Raises ShapeError, DtypeError, SettingError, or what `open_influences` raises.
+    What is passed replaces what was stored of it. Everything else is kept, unless `replace`. n is the length of the
+    axis.
+
+    Args:
+        path: The folder of the result.
+        axis: "test" or "train".
+        samples: The samples. For kind "image" [n, h, w], [n, h, w, 3] or [n, 3, h, w], uint8 or floats that are scaled
+            from the smallest to the largest; for "table" [n, d]; for "text" n strings. Default: unchanged.
+        kind: The kind of the samples. Required with `samples`.
+        labels: Whole numbers that `classes` names, or numbers to regress on, [n]. Default: unchanged.
+        classes: Names of the labels 0, 1, …. Default: unchanged.
+        columns: Names of the columns of a table, d of them. Default: unchanged.
+        ids: What you call the points: n different strings or whole numbers. Default: unchanged.
+        self_influence: Self-influences, [n]. Default: unchanged.
+        replace: Whether to delete everything that was stored of this axis first.
+
+    Raises:
+        ShapeError: If an array does not fit the axis.
+        DtypeError: If samples or labels are not numbers.
+        SettingError: If `axis` or `kind` is unknown, or ids are not all different or are too long.
+        StoreNotFoundError: If there is nothing at `path`.
+        ForeignStoreError: If something else than a result is at `path`.
+        StoreError: If the disk is full or cannot be written.
     """
     folder = local_path(path)
     layout = Layout.from_attributes(read_attributes(folder)["layout"])
@@ -112,7 +135,15 @@ def read_samples(group: zarr.Group, axis: Axis, n: int) -> StoredPoints:
 
 
 class StoredPoints:
-    """The stored samples, labels, ids and self-influences of one axis, read when asked for. `n`: how many points."""
+    """The stored samples, labels, ids and self-influences of one axis, read when asked for.
+
+    Attributes:
+        n: Number of points.
+        kind: Kind of the samples; None if none are stored.
+        classes: Names of the labels 0, 1, …; empty if not stored.
+        columns: Names of the columns of a table; empty if not stored.
+        range: The values that are black and white in an image.
+    """
 
     def __init__(self, group: zarr.Group | None, n: int, result: zarr.Group | None = None) -> None:
         self._group = group
@@ -130,7 +161,7 @@ class StoredPoints:
         return f"<StoredPoints {self.n}, {', '.join(said) or 'nothing stored'}>"
 
     def _repr_html_(self) -> str:
-        """What is known of the first points, for notebooks."""
+        """Return what is known of the first points as a table, for notebooks."""
         n = min(self.n, 10)
         labels, columns = self.labels(), dict[str, list[object]]()
         columns["point"] = list(range(n))
@@ -143,27 +174,56 @@ class StoredPoints:
         return table_as_html(f"{n} of {self!r}", columns)
 
     def names(self) -> list[str]:
-        """The arrays that are stored."""
+        """Return the names of the arrays that are stored.
+
+        Returns:
+            The names, sorted.
+        """
         return [] if self._group is None else sorted(self._group.keys())
 
     def check(self) -> None:
-        """Raise CorruptStoreError if one of them cannot be read without risk."""
+        """Check that all stored arrays can be read without risk. No values are read.
+
+        Raises:
+            CorruptStoreError: If one of them cannot.
+        """
         for name in self.names():
             self._array(name)
 
     def labels(self) -> NDArray[Any] | None:
-        """[n], None if not stored."""
+        """Return the labels.
+
+        Returns:
+            The labels, [n]; None if not stored.
+
+        Raises:
+            CorruptStoreError: If what is stored cannot be labels.
+        """
         return self._per_point("label")
 
     def self_influence(self) -> NDArray[np.float32] | None:
-        """[n], what `annotate` stored, else what the run computed (NaN where it has not yet); None if neither."""
+        """Return the self-influences that `annotate` stored, else those that the run computed.
+
+        Returns:
+            The self-influences, [n], NaN where the run has not computed them yet; None if there are none.
+
+        Raises:
+            CorruptStoreError: If what is stored cannot be self-influences.
+        """
         stored = self._per_point("self_influence")
         if stored is None and self._result is not None and "self_influence" in self._result:
             stored = self._per_point("self_influence", self._result)
         return None if stored is None or np.isnan(stored).all() else stored
 
     def ids(self) -> NDArray[Any] | None:
-        """[n], strings or int64, what the points are called; None if not stored."""
+        """Return what the points are called.
+
+        Returns:
+            Strings or int64, [n]; None if not stored.
+
+        Raises:
+            CorruptStoreError: If what is stored cannot be ids.
+        """
         if self._has("id"):
             return self._per_point("id")
         if not self._has("id_text"):
@@ -175,19 +235,46 @@ class StoredPoints:
         return np.array([_decoded(text[a : min(b, a + MAX_ID)]) for a, b in ends], dtype=np.str_)
 
     def id_of(self, index: int) -> str | None:
-        """What point `index`, 0 <= index < n, is called; None if not stored."""
+        """Return what one point is called.
+
+        Args:
+            index: The point, 0 ≤ index < n.
+
+        Returns:
+            The id; None if not stored.
+
+        Raises:
+            CorruptStoreError: If what is stored cannot be ids.
+        """
         if self._has("id"):
             return str(int(self._array("id")[index]))  # type: ignore[arg-type]
         return self._text("id_text", "id_offsets", index, MAX_ID) if self._has("id_text") else None
 
     def name_of(self, label: float) -> str:
-        """A label as it is called."""
+        """Return a label as it is called.
+
+        Args:
+            label: The label.
+
+        Returns:
+            The name of its class, else the number as text.
+        """
         if float(label).is_integer():
             return self.classes[int(label)] if 0 <= label < len(self.classes) else str(int(label))
         return f"{label:.4g}"
 
     def sample(self, index: int) -> Sample | None:
-        """Sample `index`, 0 <= index < n; None if samples are not stored. Raises CorruptStoreError."""
+        """Return one sample.
+
+        Args:
+            index: The point, 0 ≤ index < n.
+
+        Returns:
+            The sample; None if samples are not stored.
+
+        Raises:
+            CorruptStoreError: If what is stored cannot be a sample.
+        """
         if self.kind is None:
             return None
         if self.kind == "text":

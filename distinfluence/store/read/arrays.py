@@ -23,7 +23,10 @@ from distinfluence.store.read.guarded_store import GuardedStore, checked, is_bou
 class ResultArrays:
     """A result, open for reading: its layout, its attributes and its arrays.
 
-    `provenance` and `complete` are as of opening. All else is read when asked for.
+    Attributes:
+        path: The folder, or the URL.
+        layout: The cut of the result into strips.
+        provenance: What the run recorded, as of opening.
     """
 
     def __init__(self, path: Location) -> None:
@@ -39,7 +42,7 @@ class ResultArrays:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(n_test, n_train, *input_shape)."""
+        """Shape of the matrix: (n_test, n_train, *input_shape)."""
         return self.layout.shape
 
     @property
@@ -111,7 +114,14 @@ class ResultArrays:
             return np.asarray(array.oindex[rows, columns])
 
     def finished_strips(self) -> NDArray[np.bool_]:
-        """Return which strips are written, [n_strips]."""
+        """Read which strips are written.
+
+        Returns:
+            A mask, [n_strips].
+
+        Raises:
+            CorruptStoreError: If the marks are damaged.
+        """
         finished: NDArray[np.bool_] = self.read("strip_status") == 1
         return finished
 
@@ -179,13 +189,24 @@ class ResultArrays:
         return checked(array, spec_of(name, array, len(self.contribution_blocks), self.layout, self.path), self.path)
 
     def lost_strips(self) -> list[int]:
-        """Return the marked strips whose file is gone. Looks at the folder only; `damaged_strips` reads everything."""
+        """Find the marked strips whose file is gone. Looks at the folder only; `damaged_strips` reads everything.
+
+        Returns:
+            Their indices, ascending.
+
+        Raises:
+            CorruptStoreError: If the marks are damaged.
+        """
         tail = "/0" * len(self.layout.input_shape)
         marked = np.flatnonzero(self.finished_strips()).tolist()
         return [i for i in marked if not self.path.has(f"influences/c/0/{i}{tail}")]
 
     def expanding_arrays(self) -> list[str]:
-        """Return the arrays whose codecs may expand to any size; the writer makes none. Damaged arrays do not count."""
+        """Find the arrays whose codecs may expand to any size; the writer makes none. Damaged arrays do not count.
+
+        Returns:
+            Their names.
+        """
         found = []
         for name in self._specs:
             with contextlib.suppress(CorruptStoreError):  # which reading it raises
@@ -194,7 +215,14 @@ class ResultArrays:
         return found
 
     def damaged_strips(self) -> list[int]:
-        """Return the marked strips whose bytes are not those written. Reads the whole result, a strip at a time."""
+        """Find the marked strips whose bytes are not those that were written. Reads the whole matrix, in strips.
+
+        Returns:
+            Their indices, ascending.
+
+        Raises:
+            CorruptStoreError: If the marks are damaged.
+        """
         damaged = []
         for i in np.flatnonzero(self.finished_strips()):
             try:
@@ -215,7 +243,14 @@ class ResultArrays:
                 self._array(name)
 
     def has(self, name: str) -> bool:
-        """Return whether the array or group `name` is stored."""
+        """Check whether an array or group is stored.
+
+        Args:
+            name: Its name below the result.
+
+        Returns:
+            Whether it is.
+        """
         return self.path.has(f"{name}/zarr.json")  # zarr's own look raises for metadata that are torn
 
     def _array(self, name: str) -> zarr.Array[Any]:

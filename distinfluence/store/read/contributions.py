@@ -32,10 +32,12 @@ from distinfluence.store.read.row_ranking import rank_row
 
 
 class Shares(NamedTuple):
-    """What the influences of a ranking are made of.
+    """The contributions to the influences of one ranking. Each row sums to its influence, within rounding.
 
-    ranking: the training points [k'] and their influences. by_block: [k', n_blocks] float32, by_token: [k', n_tokens]
-    float32, or None where positions are not known; each sums to the influence within rounding.
+    Attributes:
+        ranking: The training points [k'] and their influences.
+        by_block: Contributions by block (layer), [k', n_blocks] float32.
+        by_token: Contributions by position of the training sample, [k', n_tokens] float32; None where not known.
     """
 
     ranking: Ranking
@@ -43,19 +45,25 @@ class Shares(NamedTuple):
     by_token: NDArray[np.float32] | None
 
     def _repr_html_(self) -> str:
-        """The largest contributions of each pair, for notebooks; `Contributions` names the blocks."""
+        """Return the contributions of each pair as a table, for notebooks; `Contributions` names the blocks."""
         return _shares_as_html("contributions", [f"block {i}" for i in range(self.by_block.shape[1])], self)
 
 
 class Contributions(NamedTuple):
-    """What moves one test point most, taken apart. blocks: names of the blocks (layers), one for each column."""
+    """The contributions to the influences on one test point.
+
+    Attributes:
+        blocks: Names of the blocks (layers), one for each column of `by_block`.
+        helpful: Contributions of the most helpful training points.
+        harmful: Contributions of the most harmful training points.
+    """
 
     blocks: list[str]
     helpful: Shares
     harmful: Shares
 
     def _repr_html_(self) -> str:
-        """Both ends, the first 20 blocks, for notebooks."""
+        """Return both ends with the first 20 blocks as tables, for notebooks."""
         ends = {"most helpful": self.helpful, "most harmful": self.harmful}
         return "".join(_shares_as_html(name, self.blocks, shares) for name, shares in ends.items())
 
@@ -68,11 +76,24 @@ def write_contributions(
     top_tokens: NDArray[Any] | None = None,
     bottom_tokens: NDArray[Any] | None = None,
 ) -> None:
-    """Store with the result at `path` what its rankings are made of; what was stored of it is replaced.
+    """Store the contributions to the ranked influences of a result. What was stored before is replaced.
 
-    blocks: n_blocks names. top, bottom: [n_test, k', n_blocks], k' at most the length of the stored rankings;
-    top_tokens, bottom_tokens: [n_test, k', n_tokens], both or neither. Memory maps are read a few rows at a time.
-    Raises ShapeError, SettingError (a perturbation result, too many blocks), or what `open_influences` raises.
+    Args:
+        path: The folder of the result.
+        blocks: Names of the blocks, n_blocks of them.
+        top: Contributions of the most helpful training points, [n_test, k', n_blocks]. k' is at most the length of the
+            stored rankings. Memory maps are read a few rows at a time.
+        bottom: Contributions of the most harmful training points, [n_test, k', n_blocks].
+        top_tokens: Contributions by position, [n_test, k', n_tokens]. Default: not known.
+        bottom_tokens: The same for the most harmful training points. Pass both or neither.
+
+    Raises:
+        ShapeError: If an array has another shape.
+        SettingError: If one of the two token arrays is missing, there are too many blocks, or the result is of mode
+            `perturbation`.
+        StoreNotFoundError: If there is nothing at `path`.
+        ForeignStoreError: If something else than a result is at `path`.
+        StoreError: If the disk is full or cannot be written.
     """
     folder = local_path(path)
     attributes = read_attributes(folder)

@@ -29,18 +29,34 @@ if TYPE_CHECKING:
 
 
 def open_influences(path: str | os.PathLike[str]) -> InfluenceResult:
-    """Open the result at `path` for reading: a folder, or a URL that fsspec knows (s3://…, https://…).
+    """Open a result for reading. Nothing of the matrix is read yet.
 
-    Raises StoreNotFoundError, ForeignStoreError, StoreError (too new, or no answer), MissingDependencyError.
+    Args:
+        path: A folder, or a URL that fsspec knows (s3://…, https://…).
+
+    Returns:
+        The result.
+
+    Raises:
+        StoreNotFoundError: If there is nothing at `path`.
+        ForeignStoreError: If something else than a result is at `path`.
+        StoreError: If a newer version wrote the result, or the server does not answer.
+        CorruptStoreError: If the attributes of the result are damaged.
+        MissingDependencyError: If the file system of the URL needs another package.
     """
     return InfluenceResult(place_of(path))
 
 
 class InfluenceResult(ResultArrays):
-    """The influences of training points on test points, on disk. Rows are test points, columns training points.
+    """A result on disk: the influences of training points (columns) on test points (rows).
 
-    Positive: the training point helps. `provenance` and `complete` are as of opening; all else is read when asked for.
-    Indices count as in NumPy, so -1 is the last point.
+    A positive influence means that the training point helps. All but the attributes below is read when asked for.
+    Indices count as in NumPy, so -1 is the last point. Open a result with `open_influences`.
+
+    Attributes:
+        path: The folder, or the URL.
+        layout: The cut of the result into strips.
+        provenance: What the run recorded, as of opening.
     """
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
@@ -59,22 +75,22 @@ class InfluenceResult(ResultArrays):
         )
 
     def _repr_html_(self) -> str:
-        """What the result is and what it cost, for notebooks."""
+        """Return the facts of the result as a table, for notebooks."""
         return result_as_html(self)
 
     @property
     def influences(self) -> zarr.Array[Any]:
-        """[n_test, n_train, *input_shape] float32, as a zarr array; NaN where strips are missing."""
+        """The matrix as a zarr array, [n_test, n_train, *input_shape] float32; NaN where strips are missing."""
         return self._array("influences")
 
     @property
     def progress(self) -> float:
-        """Fraction of strips that are written, 0 to 1."""
+        """Fraction of the strips that are written, from 0 to 1."""
         return 1.0 - self.n_missing / self.layout.n_strips
 
     @property
     def quarantined(self) -> dict[int, str]:
-        """Strips that the run set apart because they could not be made, with the reason; as of opening."""
+        """Strips that the run could not make, with the reason for each; as of opening."""
         noted = self.provenance.get("quarantined")
         if not isinstance(noted, Mapping):
             return {}
@@ -82,59 +98,62 @@ class InfluenceResult(ResultArrays):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that were read from the disk through this object."""
+        """Bytes that were read through this object, metadata included."""
         return self._store.bytes_read
 
     @property
     def test_loss(self) -> NDArray[np.float32]:
-        """[n_test], NaN where not recorded."""
+        """Losses of the test points, [n_test]; NaN where not recorded."""
         return self.read("test_loss")
 
     @property
     def test_gradient_norm(self) -> NDArray[np.float32]:
-        """[n_test], NaN where not recorded."""
+        """Norms of the test gradients, [n_test]; NaN where not recorded."""
         return self.read("test_gradient_norm")
 
     @property
     def relative_residual(self) -> NDArray[np.float32]:
-        """[n_test], relative to the norm of the right-hand side; NaN where not recorded."""
+        """Residuals relative to the norm of the right-hand side, [n_test]; NaN where not recorded."""
         return self.read("relative_residual")
 
     @property
     def iterations(self) -> NDArray[np.int32]:
-        """[n_test], -1 where not recorded."""
+        """Iterations of the solver, [n_test]; -1 where not recorded."""
         return self.read("iterations")
 
     @property
     def converged(self) -> NDArray[np.bool_]:
-        """[n_test], False where not recorded."""
+        """Whether each row converged, [n_test]; False where not recorded."""
         return self.read("converged")
 
     @property
     def error_bound(self) -> NDArray[np.float32]:
-        """[n_test], c_i with |stored − exact influence| ≤ c_i · `train_gradient_norm`_j; NaN where there is none.
+        """Factors c_i with |stored − exact| ≤ c_i · `train_gradient_norm`_j, [n_test]; NaN where there is none.
 
-        `provenance["error_bound"]` says whether it is "rigorous" or "heuristic" (it then rests on an estimate of the
-        smallest eigenvalue).
+        `provenance["error_bound"]` says whether the bound is "rigorous" or "heuristic". A heuristic bound rests on an
+        estimate of the smallest eigenvalue.
         """
         return self.read("error_bound")
 
     @property
     def train_loss(self) -> NDArray[np.float32]:
-        """[n_train], NaN where not recorded."""
+        """Losses of the training points, [n_train]; NaN where not recorded."""
         return self.read("train_loss")
 
     @property
     def train_gradient_norm(self) -> NDArray[np.float32]:
-        """[n_train], NaN where not recorded."""
+        """Norms of the training gradients, [n_train]; NaN where not recorded."""
         return self.read("train_gradient_norm")
 
     @property
     def train_total(self) -> NDArray[np.float32]:
-        """[n_train], the sum of a training point's influence over all test points; NaN where strips are missing.
+        """Sums of each training point's influences over all test points, [n_train]; NaN where strips are missing.
 
-        Its negative is the net harm: large where removing the point would lower the test loss. Written by the strips;
-        results that do not have it are read a strip at a time. Raises ShapeError for mode `perturbation`.
+        The negative sum is the net harm: it is large where removing the point would lower the test loss. The strips
+        write these sums; a result that does not have them is read a strip at a time.
+
+        Raises:
+            ShapeError: If the result is of mode `perturbation`.
         """
         require_ranked(self.layout, "train_total")
         if self.has("train_total"):
@@ -146,43 +165,96 @@ class InfluenceResult(ResultArrays):
 
     @property
     def self_influence(self) -> NDArray[np.float32]:
-        """[n_train], what `annotate` stored, else what the run computed; NaN where it is not known."""
+        """Self-influences that `annotate` stored, else those that the run computed, [n_train]; NaN where unknown."""
         known = self.points("train").self_influence()
         return np.full(self.layout.n_train, np.nan, np.float32) if known is None else known
 
     @property
     def self_influence_error(self) -> NDArray[np.float32]:
-        """[n_train], by how much a self-influence that the run computed may be wrong; NaN where nothing is known.
+        """Error bounds of the self-influences that the run computed, [n_train]; NaN where there is none.
 
-        `provenance["self_influence"]` says how it was computed. Rigorous or heuristic as `error_bound` is.
+        `provenance["self_influence"]` says how they were computed. The bounds are rigorous where `error_bound` is.
         """
         if self.has("self_influence_error"):
             return self.read("self_influence_error")
         return np.full(self.layout.n_train, np.nan, np.float32)
 
     def top(self, test_index: int, k: int | None = None, *, partial: bool = False) -> Ranking:
-        """The k most helpful training points of a test point, largest influence first; ties by training index.
+        """Rank the training points that help a test point most, largest influence first; ties by training index.
 
-        `k`: all that are stored if None; more than n_train gives all. Beyond what is stored, the row is read.
-        `partial`: rank over the strips that are there, if the result is incomplete. Raises IndexRangeError,
-        IncompleteResultError, SettingError, and ShapeError for a result of mode `perturbation`.
+        Args:
+            test_index: The test point.
+            k: How many training points. Default: as many as are stored. Beyond those, the whole row is read.
+            partial: Whether to rank over the strips that are written, if the result is incomplete.
+
+        Returns:
+            At most k training points and their influences.
+
+        Raises:
+            IndexRangeError: If there is no such test point.
+            SettingError: If `k` is below 1.
+            IncompleteResultError: If strips are missing and not `partial`.
+            CorruptStoreError: If stored values are missing or damaged.
+            ShapeError: If the result is of mode `perturbation`.
         """
         return rank_row(self, "top", test_index, k, partial)
 
     def bottom(self, test_index: int, k: int | None = None, *, partial: bool = False) -> Ranking:
-        """The k most harmful training points of a test point, smallest influence first. Otherwise as `top`."""
+        """Rank the training points that harm a test point most, smallest influence first; ties by training index.
+
+        Args:
+            test_index: The test point.
+            k: How many training points. Default: as many as are stored. Beyond those, the whole row is read.
+            partial: Whether to rank over the strips that are written, if the result is incomplete.
+
+        Returns:
+            At most k training points and their influences.
+
+        Raises:
+            IndexRangeError: If there is no such test point.
+            SettingError: If `k` is below 1.
+            IncompleteResultError: If strips are missing and not `partial`.
+            CorruptStoreError: If stored values are missing or damaged.
+            ShapeError: If the result is of mode `perturbation`.
+        """
         return rank_row(self, "bottom", test_index, k, partial)
 
     def top_for_train(self, train_index: int, k: int | None = None) -> Ranking:
-        """The k test points (10 if None) that a training point helps most. Reads one column.
+        """Rank the test points that a training point helps most, largest influence first. Reads one column.
 
-        Raises IndexRangeError, SettingError, IncompleteResultError if its strip is missing, CorruptStoreError, and
-        ShapeError for a result of mode `perturbation`.
+        Args:
+            train_index: The training point.
+            k: How many test points. Default: 10.
+
+        Returns:
+            At most k test points and the influences on them.
+
+        Raises:
+            IndexRangeError: If there is no such training point.
+            SettingError: If `k` is below 1.
+            IncompleteResultError: If the strip of the training point is missing.
+            CorruptStoreError: If stored values are missing or damaged.
+            ShapeError: If the result is of mode `perturbation`.
         """
         return analysis.rank_column(self, "top", train_index, k)
 
     def bottom_for_train(self, train_index: int, k: int | None = None) -> Ranking:
-        """The k test points that a training point harms most, smallest first. Otherwise as `top_for_train`."""
+        """Rank the test points that a training point harms most, smallest influence first. Reads one column.
+
+        Args:
+            train_index: The training point.
+            k: How many test points. Default: 10.
+
+        Returns:
+            At most k test points and the influences on them.
+
+        Raises:
+            IndexRangeError: If there is no such training point.
+            SettingError: If `k` is below 1.
+            IncompleteResultError: If the strip of the training point is missing.
+            CorruptStoreError: If stored values are missing or damaged.
+            ShapeError: If the result is of mode `perturbation`.
+        """
         return analysis.rank_column(self, "bottom", train_index, k)
 
     def top_of(
@@ -193,10 +265,23 @@ class InfluenceResult(ResultArrays):
         *,
         partial: bool = False,
     ) -> Ranking:
-        """The k training points that help a set of test points most, by the mean or sum of their influences.
+        """Rank the training points that help a set of test points most. Reads their rows, a strip at a time.
 
-        tests: a slice, indices, or a mask [n_test], such as `result.points("test").labels() == 3`. k: as `top`. Reads
-        the rows of these test points, a strip at a time. Raises what `top` raises.
+        Args:
+            tests: A slice, indices, or a mask [n_test], such as `result.points("test").labels() == 3`.
+            k: How many training points. Default: as many as are stored for one test point.
+            how: Whether to rank by the mean or by the sum of the influences on these test points.
+            partial: Whether to rank over the strips that are written, if the result is incomplete.
+
+        Returns:
+            At most k training points and their mean or summed influences.
+
+        Raises:
+            IndexRangeError: If there is no such test point.
+            SettingError: If `k` is below 1, `how` is unknown, or `tests` are not indices.
+            IncompleteResultError: If strips are missing and not `partial`.
+            CorruptStoreError: If stored values are missing or damaged.
+            ShapeError: If the result is of mode `perturbation`.
         """
         return analysis.rank_set(self, "top", tests, k, how, partial)
 
@@ -208,7 +293,24 @@ class InfluenceResult(ResultArrays):
         *,
         partial: bool = False,
     ) -> Ranking:
-        """The k training points that harm a set of test points most, smallest influence first. As `top_of`."""
+        """Rank the training points that harm a set of test points most. Reads their rows, a strip at a time.
+
+        Args:
+            tests: A slice, indices, or a mask [n_test], such as `result.points("test").labels() == 3`.
+            k: How many training points. Default: as many as are stored for one test point.
+            how: Whether to rank by the mean or by the sum of the influences on these test points.
+            partial: Whether to rank over the strips that are written, if the result is incomplete.
+
+        Returns:
+            At most k training points and their mean or summed influences, smallest first.
+
+        Raises:
+            IndexRangeError: If there is no such test point.
+            SettingError: If `k` is below 1, `how` is unknown, or `tests` are not indices.
+            IncompleteResultError: If strips are missing and not `partial`.
+            CorruptStoreError: If stored values are missing or damaged.
+            ShapeError: If the result is of mode `perturbation`.
+        """
         return analysis.rank_set(self, "bottom", tests, k, how, partial)
 
     def group(
@@ -219,21 +321,49 @@ class InfluenceResult(ResultArrays):
         *,
         partial: bool = False,
     ) -> analysis.Grouped:
-        """Influences of groups of training points on groups of test points. Reads the matrix once, a strip at a time.
+        """Aggregate the influences of groups of training points on groups of test points.
 
-        test: [n_test], train: [n_train], the group of each point (its label, say); None: every point for itself.
-        partial: only over the strips that are there. Raises IncompleteResultError, ShapeError, SettingError.
+        The matrix is read once, a strip at a time.
+
+        Args:
+            test: The group of each test point, [n_test], such as its label. Default: each point is a group.
+            train: The group of each training point, [n_train]. Default: each point is a group.
+            how: Whether to take the mean or the sum over the pairs of each two groups.
+            partial: Whether to aggregate over the strips that are written, if the result is incomplete.
+
+        Returns:
+            The groups of both axes, sorted, and the values [n_test_groups, n_train_groups].
+
+        Raises:
+            IncompleteResultError: If strips are missing and not `partial`.
+            SettingError: If `how` is neither "mean" nor "sum".
+            ShapeError: If the groups are not one per point, or the result is of mode `perturbation`.
         """
         return analysis.group(self, test, train, how, partial)
 
     def to_dataframe(
         self, tests: ArrayLike | None = None, k: int | None = None, *, partial: bool = False
     ) -> pandas.DataFrame:
-        """The most helpful and harmful training points of `tests` (indices; all if None), one per line.
+        """Return the most helpful and most harmful training points as a pandas DataFrame, one pair of points per line.
 
-        Columns: test, rank, end, train, influence, bound (by how much the influence may be wrong, NaN where that is
-        not known), and ids and names of labels where `annotate` stored them. k: all that are stored if None. Raises
-        MissingDependencyError, and what `top` raises.
+        Columns: test, rank, end, train, influence, bound (an error bound of the influence, NaN where there is none),
+        and ids and names of labels where `annotate` stored them.
+
+        Args:
+            tests: Indices of test points. Default: all.
+            k: How many training points at each end. Default: as many as are stored.
+            partial: Whether to rank over the strips that are written, if the result is incomplete.
+
+        Returns:
+            The table.
+
+        Raises:
+            MissingDependencyError: If pandas is not installed.
+            IndexRangeError: If there is no such test point.
+            SettingError: If `k` is below 1.
+            IncompleteResultError: If strips are missing and not `partial`.
+            CorruptStoreError: If stored values are missing or damaged.
+            ShapeError: If the result is of mode `perturbation`.
         """
         try:
             import pandas
@@ -245,29 +375,59 @@ class InfluenceResult(ResultArrays):
         return pandas.DataFrame(ranking_table(self, rows, k, partial))
 
     def contributions(self, test_index: int) -> Contributions | None:
-        """What the influences of a test point's most helpful and harmful training points are made of.
+        """Split the influences of a test point's most helpful and most harmful training points into contributions.
 
-        By block (layer), and by position of the training sample where the method knows it; for the first few of each
-        ranking. None if the run kept none: ask it with `contributions=True`. Raises IndexRangeError, ShapeError for a
-        result of mode `perturbation`, IncompleteResultError, CorruptStoreError.
+        Contributions are by block (layer), and by position of the training sample where the method knows it.
+
+        Args:
+            test_index: The test point.
+
+        Returns:
+            The contributions for the first pairs of both rankings; None if the run stored none (`contributions=True`).
+
+        Raises:
+            IndexRangeError: If there is no such test point.
+            IncompleteResultError: If the result is not finished.
+            CorruptStoreError: If stored values are missing or damaged.
+            ShapeError: If the result is of mode `perturbation`.
         """
         require_ranked(self.layout, "contributions")
         return read_contributions(self, checked_index("test_index", test_index, self.layout.n_test))
 
     def to_xarray(self, *, chunks: Chunks = None) -> xarray.Dataset:
-        """The result as a lazy xarray Dataset with dimensions test and train.
+        """Return the result as a lazy xarray Dataset with dimensions test and train.
 
-        Coordinates: test and train indices, `test_id`, `train_id`, labels and self-influences where they are known, and
-        `damping`: a number, or one for each `block`. chunks: None for lazy arrays that read what is indexed; {} for
-        dask arrays in the chunks of the disk, a mapping for others. Raises MissingDependencyError, CorruptStoreError.
+        Coordinates: indices of both axes, `test_id`, `train_id`, labels and self-influences where they are known, and
+        `damping`: a number, or one for each `block`.
+
+        Args:
+            chunks: None for lazy arrays that read what is indexed, {} for dask arrays in the chunks of the disk, a
+                mapping or "auto" for other chunks.
+
+        Returns:
+            The dataset.
+
+        Raises:
+            MissingDependencyError: If xarray is not installed.
+            CorruptStoreError: If an array is not what the layout says.
         """
         return as_dataset(self, chunks)
 
     def to_datatree(self, *, chunks: Chunks = None) -> xarray.DataTree:
-        """All that is known, as an xarray DataTree: `to_xarray` at its root, below it what else is stored.
+        """Return everything that is stored as a lazy xarray DataTree, with `to_xarray` at its root.
 
-        `/test_samples` and `/train_samples` are what `annotate` stored, `/contributions` what rankings are made of,
-        with the coordinate `block` (layers). chunks: as `to_xarray`. Raises MissingDependencyError, CorruptStoreError.
+        `/test_samples` and `/train_samples` hold what `annotate` stored. `/contributions` holds the contributions,
+        with the coordinate `block` (layers).
+
+        Args:
+            chunks: As for `to_xarray`.
+
+        Returns:
+            The tree.
+
+        Raises:
+            MissingDependencyError: If xarray is not installed.
+            CorruptStoreError: If an array is not what the layout says.
         """
         return as_datatree(self, chunks)
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from distinfluence.errors import CorruptStoreError, IncompleteResultError
@@ -20,26 +19,18 @@ from distinfluence.store.format.fingerprint import to_json
 from distinfluence.store.format.folder import (
     COMPLETE,
     RUNNING,
-    Location,
     consolidate,
     place_of,
     put_in_place,
     read_attributes,
     surfaced_errors,
 )
-from distinfluence.store.format.layout import Layout, array_specs
-from distinfluence.store.format.overview import strip_cells
-from distinfluence.store.format.ranking import (
-    Ranking,
-    empty_ranking,
-    merge_harmful,
-    merge_helpful,
-    most_harmful,
-    most_helpful,
-)
+from distinfluence.store.format.layout import Layout
+from distinfluence.store.format.ranking import Ranking
 from distinfluence.store.format.remote import RemoteFolder
 from distinfluence.store.write.resume import check_resumable
-from distinfluence.store.write.schema import build, create_array, stored_attributes
+from distinfluence.store.write.schema import build, stored_attributes
+from distinfluence.store.write.strips import StripFiles
 from distinfluence.store.write.values import check_rows, per_point, require_finite, rounded, rounded_up, strip_values
 
 QUARANTINED = 2  # in `strip_status`: tried and failed; 1 is whole, 0 not made yet
@@ -50,22 +41,18 @@ _DRIVER_CHUNKS = [
     *((name, "0/0") for name in RANKING_ARRAYS),
     *((name, "0") for name in TEST_ARRAYS),
 ]
-BY_STRIP = ("train_loss", "train_gradient_norm", "train_total", "self_influence", "self_influence_error")
 
 
-class InfluenceWriter:
-    """A result on disk, open for writing. Make one with `create`, `open` or `resume`; it can be pickled (as its path).
+class InfluenceWriter(StripFiles):
+    """A result on disk, open for writing. Make one with `create`, `open` or `resume`; it is pickled as its path.
 
     Any number of processes may call `write_strip` at once, for different strips. `create`, `write_test`, `reopen` and
     `finish` are for the one process that drives the run.
-    """
 
-    def __init__(self, path: Location, layout: Layout) -> None:
-        self.path = path
-        self.layout = layout
-        with surfaced_errors("open", path):
-            self._group = zarr.open_group(path.writable_store(), mode="r+", use_consolidated=False)
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+    Attributes:
+        path: The folder, or the URL.
+        layout: The cut of the result into strips.
+    """
 
     @classmethod
     def create(
@@ -76,11 +63,22 @@ class InfluenceWriter:
         *,
         overwrite: bool = False,
     ) -> InfluenceWriter:
-        """Make an empty result at `path` and open it.
+        """Make an empty result and open it.
 
-        `attributes` are JSON values; `resume` compares `fingerprints` (name -> hex) and whichever others it is given.
-        Raises ForeignStoreError if something else lies there (nothing is touched), StoreExistsError if a result does
-        and not `overwrite`, SettingError if `attributes` are no JSON or use a reserved name.
+        Args:
+            path: A folder, or a URL that fsspec can write to.
+            layout: The cut of the result into strips.
+            attributes: JSON values to store. `resume` compares `fingerprints` (name → hex), and others if asked to.
+            overwrite: Whether to replace a result that is there.
+
+        Returns:
+            The writer.
+
+        Raises:
+            ForeignStoreError: If something else is at `path`. Nothing is touched.
+            StoreExistsError: If a result is at `path` and not `overwrite`.
+            SettingError: If `attributes` are not JSON, or use a name that the store needs.
+            StoreError: If the folder cannot be written.
         """
         folder = place_of(path)
         stored = stored_attributes(layout, attributes)
@@ -90,7 +88,19 @@ class InfluenceWriter:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> InfluenceWriter:
-        """Open an existing result for writing. Raises StoreNotFoundError, ForeignStoreError, StoreError."""
+        """Open an existing result for writing.
+
+        Args:
+            path: A folder, or a URL that fsspec can write to.
+
+        Returns:
+            The writer.
+
+        Raises:
+            StoreNotFoundError: If there is nothing at `path`.
+            ForeignStoreError: If something else than a result is at `path`.
+            StoreError: If a newer version wrote the result, or it cannot be read.
+        """
         folder = place_of(path)
         return cls(folder, Layout.from_attributes(read_attributes(folder)["layout"]))
 
@@ -102,7 +112,23 @@ class InfluenceWriter:
         fingerprints: Mapping[str, str],
         settings: Mapping[str, object] | None = None,
     ) -> InfluenceWriter:
-        """`open`, after `check_resumable`."""
+        """Open a result to continue the run that began it.
+
+        Args:
+            path: A folder, or a URL that fsspec can write to.
+            layout: The layout that the result must have.
+            fingerprints: The fingerprints (name → hex) that it must have, no more and no fewer.
+            settings: Attributes that must agree, such as {"solver": {...}}. Default: none.
+
+        Returns:
+            The writer.
+
+        Raises:
+            FingerprintError: If anything differs; the message names every difference.
+            StoreNotFoundError: If there is nothing at `path`.
+            ForeignStoreError: If something else than a result is at `path`.
+            StoreError: If a newer version wrote the result, or it cannot be read.
+        """
         check_resumable(path, layout, fingerprints, settings)
         return cls.open(path)
 
@@ -123,12 +149,26 @@ class InfluenceWriter:
         converged: NDArray[Any] | None = None,
         error_bound: NDArray[Any] | None = None,
     ) -> None:
-        """Write what is known of the test points `rows`; each array is [rows]. One process at a time.
+        """Write what is known of some test points. One process at a time.
 
-        `loss` and `gradient_norm` must be finite; `relative_residual` (to the norm of the right-hand side) need not be.
         An array whose file was torn loses its other rows: write all of them again.
-        `error_bound`: c_i with |stored − exact| ≤ c_i·‖g_j‖ for every training point j; rounded up to float32.
-        Raises IndexRangeError, ShapeError, DtypeError, NonFiniteError, StoreError.
+
+        Args:
+            rows: The test points, a range. Each array has one value for each of them, [rows].
+            loss: Losses, finite.
+            gradient_norm: Norms of the gradients, finite.
+            relative_residual: Residuals, relative to the norm of the right-hand side; NaN where not known.
+            iterations: Iterations of the solver.
+            converged: Whether the row converged.
+            error_bound: c_i with |stored − exact| ≤ c_i·‖g_j‖ for every training point j; rounded up to float32.
+
+        Raises:
+            SettingError: If `rows` has a step.
+            IndexRangeError: If `rows` are empty or out of range.
+            ShapeError: If an array does not have one value per row.
+            DtypeError: If an array is of the wrong kind.
+            NonFiniteError: If a loss or norm is not finite.
+            StoreError: If the disk is full or cannot be written.
         """
         n_rows = check_rows(rows, self.layout.n_test)
         given = {
@@ -153,7 +193,11 @@ class InfluenceWriter:
                     self._array(name)[rows] = values
 
     def knows_tests(self) -> bool:
-        """Whether what `write_test` was given is there for every test point, as it was written."""
+        """Check that everything `write_test` writes is there for every test point, undamaged.
+
+        Returns:
+            Whether it is.
+        """
         try:
             with surfaced_errors("read", self.path):
                 for name in TEST_ARRAYS:
@@ -172,11 +216,23 @@ class InfluenceWriter:
         loss: NDArray[Any] | None = None,
         gradient_norm: NDArray[Any] | None = None,
     ) -> bool:
-        """Write strip i and mark it. values: [n_test, n_i, *input_shape]; loss, gradient_norm: [n_i].
+        """Write a strip and mark it, unless it is marked already: the first writer wins, so backup tasks are harmless.
 
-        A strip that is marked already is left as it is (the first writer wins, so that backup tasks are harmless):
-        returns whether this call wrote. Values are stored as float32. Raises IndexRangeError, ShapeError, DtypeError,
-        NonFiniteError, or StoreError (disk full, no permission); the strip then stays unmarked.
+        Args:
+            i: The strip.
+            values: Influences, [n_test, n_i, *input_shape], finite. Stored as float32.
+            loss: Losses of the strip's training points, [n_i]. Default: not recorded.
+            gradient_norm: Norms of their gradients, [n_i]. Default: not recorded.
+
+        Returns:
+            Whether this call wrote the strip.
+
+        Raises:
+            IndexRangeError: If there is no such strip.
+            ShapeError: If an array has another shape.
+            DtypeError: If an array is of the wrong kind.
+            NonFiniteError: If a value is not finite in float32.
+            StoreError: If the disk is full or cannot be written. The strip then stays unmarked.
         """
         values = rounded(strip_values(i, values, self.layout.strip_shape(i)), self.layout.mantissa_bits)
         loss = per_point("loss", loss, values.shape[1], "fiu", np.float32)
@@ -199,9 +255,19 @@ class InfluenceWriter:
         return True
 
     def write_self_influence(self, i: int, values: NDArray[Any], error: NDArray[Any]) -> None:
-        """Write the self-influences of strip i's training points, [n_i], and by how much they may be wrong, [n_i].
+        """Write the self-influences of a strip's training points.
 
-        error: NaN where nothing is known. Raises IndexRangeError, ShapeError, DtypeError, NonFiniteError, StoreError.
+        Args:
+            i: The strip.
+            values: Self-influences, [n_i], finite.
+            error: Their error bounds, [n_i]; NaN where there is none. Rounded up to float32.
+
+        Raises:
+            IndexRangeError: If there is no such strip.
+            ShapeError: If an array does not have one value per point.
+            DtypeError: If an array is not floating point.
+            NonFiniteError: If a self-influence is not finite.
+            StoreError: If the disk is full or cannot be written.
         """
         columns = self.layout.strip_slice(i)
         n = columns.stop - columns.start
@@ -214,11 +280,25 @@ class InfluenceWriter:
             self.path.settle([f"{name}/c/{i}" for name in ("self_influence_error", "self_influence")])
 
     def without_self_influence(self) -> list[int]:
-        """The strips whose training points have no self-influences yet."""
+        """Return the strips whose training points have no self-influences yet.
+
+        Returns:
+            Their indices, ascending.
+        """
         return [i for i in range(self.layout.n_strips) if not self.path.has(f"self_influence/c/{i}")]
 
     def rankings(self, k: int) -> tuple[Ranking, Ranking]:
-        """The first k of the stored rankings, helpful and harmful, [n_test, k] each. The result must be finished."""
+        """Return the stored rankings of a finished result.
+
+        Args:
+            k: How many training points of each, at most as many as are stored.
+
+        Returns:
+            The most helpful and the most harmful training points, [n_test, k] each.
+
+        Raises:
+            CorruptStoreError: If the rankings are missing or damaged.
+        """
         with surfaced_errors("read", self.path):
             top, bottom = (
                 Ranking(np.asarray(self._array(f"{end}_index")[:, :k]), np.asarray(self._array(f"{end}_value")[:, :k]))
@@ -229,18 +309,31 @@ class InfluenceWriter:
                 raise CorruptStoreError(f"the rankings of {self.path} are missing or damaged. Call `finish` again.")
         return top, bottom
 
-    def note(self, seconds: Mapping[str, float], **attributes: object) -> None:
-        """Add what was done after `finish` to the summary: seconds by stage, and attributes of its own."""
+    def note(self, seconds: Mapping[str, float], attributes: Mapping[str, object] | None = None) -> None:
+        """Add work that was done after `finish` to the summary.
+
+        Args:
+            seconds: Seconds by stage.
+            attributes: Attributes to set, JSON values. Default: none.
+
+        Raises:
+            SettingError: If a value is not JSON.
+            StoreError: If the disk is full or cannot be written.
+        """
         with surfaced_errors("write to", self.path):
             summary = dict(read_attributes(self.path).get("summary") or {})
             before = summary.get("seconds") or {}
             summary["seconds"] = {**{name: round(value, 3) for name, value in seconds.items()}, **before}
-            for name, value in {"summary": summary, **attributes}.items():
+            for name, value in {"summary": summary, **(attributes or {})}.items():
                 self._group.attrs[name] = to_json(value, name)
             consolidate(self.path)
 
     def pending(self) -> list[int]:
-        """The strips that are still to be written: not marked, or marked but with their shard gone from the disk."""
+        """Return the strips still to be written: not marked, or marked with their shard gone from the disk.
+
+        Returns:
+            Their indices, ascending.
+        """
         with surfaced_errors("read", self.path):
             status = np.asarray(self._array("strip_status")[:])
             # what lies behind a URL does not vanish in a power failure, and is slow to be asked for one by one
@@ -248,10 +341,16 @@ class InfluenceWriter:
             return [i for i in range(self.layout.n_strips) if status[i] != 1 or not (there or self._has_shard(i))]
 
     def reopen(self, strips: Iterable[int], arrays: Iterable[str] = ()) -> None:
-        """Unmark and delete strips (damaged ones, say), so that they are pending and the result is running again.
+        """Unmark and delete strips, damaged ones for example; the result is then running again.
 
-        arrays: of test points, or rankings, to delete: what `write_test` was given is to be written again, rankings are
-        folded again by `finish`. `distinfluence.store.repair` finds both.
+        Args:
+            strips: The strips.
+            arrays: Arrays of test points or rankings to delete. What `write_test` writes is to be written again;
+                `finish` folds the rankings again. `find_damage` finds both strips and arrays.
+
+        Raises:
+            IndexRangeError: If there is no such strip.
+            StoreError: If the folder cannot be written.
         """
         strips, arrays = list(strips), list(arrays)
         if not set(TEST_ARRAYS).isdisjoint(arrays):  # they are written together, and lacking together
@@ -270,17 +369,32 @@ class InfluenceWriter:
                 self._delete_chunks(i)
 
     def quarantine(self, reasons: Mapping[int, str]) -> None:
-        """Note strips that cannot be made, with the reason for each: they stay pending, readers can say why."""
+        """Note strips that cannot be made. They stay pending; readers can say why.
+
+        Args:
+            reasons: The reason for each strip.
+
+        Raises:
+            StoreError: If the folder cannot be written.
+        """
         with surfaced_errors("write to", self.path):
             for i in reasons:
                 self._mark(i, QUARANTINED)
             self._group.attrs["quarantined"] = {str(i): reason for i, reason in reasons.items()}
 
     def finish(self, summary: Mapping[str, object] | None = None) -> None:
-        """Fold the strips' rankings into `top_…` and `bottom_…`, consolidate the metadata, mark the result complete.
+        """Fold the rankings of the strips, consolidate the metadata, and mark the result complete.
 
-        summary: JSON values that are only known at the end (seconds per stage, say), kept as the attribute `summary`.
-        Can be called again, also after a kill. Raises IncompleteResultError if strips are pending.
+        Can be called again, also after a kill.
+
+        Args:
+            summary: JSON values that are only known at the end, such as seconds by stage. Default: none.
+
+        Raises:
+            IncompleteResultError: If strips are pending.
+            CorruptStoreError: If the ranking of a strip is missing or damaged.
+            SettingError: If `summary` is not JSON.
+            StoreError: If the disk is full or cannot be written.
         """
         pending = self.pending()
         if pending:
@@ -300,96 +414,16 @@ class InfluenceWriter:
                 self._group.attrs["state"] = COMPLETE
             consolidate(self.path)
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        if name not in self._arrays:
-            spec = next(spec for spec in array_specs(self.layout) if spec.name == name)
-            # a result that an older version began may not have it
-            array = self._group[name] if name in self._group else create_array(self._group, spec, self.layout)
-            if not isinstance(array, zarr.Array):
-                raise CorruptStoreError(
-                    f"`{name}` of {self.path} must be an array, got a group. Compute the result again."
-                )
-            self._arrays[name] = array
-        return self._arrays[name]
-
-    def _write_chunks(
-        self, i: int, values: NDArray[np.float32], loss: NDArray[Any] | None, gradient_norm: NDArray[Any] | None
-    ) -> None:
-        columns = self.layout.strip_slice(i)
-        # One assignment per shard: two would read the shard back and write it twice.
-        self._array("influences")[:, columns] = values
-        for name, given in (("train_loss", loss), ("train_gradient_norm", gradient_norm)):
-            if given is not None:
-                self._array(name)[columns] = given
-        if self.layout.ranked:
-            self._write_partial_ranking(i, values)
-            self._write_overview(i, values)
-
-    def _delete_chunks(self, i: int) -> None:
-        self.path.delete(self._keys_of(i))
-
-    def _mark(self, i: int, status: int) -> None:
-        self._array("strip_status")[i] = status
-        self.path.settle([f"strip_status/c/{i}"])
-
     def is_done(self, i: int) -> bool:
-        """Whether strip i is marked and its shard is there."""
+        """Check that a strip is marked and its shard is there.
+
+        Args:
+            i: The strip.
+
+        Returns:
+            Whether it is.
+        """
         return bool(np.asarray(self._array("strip_status")[i]) == 1) and self._has_shard(i)
-
-    def _has_shard(self, i: int) -> bool:
-        return self.path.has(self._keys_of(i)[0])
-
-    def _keys_of(self, i: int) -> list[str]:
-        """The files of a strip, its shard first."""
-        shard = "/".join(["influences/c/0", str(i), *("0" for _ in self.layout.input_shape)])
-        per_point = [f"{name}/c/{i}" for name in BY_STRIP]
-        overviews = [f"overview/{level.name}/c/0/{i}" for level in self.layout.levels]
-        return [shard, *per_point, *(f"strips/{name}/c/{i}/0/0/0" for name in ("index", "value")), *overviews]
-
-    def _write_partial_ranking(self, i: int, values: NDArray[np.float32]) -> None:
-        columns = self.layout.strip_slice(i)
-        points = np.arange(columns.start, columns.stop, dtype=np.int32)
-        helpful = most_helpful(values, points, self.layout.strip_k)
-        harmful = most_harmful(values, points, self.layout.strip_k)
-        shape = (2, self.layout.n_test, self.layout.strip_k)  # a last strip narrower than k leaves the rest as fill
-        indices, ranked = np.full(shape, -1, np.int32), np.full(shape, np.nan, np.float32)
-        for end, ranking in enumerate((helpful, harmful)):
-            width = ranking.indices.shape[1]
-            indices[end, :, :width], ranked[end, :, :width] = ranking
-        self._array("strips/index")[i] = indices
-        self._array("strips/value")[i] = ranked
-
-    def _write_overview(self, i: int, values: NDArray[np.float32]) -> None:
-        columns = self.layout.strip_slice(i)
-        if "train_total" not in self._group:  # begun by an older version, which kept neither
-            return
-        with np.errstate(over="ignore"):
-            self._array("train_total")[columns] = values.sum(axis=0, dtype=np.float64).astype(np.float32)
-        for level in self.layout.levels:
-            first = i * level.cells_per_strip
-            self._array(f"overview/{level.name}")[:, first : first + level.cells_per_strip] = strip_cells(level, values)
-
-    def _fold_rankings(self) -> None:
-        k, n_test = self.layout.k, self.layout.n_test
-        top, bottom = empty_ranking(n_test), empty_ranking(n_test)
-        for i in range(self.layout.n_strips):
-            helpful, harmful = self._partial_rankings(i)
-            top, bottom = merge_helpful(top, helpful, k), merge_harmful(bottom, harmful, k)
-        for end, ranking in (("top", top), ("bottom", bottom)):
-            self._array(f"{end}_index")[:] = ranking.indices
-            self._array(f"{end}_value")[:] = ranking.values
-
-    def _partial_rankings(self, i: int) -> tuple[Ranking, Ranking]:
-        columns = self.layout.strip_slice(i)
-        width = min(self.layout.strip_k, columns.stop - columns.start)
-        indices = np.asarray(self._array("strips/index")[i])[:, :, :width]
-        values = np.asarray(self._array("strips/value")[i])[:, :, :width]
-        if (indices < columns.start).any() or (indices >= columns.stop).any() or not np.isfinite(values).all():
-            raise CorruptStoreError(
-                f"the ranking of strip {i} in {self.path} is missing or damaged, expected training points "
-                f"{columns.start} to {columns.stop - 1}. Call reopen([{i}]) and write the strip again."
-            )
-        return Ranking(indices[0], values[0]), Ranking(indices[1], values[1])
 
 
 def _some(strips: list[int]) -> str:
