@@ -19,17 +19,20 @@ author = "the distinfluence developers"
 copyright = "the distinfluence developers"
 version = release = distinfluence.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "truth/*"]  # tables that truth.md includes
 nitpicky = True
 # types of third parties, and of modules that are private though a signature names them; public names must be found
 nitpick_ignore_regex = [
-    ("py:class", r"(?!distinfluence\.((curvature|errors|evaluate|influence|scaling|solvers|store)\.)?\w+$).*")
+    ("py:class", r"(?!distinfluence\.((curvature|errors|evaluate|influence|scaling|solvers|store|testing)\.)?\w+$).*")
 ]
 default_role = "code"
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
+
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 autoclass_content = "class"
 autodoc_class_signature = "mixed"
