@@ -15,8 +15,7 @@ from torch import Tensor
 
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.report import SolveReport
-from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode
-from distinfluence.influence.scoring import Scorer, trains_or_tests
+from distinfluence.influence.scores import InfluenceMode, Scorer, Tile, influence_mode, trains_or_tests
 from distinfluence.influence.self_influence import SelfInfluences, self_influences_by_factors
 from distinfluence.influence.settings import check_exact
 from distinfluence.influence.systems import CurvatureSystems

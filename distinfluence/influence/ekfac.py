@@ -21,11 +21,11 @@ from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.kronecker import BlockDamped, Eigenbasis, KroneckerInverse, fitted_bases
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization, damping_by_block, resolved
-from distinfluence.influence.ekfac_settings import EkfacSettings
 from distinfluence.influence.fitted import Curvature
 from distinfluence.influence.layer_scoring import LayerScorer
 from distinfluence.influence.report import SolveReport
 from distinfluence.influence.self_influence import SelfInfluences
+from distinfluence.influence.settings import EkfacSettings
 from distinfluence.layers.layout import MOST_DENSE, LayerLayout
 from distinfluence.layers.scores import (
     QueryFactors,

@@ -18,7 +18,7 @@ from distinfluence.influence.checks import check_derivatives
 from distinfluence.influence.damping import Regularization, RelativeDamping, damping_by_block, resolved
 from distinfluence.influence.fitted import Curvature, Fitted
 from distinfluence.influence.report import FitReport, SolveReport
-from distinfluence.influence.scoring import Scorer
+from distinfluence.influence.scores import Scorer
 from distinfluence.influence.settings import check_precision, checked_mode, common_settings
 from distinfluence.model.batch import Batch, as_batch
 from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlocks
