@@ -136,8 +136,9 @@ class EkfacInfluence(InfluenceFunctionModel):
     def _products(self) -> SecondOrderMode | None:
         return self.second_order_mode if self.solves_over_data else None
 
+    @override
     def demand(self) -> Demand:
-        """Two factors for each weight matrix, in float64 in the fit, and what the largest takes to be decomposed."""
+        # Two factors for each weight matrix, in float64 in the fit, and what the largest takes to be decomposed.
         squares, largest, p = 0, 0, self.risk.size
         for shape in self.risk.blocks.shapes.values():
             sides = (shape[0], shape.numel() // shape[0] + 1) if len(shape) > 1 else (1, 1)
@@ -236,12 +237,13 @@ class EkfacInfluence(InfluenceFunctionModel):
             order = torch.cat([columns[name] for name in full.shapes])
         return KroneckerInverse(self._kronecker(), order, repr(self))
 
+    @override
     def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
-        """As `InfluenceFunctionModel.solve`; residuals refer to the Gauss–Newton matrix, NaN where not measured."""
+        # Residuals refer to the Gauss–Newton matrix; they are NaN where they are not measured.
         return self._solved(gradients, self.damping)
 
+    @override
     def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
-        """As `solve`, for each of several dampings from the one fit."""
         blocks, operators = self.risk.blocks, self._fitted().operators
         return [self._solved(gradients, resolved(damping_by_block(blocks, one), operators)) for one in dampings]
 
@@ -305,18 +307,17 @@ class EkfacInfluence(InfluenceFunctionModel):
             added[columns] = damping[block] - least
         return BlockDamped(operator, added)
 
+    @override
     def exact_systems(self) -> dict[str, tuple[CurvatureOperator, float, slice]]:
-        """The Gauss–Newton matrix, over all blocks at once."""
+        # The Gauss–Newton matrix, over all blocks at once.
         least = min(self.damping.values())
         return {"all": (self._gauss_newton(self.damping), least, slice(0, self.n_parameters))}
 
+    @override
     def self_influences(
         self, x: object, y: Tensor | None = None, *, rtol: float = 1e-3, maxiter: int = 500
     ) -> SelfInfluences:
-        """Influence of each sample's training loss on itself by the Kronecker-factored matrix: [n]; no pass.
-
-        Both bounds are the value: they are of this matrix, not of the curvature that it approximates.
-        """
+        # No pass. Both bounds are the value: they are of this matrix, not of the curvature that it approximates.
         rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
         total = torch.zeros(next(iter(rows.values())).shape[0], dtype=torch.float64, device=self.risk.device)
         for block, operator in self._kronecker().items():
@@ -400,8 +401,8 @@ class EkfacInfluence(InfluenceFunctionModel):
         """
         return self._layers.queries(self._layers.checked(factors)).relative_error
 
+    @override
     def state_arrays(self) -> dict[str, Tensor]:
-        """The layout and every unit's eigenvectors and eigenvalues."""
         arrays = {"layout": self.layout.to_tensor()}
         for basis in self._bases():
             name = basis.unit.parameters[0]

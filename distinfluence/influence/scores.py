@@ -51,7 +51,13 @@ def influence_mode(mode: InfluenceMode | str) -> InfluenceMode:
 
 @dataclass(frozen=True)
 class Tile:
-    """Influences [n_test, n, ...] of n training samples, with their losses [n] and gradient norms [n]."""
+    """Influences on n training samples.
+
+    Args:
+        values: The influences, [n_test, n, ...].
+        losses: The losses of the training samples, [n].
+        gradient_norms: The norms of their gradients, [n].
+    """
 
     values: Tensor
     losses: Tensor
