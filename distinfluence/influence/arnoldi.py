@@ -77,24 +77,18 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(
-                Arnoldi,
-                rank_estimate=rank_estimate,
-                tol=tol,
-                complement=complement,
-                indefinite=indefinite,
-                block_size=block_size,
-                max_basis=max_basis,
-                seed=seed,
-                residual_rows=residual_rows,
-            ),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
+        solver = partial(
+            Arnoldi,
+            rank_estimate=rank_estimate,
+            tol=tol,
+            complement=complement,
+            indefinite=indefinite,
+            block_size=block_size,
+            max_basis=max_basis,
+            seed=seed,
+            residual_rows=residual_rows,
         )
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)
         self._complement = complement
 
     @property

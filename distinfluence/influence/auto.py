@@ -52,11 +52,5 @@ class AutoInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.GGN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(Auto, rtol=rtol, rows=rows, memory=memory),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
-        )
+        solver = partial(Auto, rtol=rtol, rows=rows, memory=memory)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)

@@ -64,20 +64,10 @@ class CgInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(
-                BlockCG if use_block_cg else CG,
-                rtol=rtol,
-                atol=atol,
-                maxiter=maxiter,
-                preconditioner=pre_conditioner,
-            ),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
+        solver = partial(
+            BlockCG if use_block_cg else CG, rtol=rtol, atol=atol, maxiter=maxiter, preconditioner=pre_conditioner
         )
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)
 
     @override
     def settings(self) -> dict[str, object]:

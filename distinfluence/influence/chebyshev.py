@@ -53,11 +53,5 @@ class ChebyshevInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(Chebyshev, rtol=rtol, maxiter=maxiter, seed=seed),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
-        )
+        solver = partial(Chebyshev, rtol=rtol, maxiter=maxiter, seed=seed)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)

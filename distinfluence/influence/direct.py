@@ -50,11 +50,5 @@ class DirectInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(Direct),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
-        )
+        solver = partial(Direct)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)

@@ -118,13 +118,14 @@ class EkfacInfluence(InfluenceFunctionModel):
             most_dense,
             recognise,
         )
+        solver = functools.partial(Ekfac)
         super().__init__(
             model,
             nn.CrossEntropyLoss() if loss is None else loss,
             hessian_regularization,
-            functools.partial(Ekfac),
-            block_structure=BlockMode.LAYER_WISE,
-            second_order_mode=SecondOrderMode.GGN,
+            solver,
+            BlockMode.LAYER_WISE,
+            SecondOrderMode.GGN,
         )
 
     @property

@@ -48,14 +48,8 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
         residual_rows: int | None = None,
         block_structure: BlockStructure = BlockMode.FULL,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(InverseHarmonicMean, residual_rows=residual_rows),
-            block_structure=block_structure,
-            second_order_mode=SecondOrderMode.EMPIRICAL_FISHER,
-        )
+        solver = partial(InverseHarmonicMean, residual_rows=residual_rows)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, SecondOrderMode.EMPIRICAL_FISHER)
         for value in self._asked.values():
             if isinstance(value, float):
                 self.solver(value)  # refuses λ = 0 before anything is computed

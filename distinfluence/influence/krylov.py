@@ -62,14 +62,8 @@ class KrylovInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(BlockKrylov, rtol=rtol, maxiter=maxiter, basis_bytes=basis_bytes),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
-        )
+        solver = partial(BlockKrylov, rtol=rtol, maxiter=maxiter, basis_bytes=basis_bytes)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)
         self._refine = refine
 
     @override

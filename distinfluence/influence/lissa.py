@@ -73,23 +73,10 @@ class LissaInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(
-                LiSSA,
-                maxiter=maxiter,
-                dampen=dampen,
-                scale=scale,
-                rtol=rtol,
-                full_batch=full_batch,
-                seed=seed,
-                h0=h0,
-            ),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
+        solver = partial(
+            LiSSA, maxiter=maxiter, dampen=dampen, scale=scale, rtol=rtol, full_batch=full_batch, seed=seed, h0=h0
         )
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)
         self._h0 = h0
         if h0 is not None and (h0.ndim not in (1, 2) or h0.shape[-1] != self.n_parameters):
             raise ShapeError(f"`h0` must be [p] or [k, p] with p={self.n_parameters}, got {list(h0.shape)}.")

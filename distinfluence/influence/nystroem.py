@@ -56,11 +56,5 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(NystroemSketch, rank=rank, seed=seed, residual_rows=residual_rows),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
-        )
+        solver = partial(NystroemSketch, rank=rank, seed=seed, residual_rows=residual_rows)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)

@@ -46,7 +46,6 @@ class CurvatureSystems:
         loss: Loss | Objective,
         hessian_regularization: Regularization,
         solver: partial[Any],
-        *,
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
