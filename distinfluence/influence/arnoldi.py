@@ -29,16 +29,27 @@ ByBlock = OrderedDict[str, Tensor]
 class ArnoldiInfluence(InfluenceFunctionModel):
     """Influence by (A + λI)⁻¹ on the span of A's leading eigenvectors (Schioppa et al. 2022).
 
-    rank_estimate: how many eigenvectors, in each block; at most the block's size. tol: residual of an eigenvector
-    relative to ‖A‖ up to which it counts as converged. complement: whether what is orthogonal to the eigenvectors is
-    kept, divided by λ (> 0); without it, it is lost: with few eigenvectors that is most of a gradient, as the report
-    says. indefinite: "keep" or "drop" directions of negative curvature. block_size, max_basis: rows of a pass and of
-    the basis that is held while fitting, see `Arnoldi`. seed: of the start vectors. residual_rows: of how many test
-    points of each solve the residual is measured, in one pass; all if None. Other parameters as
-    `InfluenceFunctionModel`.
+    Without the complement, `influences` and `influences_by_block` project each gradient as soon as it is made, and take
+    no pass over the training data; `influence_factors` makes factors [n_test, p] and their residuals.
 
-    Without the complement, `influences` and `influences_by_block` project each gradient as soon as it is made, and
-    take no pass over the training data; `influence_factors` makes factors [n_test, p] and their residuals.
+    Args:
+        model: Any `nn.Module`. It is only read.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        hessian_regularization: Damping λ: a number, a `RelativeDamping` rule, or a mapping block → number or rule.
+        rank_estimate: The number of eigenvectors in each block; at most the block's size.
+        tol: The residual of an eigenvector, relative to ‖A‖, at which it counts as converged.
+        complement: Whether what is orthogonal to the eigenvectors is kept, divided by λ > 0. Without it, that part is
+            lost: with few eigenvectors it is most of a gradient, as the report says.
+        indefinite: "keep" or "drop" directions of negative curvature.
+        block_size: The rows of a pass while fitting, see `Arnoldi`.
+        max_basis: The rows of the basis that is held while fitting, see `Arnoldi`.
+        seed: The seed of the start vectors.
+        residual_rows: For how many test points of each solve the residual is measured, in one pass; for all if None.
+        block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
+        second_order_mode: "hessian", "ggn" or "empirical_fisher".
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -66,24 +77,18 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(
-                Arnoldi,
-                rank_estimate=rank_estimate,
-                tol=tol,
-                complement=complement,
-                indefinite=indefinite,
-                block_size=block_size,
-                max_basis=max_basis,
-                seed=seed,
-                residual_rows=residual_rows,
-            ),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
+        solver = partial(
+            Arnoldi,
+            rank_estimate=rank_estimate,
+            tol=tol,
+            complement=complement,
+            indefinite=indefinite,
+            block_size=block_size,
+            max_basis=max_basis,
+            seed=seed,
+            residual_rows=residual_rows,
         )
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)
         self._complement = complement
 
     @property

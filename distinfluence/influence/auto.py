@@ -13,13 +13,24 @@ from distinfluence.solvers.auto import Auto
 
 
 class AutoInfluence(InfluenceFunctionModel):
-    """Influence on the Gauss–Newton matrix by the method that size, memory and accuracy ask for.
+    """Influence on the Gauss–Newton matrix by the method that suits size, memory and accuracy.
 
     A dense factorisation up to 10,000 parameters in a block; then a multi-shift Krylov basis while it fits into memory;
     then block conjugate gradients with a Nyström preconditioner; Chebyshev semi-iteration where not even those fit.
-    `fit_report` says what was chosen and why. rtol: 1e-7 in float64 and 1e-4 in float32 if None. rows: test points that
-    are solved for together, about. memory: bytes that the solver may take, half of what is free if None. Other
-    parameters as `InfluenceFunctionModel`; mind the default of `second_order_mode`, which is "ggn" here.
+    `fit_report` says what was chosen and why.
+
+    Args:
+        model: Any `nn.Module`. It is only read.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        hessian_regularization: Damping λ: a number, a `RelativeDamping` rule, or a mapping block → number or rule.
+        rtol: The relative tolerance of each row. If None, 1e-7 in float64 and 1e-4 in float32.
+        rows: About how many test points are solved for together.
+        memory: The bytes that the solver may take; half of what is free if None.
+        block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
+        second_order_mode: "ggn" by default here, "hessian" or "empirical_fisher".
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -41,11 +52,5 @@ class AutoInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.GGN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(Auto, rtol=rtol, rows=rows, memory=memory),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
-        )
+        solver = partial(Auto, rtol=rtol, rows=rows, memory=memory)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.report import SolveReport
-from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode
-from distinfluence.influence.scoring import Scorer, trains_or_tests
+from distinfluence.influence.scores import InfluenceMode, Scorer, Tile, influence_mode, trains_or_tests
 from distinfluence.influence.self_influence import SelfInfluences, self_influences_by_factors
 from distinfluence.influence.settings import check_exact
 from distinfluence.influence.systems import CurvatureSystems
@@ -56,37 +55,73 @@ class InfluenceFunctionModel(CurvatureSystems):
     def influence_factors(
         self, x: object, y: Tensor | None = None, *, return_report: bool = False
     ) -> Tensor | tuple[Tensor, SolveReport]:
-        """(A + λI)⁻¹ ∇θ m for each test sample: [n_test, p], and how far each row got if asked.
+        """Return (A + λI)⁻¹ ∇θ m for each test sample.
 
-        x, y: inputs and targets [n_test, ...]; or a whole batch (tuple, dict) as x alone.
+        Args:
+            x: The inputs [n, ...], or a whole batch (tuple, dict).
+            y: The targets [n, ...]; None where `x` is the whole batch.
+            return_report: Whether to return how far the solve of each row got.
+
+        Returns:
+            The factors [n_test, p]; with `return_report` a pair of them and the `SolveReport`.
+
+        Raises:
+            NotFittedError: If the model is not fitted.
         """
         gradients = self.measurement_gradients(self.place(x, y))
         factors, report = self.solve(gradients.rows)
         return (factors, report) if return_report else factors
 
     def influence_factors_by_block(self, x: object, y: Tensor | None = None) -> "OrderedDict[str, Tensor]":
-        """The factors of each block: block → [n_test, p_block]."""
+        """Return the factors of each block.
+
+        Args:
+            x: The inputs [n, ...], or a whole batch (tuple, dict).
+            y: The targets [n, ...]; None where `x` is the whole batch.
+
+        Returns:
+            Block → factors [n_test, p_block].
+        """
         factors = self.influence_factors(x, y)
         return OrderedDict((block, factors[:, columns]) for block, columns in self.risk.blocks.columns.items())
 
     def self_influences(
         self, x: object, y: Tensor | None = None, *, rtol: float = 1e-3, maxiter: int = 500
     ) -> SelfInfluences:
-        """Influence of each sample's training loss on itself, ⟨(A + λI)⁻¹ g, g⟩, with certified bounds: [n] each.
+        """Bracket the influence of each sample's training loss on itself, ⟨(A + λI)⁻¹ g, g⟩.
 
-        By Gauss and Gauss–Radau quadrature, until the brackets are rtol wide, relative to the value; one pass over the
-        training data for each step, whatever the method of this model. A memory of four rows [p] for each sample.
-        Raises SettingError unless A + λI is known to be positive definite: for a Hessian, call `spectrum()` first.
+        Gauss and Gauss–Radau quadrature need one pass over the training data for each step, whatever the method of this
+        model, and the memory of four rows [p] for each sample.
+
+        Args:
+            x: The inputs [n, ...], or a whole batch (tuple, dict).
+            y: The targets [n, ...]; None where `x` is the whole batch.
+            rtol: The width of the brackets, relative to the value, at which a sample is done.
+            maxiter: The largest number of steps.
+
+        Returns:
+            Values with certified bounds, [n] each.
+
+        Raises:
+            SettingError: If A + λI is not known to be positive definite (for a Hessian, call `spectrum` first), or in
+                mixed precision.
         """
         check_exact(self._autocast)
         rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
         return self._fitted().self_influences(rows, rtol=rtol, maxiter=maxiter)
 
     def self_influences_by_solve(self, x: object, y: Tensor | None = None) -> SelfInfluences:
-        """As `self_influences`, by this model's own solver: what it gives a training sample that is a test sample too.
+        """Return the influence of each sample's training loss on itself, by this model's own solver.
 
-        One solve for each sample. The bounds are those of its report, infinite where it has none. Memory: the
-        gradients and factors [n, p], and what the solve takes.
+        A training sample gets the value that it has as a test sample too. Costs one solve for each sample, and the
+        memory of the gradients and factors [n, p].
+
+        Args:
+            x: The inputs [n, ...], or a whole batch (tuple, dict).
+            y: The targets [n, ...]; None where `x` is the whole batch.
+
+        Returns:
+            Values [n] with the bounds of the solve report; the bounds are infinite where it has none.
         """
         gradients = self.loss_gradients(self.place(x, y))
         return self_influences_by_factors(gradients, *self.solve(gradients.rows))
@@ -99,10 +134,22 @@ class InfluenceFunctionModel(CurvatureSystems):
         y: Tensor | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> Tensor:
-        """Influence of each training sample on each test sample.
+        """Return the influence of each training sample on each test sample.
 
-        x_test, y_test: test samples; x, y: training samples, the test samples themselves if left out. mode "up":
-        [n_test, n_train]; "perturbation": [n_test, n_train, *input], the derivative by the training input.
+        Args:
+            x_test: The inputs of the test samples [n_test, ...], or a whole batch.
+            y_test: The targets of the test samples; None where `x_test` is the whole batch.
+            x: The inputs of the training samples [n_train, ...], or a whole batch; the test samples if None.
+            y: The targets of the training samples; None where `x` is the whole batch.
+            mode: "up" for weighting training samples up, "perturbation" for moving their inputs.
+
+        Returns:
+            The influences [n_test, n_train]; for "perturbation" their derivatives by the training inputs, [n_test,
+                n_train, *input].
+
+        Raises:
+            NotFittedError: If the model is not fitted.
+            SettingError: If the mode is unknown, or `y` comes without `x`.
         """
         train, mode = trains_or_tests(x_test, y_test, x, y), influence_mode(mode)  # before anything is solved
         if mode is InfluenceMode.UP and self._is_factorless:
@@ -128,7 +175,18 @@ class InfluenceFunctionModel(CurvatureSystems):
         y: Tensor | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> "OrderedDict[str, Tensor]":
-        """As `influences`, block by block; they sum to it."""
+        """Return the influences that each block contributes; they sum to `influences`.
+
+        Args:
+            x_test: The inputs of the test samples [n_test, ...], or a whole batch.
+            y_test: The targets of the test samples; None where `x_test` is the whole batch.
+            x: The inputs of the training samples [n_train, ...], or a whole batch; the test samples if None.
+            y: The targets of the training samples; None where `x` is the whole batch.
+            mode: "up" for weighting training samples up, "perturbation" for moving their inputs.
+
+        Returns:
+            Block → [n_test, n_train, ...].
+        """
         train, mode = trains_or_tests(x_test, y_test, x, y), influence_mode(mode)  # before anything is solved
         factors = self.influence_factors_by_block(x_test, y_test)
         return self.influences_from_factors_by_block(factors, *train, mode)
@@ -142,9 +200,18 @@ class InfluenceFunctionModel(CurvatureSystems):
         y: Tensor | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> Tensor:
-        """As `influences`, for several dampings at once: [n_damping, n_test, n_train, ...].
+        """Return the influences for several dampings from one fit and one set of gradients.
 
-        One fit and one set of gradients serve them all.
+        Args:
+            dampings: The dampings λ; each is a number, a rule or a mapping, as for the model itself.
+            x_test: The inputs of the test samples [n_test, ...], or a whole batch.
+            y_test: The targets of the test samples; None where `x_test` is the whole batch.
+            x: The inputs of the training samples [n_train, ...], or a whole batch; the test samples if None.
+            y: The targets of the training samples; None where `x` is the whole batch.
+            mode: "up" for weighting training samples up, "perturbation" for moving their inputs.
+
+        Returns:
+            The influences [n_damping, n_test, n_train, ...].
         """
         train, mode = trains_or_tests(x_test, y_test, x, y), influence_mode(mode)
         gradients = self.measurement_gradients(self.place(x_test, y_test)).rows
@@ -156,7 +223,20 @@ class InfluenceFunctionModel(CurvatureSystems):
     def influences_from_factors(
         self, factors: Tensor, x: object, y: Tensor | None = None, mode: InfluenceMode | str = InfluenceMode.UP
     ) -> Tensor:
-        """Influence of training samples on the test points of these factors [n_test, p]; shapes as `influences`."""
+        """Return the influence of training samples on the test points of these factors.
+
+        Args:
+            factors: The factors of the test points, [n_test, p].
+            x: The inputs of the training samples [n_train, ...], or a whole batch.
+            y: The targets of the training samples; None where `x` is the whole batch.
+            mode: "up" or "perturbation", as for `influences`.
+
+        Returns:
+            The influences, with the shapes of `influences`.
+
+        Raises:
+            ShapeError: If the factors are not [n_test, p].
+        """
         return self._scorer.scores(self._scorer.checked(factors), self.place(x, y), mode)
 
     def influences_from_factors_by_block(
@@ -166,20 +246,53 @@ class InfluenceFunctionModel(CurvatureSystems):
         y: Tensor | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> "OrderedDict[str, Tensor]":
-        """As `influences_from_factors`, from block → [n_test, p_block], block by block."""
+        """Return the influences that each block contributes, from the factors of each block.
+
+        Args:
+            factors: Block → factors [n_test, p_block].
+            x: The inputs of the training samples [n_train, ...], or a whole batch.
+            y: The targets of the training samples; None where `x` is the whole batch.
+            mode: "up" or "perturbation", as for `influences`.
+
+        Returns:
+            Block → [n_test, n_train, ...].
+
+        Raises:
+            ShapeError: If the blocks or the shapes of the factors are others.
+        """
         return self._scorer.by_block(self._scorer.joined(factors), self.place(x, y), mode)
 
     def tile(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str = InfluenceMode.UP) -> Tile:
-        """Influences of a batch of training samples, with their losses and gradient norms; one gradient pass.
+        """Return the influences of a batch of training samples; one gradient pass.
 
-        factors: [n_test, p]; batch: as `place` returns it.
+        Args:
+            factors: The factors of the test points, [n_test, p].
+            batch: The samples, as `place` returns them.
+            mode: "up" or "perturbation", as for `influences`.
+
+        Returns:
+            The influences with the samples' losses and gradient norms.
         """
         return self._scorer.tile(factors, batch, mode)
 
     def loss_gradients(self, batch: Batch) -> SampleGradients:
-        """Gradient of each sample's training loss, [n, p], and the losses; batch as `place` returns it."""
+        """Return the gradient of each sample's training loss.
+
+        Args:
+            batch: The samples, as `place` returns them.
+
+        Returns:
+            The gradients [n, p] and the losses [n].
+        """
         return self._scorer.loss_gradients(batch)
 
     def measurement_gradients(self, batch: Batch) -> SampleGradients:
-        """Gradient of each sample's measurement, [n, p], and the measurements; batch as `place` returns it."""
+        """Return the gradient of each sample's measurement.
+
+        Args:
+            batch: The samples, as `place` returns them.
+
+        Returns:
+            The gradients [n, p] and the measurements [n].
+        """
         return self._scorer.measurement_gradients(batch)

@@ -22,12 +22,24 @@ from distinfluence.solvers.preconditioner import Preconditioner
 class CgInfluence(InfluenceFunctionModel):
     """Influence by conjugate gradients.
 
-    rtol, atol: a row has converged when ‖g − (A + λI) x‖ ≤ max(rtol·‖g‖, atol), as SciPy means it; an rtol of None is
-    1e-7 in float64 and 1e-4 in float32, whose rounding often leaves no less. maxiter: bound on the iterations, about
-    10·p if None. use_block_cg: one breakdown-free block iteration for all rows (Ji & Li 2017), else each row for
-    itself. pre_conditioner: see `Preconditioner`. Other parameters as `InfluenceFunctionModel`. Conjugate gradients
-    need A + λI positive definite: with the Hessian, negative curvature stops the rows that meet it and is reported.
-    Rows that rounding keeps from their tolerance are reported as stagnated.
+    Conjugate gradients need A + λI positive definite: with the Hessian, negative curvature stops the rows that meet it
+    and is reported. Rows that rounding keeps from their tolerance are reported as stagnated.
+
+    Args:
+        model: Any `nn.Module`. It is only read.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        hessian_regularization: Damping λ: a number, a `RelativeDamping` rule, or a mapping block → number or rule.
+        rtol: Relative tolerance. A row has converged when ‖g − (A + λI) x‖ ≤ max(rtol·‖g‖, atol), as in SciPy. If None,
+            1e-7 in float64 and 1e-4 in float32, whose rounding often allows no less.
+        atol: Absolute tolerance.
+        maxiter: The largest number of iterations; about 10·p if None.
+        use_block_cg: Whether all rows share one breakdown-free block iteration (Ji & Li 2017), or each row has its own.
+        pre_conditioner: See `Preconditioner`; none if None.
+        block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
+        second_order_mode: "hessian", "ggn" or "empirical_fisher".
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -52,20 +64,10 @@ class CgInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(
-                BlockCG if use_block_cg else CG,
-                rtol=rtol,
-                atol=atol,
-                maxiter=maxiter,
-                preconditioner=pre_conditioner,
-            ),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
+        solver = partial(
+            BlockCG if use_block_cg else CG, rtol=rtol, atol=atol, maxiter=maxiter, preconditioner=pre_conditioner
         )
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)
 
     @override
     def settings(self) -> dict[str, object]:

@@ -17,11 +17,20 @@ from distinfluence.solvers.chebyshev import Chebyshev
 
 
 class ChebyshevInfluence(InfluenceFunctionModel):
-    """Influence by Chebyshev semi-iteration.
+    """Influence by Chebyshev semi-iteration. It needs A + λI positive definite, and says so where it is not.
 
-    rtol: a row has converged when ‖g − (A + λI) x‖ ≤ rtol·‖g‖; 1e-7 in float64 and 1e-4 in float32 if None. maxiter:
-    bound on the steps, 5000 if None. seed: of the start vectors that the ends of the spectrum are found from. Needs
-    A + λI positive definite, and says so where it is not. Other parameters as `InfluenceFunctionModel`.
+    Args:
+        model: Any `nn.Module`. It is only read.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        hessian_regularization: Damping λ: a number, a `RelativeDamping` rule, or a mapping block → number or rule.
+        rtol: A row has converged when ‖g − (A + λI) x‖ ≤ rtol·‖g‖. If None, 1e-7 in float64 and 1e-4 in float32.
+        maxiter: The largest number of steps; 5000 if None.
+        seed: The seed of the start vectors for the ends of the spectrum.
+        block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
+        second_order_mode: "hessian", "ggn" or "empirical_fisher".
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -44,11 +53,5 @@ class ChebyshevInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(Chebyshev, rtol=rtol, maxiter=maxiter, seed=seed),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
-        )
+        solver = partial(Chebyshev, rtol=rtol, maxiter=maxiter, seed=seed)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)

@@ -18,10 +18,16 @@ NAME = "hessian_regularization"
 class RelativeDamping:
     """λ = fraction × an eigenvalue of the block's curvature, found when the model is fitted.
 
-    of: "mean", the trace over the number of parameters by Hutchinson's estimate (one pass; exact for the empirical
-    Fisher and Kronecker-factored matrices), or "largest", by Lanczos (5 to 20 passes). A tenth of the mean is the
-    field's heuristic, and travels between models; an indefinite matrix may have a mean that is not positive, and is
-    then refused. Raises SettingError for a fraction that is not a finite number above 0.
+    A tenth of the mean is the usual heuristic, and carries over between models. An indefinite matrix may have a mean
+    that is not positive, which is refused.
+
+    Args:
+        fraction: A finite number above 0.
+        of: "mean", the trace over the number of parameters by Hutchinson's estimate (one pass; exact for the empirical
+            Fisher and Kronecker-factored matrices), or "largest", by Lanczos (5 to 20 passes).
+
+    Raises:
+        SettingError: If the fraction is not a finite number above 0, or `of` is another word.
 
     >>> RelativeDamping()
     RelativeDamping(fraction=0.1, of='mean')
@@ -37,7 +43,18 @@ class RelativeDamping:
             raise SettingError(f"`of` must be 'mean' or 'largest', got {self.of!r}. Choose one of these.")
 
     def resolve(self, operator: CurvatureOperator, block: str) -> float:
-        """λ for the curvature of a block. Raises SettingError where the eigenvalue is not positive."""
+        """Return λ for the curvature of a block.
+
+        Args:
+            operator: The curvature A of the block.
+            block: The name of the block, for errors.
+
+        Returns:
+            The damping λ.
+
+        Raises:
+            SettingError: If the eigenvalue is not positive.
+        """
         if isinstance(operator, SupportsEigenbasis):
             eigenvalues = operator.eigenvalues()
             value = float(eigenvalues.max() if self.of == "largest" else eigenvalues.mean())

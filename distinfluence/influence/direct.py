@@ -19,8 +19,18 @@ from distinfluence.solvers.direct import Direct
 class DirectInfluence(InfluenceFunctionModel):
     """Exact influence: (A + λI) is made as a dense matrix for each block and factorised once.
 
-    Parameters as `InfluenceFunctionModel`. An indefinite A + λI is solved all the same and said in
-    `fit_report.positive_definite`; rows that a singular one cannot solve are reported as not converged.
+    An indefinite A + λI is solved all the same; `fit_report.positive_definite` says so. Rows that a singular matrix
+    cannot solve are reported as not converged.
+
+    Args:
+        model: Any `nn.Module`. It is only read.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        hessian_regularization: Damping λ: a number, a `RelativeDamping` rule, or a mapping block → number or rule.
+        block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
+        second_order_mode: "hessian", "ggn" or "empirical_fisher".
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -40,11 +50,5 @@ class DirectInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(Direct),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
-        )
+        solver = partial(Direct)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)

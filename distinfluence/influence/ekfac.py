@@ -7,7 +7,7 @@ layer from inputs and output gradients, without matrices of samples × parameter
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Self
 
 import torch
@@ -16,16 +16,16 @@ from typing_extensions import override
 
 from distinfluence.curvature import KroneckerOperator, SecondOrderMode
 from distinfluence.curvature.base import CurvatureOperator
-from distinfluence.curvature.fisher_sums import MOST_EXACT, FisherKind, FisherVectors, LayoutOf
+from distinfluence.curvature.fisher_sums import FisherKind, LayoutOf
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.kronecker import BlockDamped, Eigenbasis, KroneckerInverse, fitted_bases
-from distinfluence.errors import SettingError
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization, damping_by_block, resolved
 from distinfluence.influence.fitted import Curvature
 from distinfluence.influence.layer_scoring import LayerScorer
 from distinfluence.influence.report import SolveReport
 from distinfluence.influence.self_influence import SelfInfluences
+from distinfluence.influence.settings import EkfacSettings
 from distinfluence.layers.layout import MOST_DENSE, LayerLayout
 from distinfluence.layers.scores import (
     QueryFactors,
@@ -36,7 +36,7 @@ from distinfluence.model.blocks import BlockMode, ParameterBlocks
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.risk import EmpiricalRisk
-from distinfluence.solvers.base import Outcome, check_count, check_rhs, relative_residuals, row_norms, rtol_for
+from distinfluence.solvers.base import Outcome, check_rhs, relative_residuals, row_norms, rtol_for
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.demand import DECOMPOSING, Demand
 from distinfluence.solvers.ekfac import Ekfac, inverse_values
@@ -47,57 +47,37 @@ APPROXIMATE = (
 )
 
 
-@dataclass(frozen=True)
-class EkfacSettings:
-    """The hyperparameters of `EkfacInfluence`, which says what they mean."""
-
-    update_diagonal: bool
-    fisher: FisherKind | str
-    n_draws: int
-    seed: int
-    weight_sharing: str
-    cg_iterations: int
-    residual_rows: int
-    query_energy: float | None
-    most_dense: int
-    recognise: bool
-
-    def __post_init__(self) -> None:
-        _check_choice("fisher", self.fisher, ("auto", "exact", "sampled", "empirical"))
-        _check_choice("weight_sharing", self.weight_sharing, ("expand", "reduce"))
-        check_count("n_draws", self.n_draws)
-        for name in ("cg_iterations", "residual_rows", "most_dense"):
-            check_count(name, getattr(self, name), 0)
-        if self.query_energy is not None and not 0 < self.query_energy <= 1:
-            raise SettingError(f"`query_energy` must be above 0 and at most 1, or None, got {self.query_energy!r}.")
-
-    def vectors(self, n_vectors: int) -> FisherVectors:
-        """The vectors of the Fisher matrix. n_vectors: for the exact one; below 0 where the distribution is unknown."""
-        kind = self.fisher
-        if kind == "auto":
-            kind = "empirical" if n_vectors < 0 else "exact" if n_vectors <= MOST_EXACT else "sampled"
-        return FisherVectors(kind, self.n_draws, self.seed)  # type: ignore[arg-type]
-
-
 class EkfacInfluence(InfluenceFunctionModel):
     """Influence by a Kronecker-factored approximation of the Fisher (Gauss–Newton) matrix, layer by layer.
 
-    update_diagonal: correct the eigenvalues by a second sum over the data (EKFAC); without it KFAC. loss: any loss or
-    `Objective`; cross-entropy unless given. hessian_regularization: λ, also by layer; not sure: `RelativeDamping(0.1)`,
-    a tenth of each layer's mean eigenvalue. fisher: "exact" takes the expectation over the predictive distribution,
-    "sampled" draws `n_draws` labels for each sample (and position) from it, "empirical" takes the observed ones; "auto"
-    is exact where that needs 16 reverse passes or fewer, else sampled, else (a loss whose distribution is not known)
-    empirical. seed: of the draws, which do not depend on batches, chunks or workers. weight_sharing: "expand" or
-    "reduce", what KFAC's factors make of positions. cg_iterations: so many conjugate gradient steps on the Gauss–Newton
-    matrix with EKFAC as preconditioner, one pass each and one for the residuals. residual_rows: for so many rows of
-    each solve the residual against the Gauss–Newton matrix is measured, in one pass; it is NaN for others.
-    query_energy: share of the squared norm that low-rank factors of queries keep, where they save work; None keeps them
-    whole. most_dense: parameters up to which a block without Kronecker structure is kept whole. recognise: False to
-    look for no layers, for models that use them differently from batch to batch (a LayoutError says so).
-
     Linear layers, convolutions, embeddings, norms, attention and whatever else multiplies an activation with a weight
-    are recognised by what the forward pass does with each parameter, and the recognised is compared with autograd; the
-    rest is treated by second moments of its gradients. `fit_report.treatments` names the treatment of every parameter.
+    are recognised by what the forward pass does with each parameter, and the result is compared with autograd. The rest
+    is treated by second moments of its gradients. `fit_report.treatments` names the treatment of every parameter.
+
+    Args:
+        model: Any `nn.Module`. It is only read.
+        update_diagonal: Whether a second sum over the data corrects the eigenvalues (EKFAC); without it KFAC.
+        hessian_regularization: λ, also by layer. If you are not sure, `RelativeDamping(0.1)`, a tenth of each layer's
+            mean eigenvalue.
+        loss: A torch loss of (outputs, targets), or an `Objective`; cross-entropy if None.
+        fisher: "exact" takes the expectation over the predictive distribution, "sampled" draws labels from it,
+            "empirical" takes the observed ones. "auto" is exact where that needs 16 reverse passes or fewer, else
+            sampled, and empirical for a loss whose distribution is not known.
+        n_draws: The labels drawn for each sample (and position) by "sampled".
+        seed: The seed of the draws, which do not depend on batches, chunks or workers.
+        weight_sharing: "expand" or "reduce": what KFAC's factors make of positions.
+        cg_iterations: The conjugate gradient steps on the Gauss–Newton matrix with EKFAC as preconditioner; one pass
+            each, and one for the residuals.
+        residual_rows: For how many rows of each solve the residual against the Gauss–Newton matrix is measured, in one
+            pass; it is NaN for the others.
+        query_energy: The share of the squared norm that low-rank factors of queries keep, where they save work; None
+            keeps them whole.
+        most_dense: The largest number of parameters of a block without Kronecker structure that is kept whole.
+        recognise: False looks for no layers, for models that use them differently from batch to batch (a LayoutError
+            says so).
+
+    Raises:
+        SettingError: If a setting is unknown or out of range.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -138,13 +118,14 @@ class EkfacInfluence(InfluenceFunctionModel):
             most_dense,
             recognise,
         )
+        solver = functools.partial(Ekfac)
         super().__init__(
             model,
             nn.CrossEntropyLoss() if loss is None else loss,
             hessian_regularization,
-            functools.partial(Ekfac),
-            block_structure=BlockMode.LAYER_WISE,
-            second_order_mode=SecondOrderMode.GGN,
+            solver,
+            BlockMode.LAYER_WISE,
+            SecondOrderMode.GGN,
         )
 
     @property
@@ -156,8 +137,9 @@ class EkfacInfluence(InfluenceFunctionModel):
     def _products(self) -> SecondOrderMode | None:
         return self.second_order_mode if self.solves_over_data else None
 
+    @override
     def demand(self) -> Demand:
-        """Two factors for each weight matrix, in float64 in the fit, and what the largest takes to be decomposed."""
+        # Two factors for each weight matrix, in float64 in the fit, and what the largest takes to be decomposed.
         squares, largest, p = 0, 0, self.risk.size
         for shape in self.risk.blocks.shapes.values():
             sides = (shape[0], shape.numel() // shape[0] + 1) if len(shape) > 1 else (1, 1)
@@ -177,7 +159,11 @@ class EkfacInfluence(InfluenceFunctionModel):
 
     @property
     def layout(self) -> LayerLayout:
-        """What the fit found out of the model's layers. Raises NotFittedError before `fit`."""
+        """The layers that the fit has recognised.
+
+        Raises:
+            NotFittedError: If the model is not fitted.
+        """
         return self._layers.layout
 
     @property
@@ -234,7 +220,14 @@ class EkfacInfluence(InfluenceFunctionModel):
         return Curvature(operators, LayerScorer(self.risk, layout, self._ekfac.query_energy))
 
     def kronecker_inverse(self) -> KroneckerInverse:
-        """(A + λI)⁻¹ without model and data, over rows in the order of the model's parameters."""
+        """Return (A + λI)⁻¹ without model and data.
+
+        Returns:
+            The inverse, over rows in the order of the model's parameters.
+
+        Raises:
+            NotFittedError: If the model is not fitted.
+        """
         layers, full = self.risk.blocks, ParameterBlocks.of(self.risk.module)
         order = None
         if list(layers.shapes) != list(full.shapes):
@@ -245,12 +238,13 @@ class EkfacInfluence(InfluenceFunctionModel):
             order = torch.cat([columns[name] for name in full.shapes])
         return KroneckerInverse(self._kronecker(), order, repr(self))
 
+    @override
     def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
-        """As `InfluenceFunctionModel.solve`; residuals refer to the Gauss–Newton matrix, NaN where not measured."""
+        # Residuals refer to the Gauss–Newton matrix; they are NaN where they are not measured.
         return self._solved(gradients, self.damping)
 
+    @override
     def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
-        """As `solve`, for each of several dampings from the one fit."""
         blocks, operators = self.risk.blocks, self._fitted().operators
         return [self._solved(gradients, resolved(damping_by_block(blocks, one), operators)) for one in dampings]
 
@@ -314,18 +308,17 @@ class EkfacInfluence(InfluenceFunctionModel):
             added[columns] = damping[block] - least
         return BlockDamped(operator, added)
 
+    @override
     def exact_systems(self) -> dict[str, tuple[CurvatureOperator, float, slice]]:
-        """The Gauss–Newton matrix, over all blocks at once."""
+        # The Gauss–Newton matrix, over all blocks at once.
         least = min(self.damping.values())
         return {"all": (self._gauss_newton(self.damping), least, slice(0, self.n_parameters))}
 
+    @override
     def self_influences(
         self, x: object, y: Tensor | None = None, *, rtol: float = 1e-3, maxiter: int = 500
     ) -> SelfInfluences:
-        """Influence of each sample's training loss on itself by the Kronecker-factored matrix: [n]; no pass.
-
-        Both bounds are the value: they are of this matrix, not of the curvature that it approximates.
-        """
+        # No pass. Both bounds are the value: they are of this matrix, not of the curvature that it approximates.
         rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
         total = torch.zeros(next(iter(rows.values())).shape[0], dtype=torch.float64, device=self.risk.device)
         for block, operator in self._kronecker().items():
@@ -363,24 +356,54 @@ class EkfacInfluence(InfluenceFunctionModel):
     def influences_by_token(
         self, x_test: object, y_test: Tensor | None = None, x: object | None = None, y: Tensor | None = None
     ) -> Tensor:
-        """Influence by position of the training samples, [n_test, n_train, T]; positions sum to the samples' influence.
+        """Return the influence by position of the training samples; positions sum to the samples' influence.
 
-        A position's share is that of the gradient that its activations and their gradients make in each layer. Raises
-        UnsupportedOperatorError where layers do not share the same positions (pooling, parameters without a layer).
+        A position's share is the part of the gradient that its activations and their gradients make in each layer.
+
+        Args:
+            x_test: The inputs of the test samples [n_test, ...], or a whole batch.
+            y_test: The targets of the test samples; None where `x_test` is the whole batch.
+            x: The inputs of the training samples [n_train, T, ...], or a whole batch; the test samples if None.
+            y: The targets of the training samples; None where `x` is the whole batch.
+
+        Returns:
+            The influences [n_test, n_train, T].
+
+        Raises:
+            UnsupportedOperatorError: If layers do not share the same positions (pooling, parameters without a layer).
         """
         train = (x_test, y_test) if x is None else (x, y)
         return self.influences_from_factors_by_token(self.influence_factors(x_test, y_test), *train)
 
     def influences_from_factors_by_token(self, factors: Tensor, x: object, y: Tensor | None = None) -> Tensor:
-        """As `influences_by_token`, from factors [n_test, p]."""
+        """Return the influence by position of the training samples, from factors.
+
+        Args:
+            factors: The factors of the test points, [n_test, p].
+            x: The inputs of the training samples [n_train, T, ...], or a whole batch.
+            y: The targets of the training samples; None where `x` is the whole batch.
+
+        Returns:
+            The influences [n_test, n_train, T].
+
+        Raises:
+            UnsupportedOperatorError: If layers do not share the same positions.
+        """
         return self._layers.by_token(self._layers.checked(factors), self.place(x, y))
 
     def query_error(self, factors: Tensor) -> Tensor:
-        """‖M − M̃‖ / ‖M‖ of each query's factor [n_test] that `query_energy` costs: |ΔI_ij| ≤ ‖M_i − M̃_i‖·‖g_j‖."""
+        """Return the error that `query_energy` costs: |ΔI_ij| ≤ ‖M_i − M̃_i‖·‖g_j‖.
+
+        Args:
+            factors: The factors of the test points, [n_test, p].
+
+        Returns:
+            ‖M − M̃‖ / ‖M‖ of each query's factor, [n_test].
+        """
         return self._layers.queries(self._layers.checked(factors)).relative_error
 
+    @override
     def state_arrays(self) -> dict[str, Tensor]:
-        """The layout and every unit's eigenvectors and eigenvalues."""
         arrays = {"layout": self.layout.to_tensor()}
         for basis in self._bases():
             name = basis.unit.parameters[0]
@@ -405,11 +428,6 @@ class _Inverse:
     def apply(self, rows: Tensor) -> Tensor:
         """rows [k, p] · M⁻¹, with columns in the order of the blocks."""
         return self._inverse.inverse(rows, self._damping)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise SettingError(f"`{name}` must be one of {list(choices)}, got {value!r}. Choose one of these.")
 
 
 def _in_words(unit: Unit) -> str:

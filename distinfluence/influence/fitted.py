@@ -11,7 +11,7 @@ from torch import Tensor
 from distinfluence.curvature import CurvatureOperator
 from distinfluence.influence.bounds import LowerBound, lower_bound
 from distinfluence.influence.report import FitReport, SolveReport, named_by_block
-from distinfluence.influence.scoring import Scorer
+from distinfluence.influence.scores import Scorer
 from distinfluence.influence.self_influence import SelfInfluences, self_influences_of
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.sample_risk import SampleRisk

@@ -15,11 +15,20 @@ from distinfluence.solvers.harmonic_mean import InverseHarmonicMean
 class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
     """DataInf: the mean of the samples' damped inverses in place of the inverse of their mean (the empirical Fisher).
 
-    hessian_regularization: λ > 0; `RelativeDamping(0.1)`, a tenth of the mean squared gradient norm over the number of
-    parameters, is the authors' rule. Take a block structure: the method is meant for blocks of the size of a LoRA
-    adapter, and is about as good as a dot product of gradients on whole networks. Residuals in the report are those
-    against the empirical Fisher matrix: rows that are not solved by them are "approximate", not converged. They take a
-    pass as the factors do; residual_rows: for how many test points of each solve, all if None.
+    Use a block structure: the method is meant for blocks of the size of a LoRA adapter, and is about as good as a dot
+    product of gradients on whole networks. Residuals in the report refer to the empirical Fisher matrix: rows that do
+    not solve it are "approximate", not converged.
+
+    Args:
+        model: Any `nn.Module`. It is only read.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        hessian_regularization: λ > 0. The authors' rule is `RelativeDamping(0.1)`, a tenth of the mean squared gradient
+            norm over the number of parameters.
+        residual_rows: For how many test points of each solve the residual is measured, in one pass; for all if None.
+        block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -39,14 +48,8 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
         residual_rows: int | None = None,
         block_structure: BlockStructure = BlockMode.FULL,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(InverseHarmonicMean, residual_rows=residual_rows),
-            block_structure=block_structure,
-            second_order_mode=SecondOrderMode.EMPIRICAL_FISHER,
-        )
+        solver = partial(InverseHarmonicMean, residual_rows=residual_rows)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, SecondOrderMode.EMPIRICAL_FISHER)
         for value in self._asked.values():
             if isinstance(value, float):
                 self.solver(value)  # refuses λ = 0 before anything is computed

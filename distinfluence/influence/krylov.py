@@ -24,11 +24,22 @@ from distinfluence.solvers.refined import Refined
 class KrylovInfluence(InfluenceFunctionModel):
     """Influence by a multi-shift block Krylov solver.
 
-    rtol: a row has converged when ‖g − (A + λI) x‖ ≤ rtol·‖g‖; 1e-7 in float64 and 1e-4 in float32 if None. maxiter:
-    bound on the passes of a solve, 200 if None. basis_bytes: memory for the basis; beyond it, block conjugate gradients
-    go on. refine: bring residuals to float64 quality (1e-10), for a float32 model; factors are float64 then. Other
-    parameters as `InfluenceFunctionModel`. Give it many test points at once; `influences_at` scores a whole list of
-    dampings. An indefinite A + λI is solved too, by least residual, and said in the report.
+    Give it many test points at once; `influences_at` scores a whole list of dampings. An indefinite A + λI is solved
+    too, by least residual, and the report says so.
+
+    Args:
+        model: Any `nn.Module`. It is only read.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        hessian_regularization: Damping λ: a number, a `RelativeDamping` rule, or a mapping block → number or rule.
+        rtol: A row has converged when ‖g − (A + λI) x‖ ≤ rtol·‖g‖. If None, 1e-7 in float64 and 1e-4 in float32.
+        maxiter: The largest number of passes of a solve; 200 if None.
+        basis_bytes: The memory for the basis. Beyond it, block conjugate gradients go on.
+        refine: Whether residuals of a float32 model are brought to float64 quality (1e-10); factors are float64 then.
+        block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
+        second_order_mode: "hessian", "ggn" or "empirical_fisher".
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -51,14 +62,8 @@ class KrylovInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(BlockKrylov, rtol=rtol, maxiter=maxiter, basis_bytes=basis_bytes),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
-        )
+        solver = partial(BlockKrylov, rtol=rtol, maxiter=maxiter, basis_bytes=basis_bytes)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)
         self._refine = refine
 
     @override

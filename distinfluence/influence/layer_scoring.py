@@ -1,10 +1,12 @@
 """The scorer for models whose layers a fit has recognised: scores without matrices of samples × parameters.
 
-Gradients and scores are put together from the inputs and the output gradients of the layers.
+Gradients and scores are put together from the inputs and the output gradients of the layers. Influences by layer are
+sums over parts of the parameters, whatever the blocks of the curvature.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from typing_extensions import override
 
 from distinfluence.curvature.kronecker import Eigenbasis
 from distinfluence.curvature.queries import joined_queries, query_of
-from distinfluence.influence.scores import InfluenceMode, Tile, influence_mode, layer_tile
-from distinfluence.influence.scoring import Scorer
+from distinfluence.influence.base import InfluenceFunctionModel
+from distinfluence.influence.scores import InfluenceMode, Scorer, Tile, influence_mode, layer_tile, scores_by_block
 from distinfluence.layers.layout import LayerLayout
 from distinfluence.layers.scores import QueryFactors, RankOne, layer_gradients, layer_scores, recorded, token_scores
 from distinfluence.model.batch import Batch
@@ -103,3 +105,40 @@ class LayerScorer(Scorer):
                 made.append(query_of(self.risk, unit, basis, inverse, record, deltas, samples))
         whole = tuple(joined_queries(made, self.risk.dtype, separate=separate) for made in parts)
         return QueryFactors(whole, (None,) * len(whole), torch.zeros(0, dtype=torch.float64))
+
+
+@runtime_checkable
+class SupportsTokens(Protocol):
+    """An influence model whose scores are known by position of the training samples."""
+
+    def influences_from_factors_by_token(self, factors: Tensor, x: object, y: Tensor | None = None) -> Tensor:
+        """[n_test, n_train, T]; positions sum to the samples' influence."""
+
+
+def layers_of(model: InfluenceFunctionModel) -> Mapping[str, tuple[str, ...]]:
+    """Layer → its parameters: the model's blocks where there are several, else the layers of the only one."""
+    names = model.risk.blocks.names
+    if len(names) > 1:
+        return names
+    layers: dict[str, list[str]] = {}
+    for name in model.risk.blocks.shapes:
+        layers.setdefault(name.rpartition(".")[0] or type(model.risk.module).__name__, []).append(name)
+    return {layer: tuple(own) for layer, own in layers.items()}
+
+
+def influences_by_layer(model: InfluenceFunctionModel, factors: Tensor, batch: Batch) -> "OrderedDict[str, Tensor]":
+    """Influences of training samples from factors [n_test, p], layer by layer (`layers_of`): layer → [n_test, n].
+
+    They sum to `influences_from_factors`: an inner product over the parameters is a sum over any parts of them. batch:
+    as `place` returns it. One gradient pass.
+    """
+    blocks = model.risk.blocks
+    if len(blocks.names) > 1:
+        own = {block: factors[:, columns] for block, columns in blocks.columns.items()}
+        return model.influences_from_factors_by_block(own, batch)
+    columns, start = {}, 0
+    for name, shape in blocks.shapes.items():
+        columns[name] = slice(start, start := start + shape.numel())
+    by_parameter = scores_by_block(model.risk, factors, columns, batch, InfluenceMode.UP)
+    layers = layers_of(model).items()
+    return OrderedDict((layer, sum((by_parameter[p] for p in own[1:]), by_parameter[own[0]])) for layer, own in layers)

@@ -26,13 +26,27 @@ from distinfluence.solvers.lissa import LiSSA
 class LissaInfluence(InfluenceFunctionModel):
     """Influence by LiSSA (Agarwal, Bullins & Hazan 2017).
 
-    maxiter: steps, each a product with one mini-batch of the training data. dampen: acts as further damping of
-    scale·dampen, which the report says. scale: above half of the largest eigenvalue of A + λI, also on every
-    mini-batch; None finds one. Too small a scale diverges: the report says so, and which one would do. h0: where the
-    recursion starts, s times the solution that is guessed, over all blocks' parameters: [p], or [k, p] for as many test
-    points. rtol: see `LiSSA`. full_batch: all training data in every step. seed: of the order of the mini-batches.
-    Other parameters as `InfluenceFunctionModel`. Slow where λ is small: prefer `CgInfluence`, or `ChebyshevInfluence`
-    where inner products are what hurts. Raises SettingError or ShapeError for a parameter that does not fit.
+    Slow where λ is small: prefer `CgInfluence`, or `ChebyshevInfluence` where inner products are what costs.
+
+    Args:
+        model: Any `nn.Module`. It is only read.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        hessian_regularization: Damping λ: a number, a `RelativeDamping` rule, or a mapping block → number or rule.
+        maxiter: The number of steps, each a product with one mini-batch of the training data.
+        dampen: Acts as further damping of scale·dampen, which the report states.
+        scale: A number above half of the largest eigenvalue of A + λI, also on every mini-batch; found if None. Too
+            small a scale diverges; the report then says which one would do.
+        h0: Where the recursion starts, s times a guess of the solution over all blocks' parameters: [p], or [k, p] for
+            as many test points.
+        rtol: The relative residual at which a row stops, see `LiSSA`.
+        full_batch: Whether each step takes all training data.
+        seed: The seed of the order of the mini-batches.
+        block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
+        second_order_mode: "hessian", "ggn" or "empirical_fisher".
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
+        ShapeError: If `h0` has another shape.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -59,23 +73,10 @@ class LissaInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(
-                LiSSA,
-                maxiter=maxiter,
-                dampen=dampen,
-                scale=scale,
-                rtol=rtol,
-                full_batch=full_batch,
-                seed=seed,
-                h0=h0,
-            ),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
+        solver = partial(
+            LiSSA, maxiter=maxiter, dampen=dampen, scale=scale, rtol=rtol, full_batch=full_batch, seed=seed, h0=h0
         )
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)
         self._h0 = h0
         if h0 is not None and (h0.ndim not in (1, 2) or h0.shape[-1] != self.n_parameters):
             raise ShapeError(f"`h0` must be [p] or [k, p] with p={self.n_parameters}, got {list(h0.shape)}.")

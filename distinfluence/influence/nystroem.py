@@ -18,12 +18,22 @@ from distinfluence.solvers.nystroem import NystroemSketch
 class NystroemSketchInfluence(InfluenceFunctionModel):
     """Influence by the exact inverse of Â + λI, with Â the randomised Nyström approximation of A (Frangella et al.).
 
-    rank: of the sketch, in each block; at most the block's size is used. seed: of the sketch. residual_rows: of how
-    many test points of each solve the residual is measured, in a pass that costs more than the sketch where there are
-    many; all if None. Other parameters as
-    `InfluenceFunctionModel`. Without damping the sketch is inverted on its own range alone, which is said in the
-    report. A sketch holds no negative curvature: take "ggn" or "empirical_fisher"; with the Hessian a second pass is
-    made, the negative part is clipped, and `fit_report` says how large it was.
+    Without damping the sketch is inverted on its own range alone, and the report says so. A sketch holds no negative
+    curvature: use "ggn" or "empirical_fisher". With the Hessian a second pass is made, the negative part is clipped,
+    and `fit_report` says how large it was.
+
+    Args:
+        model: Any `nn.Module`. It is only read.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        rank: The rank of the sketch in each block; at most the block's size is used.
+        hessian_regularization: Damping λ: a number, a `RelativeDamping` rule, or a mapping block → number or rule.
+        seed: The seed of the sketch.
+        residual_rows: For how many test points of each solve the residual is measured, in one pass; for all if None.
+        block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
+        second_order_mode: "hessian", "ggn" or "empirical_fisher".
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -46,11 +56,5 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
-        super().__init__(
-            model,
-            loss,
-            hessian_regularization,
-            partial(NystroemSketch, rank=rank, seed=seed, residual_rows=residual_rows),
-            block_structure=block_structure,
-            second_order_mode=second_order_mode,
-        )
+        solver = partial(NystroemSketch, rank=rank, seed=seed, residual_rows=residual_rows)
+        super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)

@@ -15,13 +15,21 @@ from distinfluence.solvers.spectrum import Extremes
 class FitReport:
     """What a fit was made of.
 
-    n_samples: training samples. n_parameters: covered parameters p; n_total: all parameters of the model; coverage:
-    their ratio. uncovered: names left out (frozen, or not in a custom block structure). blocks: block → size.
-    damping: block → λ. positive_definite: block → whether A + λI is, None where the method does not find out.
-    passes: over the training data. remarks: how the loss was understood, and what the method has to say. seconds: wall
-    time. details: block → small tensors of the method, for instance eigenvalues and their residuals. spectrum: block →
-    ends of the spectrum of A, once they were asked for. treatments: parameter → how it is represented, for methods that
-    treat parameters differently.
+    Args:
+        second_order_mode: The curvature.
+        n_samples: The number of training samples.
+        n_parameters: The number of covered parameters, p.
+        n_total: The number of all parameters of the model.
+        uncovered: The names of omitted parameters (frozen, or not in a custom block structure).
+        blocks: Block → size.
+        damping: Block → λ.
+        positive_definite: Block → whether A + λI is, None where the method does not find out.
+        passes: The passes over the training data.
+        remarks: How the loss was understood, and what the method has to say.
+        seconds: The wall time.
+        details: Block → small tensors of the method, for instance eigenvalues and their residuals.
+        spectrum: Block → ends of the spectrum of A, once they were asked for.
+        treatments: Parameter → how it is represented, for methods that treat parameters differently.
     """
 
     second_order_mode: str
@@ -62,12 +70,16 @@ class FitReport:
 class SolveReport:
     """How far the solve of each row got.
 
-    relative_residual: [k] float64, ‖g − (A + λI) x‖ / ‖g‖ over all blocks, from a fresh product. iterations: [k] int64,
-    of the block that needed most. converged: [k] bool, in every block. outcome: for each row why it stopped, of the
-    first block that did not converge. by_block: the `Solution`s without their x, block by block.
-    error_bound: [k] float64, c_i with |Î_ij − I_ij| ≤ c_i·‖g_j‖ for every training point j (units: influence per
-    gradient norm), or None where nothing is known of the spectrum. rigorous: whether that bound is, or rests on an
-    estimate of the smallest eigenvalue. remarks: of the method, in sentences.
+    Args:
+        relative_residual: ‖g − (A + λI) x‖ / ‖g‖ over all blocks, from a fresh product, [k] float64.
+        iterations: The iterations of the block that needed most, [k] int64.
+        converged: Whether the row converged in every block, [k] bool.
+        outcome: For each row why it stopped, of the first block that did not converge.
+        by_block: The `Solution`s without their x, block by block.
+        error_bound: c_i with |Î_ij − I_ij| ≤ c_i·‖g_j‖ for every training point j, [k] float64 (units: influence per
+            gradient norm); None where nothing is known of the spectrum.
+        rigorous: Whether that bound is rigorous, or rests on an estimate of the smallest eigenvalue.
+        remarks: Remarks of the method, in sentences.
     """
 
     relative_residual: Tensor
@@ -86,7 +98,16 @@ class SolveReport:
         rhs: Mapping[str, Tensor],
         bounds: Mapping[str, LowerBound | None],
     ) -> "SolveReport":
-        """Put the blocks' solutions together; rhs: block → [k, p_block]; bounds: block → of its spectrum."""
+        """Put the blocks' solutions together.
+
+        Args:
+            solutions: Block → solution.
+            rhs: Block → right-hand sides [k, p_block].
+            bounds: Block → lower bound of its spectrum.
+
+        Returns:
+            The report.
+        """
         norms = {block: rows.double().norm(dim=1).cpu() for block, rows in rhs.items()}
         blocks = {block: BlockReport.of(solution) for block, solution in solutions.items()}
         squared = torch.stack([(norms[b] * blocks[b].relative_residual) ** 2 for b in blocks]).sum(dim=0)
@@ -119,7 +140,15 @@ class SolveReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """How far the solve of each row got in one block; fields as in `Solution`."""
+    """How far the solve of each row got in one block; fields as in `Solution`.
+
+    Args:
+        relative_residual: The relative residuals, [k] float64.
+        iterations: The iterations, [k] int64.
+        converged: Whether each row converged, [k] bool.
+        outcome: Why each row stopped.
+        curvature: The smallest Rayleigh quotients met, [k] float64.
+    """
 
     relative_residual: Tensor
     iterations: Tensor
@@ -129,7 +158,14 @@ class BlockReport:
 
     @classmethod
     def of(cls, solution: Solution) -> "BlockReport":
-        """The solution without its x, on the CPU."""
+        """Return the solution without its x, on the CPU.
+
+        Args:
+            solution: The solution of the block.
+
+        Returns:
+            The report.
+        """
         return cls(
             relative_residual=solution.relative_residual.double().cpu(),
             iterations=solution.iterations.cpu(),

@@ -16,10 +16,14 @@ from distinfluence.solvers.quadrature import quadratic_forms
 
 @dataclass(frozen=True)
 class SelfInfluences:
-    """Self-influence of n samples. values, lower, upper: [n] float64; values lie halfway between the bounds.
+    """Self-influence of n samples.
 
-    iterations: [n] int64, quadrature steps. rigorous: whether the bounds are, or rest on an estimate of the smallest
-    eigenvalue.
+    Args:
+        values: The values, [n] float64, halfway between the bounds.
+        lower: The lower bounds, [n] float64.
+        upper: The upper bounds, [n] float64.
+        iterations: The steps, [n] int64.
+        rigorous: Whether the bounds are rigorous, or rest on an estimate of the smallest eigenvalue.
     """
 
     values: Tensor

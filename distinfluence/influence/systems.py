@@ -18,7 +18,7 @@ from distinfluence.influence.checks import check_derivatives
 from distinfluence.influence.damping import Regularization, RelativeDamping, damping_by_block, resolved
 from distinfluence.influence.fitted import Curvature, Fitted
 from distinfluence.influence.report import FitReport, SolveReport
-from distinfluence.influence.scoring import Scorer
+from distinfluence.influence.scores import Scorer
 from distinfluence.influence.settings import check_precision, checked_mode, common_settings
 from distinfluence.model.batch import Batch, as_batch
 from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlocks
@@ -46,7 +46,6 @@ class CurvatureSystems:
         loss: Loss | Objective,
         hessian_regularization: Regularization,
         solver: partial[Any],
-        *,
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.HESSIAN,
     ) -> None:
@@ -67,11 +66,26 @@ class CurvatureSystems:
         self._risk = SampleRisk(model, self.objective, blocks, device, autocast=self._autocast)
 
     def solver(self, damping: float) -> Solver[Any]:
-        """Return the solver for this damping."""
+        """Return the solver for this damping.
+
+        Args:
+            damping: The damping λ.
+
+        Returns:
+            The solver.
+        """
         return self._template.at(damping)
 
     def block_solver(self, block: str, damping: float) -> Solver[Any]:
-        """Return the solver of a block."""
+        """Return the solver of a block.
+
+        Args:
+            block: The name of the block.
+            damping: The damping λ of the block.
+
+        Returns:
+            The solver.
+        """
         return self.solver(damping)
 
     @property
@@ -80,15 +94,27 @@ class CurvatureSystems:
         return self._template.solves_over_data
 
     def settings(self) -> dict[str, object]:
-        """What fixes the numbers besides model, loss and data, in JSON's types: for provenance and fingerprints."""
+        """Return what fixes the numbers besides model, loss and data, for provenance and fingerprints.
+
+        Returns:
+            Name → value, in JSON's types.
+        """
         return self._common_settings() | {name: getattr(self._template, name) for name in self._hyperparameters}
 
     def asked_settings(self) -> dict[str, object]:
-        """As `settings`, with the damping as it was asked for: the same before and after a fit."""
+        """Return `settings` with the damping as it was asked for: the same before and after a fit.
+
+        Returns:
+            Name → value, in JSON's types.
+        """
         return self.unbound().settings()
 
     def demand(self) -> Demand:
-        """What a fit and a solve will need, before anything is computed: for plans."""
+        """Return what a fit and a solve will need, before anything is computed.
+
+        Returns:
+            Bytes and passes over the training data.
+        """
         # a dense Hessian is compared with products; the sketch of one, which may be indefinite, is seen from both sides
         looks = len(self.risk.blocks.names) * (2 if self.second_order_mode is SecondOrderMode.HESSIAN else 1)
         sizes = tuple(self.risk.blocks.sizes)
@@ -105,7 +131,11 @@ class CurvatureSystems:
 
     @property
     def damping(self) -> dict[str, float]:
-        """Block → λ. Raises NotFittedError for a rule that is not worked out before `fit`."""
+        """Block → λ.
+
+        Raises:
+            NotFittedError: If a rule relative to the curvature is not worked out before `fit`.
+        """
         if self._fit is not None:
             return dict(self._fit.damping)
         if rules := self._rules():
@@ -145,7 +175,11 @@ class CurvatureSystems:
         return self._fitted().operators
 
     def exact_systems(self) -> dict[str, tuple[CurvatureOperator, float, slice]]:
-        """What factors are compared with by `verify`: block → (A, λ, columns) of the systems (A + λI) x = g."""
+        """Return the systems that `verify` compares factors with.
+
+        Returns:
+            Name → (A, λ, columns) of each system (A + λI) x = g.
+        """
         columns = self.risk.blocks.columns
         return {block: (self.operators[block], self.damping[block], columns[block]) for block in self.operators}
 
@@ -155,10 +189,19 @@ class CurvatureSystems:
         return self._fit
 
     def fit(self, data: object) -> Self:
-        """Do the work that needs no test point; returns the influence model itself.
+        """Do the work that needs no test point.
 
-        data: the training set as a DataLoader, a list of batches, one (x, y) pair, or a `ChunkReducer`.
-        Raises EmptyDataError, NonFiniteError, LossError, DtypeError for data or losses that cannot be used.
+        Args:
+            data: The training set as a DataLoader, a list of batches, one (x, y) pair, or a `ChunkReducer`.
+
+        Returns:
+            The influence model itself.
+
+        Raises:
+            EmptyDataError: If there are no samples.
+            NonFiniteError: If losses or derivatives are NaN or infinite.
+            LossError: If the loss is not one of single samples.
+            DtypeError: If the data have a type that cannot be used.
         """
         start = time.perf_counter()
         if isinstance(data, ChunkReducer):
@@ -175,7 +218,14 @@ class CurvatureSystems:
         return self
 
     def check(self, drawn: Sequence[Batch]) -> Checked:
-        """Check the derivatives that a fit will use, at samples from all over its data; see `influence.checks`."""
+        """Check the derivatives that a fit will use; see `influence.checks`.
+
+        Args:
+            drawn: Samples from all over the data of the fit, in batches.
+
+        Returns:
+            What was checked.
+        """
         return check_derivatives(self.risk, drawn, self._products)
 
     @property
@@ -187,9 +237,19 @@ class CurvatureSystems:
         return {block: self.block_solver(block, value) for block, value in damping.items()}
 
     def with_damping(self, hessian_regularization: Regularization) -> Self:
-        """A copy with another damping and the same fit: no products where the method's mathematics allow it.
+        """Return a copy with another damping and the same fit, without products where the mathematics allow it.
 
-        Direct, Arnoldi, Nyström and Krylov models re-use everything, preconditioners that can do so too.
+        Direct, Arnoldi, Nyström and Krylov models re-use everything. Preconditioners that can do so re-use everything
+        too.
+
+        Args:
+            hessian_regularization: The damping, as for the model itself.
+
+        Returns:
+            The copy.
+
+        Raises:
+            NotFittedError: If the model is not fitted.
         """
         fitted = self._fitted()
         other = copy.copy(self)
@@ -199,11 +259,21 @@ class CurvatureSystems:
         return other
 
     def in_mixed_precision(self, dtype: torch.dtype = torch.bfloat16) -> Self:
-        """A copy, not fitted, whose passes through the model run in bfloat16 or float16 where torch's autocast does so.
+        """Return a copy, not fitted, whose passes through the model run in a narrow dtype where torch's autocast does
+        so.
 
-        Parameters, losses, gradients and all sums stay in float32, so do the solver and the scores' products. Scores
-        then have about two digits; no error bounds are given, since those know nothing of the passes' rounding. Faster
-        on GPUs with matrix units for these types, slower on most CPUs. Raises SettingError for another dtype.
+        Parameters, losses, gradients and all sums stay in float32. So do the solver and the products of the scores.
+        Scores then have about two digits. No error bounds are given, since they know nothing of the passes' rounding.
+        Faster on GPUs with matrix units for these types, slower on most CPUs.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16.
+
+        Returns:
+            The copy.
+
+        Raises:
+            SettingError: If the dtype is another, or the model is not evaluated in float32.
         """
         check_precision(dtype, self.risk.dtype)
         other = self.unbound()
@@ -212,10 +282,16 @@ class CurvatureSystems:
         return other
 
     def spectrum(self) -> dict[str, Extremes]:
-        """Both ends of the spectrum of A, block by block, by Lanczos: 5 to 40 passes of 4 rows, once.
+        """Find both ends of the spectrum of A, block by block, by Lanczos: 5 to 40 passes of 4 rows, once.
 
-        From then on, solve reports of an A that is not positive semi-definite by what it is carry error bounds as well
-        (heuristic ones), and `fit_report` says whether A + λI is positive definite.
+        From then on, solve reports carry (heuristic) error bounds also for an A that is not positive semi-definite by
+        construction, and `fit_report` says whether A + λI is positive definite.
+
+        Returns:
+            Block → ends of the spectrum.
+
+        Raises:
+            NotFittedError: If the model is not fitted.
         """
         self._fit = self._fitted().with_spectrum()
         return dict(self._fit.report.spectrum)
@@ -230,11 +306,29 @@ class CurvatureSystems:
         return Curvature(operators, Scorer(self.risk))
 
     def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
-        """(A + λI)⁻¹ applied to each row: gradients [k, p] → factors [k, p] and how far each row got."""
+        """Apply (A + λI)⁻¹ to each row.
+
+        Args:
+            gradients: The right-hand sides, [k, p].
+
+        Returns:
+            The factors [k, p] and how far each row got.
+
+        Raises:
+            NotFittedError: If the model is not fitted.
+        """
         return self._fitted().solve(self._by_block(gradients))
 
     def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
-        """As `solve`, for each of several dampings from the one fit; methods that can share their work between them."""
+        """Solve for several dampings from one fit; methods that can do so share their work between them.
+
+        Args:
+            gradients: The right-hand sides, [k, p].
+            dampings: The dampings, each as for the model itself.
+
+        Returns:
+            What `solve` returns, for each damping.
+        """
         fitted, blocks = self._fitted(), self.risk.blocks
         asked = [resolved(damping_by_block(blocks, damping), fitted.operators) for damping in dampings]
         return fitted.solve_at(self._by_block(gradients), asked)
@@ -248,17 +342,32 @@ class CurvatureSystems:
         return self._fitted().kind_of_bound
 
     def place(self, x: object, y: Tensor | None = None) -> Batch:
-        """(x, y), or x alone where it is the whole batch, checked and on the model's device.
+        """Check a batch and move it to the model's device.
 
-        Raises ModelModeError if the model has been put in train mode since `fit`, NotFittedError if its parameters have
-        been written to.
+        Args:
+            x: The inputs [n, ...], or a whole batch (tuple, dict).
+            y: The targets [n, ...]; None where `x` is the whole batch.
+
+        Returns:
+            The batch: (x, y), or x alone where it is the whole batch.
+
+        Raises:
+            ModelModeError: If the model has been put in train mode since `fit`.
+            NotFittedError: If the model's parameters have been written to since `fit`.
         """
         check_mode(self.risk.module)
         self.risk.check_unchanged()
         return self.risk.place(as_batch(x if y is None else (x, y)))
 
     def to(self, device: torch.device | str) -> Self:
-        """Compute on another device from now on, with the fitted state; the user's model stays where it is."""
+        """Compute on another device from now on, with the fitted state. The user's model stays where it is.
+
+        Args:
+            device: The device.
+
+        Returns:
+            The influence model itself.
+        """
         device = torch.device(device)
         arrays = {name: tensor.to(device) for name, tensor in self.state_arrays().items()} if self.is_fitted else {}
         self._risk = self.risk.to(device)
@@ -267,24 +376,52 @@ class CurvatureSystems:
         return self
 
     def state_arrays(self) -> dict[str, Tensor]:
-        """What of the fitted state must be kept to `restore` it elsewhere: "block/array" → tensor."""
+        """Return what of the fitted state must be kept to `restore` it elsewhere.
+
+        Returns:
+            "block/array" → tensor.
+
+        Raises:
+            NotFittedError: If the model is not fitted.
+        """
         return self._fitted().arrays()
 
     def restore(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor], report: FitReport) -> Self:
-        """The fitted state again from `state_arrays`, from a reducer over the same data, without the work of `fit`."""
+        """Take over a fitted state without the work of `fit`.
+
+        Args:
+            reducer: A reducer over the same data.
+            arrays: What `state_arrays` returned.
+            report: The report of the fit.
+
+        Returns:
+            The influence model itself.
+        """
         solvers = self._solvers(report.damping)
         self._fit = Fitted.restored(reducer, self._curvature(reducer, arrays), solvers, arrays, report)
         return self
 
     def unbound(self) -> Self:
-        """A copy of the settings without the model and the fitted state: small, and free to travel."""
+        """Return a copy of the settings without the model and the fitted state: small, and free to travel.
+
+        Returns:
+            The copy.
+        """
         bare = copy.copy(self)
         bare._fit = None
         bare._risk = None
         return bare
 
     def bound_to(self, model: nn.Module, device: torch.device | None = None) -> Self:
-        """A copy of the settings for this model, not fitted."""
+        """Return a copy of the settings for this model, not fitted.
+
+        Args:
+            model: The model, of the same form.
+            device: Where to compute; the device of the model if None.
+
+        Returns:
+            The copy.
+        """
         other = self.unbound()
         other._bind(model, device)
         return other

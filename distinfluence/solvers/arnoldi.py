@@ -106,17 +106,26 @@ class Eigenpairs(SolverState):
 
 @dataclass(frozen=True)
 class Arnoldi(Solver[Eigenpairs]):
-    """Solve in the span of the leading eigenvectors.
+    """Solves in the span of the leading eigenvectors.
 
-    damping: λ ≥ 0. rank_estimate: r, how many eigenpairs of largest modulus; at most p. tol: residual ‖A v − θ v‖
-    relative to the largest |θ| up to which a pair counts as converged. complement: whether (I − VᵀV)/λ is added, for
-    which λ > 0 is needed; else what lies outside of V is lost. indefinite: "keep" or "drop" the directions where
-    D + λ is negative. block_size: rows of a pass, if None 16, r/8 if that is more, r if that is less; of eigenvalues
-    that are repeated more often than that, some may be missed. max_basis: rows of the basis before a thick restart, if
-    None 40 blocks as far as they fit in 2 GiB, and room for r in any case. maxiter: passes of the fit, 100 more than r
-    needs if None. seed: of the start vectors. rtol: a row's relative residual, of A + λI, up to which it counts as
-    converged. residual_rows: of how many right-hand sides the residual is measured, in one pass; all if None.
-    Raises SettingError for what is out of range.
+    Args:
+        damping: λ ≥ 0.
+        rank_estimate: r, the number of eigenpairs of largest modulus; at most p.
+        tol: The residual ‖A v − θ v‖, relative to the largest |θ|, up to which a pair counts as converged.
+        complement: Whether (I − VᵀV)/λ is added, for which λ > 0 is needed; otherwise what lies outside of V is lost.
+        indefinite: "keep" or "drop" the directions where D + λ is negative.
+        block_size: The rows of a pass; if None 16, r/8 if that is more, r if that is less. Of eigenvalues that are
+            repeated more often than that, some may be missed.
+        max_basis: The rows of the basis before a thick restart; if None 40 blocks as far as they fit into 2 GiB, with
+            room for r in any case.
+        maxiter: The largest number of passes of the fit; 100 more than r needs if None.
+        seed: The seed of the start vectors.
+        rtol: The relative residual of a row, of A + λI, up to which it counts as converged.
+        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; for all if
+            None.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> from distinfluence.curvature import MatrixOperator
@@ -162,12 +171,27 @@ class Arnoldi(Solver[Eigenpairs]):
             check_count("max_basis", self.max_basis, least=self.rank_estimate + 2 * self.block(self.rank_estimate))
 
     def block(self, rank: int) -> int:
-        """Rows of a pass for so many eigenpairs."""
+        """Return the rows of a pass for so many eigenpairs.
+
+        Args:
+            rank: The number of eigenpairs.
+
+        Returns:
+            The number of rows.
+        """
         # 16 rows find 200 pairs in 25 passes, 32 in 14 with 12 % more products: wider for more pairs
         return self.block_size or min(max(BLOCK, rank // 8), rank)
 
     def most_basis(self, size: int, itemsize: int) -> int:
-        """Rows that the basis may have before a thick restart, for vectors of so many numbers of so many bytes."""
+        """Return how many rows the basis may have before a thick restart.
+
+        Args:
+            size: The numbers of a vector, p.
+            itemsize: The bytes of a number.
+
+        Returns:
+            The number of rows.
+        """
         rank = min(self.rank_estimate, size)
         block = min(self.block(rank), size)
         fitting = BASIS_BYTES // (size * itemsize)
@@ -186,8 +210,9 @@ class Arnoldi(Solver[Eigenpairs]):
         rows, block = 5.0 + self.complement, self.block(self.rank_estimate)
         return Demand(GROWING * basis + state, state, rows, 0, USUAL_STEPS, int(self.solves_over_data), False, block)
 
+    @override
     def fit(self, operator: CurvatureOperator) -> Eigenpairs:
-        """The leading eigenpairs, until they have converged, the whole space is searched, or `maxiter` passes spent."""
+        # The leading eigenpairs, until they have converged, the whole space is searched, or `maxiter` passes spent.
         search = _Search(self, operator)
         while search.goes_on():
             search.step()
@@ -195,20 +220,28 @@ class Arnoldi(Solver[Eigenpairs]):
         n_missed = int((residuals > self.tol * values.abs().max()).sum())
         return Eigenpairs(operator, vectors, values, residuals, n_missed, self.damping)
 
+    @override
     def adapt(self, state: Eigenpairs) -> Eigenpairs:
-        """The same eigenpairs; no products."""
         return replace(state, damping=self.damping)
 
     def inverse_values(self, state: Eigenpairs) -> Tensor:
-        """1/(D + λ) [r] float64; 0 where that is zero to rounding, and where it is negative and to be dropped."""
+        """Return 1/(D + λ); 0 where D + λ is zero to rounding, and where it is negative and to be dropped.
+
+        Args:
+            state: The eigenpairs.
+
+        Returns:
+            The values, [r] float64.
+        """
         values = state.values + self.damping
         left_out = values.abs() <= state.noise(self.damping)
         if self.indefinite == "drop":
             left_out |= values < 0
         return torch.where(left_out, 0.0, 1 / torch.where(left_out, 1.0, values))
 
+    @override
     def solve(self, state: Eigenpairs, rhs: Tensor) -> Solution:
-        """Two products with V, four with the complement, and one pass for the true residual."""
+        # Two products with V, four with the complement, and one pass for the true residual.
         check_rhs(rhs, state.operator)
         vectors = state.vectors
         inside = rhs @ vectors.T
@@ -251,13 +284,13 @@ class Arnoldi(Solver[Eigenpairs]):
         )
         return replace(solution, outcome=tuple(outcome))
 
+    @override
     def state_arrays(self, state: Eigenpairs) -> dict[str, Tensor]:
-        """The eigenpairs, their residuals, and how many have not converged."""
         missed = torch.tensor([state.n_missed])
         return {"vectors": state.vectors, "values": state.values, "residuals": state.residuals, "n_missed": missed}
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Eigenpairs:
-        """No product."""
         vectors, values, residuals = arrays["vectors"], arrays["values"], arrays["residuals"]
         return Eigenpairs(operator, vectors, values, residuals, int(arrays["n_missed"]), self.damping)
 

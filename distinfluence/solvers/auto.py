@@ -48,10 +48,16 @@ class AutoState(WrappedState):
 
 @dataclass(frozen=True)
 class Auto(Solver[AutoState]):
-    """The solver that fits the problem.
+    """The solver that suits the problem.
 
-    damping: λ ≥ 0. rtol: as the iterations mean it. rows: right-hand sides that are solved for together, about.
-    memory: bytes that the solver may take, half of what is free if None.
+    Args:
+        damping: λ ≥ 0.
+        rtol: The relative tolerance, as the iterations mean it.
+        rows: About how many right-hand sides are solved for together.
+        memory: The bytes that the solver may take; half of what is free if None.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
     """
 
     damping: float
@@ -79,13 +85,21 @@ class Auto(Solver[AutoState]):
     def _memory(self, device: torch.device) -> int:
         return self.memory or int(SHARE * free_bytes(device))
 
+    @override
     def fit(self, operator: CurvatureOperator) -> AutoState:
-        """Choose, then the chosen solver's fit."""
+        # Choose, then the chosen solver's fit.
         solver, why = self.choose(operator)
         return AutoState(operator, solver.fit(operator), solver, why)
 
     def choose(self, operator: CurvatureOperator) -> tuple[Solver[Any], str]:
-        """The solver for this operator and a sentence that says why; nothing is computed."""
+        """Choose the solver for this operator; nothing is computed.
+
+        Args:
+            operator: The curvature A.
+
+        Returns:
+            The solver, and a sentence that says why.
+        """
         p, vector = operator.size, operator.size * operator.dtype.itemsize
         memory = self._memory(operator.device)
         rows = min(self.rows, p)
@@ -114,21 +128,21 @@ class Auto(Solver[AutoState]):
             return BlockCG(self.damping, rtol=self.rtol, preconditioner=NystroemPreConditioner())
         return Chebyshev(self.damping, rtol=self.rtol)
 
+    @override
     def adapt(self, state: AutoState) -> AutoState:
-        """The same choice at another damping."""
         solver = state.solver.at(self.damping)
         return replace(state, solver=solver, inner=solver.adapt(state.inner))
 
+    @override
     def solve(self, state: AutoState, rhs: Tensor) -> Solution:
-        """By the chosen solver."""
         return state.solver.solve(state.inner, rhs)
 
+    @override
     def solve_at(self, state: AutoState, rhs: Tensor, dampings: Sequence[float]) -> list[Solution]:
-        """By the chosen solver."""
         return state.solver.solve_at(state.inner, rhs, dampings)
 
+    @override
     def state_arrays(self, state: AutoState) -> dict[str, Tensor]:
-        """The choice, so that every process makes the same, and the chosen solver's."""
         kind = type(state.solver).__name__
         code = torch.tensor(list(kind.encode()), dtype=torch.uint8)
         memory = getattr(state.solver, "basis_bytes", 2**31)
@@ -136,8 +150,8 @@ class Auto(Solver[AutoState]):
         own = {"auto_kind": code, "auto_memory": torch.tensor(memory), "auto_why": why}
         return own | state.solver.state_arrays(state.inner)
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> AutoState:
-        """The chosen solver again, as it was chosen."""
         kind, why = (bytes(arrays[name].tolist()).decode() for name in ("auto_kind", "auto_why"))
         solver = self._built(kind, int(arrays["auto_memory"]))
         return AutoState(operator, solver.restore(operator, arrays), solver, why)

@@ -40,12 +40,15 @@ class Outcome(StrEnum):
 class Solution:
     """Rows of x with (A + λI) x = rhs, and for each row how far the solve got.
 
-    x: [k, p], in the dtype of rhs. relative_residual: [k] float64, ‖rhs − (A + λI) x‖ / ‖rhs‖ from a fresh product,
-    0 for a zero row. iterations: [k] int64, steps of the method until the row stopped (0: nothing to do).
-    outcome: one `Outcome` per row; "approximate" where a method that only approximates the inverse has done all that it
-    does and the residual is above the tolerance. curvature: [k] float64, the smallest Rayleigh quotient of A + λI met
-    on the way, NaN where the method does not see one. largest: the largest one met, in absolute value, a lower bound of
-    ‖A + λI‖; NaN likewise. remarks: what else a reader of the report should know, in sentences.
+    Args:
+        x: The solutions, [k, p], in the dtype of the right-hand sides.
+        relative_residual: ‖rhs − (A + λI) x‖ / ‖rhs‖ from a fresh product, [k] float64; 0 for a zero row.
+        iterations: The steps of the method until the row stopped, [k] int64; 0 if there was nothing to do.
+        outcome: One `Outcome` per row. "approximate" is a method that only approximates the inverse, has done all that
+            it does, and leaves a residual above the tolerance.
+        curvature: The smallest Rayleigh quotient of A + λI met on the way, [k] float64; NaN where the method sees none.
+        largest: The largest one met, in absolute value: a lower bound of ‖A + λI‖. NaN likewise.
+        remarks: What else a reader of the report should know, in sentences.
     """
 
     x: Tensor
@@ -64,7 +67,11 @@ class Solution:
 
 @dataclass(frozen=True)
 class SolverState:
-    """What a fit leaves, independent of any right-hand side. operator: A."""
+    """What a fit leaves, independent of any right-hand side.
+
+    Args:
+        operator: The curvature A.
+    """
 
     operator: CurvatureOperator
 
@@ -117,7 +124,7 @@ class WrappedState(SolverState):
 
 
 class Solver(ABC, Generic[StateT]):
-    """Solve (A + damping·I) x = rhs for each row; `StateT` is what `fit` returns. Subclasses are frozen dataclasses."""
+    """Solves (A + λI) x = rhs for each row. Subclasses are frozen dataclasses; `StateT` is what their `fit` returns."""
 
     damping: float
 
@@ -127,40 +134,102 @@ class Solver(ABC, Generic[StateT]):
         return True
 
     def demand(self, systems: Systems) -> Demand:
-        """What a fit and a solve will need, before anything is computed. Iterative methods' unless said."""
+        """Return what a fit and a solve will need, before anything is computed; unless said, the needs of an iteration.
+
+        Args:
+            systems: What is known of the systems before a fit.
+
+        Returns:
+            Bytes and passes over the training data.
+        """
         return Demand()
 
     def at(self, damping: float) -> Self:
-        """The same solver with another damping."""
+        """Return the same solver with another damping.
+
+        Args:
+            damping: λ ≥ 0.
+
+        Returns:
+            The solver.
+        """
         return replace(self, damping=damping)  # type: ignore[type-var]
 
     def adapt(self, state: StateT) -> StateT:
-        """The state for this solver's damping from one that was fitted with another; itself if it holds no damping.
+        """Return the state for this solver's damping, without products where the mathematics allow it.
 
-        Makes no products where the mathematics allow it.
+        Args:
+            state: A state that was fitted with another damping.
+
+        Returns:
+            The state for this damping; the same one if it holds no damping.
         """
         return state
 
     def solve_at(self, state: StateT, rhs: Tensor, dampings: Sequence[float]) -> list[Solution]:
-        """One solution for each damping, from one fit."""
+        """Solve for several dampings from one fit.
+
+        Args:
+            state: What `fit` returned.
+            rhs: The right-hand sides, [k, p].
+            dampings: The dampings λ ≥ 0.
+
+        Returns:
+            One solution for each damping.
+        """
         solvers = [self.at(damping) for damping in dampings]
         return [solver.solve(solver.adapt(state), rhs) for solver in solvers]
 
     @abstractmethod
     def fit(self, operator: CurvatureOperator) -> StateT:
-        """All work that needs no right-hand side."""
+        """Do all work that needs no right-hand side.
+
+        Args:
+            operator: The curvature A.
+
+        Returns:
+            The state for `solve`.
+        """
 
     @abstractmethod
     def solve(self, state: StateT, rhs: Tensor) -> Solution:
-        """Solve for rhs [k, p]. Raises ShapeError, DtypeError or NonFiniteError for a bad `rhs`."""
+        """Solve (A + λI) x = rhs for each row.
+
+        Args:
+            state: What `fit` returned.
+            rhs: The right-hand sides, [k, p].
+
+        Returns:
+            The solutions, and how far each row got.
+
+        Raises:
+            ShapeError: If `rhs` is not [k, p].
+            DtypeError: If `rhs` has another dtype than the operator.
+            NonFiniteError: If `rhs` has NaN or infinity.
+        """
 
     def state_arrays(self, state: StateT) -> dict[str, Tensor]:
-        """What of the state must be kept to restore it elsewhere, without the operator."""
+        """Return what of the state must be kept to restore it elsewhere, without the operator.
+
+        Args:
+            state: What `fit` returned.
+
+        Returns:
+            Name → tensor.
+        """
         return {}
 
     @abstractmethod
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> StateT:
-        """The state again from `state_arrays`, beside an equal operator, without the work of `fit`."""
+        """Return the state again without the work of `fit`.
+
+        Args:
+            operator: An operator equal to the fitted one.
+            arrays: What `state_arrays` returned.
+
+        Returns:
+            The state.
+        """
 
 
 def damped(operator: CurvatureOperator, rows: Tensor, damping: float) -> Tensor:

@@ -19,9 +19,20 @@ from distinfluence.solvers.iterative import Steps
 
 @dataclass(frozen=True)
 class BlockCG(ConjugateSolver):
-    """Breakdown-free block conjugate gradients; hyperparameters as `ConjugateSolver`.
+    """Breakdown-free block conjugate gradients.
 
     Negative curvature anywhere in the search space stops all rows that are not done.
+
+    Args:
+        damping: λ ≥ 0.
+        rtol: Relative tolerance. A row has converged when ‖rhs − (A + λI) x‖ ≤ max(rtol·‖rhs‖, atol), as in SciPy, for
+            the true residual. None is 1e-7 in float64 and 1e-4 in float32.
+        atol: Absolute tolerance.
+        maxiter: The largest number of iterations of a row; 10·p up to 5000 if None.
+        preconditioner: See `Preconditioner`; none if None.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> from distinfluence.curvature import MatrixOperator

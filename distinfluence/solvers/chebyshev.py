@@ -99,10 +99,20 @@ class Interval(DampedState):
 
 @dataclass(frozen=True)
 class Chebyshev(IterativeSolver[Interval]):
-    """Chebyshev semi-iteration; hyperparameters as `IterativeSolver`. seed: of the start vectors of Lanczos.
+    """Chebyshev semi-iteration.
 
-    Needs A + λI positive definite: rows of an
-    indefinite one end as "negative curvature" without a step.
+    It needs A + λI positive definite: rows of an indefinite one end as "negative curvature" without a step.
+
+    Args:
+        damping: λ ≥ 0.
+        rtol: Relative tolerance. A row has converged when ‖rhs − (A + λI) x‖ ≤ max(rtol·‖rhs‖, atol), as in SciPy, for
+            the true residual. None is 1e-7 in float64 and 1e-4 in float32.
+        atol: Absolute tolerance.
+        maxiter: The largest number of steps of a row; 5000 if None.
+        seed: The seed of the start vectors of Lanczos.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> from distinfluence.curvature import MatrixOperator
@@ -118,24 +128,25 @@ class Chebyshev(IterativeSolver[Interval]):
     def demand(self, systems: Systems) -> Demand:
         return Demand(row_vectors=10.0, fit_passes=USUAL_STEPS)  # Lanczos for the ends of the spectrum first
 
+    @override
     def fit(self, operator: CurvatureOperator) -> Interval:
-        """The ends of the spectrum, by Lanczos: 5 to 40 passes of 4 rows."""
+        # The ends of the spectrum, by Lanczos: 5 to 40 passes of 4 rows.
         return Interval(operator, self.damping, extreme_eigenvalues(operator, seed=self.seed))
 
+    @override
     def most(self, size: int) -> int:
-        """How many steps a row may take: 5000 if not said. They depend on the condition alone, never on p."""
         return self.maxiter or MOST_ITERATIONS
 
+    @override
     def adapt(self, state: Interval) -> Interval:
-        """The same ends: no products."""
         return replace(state, damping=self.damping)
 
+    @override
     def state_arrays(self, state: Interval) -> dict[str, Tensor]:
-        """The ends of the spectrum."""
         return {"extremes": torch.tensor(astuple(state.extremes), dtype=torch.float64)}
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Interval:
-        """No product."""
         values = dict(zip((field.name for field in fields(Extremes)), arrays["extremes"].tolist(), strict=True))
         return Interval(operator, self.damping, Extremes(**values | {"passes": int(values["passes"])}))
 

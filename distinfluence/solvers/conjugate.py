@@ -53,13 +53,15 @@ class ConjugateSolver(IterativeSolver[CgState]):
         state = (getattr(self.preconditioner, "rank", 0) or 0) * systems.vector_bytes
         return Demand(SKETCHING * state, state, self._row_vectors(), fit_passes=int(self.preconditioner is not None))
 
+    @override
     def fit(self, operator: CurvatureOperator) -> CgState:
-        """Fit the preconditioner, if there is one."""
+        # Fit the preconditioner, if there is one.
         fitted = None if self.preconditioner is None else self.preconditioner.fit(operator, self.damping)
         return CgState(operator, self.damping, fitted)
 
+    @override
     def adapt(self, state: CgState) -> CgState:
-        """The preconditioner at the new damping, if it can; else it is fitted again."""
+        # The preconditioner at the new damping, if it can; else it is fitted again.
         if state.damping == self.damping:
             return state
         if state.preconditioner is None:
@@ -68,13 +70,13 @@ class ConjugateSolver(IterativeSolver[CgState]):
             return CgState(state.operator, self.damping, state.preconditioner.at(self.damping))
         return self.fit(state.operator)
 
+    @override
     def state_arrays(self, state: CgState) -> dict[str, Tensor]:
-        """Those of the preconditioner, if it can be stored."""
         stored = isinstance(self.preconditioner, SupportsStorage) and state.preconditioner is not None
         return self.preconditioner.arrays(state.preconditioner) if stored else {}  # type: ignore[union-attr]
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> CgState:
-        """Without products, but for a preconditioner that cannot be stored: that is fitted again."""
         if isinstance(self.preconditioner, SupportsStorage):
             return CgState(operator, self.damping, self.preconditioner.restore(operator, self.damping, arrays))
         return self.fit(operator)

@@ -104,11 +104,18 @@ class Factorisation(SolverState):
 class Direct(Solver[Factorisation]):
     """Dense factorisation: exact to rounding.
 
-    damping: λ ≥ 0. rtol: residual norm relative to ‖rhs‖ above which a row counts as not solved: a backward stable
-    solve leaves about eps·cond(A + λI), so that 1e-6 is missed only beyond cond ≈ 1e10, where few digits of x are
-    right. Rows in float32 may miss it by the rounding of x itself, up to 1e-2. eigen: factorise by eigenvalues in any
-    case, for many dampings or to look at the spectrum.
-    Reference: Golub & Van Loan (2013), Matrix Computations, sections 4.2 and 8.3.
+    Args:
+        damping: λ ≥ 0.
+        rtol: The residual norm relative to ‖rhs‖ above which a row counts as not solved. A backward stable solve leaves
+            about eps·cond(A + λI), so 1e-6 is missed only beyond cond ≈ 1e10, where few digits of x are right. Rows in
+            float32 may miss it by the rounding of x itself, up to 1e-2.
+        eigen: Whether to factorise by eigenvalues in any case, for many dampings or to look at the spectrum.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
+
+    References:
+        Golub & Van Loan (2013), Matrix Computations, sections 4.2 and 8.3.
     """
 
     damping: float
@@ -132,8 +139,9 @@ class Direct(Solver[Factorisation]):
         sum_bytes = systems.itemsize * largest
         return Demand(state + EIGEN_BYTES * largest, state, 10.0, 0, systems.looks, 0, True, sum_bytes=sum_bytes)
 
+    @override
     def fit(self, operator: CurvatureOperator) -> Factorisation:
-        """Make the matrix and factorise it. Raises NonFiniteError if it has NaN or infinity."""
+        # Make the matrix and factorise it. Raises NonFiniteError if it has NaN or infinity.
         matrix = operator.dense()
         bad = int((~matrix.isfinite()).sum())
         if bad:
@@ -162,25 +170,24 @@ class Direct(Solver[Factorisation]):
         eigenvalues, vectors = torch.linalg.eigh(matrix)
         return Factorisation(operator, matrix, self.damping, vectors, matrix.new_empty(0).int(), eigenvalues)
 
+    @override
     def adapt(self, state: Factorisation) -> Factorisation:
-        """Nothing to do with eigenvalues; else a new factorisation. No products."""
+        # Nothing to do with eigenvalues; else a new factorisation. No products.
         if state.damping == self.damping:
             return state
         if state.eigenvalues.numel():
             return replace(state, damping=self.damping)
         return self._factorised(state.operator, state.matrix)
 
+    @override
     def solve_at(self, state: Factorisation, rhs: Tensor, dampings: Sequence[float]) -> list[Solution]:
-        """By one eigendecomposition for many dampings, else by a factorisation each."""
         if len(dampings) >= EIGEN_PAYS and not state.eigenvalues.numel():
             state = replace(self, eigen=True)._factorised(state.operator, state.matrix)
         return super().solve_at(state, rhs, dampings)
 
+    @override
     def solve(self, state: Factorisation, rhs: Tensor) -> Solution:
-        """Two triangular solves, or the eigenvectors; the residual from the dense matrix.
-
-        The curvature is the smallest eigenvalue of A + λI, NaN with a Cholesky factor: positive.
-        """
+        # Two triangular solves, or the eigenvectors; the residual from the dense matrix.
         check_rhs(rhs, state.operator)
         b = rhs.double()
         x = _eigen_solve(state, b) if state.eigenvalues.numel() else state.times_inverse(b.T).T.contiguous()
@@ -202,8 +209,8 @@ class Direct(Solver[Factorisation]):
             largest=state.norm,
         )
 
+    @override
     def state_arrays(self, state: Factorisation) -> dict[str, Tensor]:
-        """Matrix and factorisation."""
         return {
             "matrix": state.matrix,
             "factor": state.factor,
@@ -211,8 +218,8 @@ class Direct(Solver[Factorisation]):
             "eigenvalues": state.eigenvalues,
         }
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Factorisation:
-        """No product and no factorisation."""
         names = ("factor", "pivots", "eigenvalues")
         return Factorisation(operator, arrays["matrix"], self.damping, *(arrays[name] for name in names))
 

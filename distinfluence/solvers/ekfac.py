@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator, SupportsEigenbasis
 from distinfluence.errors import SettingError, ShapeError, UnsupportedOperatorError
@@ -64,9 +65,14 @@ class EigenbasisState(SolverState):
 
 @dataclass(frozen=True)
 class Ekfac(Solver[EigenbasisState]):
-    """The inverse through known eigenvectors. damping: λ ≥ 0; a singular matrix with λ = 0 gets its pseudo-inverse.
+    """The inverse through known eigenvectors.
 
-    rtol: relative residual up to which a row counts as solved; by default what rounding leaves.
+    Args:
+        damping: λ ≥ 0; a singular matrix with λ = 0 gets its pseudo-inverse.
+        rtol: The relative residual up to which a row counts as solved; what rounding leaves if None.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
     """
 
     damping: float
@@ -77,8 +83,9 @@ class Ekfac(Solver[EigenbasisState]):
         if self.rtol is not None:
             check_tolerance("rtol", self.rtol)
 
+    @override
     def fit(self, operator: CurvatureOperator) -> EigenbasisState:
-        """Look at the eigenvalues. Raises UnsupportedOperatorError for an operator without an eigenbasis."""
+        # Look at the eigenvalues. Raises UnsupportedOperatorError for an operator without an eigenbasis.
         if not isinstance(operator, SupportsEigenbasis):
             raise UnsupportedOperatorError(
                 f"`Ekfac` needs an operator whose eigenvectors are known; {type(operator).__name__} has none. Use "
@@ -87,16 +94,17 @@ class Ekfac(Solver[EigenbasisState]):
         values = operator.eigenvalues()
         return EigenbasisState(operator, float(values.min()), float(values.max()), self.damping)
 
+    @override
     def adapt(self, state: EigenbasisState) -> EigenbasisState:
-        """The same for another λ; no products."""
         return EigenbasisState(state.operator, state.smallest, state.largest, self.damping)
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> EigenbasisState:
-        """As `fit`."""
         return self.fit(operator)
 
+    @override
     def solve(self, state: EigenbasisState, rhs: Tensor) -> Solution:
-        """Solve for rhs [k, p]; 8·(o²·i + o·i²) flops a row and unit, half of them for its residual."""
+        # Solve for rhs [k, p]; 8·(o²·i + o·i²) flops a row and unit, half of them for its residual.
         check_rhs(rhs, state.operator)
         assert isinstance(state.operator, SupportsEigenbasis)
         x = state.operator.in_eigenbasis(rhs, lambda values: inverse_values(values, self.damping, state.noise))
@@ -164,9 +172,14 @@ class EkfacInverse:
 class EkfacPreConditioner:
     """A fitted EKFAC as a preconditioner of the Hessian or Gauss–Newton matrix of the same model, in one block.
 
-    ekfac: a fitted `EkfacInfluence`, of which only the factors are kept. A few iterations from it give better scores
-    than many without; to a tight tolerance it may take more of them than none at all (measure).
-    Raises NotFittedError for one that is not fitted.
+    A few iterations from it give better scores than many without. To a tight tolerance it may take more iterations than
+    no preconditioner at all: measure.
+
+    Args:
+        ekfac: A fitted `EkfacInfluence`, of which only the factors are kept.
+
+    Raises:
+        NotFittedError: If it is not fitted.
     """
 
     ekfac: SupportsInverse | SupportsKroneckerInverse
@@ -176,7 +189,19 @@ class EkfacPreConditioner:
             object.__setattr__(self, "ekfac", self.ekfac.kronecker_inverse())
 
     def fit(self, operator: CurvatureOperator, damping: float) -> EkfacInverse:
-        """Nothing to fit. Raises ShapeError unless the operator is over all its parameters, SettingError for λ = 0."""
+        """Return the inverse at this damping; there is nothing to fit.
+
+        Args:
+            operator: The curvature A, over all parameters of the EKFAC.
+            damping: λ > 0.
+
+        Returns:
+            M⁻¹.
+
+        Raises:
+            ShapeError: If the operator has another size.
+            SettingError: If λ is not above 0.
+        """
         assert not isinstance(self.ekfac, SupportsKroneckerInverse)
         if self.ekfac.n_parameters != operator.size:
             raise ShapeError(

@@ -35,9 +35,16 @@ ROUGH = (
 
 @dataclass(frozen=True)
 class InverseHarmonicMean(Solver[SolverState]):
-    """DataInf; exact to its own formula. damping: λ > 0. rtol: relative residual up to which a row counts as solved.
+    """DataInf; exact to its own formula.
 
-    residual_rows: of how many right-hand sides the residual is measured, which costs as much as the rest; all if None.
+    Args:
+        damping: λ > 0.
+        rtol: The relative residual up to which a row counts as solved.
+        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; for all if
+            None.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
     """
 
     damping: float
@@ -59,8 +66,9 @@ class InverseHarmonicMean(Solver[SolverState]):
         # no fit; a pass for the factors and one for the residual
         return Demand(row_vectors=7.0, solve_passes=1 + (self.residual_rows != 0), by_method=True)
 
+    @override
     def fit(self, operator: CurvatureOperator) -> SolverState:
-        """Nothing. Raises UnsupportedOperatorError for an operator that is not one over samples."""
+        # Nothing. Raises UnsupportedOperatorError for an operator that is not one over samples.
         if not isinstance(operator, SupportsSampleGradients):
             raise UnsupportedOperatorError(
                 f"`InverseHarmonicMean` needs the gradients of single samples; {type(operator).__name__} has none. Use "
@@ -68,12 +76,13 @@ class InverseHarmonicMean(Solver[SolverState]):
             )
         return SolverState(operator)
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> SolverState:
-        """As `fit`."""
         return self.fit(operator)
 
+    @override
     def solve(self, state: SolverState, rhs: Tensor) -> Solution:
-        """R times each row, one pass, and another one for the residual."""
+        # R times each row, one pass, and another one for the residual.
         check_rhs(rhs, state.operator)
         assert isinstance(state.operator, SupportsSampleGradients)
         x = state.operator.inverse_harmonic_mean(rhs, self.damping) if rhs.shape[0] else rhs.clone()

@@ -48,9 +48,15 @@ class Diagonal:
 class JacobiPreConditioner:
     """The diagonal of A by Hutchinson's estimate.
 
-    num_samples_estimator: Rademacher probes; ten or more, since the estimate of an entry has the variance of the row's
-    other entries over their number, and what comes out negative has to be clamped. seed: of the probes. Helps where the
-    diagonal is what is badly scaled, which is rare for networks: measure.
+    It helps where the diagonal is badly scaled, which is rare for networks: measure.
+
+    Args:
+        num_samples_estimator: The number of Rademacher probes; ten or more, since the estimate of an entry has the
+            variance of the row's other entries over their number, and negative estimates have to be clamped.
+        seed: The seed of the probes.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> from distinfluence.curvature import MatrixOperator
@@ -66,7 +72,15 @@ class JacobiPreConditioner:
         check_count("num_samples_estimator", self.num_samples_estimator)
 
     def fit(self, operator: CurvatureOperator, damping: float) -> Diagonal:
-        """One pass with all probes."""
+        """Estimate the diagonal; one pass with all probes.
+
+        Args:
+            operator: The curvature A.
+            damping: λ ≥ 0.
+
+        Returns:
+            M⁻¹.
+        """
         probes = rademacher(operator, self.num_samples_estimator, self.seed)
         estimate = (probes * operator.matmat(probes)).mean(dim=0)
         floor = FLOOR * float(estimate.abs().mean()) or float(torch.finfo(estimate.dtype).tiny)
@@ -74,9 +88,25 @@ class JacobiPreConditioner:
         return Diagonal(torch.where(low, floor, estimate), damping, int(low.sum()))
 
     def arrays(self, fitted: Diagonal) -> dict[str, Tensor]:
-        """The diagonal."""
+        """Return what must be kept of a fit.
+
+        Args:
+            fitted: What `fit` returned.
+
+        Returns:
+            Name → tensor.
+        """
         return {"diagonal": fitted.diagonal, "clamped": torch.tensor(fitted.clamped)}
 
     def restore(self, operator: CurvatureOperator, damping: float, arrays: Mapping[str, Tensor]) -> Diagonal:
-        """Without products."""
+        """Return what `fit` returned, from its arrays, without products.
+
+        Args:
+            operator: An operator equal to the fitted one.
+            damping: λ ≥ 0.
+            arrays: What `arrays` returned.
+
+        Returns:
+            M⁻¹.
+        """
         return Diagonal(arrays["diagonal"], damping, int(arrays["clamped"]))

@@ -43,12 +43,19 @@ MARGIN = 0.9  # of the tolerance is what residuals read off T are held to: round
 
 @dataclass(frozen=True)
 class BlockKrylov(Solver[SolverState]):
-    """Multi-shift block Krylov solver; `solve_at` takes a whole list of dampings for the passes of the smallest.
+    """Multi-shift block Krylov solver; `solve_at` serves a whole list of dampings with the passes of the smallest.
 
-    damping: λ ≥ 0. rtol, atol: a row has converged when ‖rhs − (A + λI) x‖ ≤ max(rtol·‖rhs‖, atol); an rtol of
-    None is 1e-7 in float64 and 1e-4 in float32. maxiter: passes,
-    200 if None. basis_bytes: memory for the basis; it holds at least two blocks of the rows whatever is asked.
-    Beyond it `BlockCG` goes on, which needs A + λI positive definite.
+    Args:
+        damping: λ ≥ 0.
+        rtol: Relative tolerance. A row has converged when ‖rhs − (A + λI) x‖ ≤ max(rtol·‖rhs‖, atol), as in SciPy, for
+            the true residual. None is 1e-7 in float64 and 1e-4 in float32.
+        atol: Absolute tolerance.
+        maxiter: The largest number of passes; 200 if None.
+        basis_bytes: The memory for the basis, which holds at least two blocks of the rows in any case. Beyond it
+            `BlockCG` goes on, which needs A + λI positive definite.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> from distinfluence.curvature import MatrixOperator
@@ -78,20 +85,22 @@ class BlockKrylov(Solver[SolverState]):
         most = GROWING * self.basis_bytes
         return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=most, beside_vectors=BESIDE_BASIS)
 
+    @override
     def fit(self, operator: CurvatureOperator) -> SolverState:
-        """Nothing: the basis starts from the right-hand sides."""
+        # Nothing: the basis starts from the right-hand sides.
         return SolverState(operator)
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> SolverState:
-        """As `fit`."""
         return SolverState(operator)
 
+    @override
     def solve(self, state: SolverState, rhs: Tensor) -> Solution:
-        """Solve for rhs [k, p]: a pass for each block of the basis, and one for the true residual."""
+        # Solve for rhs [k, p]: a pass for each block of the basis, and one for the true residual.
         return self.solve_at(state, rhs, [self.damping])[0]
 
+    @override
     def solve_at(self, state: SolverState, rhs: Tensor, dampings: Sequence[float]) -> list[Solution]:
-        """One solution for each damping from the same basis; one more pass, with all their rows, for the residuals."""
         for damping in dampings:
             check_damping(damping)
         check_rhs(rhs, state.operator)

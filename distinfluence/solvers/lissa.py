@@ -66,12 +66,20 @@ class LissaState(SolverState):
 class LiSSA(Solver[LissaState]):
     """Linear-time stochastic second-order iteration.
 
-    damping: λ ≥ 0. maxiter: steps. dampen: d in [0, 1); acts as further damping of s·d, which the solution says.
-    scale: s > 0, above half of the largest eigenvalue of A + λI and of its mini-batches; found in `fit` if None. h0:
-    where h starts, [p] or [k, p]; at the right-hand sides if None; two solvers that differ in it alone count as equal.
-    rtol: a row stops when its residual, of the damping that it effectively has, is below rtol·‖rhs‖, noise of
-    mini-batches not counted; whether it has converged is up to its true residual. full_batch: take all data in every
-    step. seed: of the order of the mini-batches, the same in every solve.
+    Args:
+        damping: λ ≥ 0.
+        maxiter: The largest number of steps.
+        dampen: d in [0, 1). It acts as further damping of s·d, which the solution states.
+        scale: s > 0, above half of the largest eigenvalue of A + λI and of its mini-batches; found in `fit` if None.
+        h0: Where h starts, [p] or [k, p]; at the right-hand sides if None. Two solvers that differ in it alone count as
+            equal.
+        rtol: A row stops when its residual, of the damping that it effectively has, is below rtol·‖rhs‖, without the
+            noise of mini-batches. Its true residual decides whether it has converged.
+        full_batch: Whether every step takes all data.
+        seed: The seed of the order of the mini-batches, the same in every solve.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> from distinfluence.curvature import MatrixOperator
@@ -105,15 +113,16 @@ class LiSSA(Solver[LissaState]):
     def demand(self, systems: Systems) -> Demand:
         return Demand(row_vectors=8.0 if self.full_batch else 13.0)  # averages are held too on mini-batches
 
+    @override
     def fit(self, operator: CurvatureOperator) -> LissaState:
-        """Nothing, or the scale: up to 10 passes of 4 rows, and 40 products with mini-batches."""
+        # Nothing, or the scale: up to 10 passes of 4 rows, and 40 products with mini-batches.
         if self.scale is not None:
             return LissaState(operator, self.scale, math.nan)
         largest = self._largest(operator, extreme_eigenvalues(operator, max_passes=LANCZOS, seed=self.seed).upper)
         return LissaState(operator, self._scale_for(largest), largest)
 
+    @override
     def adapt(self, state: LissaState) -> LissaState:
-        """The same eigenvalue, another scale."""
         if self.scale is not None or math.isnan(state.largest):
             return state
         return LissaState(state.operator, self._scale_for(state.largest), state.largest)
@@ -121,17 +130,18 @@ class LiSSA(Solver[LissaState]):
     def _scale_for(self, largest: float) -> float:
         return SAFETY * (largest + self.damping) or 1.0
 
+    @override
     def state_arrays(self, state: LissaState) -> dict[str, Tensor]:
-        """The scale."""
         return {"scale": torch.tensor([state.scale, state.largest], dtype=torch.float64)}
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> LissaState:
-        """Without products."""
         scale, largest = arrays["scale"].tolist()
         return LissaState(operator, scale, largest)
 
+    @override
     def solve(self, state: LissaState, rhs: Tensor) -> Solution:
-        """Up to `maxiter` steps for the rows that are not done, and one pass for the true residuals."""
+        # Up to `maxiter` steps for the rows that are not done, and one pass for the true residuals.
         check_rhs(rhs, state.operator)
         operator = state.operator
         n_batches = operator.n_batches if isinstance(operator, SupportsBatches) and self._by_batches(operator) else 0

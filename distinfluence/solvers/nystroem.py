@@ -218,11 +218,21 @@ class NystroemState(SolverState):
 class NystroemSketch(Solver[NystroemState]):
     """Sketch and solve: x = Uᵀ(Λ + λ)⁻¹U b + (b − UᵀU b)/λ, the inverse of Â + λI, for rows U.
 
-    damping: λ ≥ 0; at 0 the pseudo-inverse of Â. rank: rows of the sketch, at most p are used. seed: of Ω. rtol: a
-    row's relative residual, of A + λI and not of its sketch, up to which it counts as converged. estimate_error: passes
-    of 4 rows to spend on an estimate of ‖A − Â‖ for the fit report; 5 give two digits as a rule. residual_rows: of how
-    many right-hand sides of each solve the residual is measured, in one pass of these rows; all if None.
-    Reference: Frangella, Tropp and Udell (2023), section 2, and section 5.1 for the inverse.
+    Args:
+        damping: λ ≥ 0; at 0 the pseudo-inverse of Â.
+        rank: The rows of the sketch; at most p are used.
+        seed: The seed of Ω.
+        rtol: The relative residual of a row, of A + λI and not of its sketch, up to which it counts as converged.
+        estimate_error: The passes of 4 rows to spend on an estimate of ‖A − Â‖ for the fit report; 5 usually give two
+            digits.
+        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; for all if
+            None.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
+
+    References:
+        Frangella, Tropp and Udell (2023), section 2, and section 5.1 for the inverse.
 
     >>> import torch
     >>> from distinfluence.curvature import MatrixOperator
@@ -258,19 +268,21 @@ class NystroemSketch(Solver[NystroemState]):
         state = self.rank * systems.vector_bytes
         return Demand(SKETCHING * state, state, 5.0, 0, systems.looks, int(self.solves_over_data), True, self.rank)
 
+    @override
     def fit(self, operator: CurvatureOperator) -> NystroemState:
-        """One pass of `rank` rows, a second one where A is not known to be semi-definite, and those of the estimate."""
+        # One pass of `rank` rows, a second one where A is not known to be semi-definite, and those of the estimate.
         found = nystroem(operator, self.rank, seed=self.seed)
         passes, seed = self.estimate_error, self.seed + 1
         error = approximation_error(operator, found, passes=passes, seed=seed) if passes else float("nan")
         return NystroemState(operator, found, self.damping, error)
 
+    @override
     def adapt(self, state: NystroemState) -> NystroemState:
-        """The same sketch; no products."""
         return replace(state, damping=self.damping)
 
+    @override
     def solve(self, state: NystroemState, rhs: Tensor) -> Solution:
-        """Two products with U, or four, and one pass for the true residual."""
+        # Two products with U, or four, and one pass for the true residual.
         check_rhs(rhs, state.operator)
         found = state.found
         largest = float(found.values[0]) + self.damping
@@ -306,13 +318,13 @@ class NystroemSketch(Solver[NystroemState]):
         outside -= (outside @ basis.T) @ basis  # what rounding leaves inside would be divided by λ alone
         return (inside * (1 / (values + self.damping)).to(rhs.dtype)) @ basis + outside / self.damping
 
+    @override
     def state_arrays(self, state: NystroemState) -> dict[str, Tensor]:
-        """U, Λ, and ν, the clipped value and the estimate in one row."""
         found = state.found
         numbers = torch.tensor([found.shift, found.clipped, state.error], dtype=torch.float64)
         return {"basis": found.basis, "values": found.values, "numbers": numbers}
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> NystroemState:
-        """No product."""
         shift, clipped, error = arrays["numbers"].tolist()
         return NystroemState(operator, LowRank(arrays["basis"], arrays["values"], shift, clipped), self.damping, error)

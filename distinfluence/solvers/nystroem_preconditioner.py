@@ -77,10 +77,18 @@ class NystroemInverse:
 class NystroemPreConditioner:
     """A Nyström sketch of A as a preconditioner.
 
-    rank: rows of the sketch, where adaptive the first try. seed: of the sketch. adaptive: double the rank, re-using
-    what is there, until ‖A − Â‖ ≤ 10·λ by a power estimate (5 passes of 4 rows each time) or `max_rank`. A Hessian,
-    which may be indefinite, is preconditioned by its Gauss–Newton matrix; another operator that is not known to be
-    positive semi-definite by its own positive part.
+    A Hessian, which may be indefinite, is preconditioned by its Gauss–Newton matrix. Another operator that is not known
+    to be positive semi-definite is preconditioned by its own positive part.
+
+    Args:
+        rank: The rows of the sketch; where adaptive, of the first try.
+        seed: The seed of the sketch.
+        adaptive: Whether to double the rank, re-using what is there, until ‖A − Â‖ ≤ 10·λ by a power estimate (5 passes
+            of 4 rows each time) or `max_rank`.
+        max_rank: The largest rank where adaptive.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
 
     >>> import torch
     >>> from distinfluence.curvature import MatrixOperator
@@ -100,7 +108,15 @@ class NystroemPreConditioner:
         check_count("max_rank", self.max_rank, self.rank if self.adaptive else 1)
 
     def fit(self, operator: CurvatureOperator, damping: float) -> NystroemInverse:
-        """Sketch the operator, or its Gauss–Newton relative."""
+        """Sketch the operator, or its Gauss–Newton relative.
+
+        Args:
+            operator: The curvature A.
+            damping: λ ≥ 0.
+
+        Returns:
+            M⁻¹.
+        """
         relative = not operator.positive_semidefinite and isinstance(operator, SupportsGaussNewton)
         target = operator.gauss_newton() if isinstance(operator, SupportsGaussNewton) and relative else operator
         sketch = sketched(target, self.rank, seed=self.seed)
@@ -115,7 +131,14 @@ class NystroemPreConditioner:
         return NystroemInverse(found, damping, error, relative)
 
     def arrays(self, fitted: NystroemInverse) -> dict[str, Tensor]:
-        """The sketch."""
+        """Return what must be kept of a fit.
+
+        Args:
+            fitted: What `fit` returned.
+
+        Returns:
+            Name → tensor.
+        """
         numbers = [fitted.sketch.shift, fitted.sketch.clipped, fitted.error, float(fitted.of_gauss_newton)]
         return {
             "basis": fitted.sketch.basis,
@@ -124,7 +147,16 @@ class NystroemPreConditioner:
         }
 
     def restore(self, operator: CurvatureOperator, damping: float, arrays: Mapping[str, Tensor]) -> NystroemInverse:
-        """Without products."""
+        """Return what `fit` returned, from its arrays, without products.
+
+        Args:
+            operator: An operator equal to the fitted one.
+            damping: λ ≥ 0.
+            arrays: What `arrays` returned.
+
+        Returns:
+            M⁻¹.
+        """
         shift, clipped, error, relative = arrays["numbers"].tolist()
         return NystroemInverse(
             LowRank(arrays["basis"], arrays["values"], shift, clipped), damping, error, bool(relative)

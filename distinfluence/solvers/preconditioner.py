@@ -15,14 +15,29 @@ class FittedPreconditioner(Protocol):
     """
 
     def apply(self, rows: Tensor) -> Tensor:
-        """rows [k, p] → rows · M⁻¹ [k, p], in the same dtype."""
+        """Apply M⁻¹.
+
+        Args:
+            rows: The rows, [k, p].
+
+        Returns:
+            rows · M⁻¹, [k, p], in the same dtype.
+        """
 
 
 class Preconditioner(Protocol):
     """How to make M⁻¹ ≈ (A + λI)⁻¹. Stopping criteria refer to the true residual, never to the preconditioned one."""
 
     def fit(self, operator: CurvatureOperator, damping: float) -> FittedPreconditioner:
-        """All work that needs no right-hand side."""
+        """Do all work that needs no right-hand side.
+
+        Args:
+            operator: The curvature A.
+            damping: λ ≥ 0.
+
+        Returns:
+            M⁻¹.
+        """
 
 
 @runtime_checkable
@@ -30,7 +45,14 @@ class SupportsDamping(Protocol):
     """A fitted preconditioner that serves another damping without a new fit."""
 
     def at(self, damping: float) -> FittedPreconditioner:
-        """M⁻¹ for A + damping·I."""
+        """Return M⁻¹ for another damping.
+
+        Args:
+            damping: λ ≥ 0.
+
+        Returns:
+            M⁻¹ for A + λI.
+        """
 
 
 @runtime_checkable
@@ -38,9 +60,25 @@ class SupportsStorage(Protocol):
     """A preconditioner whose fit can be stored: else every process that restores a model fits it again."""
 
     def arrays(self, fitted: Any) -> dict[str, Tensor]:
-        """What must be kept of what `fit` returned."""
+        """Return what must be kept of a fit.
+
+        Args:
+            fitted: What `fit` returned.
+
+        Returns:
+            Name → tensor.
+        """
 
     def restore(
         self, operator: CurvatureOperator, damping: float, arrays: Mapping[str, Tensor]
     ) -> FittedPreconditioner:
-        """What `fit` returned, again from its arrays."""
+        """Return what `fit` returned, from its arrays, without products.
+
+        Args:
+            operator: An operator equal to the fitted one.
+            damping: λ ≥ 0.
+            arrays: What `arrays` returned.
+
+        Returns:
+            M⁻¹.
+        """

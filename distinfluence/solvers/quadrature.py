@@ -19,7 +19,13 @@ from distinfluence.solvers.base import check_count, check_rhs, check_tolerance, 
 
 @dataclass(frozen=True)
 class Brackets:
-    """lower, upper: [k] float64, lower ≤ bᵀ (A + λI)⁻¹ b ≤ upper. iterations: [k] int64, steps of each row."""
+    """Bounds with lower ≤ bᵀ (A + λI)⁻¹ b ≤ upper.
+
+    Args:
+        lower: The lower bounds, [k] float64.
+        upper: The upper bounds, [k] float64.
+        iterations: The steps of each row, [k] int64.
+    """
 
     lower: Tensor
     upper: Tensor
@@ -35,11 +41,23 @@ def quadratic_forms(
     rtol: float = 1e-3,
     maxiter: int = 500,
 ) -> Brackets:
-    """Brackets of b (A + λI)⁻¹ bᵀ for each row b of rows [k, p], until upper − lower ≤ rtol·lower.
+    """Bracket b (A + λI)⁻¹ bᵀ for each row b.
 
-    smallest: a lower bound μ > 0 of the eigenvalues of A + λI; λ itself where A is positive semi-definite. The bounds
-    are as rigorous as μ is; they leave room for the rounding of the products, eps·‖A + λI‖/μ of the value.
-    Raises SettingError unless μ > 0, and what `check_rhs` raises.
+    The bounds are as rigorous as μ is. They leave room for the rounding of the products, eps·‖A + λI‖/μ of the value.
+
+    Args:
+        operator: The curvature A.
+        damping: λ ≥ 0.
+        rows: The rows b, [k, p].
+        smallest: A lower bound μ > 0 of the eigenvalues of A + λI; λ itself where A is positive semi-definite.
+        rtol: A row is done when upper − lower ≤ rtol·lower.
+        maxiter: The largest number of steps.
+
+    Returns:
+        The brackets of each row.
+
+    Raises:
+        SettingError: If μ is not above 0.
     """
     if not smallest > 0:
         raise SettingError(f"`smallest` must be > 0, got {smallest!r}. Pass a lower bound of the spectrum of A + λI.")

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator, SupportsDouble
 from distinfluence.errors import DtypeError, UnsupportedOperatorError
@@ -40,8 +41,15 @@ class Refinement(WrappedState):
 class Refined(Solver[Refinement]):
     """A solver with float64-quality residuals on a float32 operator.
 
-    inner: any solver; its tolerance may be as loose as 1e-2. rtol: residual norm in float64 relative to ‖rhs‖. maxiter:
-    rounds. rhs may be float32 or float64, x is float64. `iterations` counts the inner solver's.
+    Right-hand sides may be float32 or float64; x is float64. `iterations` counts the inner solver's.
+
+    Args:
+        inner: Any solver; its tolerance may be as loose as 1e-2.
+        rtol: The residual norm in float64, relative to ‖rhs‖, at which a row has converged.
+        maxiter: The largest number of rounds.
+
+    Raises:
+        SettingError: If a hyperparameter is out of range.
     """
 
     inner: Solver[Any]
@@ -57,20 +65,21 @@ class Refined(Solver[Refinement]):
         """λ of the inner solver."""
         return self.inner.damping
 
+    @override
     def at(self, damping: float) -> Self:
-        """The same with another damping inside."""
         return replace(self, inner=self.inner.at(damping))
 
+    @override
     def fit(self, operator: CurvatureOperator) -> Refinement:
-        """The inner fit. Raises UnsupportedOperatorError where products cannot be had in float64."""
         return Refinement(operator, self.inner.fit(operator), _wide(operator))
 
+    @override
     def adapt(self, state: Refinement) -> Refinement:
-        """The inner solver's."""
         return replace(state, inner=self.inner.adapt(state.inner))
 
+    @override
     def solve(self, state: Refinement, rhs: Tensor) -> Solution:
-        """Rounds of inner solves, each with one float64 pass, until every row is there or no longer gains."""
+        # Rounds of inner solves, each with one float64 pass, until every row is there or no longer gains.
         if rhs.dtype not in (state.operator.dtype, torch.float64):
             raise DtypeError(
                 f"`rhs` must be {state.operator.dtype} as the operator is, got {rhs.dtype}. Convert the rows; float64 "
@@ -115,12 +124,12 @@ class Refined(Solver[Refinement]):
             remarks=tuple(remarks),
         )
 
+    @override
     def state_arrays(self, state: Refinement) -> dict[str, Tensor]:
-        """Those of the inner state."""
         return self.inner.state_arrays(state.inner)
 
+    @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> Refinement:
-        """The inner solver's."""
         return Refinement(operator, self.inner.restore(operator, arrays), _wide(operator))
 
 

@@ -16,10 +16,16 @@ BLOCK = 4  # start vectors: an end that one of them misses is seen by another, a
 class Extremes:
     """The ends of the spectrum of A as far as Lanczos saw them.
 
-    smallest, largest: Ritz values, which lie inside of the spectrum. smallest_residual, largest_residual: A has an
-    eigenvalue within this distance. That no other one lies beyond is overwhelmingly likely for random start vectors,
-    not certain: bounds that rest on it are called heuristic. smallest_positive: the smallest Ritz value that is not
-    zero to rounding or below, 0 if there is none. passes: over the data.
+    That no eigenvalue lies beyond is overwhelmingly likely for random start vectors, not certain: bounds that rest on
+    it are called heuristic.
+
+    Args:
+        smallest: The smallest Ritz value, which lies inside of the spectrum.
+        largest: The largest Ritz value, likewise.
+        smallest_residual: A has an eigenvalue within this distance of the smallest Ritz value.
+        largest_residual: A has an eigenvalue within this distance of the largest Ritz value.
+        smallest_positive: The smallest Ritz value above rounding; 0 if there is none.
+        passes: The passes over the data.
     """
 
     smallest: float
@@ -48,9 +54,16 @@ class Extremes:
 def extreme_eigenvalues(
     operator: CurvatureOperator, *, rtol: float = 1e-2, max_passes: int = 40, seed: int = 0
 ) -> Extremes:
-    """Both ends of the spectrum, until their residuals are below rtol·‖A‖ or `max_passes` are spent.
+    """Find both ends of the spectrum by Lanczos. Seeded: the same for the same operator.
 
-    Costs one pass of BLOCK rows for each step, 5 to 20 of them as a rule. Seeded: the same for the same operator.
+    Args:
+        operator: The curvature A.
+        rtol: The residuals, relative to ‖A‖, at which the search ends.
+        max_passes: The largest number of passes of 4 rows; 5 to 20 are usual.
+        seed: The seed of the start vectors.
+
+    Returns:
+        The ends of the spectrum.
     """
     lanczos = BlockLanczos(operator, random_rows(operator, BLOCK, seed))
     passes = 0
@@ -77,10 +90,21 @@ def extreme_eigenvalues(
 
 
 def mean_eigenvalue(operator: CurvatureOperator, *, n_probes: int = 32, seed: int = 0) -> float:
-    """trace(A) / p by Hutchinson's estimate with Rademacher probes; one pass.
+    """Estimate trace(A) / p by Hutchinson's method with Rademacher probes; one pass.
 
-    Its standard deviation is √(2/n_probes)·‖A‖_F / p, about a quarter of that of Gaussian probes' where A is
-    diagonally dominant. Reference: Hutchinson (1990), Communications in Statistics 19.
+    The standard deviation is √(2/n_probes)·‖A‖_F / p, about a quarter of that of Gaussian probes where A is diagonally
+    dominant.
+
+    Args:
+        operator: The curvature A.
+        n_probes: The number of probes.
+        seed: The seed of the probes.
+
+    Returns:
+        The mean eigenvalue.
+
+    References:
+        Hutchinson (1990), Communications in Statistics 19.
     """
     probes = rademacher(operator, n_probes, seed)
     return float((probes * operator.matmat(probes)).sum(dtype=torch.float64)) / (n_probes * operator.size)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from distinfluence.errors import UnsupportedOperatorError
 from distinfluence.influence.arrays import Array, to_numpy, to_tensor, to_tensor_batch
-from distinfluence.influence.by_layer import SupportsTokens, influences_by_layer, layers_of
+from distinfluence.influence.layer_scoring import SupportsTokens, influences_by_layer, layers_of
 from distinfluence.scaling.data.chunks import ChunkedData, taken
 from distinfluence.scaling.plan.costs import FACTOR_BYTES
 from distinfluence.scaling.progress import Progress
