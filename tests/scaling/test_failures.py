@@ -1,5 +1,6 @@
 """What happens when a task, a chunk or a worker fails: it is tried again, then set apart, and the rest goes on."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -19,8 +20,8 @@ from distinfluence.errors import ChunkFailedError, SettingError
 from distinfluence.scaling import ClusterSpec, connected
 from distinfluence.scaling.dispatch import agenda
 from distinfluence.scaling.dispatch import dispatcher as dispatcher
-from distinfluence.scaling.dispatch.dispatcher import all_workers
 from distinfluence.scaling.dispatch.executor import InProcess, OnCluster
+from distinfluence.scaling.dispatch.stragglers import all_workers
 from distinfluence.store import InfluenceWriter
 from tests.reference import Reference
 from tests.scaling.chaos import DEADLINE, marks, wait_for
@@ -50,6 +51,11 @@ def fails_at_first(folder: str, index: int) -> int:
 def fails_always(index: int) -> int:
     if index == 3:
         raise ValueError("sample 3 is bad")
+    return index
+
+
+def sleeps(seconds: float, index: int) -> int:
+    time.sleep(seconds)
     return index
 
 
@@ -182,6 +188,47 @@ def not_for_ever(stopped: int) -> Iterator[None]:
         timer.cancel()
         os.kill(stopped, signal.SIGCONT)
     assert not late
+
+
+def test_a_result_that_a_silent_worker_holds_keeps_back_no_other(
+    own_cluster: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask fetches several results in one request, which ends when all their holders have answered."""
+    (silent, pid), _ = sorted(own_cluster.run(os.getpid).items())
+    fetch, held, done = dispatcher.Dispatcher._fetch, set[str](), list[Any]()
+
+    def fetch_at_once(self: dispatcher.Dispatcher, future: Any) -> None:
+        done.append(future)
+        if len(done) == 4:
+            held.update(*own_cluster.who_has(done).values())
+            os.kill(pid, signal.SIGSTOP)
+        for ready in done if len(done) == 4 else done[4:][-1:]:
+            fetch(self, ready)
+
+    monkeypatch.setattr(dispatcher.Dispatcher, "_fetch", fetch_at_once)
+    with not_for_ever(pid):
+        on_cluster = OnCluster(own_cluster, slow_seconds=1.0)
+        found = dict(on_cluster.run(sleeps, (), [(0.5, i) for i in range(4)]))
+    assert found == {i: i for i in range(4)}
+    assert silent in held
+    assert len(held) == 2
+    assert on_cluster.events == {"submitted": 6, "backed up": 2}
+
+
+def test_a_result_that_does_not_arrive_is_made_again_once(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder sends signs of life, and not the result."""
+    fetched, asked = dispatcher.Dispatcher._fetched, list[str]()
+
+    async def never_at_first(self: dispatcher.Dispatcher, future: Any) -> Any:
+        asked.append(future.key)
+        if len(asked) == 1:
+            await asyncio.sleep(DEADLINE)
+        return await fetched(self, future)
+
+    monkeypatch.setattr(dispatcher.Dispatcher, "_fetched", never_at_first)
+    on_cluster = OnCluster(client, slow_seconds=1.0)
+    assert dict(on_cluster.run(max, (0,), [(i,) for i in range(4)])) == {i: i for i in range(4)}
+    assert on_cluster.events == {"submitted": 5, "backed up": 1}
 
 
 @pytest.mark.parametrize("state", ["holds", "is to make"])

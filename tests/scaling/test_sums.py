@@ -39,7 +39,7 @@ def test_many_chunks_are_few_groups_of_neighbours() -> None:
         assert [chunk for group in found for chunk in group] == list(range(n))
         assert len(found) == min(n, 256)
         assert max(map(len, found)) - min(map(len, found)) <= 1
-        assert Tree([()] * len(found), {}).n_tasks == pass_tasks(n)
+        assert Tree([()] * len(found), {}).total + 1 == pass_tasks(n)
     assert pass_tasks(4000) == pass_tasks(256) == 256 + 64 + 16 + 4 + 1
 
 
@@ -83,7 +83,7 @@ def test_few_results_are_held_whatever_the_order_in_which_tasks_end(n_workers: i
         tree.finished(index, Done(str(index)))
         ended.add(index)
         most = max(most, len(tree.kept()))
-    assert ended == set(range(tree.n_tasks))
+    assert ended == set(range(tree.total + 1))
     assert most <= n_workers * results_held(256, n_workers)
     assert tree.kept() == {}
 

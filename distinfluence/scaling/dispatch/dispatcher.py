@@ -9,10 +9,9 @@ and the first to finish wins.
 import asyncio
 import math
 import queue
-import statistics
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,11 +22,10 @@ from distributed import Client, Future, KilledWorker
 
 from distinfluence.errors import ClusterError, DiskFullError
 from distinfluence.scaling.dispatch.agenda import Agenda, Failures, Task
+from distinfluence.scaling.dispatch.stragglers import Stragglers, UnderWay, all_workers
 
 TASKS_PER_THREAD = 3  # in flight; two keep a worker busy, the third covers the way to the scheduler
 RETRIES = 2  # of a task that raised, or whose workers died time after time
-SLOW_FACTOR = 4.0  # times the usual way from submission to result, after which a task gets a backup
-SLOW_SECONDS = 20.0  # and no sooner; also how long a worker may be silent until its tasks do
 TICK_SECONDS = 1.0  # between looks at the clock and the cluster while nothing arrives
 
 
@@ -36,8 +34,7 @@ class Dispatcher:
     """The tasks of an agenda: which are under way and since when, which came back how often.
 
     shared: values that tasks have in common; they are sent once, as tasks of their own, so that they survive the
-    workers that hold them. resources: that a worker must have. events: counts what happens. silent: workers that were
-    not heard of in an earlier dispatcher, to be kept up to date.
+    workers that hold them. resources: that a worker must have. events: counts what happens.
     """
 
     client: Client
@@ -45,20 +42,13 @@ class Dispatcher:
     shared: tuple[object, ...]
     name: str
     resources: Mapping[str, float]
-    slow_seconds: float
     events: Counter[str]
-    silent: set[str]
+    stragglers: Stragglers
     sent: "list[Future[Any]]" = field(default_factory=list)
     arrived: "queue.SimpleQueue[tuple[Future[Any], Any]]" = field(default_factory=queue.SimpleQueue)
-    under_way: dict[int, dict[str, "Future[Any]"]] = field(default_factory=dict)
-    since: dict[int, float] = field(default_factory=dict)
-    latest: dict[int, float] = field(default_factory=dict)
-    given: dict[int, float] = field(default_factory=dict)  # how much had been sent when a task was; ∞ if it needs none
-    parts: "dict[int, list[Future[Any]]]" = field(default_factory=dict)  # lazy arguments that the cluster makes
+    under_way: dict[int, UnderWay] = field(default_factory=dict)
     numbers: Counter[int] = field(default_factory=Counter)
     failed: Counter[int] = field(default_factory=Counter)
-    backed_up: set[int] = field(default_factory=set)
-    usual: deque[float] = field(default_factory=lambda: deque(maxlen=101))
     window: int = 2
     workers: list[str] = field(default_factory=list)
 
@@ -71,15 +61,16 @@ class Dispatcher:
             yield from self._results(failures)
         finally:
             with suppress(Exception):  # the scheduler may be what has gone
-                own = [future for attempts in self.under_way.values() for future in attempts.values()]
+                own = [future for task in self.under_way.values() for future in task.copies.values()]
                 self.client.cancel([*own, *self.agenda.kept().values(), *self.sent], force=True)
 
     def _results(self, failures: Failures | None) -> Iterator[tuple[int, Any]]:
-        if self.silent:
-            self._see_who_is_silent()
+        silent = self.stragglers.silent
+        if silent:
+            self.stragglers.look()
         self._see_workers()
         looked = time.monotonic()
-        self._share(self.workers if self.silent else None)
+        self._share(self.workers if silent else None)
         while True:
             while (index := self.agenda.next(len(self.under_way), self.window)) is not None:
                 self._submit(index)
@@ -94,11 +85,11 @@ class Dispatcher:
                 continue
             future, result = found
             index = int(str(future.key).rsplit("-", 2)[1])
-            if str(future.key) not in self.under_way.get(index, {}):
+            if index not in self.under_way or str(future.key) not in self.under_way[index].copies:
                 continue  # a backup, or what was backed up, that came second
             error = self._error(future, index, result)
             if error is None:
-                self.usual.append(time.monotonic() - self.since[index])
+                self.stragglers.usual.append(time.monotonic() - self.under_way[index].since)
                 self._forget(index, but=future if self.agenda.keeps(index) else None)
                 self.agenda.finished(index, future)
                 if not self.agenda.keeps(index):
@@ -112,14 +103,9 @@ class Dispatcher:
 
     def _see_workers(self) -> None:
         threads = able_workers(self.client, self.resources)
-        self.workers = sorted(set(threads) - self.silent)
+        self.workers = sorted(set(threads) - self.stragglers.silent)
         self.window = max(2, TASKS_PER_THREAD * sum(threads.values()))
         self.agenda.see(self.workers)
-
-    def _see_who_is_silent(self) -> None:
-        seen = {address: worker["last_seen"] for address, worker in all_workers(self.client).items()}
-        self.silent.clear()
-        self.silent.update(a for a, at in seen.items() if max(seen.values()) - at > self.slow_seconds)
 
     def _share(self, workers: list[str] | None = None) -> None:
         """Send what the tasks share; again where the worker that has it may stand still."""
@@ -141,20 +127,17 @@ class Dispatcher:
             elif isinstance(argument, Delayed):
                 arguments[place] = part = client.compute(argument)
                 parts.append(part)
-        self.parts[index] = parts
         shared = self._latest_sent() if call.with_shared else []
         self.numbers[index] += 1
         key = f"{call.task.__name__}-{self.name}-{index}-{self.numbers[index]}"
         extra: dict[str, Any] = {"resources": dict(self.resources)} if self.resources else {}
         # no worker that is not heard of gets more to do
-        asked = workers or call.workers or (self.workers if self.silent else None)
+        asked = workers or call.workers or (self.workers if self.stragglers.silent else None)
         if asked:
             extra |= {"workers": asked, "allow_other_workers": True}
         future = client.submit(run, *shared, *arguments, key=key, pure=False, priority=call.priority, **extra)
-        self.under_way.setdefault(index, {})[key] = future
-        self.latest[index] = time.monotonic()
-        self.given[index] = len(self.sent) if call.with_shared else math.inf
-        self.since.setdefault(index, self.latest[index])
+        task = self.under_way.setdefault(index, UnderWay(time.monotonic()))
+        task.add(key, future, len(self.sent) if call.with_shared else math.inf, parts)
         self.events["submitted"] += 1
         future.add_done_callback(self._note if self.agenda.keeps(index) else self._fetch)
 
@@ -167,9 +150,8 @@ class Dispatcher:
         async def fetch() -> None:
             result: Any = _Lost(None)
             try:
-                # one whose holder has left since is being made again, and gathered when it is there
                 if future.status not in ("error", "cancelled"):
-                    result = await self.client.gather(future, asynchronous=True)
+                    result = await self._fetched(future)
             except BaseException as error:
                 result = _Lost(error)
                 raise
@@ -179,7 +161,17 @@ class Dispatcher:
         loop = self.client.loop
         with suppress(RuntimeError):  # it has been closed: the run is over
             if loop is not None:
+                self.stragglers.asked_for[str(future.key)] = time.monotonic()
                 asyncio.run_coroutine_threadsafe(fetch(), loop.asyncio_loop)  # type: ignore[attr-defined]
+
+    async def _fetched(self, future: "Future[Any]") -> Any:
+        """A result, asked for by itself: `gather` puts several in one request, which ends when all holders answer."""
+        if future.status == "finished":
+            answer = await self.client.scheduler.gather(keys=[future.key])  # type: ignore[union-attr]
+            if answer["status"] == "OK":
+                return answer["data"][future.key]
+        # its holder has left: it is being made again, and gathered when it is there
+        return await self.client.gather(future, asynchronous=True)
 
     def _arrival(self) -> "tuple[Future[Any], Any] | None":
         try:
@@ -208,9 +200,9 @@ class Dispatcher:
             error = found if isinstance(found, Exception) else RuntimeError(str(found))
         if isinstance(error, DiskFullError):
             raise error  # a full disk is full for all
-        del self.under_way[index][str(future.key)]
+        del self.under_way[index].copies[str(future.key)]
         future.release()
-        if self.under_way[index]:
+        if self.under_way[index].copies:
             return _AGAIN
         self.failed[index] += 1
         if self.failed[index] <= RETRIES:
@@ -222,69 +214,42 @@ class Dispatcher:
         return killed(error) if isinstance(error, KilledWorker) else error
 
     def _forget(self, index: int, but: "Future[Any] | None" = None) -> None:
-        for future in self.under_way.pop(index, {}).values():
+        task = self.under_way.pop(index, None)
+        for future in task.copies.values() if task else ():
             if future is but:
                 continue
             if not future.done():
                 future.cancel(force=True)
             future.release()
-        self.since.pop(index, None)
-        self.parts.pop(index, None)
 
     def _back_up_stragglers(self) -> None:
         """Start again elsewhere what takes far longer than usual, or waits for a worker that is not heard of."""
-        client, now, slow = self.client, time.monotonic(), self.slow_seconds
-        old = [i for i in sorted(self.under_way) if now - self.latest[i] > slow]
-        if not old and not self.silent:
+        stragglers = self.stragglers
+        old = stragglers.old(self.under_way)
+        if not old and not stragglers.silent:
             return
-        self._see_who_is_silent()
-        processing = client.processing()
-        if self.silent:
+        stragglers.look()
+        if stragglers.silent:
             self._see_workers()
-            self._make_again_what_cannot_be_had(processing)
-        limit = max(slow, SLOW_FACTOR * statistics.median(self.usual)) if self.usual else math.inf
-        if self.workers and self._not_to_be_had(self._latest_sent(), processing):
+            self._make_again_what_cannot_be_had()
+        if self.workers and stragglers.not_to_be_had(self._latest_sent()):
             self._share(self.workers)
         for index in old:
             if index not in self.under_way:
                 continue
-            busy = self._busy_on(index, processing)
+            task = self.under_way[index]
             # what it was given could be had of nobody, so that it waits, on whichever worker it is
-            in_one = bool(self._not_to_be_had(self.parts.get(index, []), processing))
-            waits = in_one or self.given[index] < len(self.sent)
-            silent = bool(busy and busy <= self.silent)
-            slow_one = now - self.since[index] > limit and index not in self.backed_up
-            elsewhere = self.workers if waits else sorted(set(self.workers) - busy)
-            if (waits or silent or (busy and slow_one)) and elsewhere:
+            in_one = bool(stragglers.not_to_be_had(task.parts))
+            waits = in_one or task.given < len(self.sent)
+            elsewhere = self.workers if waits else stragglers.elsewhere(task, self.workers)
+            if elsewhere:
                 self.events["backed up"] += 1
-                self.backed_up.add(index)
+                task.backed_up = True
                 self._submit(index, elsewhere, in_one)
 
-    def _busy_on(self, index: int, processing: Mapping[str, Sequence[object]]) -> set[str]:
-        """The workers that run a task, or have done it while the result does not come."""
-        own = self.under_way[index]
-        busy = {worker for worker, keys in processing.items() if not set(map(str, keys)).isdisjoint(own)}
-        return busy | {w for held in self.client.who_has(list(own.values())).values() for w in held}
-
-    def _not_to_be_had(
-        self, futures: "Iterable[Future[Any]]", processing: Mapping[str, Sequence[object]]
-    ) -> "list[Future[Any]]":
-        """Those that only silent workers hold, or that one of them is to make."""
-        futures = list(futures)
-        if not futures or not self.silent:
-            return []
-        making = {str(key) for worker in self.silent for key in processing.get(worker, ())}
-        held = {str(key): set(workers) for key, workers in self.client.who_has(futures).items()}
-        found = []
-        for future in futures:
-            key, holders = str(future.key), held.get(str(future.key), set())
-            if holders <= self.silent and (holders or key in making):
-                found.append(future)
-        return found
-
-    def _make_again_what_cannot_be_had(self, processing: Mapping[str, Sequence[object]]) -> None:
+    def _make_again_what_cannot_be_had(self) -> None:
         kept = self.agenda.kept()
-        stuck = {future.key for future in self._not_to_be_had(kept.values(), processing)}
+        stuck = {future.key for future in self.stragglers.not_to_be_had(kept.values())}
         for index, future in kept.items():
             if future.key in stuck:
                 self.events["made again"] += 1
@@ -323,15 +288,6 @@ def able_workers(client: Client, resources: Mapping[str, float]) -> dict[str, in
         for address, worker in all_workers(client).items()
         if all(worker["resources"].get(name, 0) >= amount for name, amount in resources.items())
     }
-
-
-def all_workers(client: Client) -> Mapping[str, Any]:
-    """Address → what the scheduler says of that worker.
-
-    Not from `scheduler_info`: the client itself replaces what that returns every two seconds, by one without workers.
-    """
-    found: Mapping[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]  # type: ignore[union-attr]
-    return found
 
 
 def send(client: Client, value: object, key: str, workers: list[str] | None = None) -> "Future[Any]":

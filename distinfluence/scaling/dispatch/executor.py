@@ -23,7 +23,8 @@ from distributed import Client
 from distinfluence.errors import ClusterError, DiskFullError
 from distinfluence.memory import free_bytes, process_bytes
 from distinfluence.scaling.dispatch.agenda import Agenda, Failures, Task, TaskQueue
-from distinfluence.scaling.dispatch.dispatcher import RETRIES, SLOW_SECONDS, Dispatcher, able_workers, all_workers
+from distinfluence.scaling.dispatch.dispatcher import RETRIES, Dispatcher, able_workers
+from distinfluence.scaling.dispatch.stragglers import SLOW_SECONDS, Stragglers, all_workers
 
 
 class Executor(ABC):
@@ -113,9 +114,8 @@ class OnCluster(Executor):
     ) -> Iterator[tuple[int, Any]]:
         """Do what an agenda says; yields as `run` does."""
         name = uuid.uuid4().hex[:8]
-        dispatcher = Dispatcher(
-            self.client, agenda, shared, name, self.resources, self.slow_seconds, self.events, self._silent
-        )
+        stragglers = Stragglers(self.client, self.slow_seconds, self._silent)
+        dispatcher = Dispatcher(self.client, agenda, shared, name, self.resources, self.events, stragglers)
         yield from dispatcher.results(failures)
 
 

@@ -46,11 +46,6 @@ class Tree(Agenda):
         self._above |= dict.fromkeys(inputs, number)
         return number
 
-    @property
-    def n_tasks(self) -> int:
-        """Groups and additions."""
-        return len(self._arguments) + len(self._inputs)
-
     def see(self, workers: Sequence[str]) -> None:
         """Deal the groups that are still to be begun anew, if the workers are others."""
         if set(workers) == set(self._queues):

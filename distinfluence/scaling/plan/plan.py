@@ -70,11 +70,6 @@ class Plan:
         return ceil(self.work.n_test, self.chunks.panel)
 
     @property
-    def peak(self) -> int:
-        """Bytes that a worker takes at most."""
-        return max(stage.bytes for stage in self.stages)
-
-    @property
     def seconds(self) -> float | None:
         """Estimated time of all stages, None where nothing was measured."""
         known = [stage.seconds for stage in self.stages if stage.seconds is not None]
