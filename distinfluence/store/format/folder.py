@@ -161,7 +161,8 @@ def require_free(path: Path | RemoteFolder, overwrite: bool) -> None:
             )
         if not overwrite:
             raise StoreExistsError(
-                f"`path` {path} holds a result already. Pass `resume` to go on with it, or `overwrite` to delete it."
+                f"`path` {path} holds a result already. Pass existing='resume' (--resume) to continue it, or "
+                "existing='replace' (--overwrite) to delete it."
             )
         names = path.names() if isinstance(path, RemoteFolder) else [entry.name for entry in path.iterdir()]
         strangers = sorted(set(names) - _OWN_ENTRIES)
