@@ -81,9 +81,19 @@ class InfluenceCalculator(ABC):
     ) -> Self:
         """Fit to the training data: check and fingerprint every chunk, then do the work that needs no test point.
 
-        x, y: see `distinfluence.scaling.chunked`. certify: find the ends of the spectrum too, for error bounds where
-        the curvature is not positive semi-definite by what it is (see `InfluenceFunctionModel.spectrum`). Raises what
-        the checks of data and model raise, before any solve.
+        Args:
+            x: Training points: arrays, a data set, a `Recipe` or a `ChunkedData`.
+            y: Their targets, unless `x` has them.
+            chunk_size: Samples in a chunk; 256 unless the data bring their own chunks.
+            certify: Whether to find the ends of the spectrum, too, for error bounds where the curvature is not positive
+                semi-definite by construction (see `InfluenceFunctionModel.spectrum`).
+            progress: Whether to show progress bars, or what shows them.
+
+        Returns:
+            This calculator.
+
+        Raises:
+            DistinfluenceError: What the checks of data and model raise, before any solve.
         """
         bars = _progress(progress)
         data = self._everywhere(self._chunked(x, y, chunk_size))
@@ -143,11 +153,24 @@ class InfluenceCalculator(ABC):
         calibrate: bool = False,
         **settings: Unpack[RunSettings],
     ) -> Plan:
-        """What `fit(x, y)` and `to_zarr(…, x_test, y_test)` with these options will do and need; computes nothing.
+        """Plan `fit(x, y)` and `to_zarr(…, x_test, y_test)` with these options. No influence is computed.
 
-        options, settings: see `to_zarr`; chunk sizes that are None are chosen, and found in the plan's `chunks`.
-        machine: to plan for, the calculator's own unless given. calibrate: estimate times too, from a few samples: some
-        seconds. Raises PlanError, saying what would fit, if the workers' memory is too small.
+        Args:
+            x: Training points, as for `fit`.
+            y: Their targets, or None if `x` has them.
+            x_test: Test points.
+            y_test: Their targets, unless `x_test` has them.
+            options: As for `to_zarr`. The plan chooses chunk sizes that are None; see its `chunks`.
+            machine: The machine to plan for; the one of the calculator by default.
+            calibrate: Whether to estimate times, too, by a few samples. It takes some seconds.
+            **settings: Options as keywords, which override `options`.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: If the workers' memory is too small. The message says what would fit.
+            SettingError: If an option is not valid.
         """
         options = (options or RunOptions()).updated(**settings)
         train = self._chunked(x, y, options.chunk_size)
@@ -266,14 +289,27 @@ class InfluenceCalculator(ABC):
         partition: Partition | None = None,
         **settings: Unpack[RunSettings],
     ) -> InfluenceResult:
-        """Compute the influence matrix and write it to a zarr group, strip by strip; returns the result, opened.
+        """Compute the influence matrix and write it to a zarr group, strip by strip.
 
-        path: of the group, a folder, or a URL that fsspec can write to from wherever tasks run (s3://…).
-        x, y: the training points; those of the fit if left out. options: of the run; settings: the same as keywords,
-        which override them: to_zarr(…, top_k=5) is to_zarr(…, options=RunOptions(top_k=5)). partition: make a part of
-        the strips only, beside other runs that make the others. Raises StoreError if `path` cannot be used,
-        NotFittedError before `fit`, and what the checks of options and data raise; ChunkFailedError when all strips are
-        written but some that failed every time they were tried.
+        Args:
+            path: A folder, or a URL that fsspec can write to from wherever tasks run (s3://…).
+            x_test: Test points, as for `fit`.
+            y_test: Their targets, unless `x_test` has them.
+            x: Training points; those of the fit by default.
+            y: Their targets, unless `x` has them.
+            options: The options of the run; the defaults of `RunOptions` if None.
+            progress: Whether to show progress bars, or what shows them.
+            partition: The strips to write, where other runs write the others; all of them by default.
+            **settings: Options as keywords, which override `options`: to_zarr(…, top_k=5).
+
+        Returns:
+            The result, opened.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            SettingError: If an option is not valid.
+            StoreError: If `path` cannot be used.
+            ChunkFailedError: When all strips are written but some that failed every time they were tried.
         """
         options = (options or RunOptions()).updated(**settings)
         options.check_path(path)
