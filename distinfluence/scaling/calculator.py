@@ -61,7 +61,9 @@ SIGN_AND_EXPONENT = 9  # bits of a float32 beside its mantissa
 class InfluenceCalculator(ABC):
     """The stages of a run over chunked data; subclasses say where they run.
 
-    model: an influence model; `fit` fits a copy of it, the calculator's `model`, and its own module is only read.
+    Args:
+        model: An influence model. `fit` fits a copy of it, the calculator's `model`, and its own module is only read.
+        scratch: A folder for files of the run; a temporary one by default.
     """
 
     def __init__(self, model: InfluenceFunctionModel, scratch: str | Path | None = None) -> None:
