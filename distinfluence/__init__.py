@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from distinfluence.model.risk import EmpiricalRisk
     from distinfluence.scaling import (
         DaskInfluenceCalculator,
+        ExistingResult,
         ModelRecipe,
         Recipe,
+        RunOptions,
         SequentialInfluenceCalculator,
         load_fit,
         save_fit,
@@ -63,6 +65,7 @@ __all__ = [
     "EkfacPreConditioner",
     "EmpiricalFisherOperator",
     "EmpiricalRisk",
+    "ExistingResult",
     "FitReport",
     "GGNOperator",
     "HessianOperator",
@@ -81,6 +84,7 @@ __all__ = [
     "ParameterBlocks",
     "Recipe",
     "RelativeDamping",
+    "RunOptions",
     "SecondOrderMode",
     "SelfInfluences",
     "SequentialInfluenceCalculator",
@@ -120,8 +124,10 @@ _NAMES = {
     "model.risk": ("EmpiricalRisk",),
     "scaling": (
         "DaskInfluenceCalculator",
+        "ExistingResult",
         "ModelRecipe",
         "Recipe",
+        "RunOptions",
         "SequentialInfluenceCalculator",
         "load_fit",
         "save_fit",

@@ -135,6 +135,8 @@ def run(
         described = _job(job, cluster)
         if was_requeued() and not (overwrite and not begun_here(described)):
             resume, overwrite = True, False  # what this job's last start left
+        if resume and overwrite:
+            raise click.UsageError("--resume and --overwrite exclude each other: drop one of them.")
         if check and not resume:
             raise click.UsageError("--check is for a result that is there: add --resume.")
         if part is not None:
@@ -142,15 +144,8 @@ def run(
                 raise click.UsageError("--part goes on with what is there, without a cluster: drop the other option.")
             click.echo(summary(run_part(described, part, progress=Progress(not quiet))))
             return
-        result = run_job(
-            described,
-            overwrite=overwrite,
-            resume=resume,
-            check=check,
-            progress=Progress(not quiet),
-            logs=logs,
-            report=report,
-        )
+        existing = "repair" if check else "resume" if resume else "replace" if overwrite else "refuse"
+        result = run_job(described, existing=existing, progress=Progress(not quiet), logs=logs, report=report)
         click.echo(summary(result))
         click.echo(f"next: {program()} top {result.path} 0")
 

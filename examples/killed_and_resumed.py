@@ -1,9 +1,9 @@
 """What is lost when a run is killed?
 
 A run in a process of its own writes a matrix of 100 × 1200 in 60 strips. The script kills it (SIGKILL, which no
-program can catch) when at least ten strips are marked as whole, starts it again with `resume=True`, kills it once more,
-and lets the third run finish. Beside it, a run that nobody disturbed. No strip that was marked is made again, and the
-bits of the two matrices are equal.
+program can catch) when at least ten strips are marked as whole, starts it again with `existing="resume"`, kills it once
+more, and lets the third run finish. Beside it, a run that nobody disturbed. No strip that was marked is made again, and
+the bits of the two matrices are equal.
 
 About 30 seconds on one core. Prints what was there after each kill, and whether the bits are equal. The folder must be
 without the results of an earlier run.
@@ -60,13 +60,13 @@ def main(out: Path) -> Findings:
 
 
 def run(path: Path) -> None:
-    """The run itself: nothing in it knows that it may be killed but `resume=True` and the named scratch folder."""
+    """The run itself: only this knows that it may be killed: `existing="resume"` and the named scratch folder."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 5)).eval()
     x, y = torch.randn(N_TRAIN, 20), torch.randint(5, (N_TRAIN,))
     influence = CgInfluence(model, nn.CrossEntropyLoss(), 0.01, rtol=1e-4, atol=0.0, second_order_mode="ggn")
     calculator = SequentialInfluenceCalculator(influence, scratch=path.with_suffix(".scratch"))
-    calculator.fit(x, y, chunk_size=STRIP).to_zarr(path, x[:N_TEST], y[:N_TEST], resume=True, progress=False)
+    calculator.fit(x, y, chunk_size=STRIP).to_zarr(path, x[:N_TEST], y[:N_TEST], existing="resume", progress=False)
 
 
 def command(path: Path) -> list[str]:

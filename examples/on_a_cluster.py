@@ -66,7 +66,7 @@ def computed(kind: str, spec: ClusterSpec, out: Path) -> InfluenceResult:
         calculator = DaskInfluenceCalculator(influence, client, scratch=out / f"scratch-{kind}")
         calculator.fit(x, y, chunk_size=50)
         path = out / f"{kind}.zarr"
-        result = calculator.to_zarr(path, x[:40], y[:40], solve="rows", overwrite=True, progress=False)
+        result = calculator.to_zarr(path, x[:40], y[:40], solve="rows", existing="replace", progress=False)
     seconds = time.perf_counter() - start
     print(f"{kind:8s} {' × '.join(map(str, result.shape))} in {seconds:.1f} s, all converged: {result.converged.all()}")
     return result

@@ -93,7 +93,7 @@ def make(path: Path) -> None:
         optimizer.step()
     influence = CgInfluence(model.eval(), nn.CrossEntropyLoss(), 0.01, rtol=1e-4, atol=0.0, second_order_mode="ggn")
     calculator = SequentialInfluenceCalculator(influence).fit(x[:1000], y[:1000], chunk_size=250)
-    calculator.to_zarr(path, x[1000:1200], y[1000:1200], overwrite=True, progress=False)
+    calculator.to_zarr(path, x[1000:1200], y[1000:1200], existing="replace", progress=False)
     annotate(path, "train", labels=y[:1000].numpy())
     annotate(path, "test", labels=y[1000:1200].numpy())
 

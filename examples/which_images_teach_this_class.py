@@ -49,7 +49,7 @@ def main(out: Path) -> Findings:
     x, y, x_test, y_test = digits()
     influence = EkfacInfluence(trained(x, y), update_diagonal=True, hessian_regularization=RelativeDamping(0.1))
     calculator = SequentialInfluenceCalculator(influence).fit(x, y, chunk_size=300)
-    result = calculator.to_zarr(out / "teaching.zarr", x_test, y_test, overwrite=True, progress=False)
+    result = calculator.to_zarr(out / "teaching.zarr", x_test, y_test, existing="replace", progress=False)
 
     asked = y_test.numpy() == CLASS
     grouped = result.group(test=asked)  # rows: the others, the class; columns: training images

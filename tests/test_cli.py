@@ -104,7 +104,7 @@ def test_a_job_joins_a_cluster_that_is_running_and_leaves_it_running(tmp_path: P
         assert command("run", path, "--quiet").exit_code == 0
         again = command("run", path, "--quiet")
         assert again.exit_code == 1
-        assert "`overwrite`" in again.output
+        assert "--overwrite" in again.output
         assert command("run", path, "--quiet", "--resume").exit_code == 0
         assert client.submit(sum, [1, 2]).result() == 3
 
@@ -260,10 +260,10 @@ def test_a_signal_that_is_ignored_on_purpose_stays_ignored() -> None:
 def test_a_job_that_is_started_again_goes_on_with_its_own_result_and_overwrites_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[bool, bool]] = []
+    asked: list[str] = []
 
-    def run(*_: object, overwrite: bool, resume: bool, **__: object) -> None:
-        asked.append((overwrite, resume))
+    def run(*_: object, existing: str, **__: object) -> None:
+        asked.append(existing)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("distinfluence.app.job.run_job", run)
@@ -274,10 +274,10 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_result_and_overwrites_
     command("run", path, "--overwrite")  # nothing there yet
     a_result(tmp_path / "influences.zarr")
     command("run", path, "--overwrite")  # the old one: it was not reached before the job was put back
-    assert asked == [(True, False)] * 3
+    assert asked == ["replace"] * 3
     asked.clear()
     command("run", path)
     layout = Layout(n_test=2, n_train=6, strip=6)
     InfluenceWriter.create(tmp_path / "influences.zarr", layout, {"batch_job": "7"}, overwrite=True)
     command("run", path, "--overwrite")
-    assert asked == [(False, True)] * 2
+    assert asked == ["resume"] * 2

@@ -28,7 +28,8 @@ from distinfluence.errors import ConfigError, SettingError
 from distinfluence.influence import InfluenceFunctionModel, RelativeDamping
 from distinfluence.influence.registry import METHODS
 from distinfluence.model.objective import Loss, Objective
-from distinfluence.scaling import ClusterSpec, ModelRecipe, Recipe
+from distinfluence.scaling import ClusterSpec, ExistingResult, ModelRecipe, Recipe, RunOptions
+from distinfluence.scaling.clusters.slurm import batch_job
 from distinfluence.store.format.folder import is_local_url
 
 
@@ -145,7 +146,7 @@ class Job(Section):
     method: `name` (a key of `METHODS`) and the parameters of that influence model. loss: a torch loss of (outputs,
     targets) or an `Objective`. mode: up or perturbation. output: the folder of the result, or a URL that fsspec can
     write to. certify: find the ends of the spectrum for error bounds (several passes). contributions, self_influence:
-    see `InfluenceCalculator.to_zarr`. scratch: a folder that every worker sees, beside the output if left out. device:
+    see `RunOptions`. scratch: a folder that every worker sees, beside the output if left out. device:
     where tasks compute; auto takes a GPU on every worker that sees one.
     """
 
@@ -258,6 +259,22 @@ class Job(Section):
         if self.contributions:
             raise ValueError(f"`contributions` are written to folders alone, got `output` {self.output!r}.")
         return self
+
+    def options(self, existing: ExistingResult | str = ExistingResult.REFUSE) -> RunOptions:
+        """The options of its run."""
+        return RunOptions(
+            mode=self.mode,
+            chunk_size=self.chunks.train,
+            test_chunk_size=self.chunks.test,
+            panel_size=self.chunks.panel,
+            solve=self.solve,
+            top_k=self.top_k,
+            mantissa_bits=self.mantissa_bits,
+            contributions=self.contributions,
+            self_influence=self.self_influence,
+            existing=existing,
+            attributes={"job": self.model_dump(mode="json"), "batch_job": batch_job()},
+        )
 
     def cluster_spec(self) -> ClusterSpec:
         """Where to run."""

@@ -104,7 +104,7 @@ def run_demo(folder: Path, workers: int) -> str:
     progress = Progress()
     prepare(folder, workers, progress)
     job = Job.read(folder / "job.yaml")
-    result = run_job(job, overwrite=True, progress=progress)
+    result = run_job(job, existing="replace", progress=progress)
     annotate_job(job, "image", shape=(8, 8), classes=[str(digit) for digit in range(10)])
     picture = folder / "digits.png"
     draw(result, picture)

@@ -3,7 +3,8 @@
 import importlib.util
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from distinfluence.model.identity.structure import structure
 from distinfluence.scaling import (
     ChunkedData,
     DaskInfluenceCalculator,
+    ExistingResult,
     InfluenceCalculator,
     LogToFolder,
     Plan,
     Progress,
+    RunOptions,
     SequentialInfluenceCalculator,
     connected,
 )
@@ -50,39 +53,32 @@ from distinfluence.scaling.worker.device import smallest_device, task_device
 from distinfluence.scaling.worker.source_reducer import SourceReducer
 from distinfluence.store import InfluenceResult, find_damage, open_influences
 from distinfluence.store.format.fingerprint import to_json
-from distinfluence.store.write.resume import check_output, chunks_of
+from distinfluence.store.write.resume import chunks_of
 
 
 def run_job(
     job: Job,
     *,
-    overwrite: bool = False,
-    resume: bool = False,
-    check: bool = False,
+    existing: ExistingResult | str = ExistingResult.REFUSE,
     progress: Progress | None = None,
     logs: Path | None = None,
     report: Path | None = None,
 ) -> InfluenceResult:
     """Start or join the cluster, fit, compute, write; returns the result.
 
-    overwrite, resume, check: as `InfluenceCalculator.to_zarr`. logs: a folder for a file of JSON lines by each worker.
-    report: an HTML file for Dask's performance report, which needs bokeh. Files of the run lie in `scratch` until it is
-    complete.
+    existing: what to do with a result that is there. logs: a folder for a file of JSON lines by each worker. report: an
+    HTML file for Dask's performance report, which needs bokeh. Files of the run lie in `scratch` until it is complete.
     """
     progress = progress or Progress()
-    output = job.result
-    check_output(output, overwrite=overwrite, resume=resume)
-    with progress.beside(output):
-        return _run(job, overwrite, resume, check, progress, logs, report)
+    options = job.options(existing)
+    options.check_path(job.result)
+    with progress.beside(job.result):
+        return _run(job, options, progress, logs, report)
 
 
-def _run(
-    job: Job, overwrite: bool, resume: bool, check: bool, progress: Progress, logs: Path | None, report: Path | None
-) -> InfluenceResult:
+def _run(job: Job, options: RunOptions, progress: Progress, logs: Path | None, report: Path | None) -> InfluenceResult:
     model, recipe = job.influence_model()
-    output = job.result
     scratch = job.scratch_folder
-    began = chunks_of(output) if resume else None
     folder = job.logs_folder if logs is None else logs.resolve()
     with connected(job.cluster_spec(), folder=folder, announce=progress.say) as client, reported(report):
         if logs is not None:
@@ -96,7 +92,7 @@ def _run(
             device=job.device,
             workers=planned_workers(job.cluster_spec()),
         )
-        result = _computed(job, calculator, began, progress, overwrite=overwrite, resume=resume, check=check)
+        result = _computed(job, calculator, options, progress, Partition.whole())
     _remove(job, scratch, calculator)
     return result
 
@@ -131,62 +127,44 @@ def run_part(job: Job, part: str, *, progress: Progress | None = None) -> Influe
     """
     progress = progress or Progress()
     model, _ = job.influence_model()
-    output = job.result
     scratch = job.scratch_folder
     partition = Partition.parse(part, scratch)
-    check_output(output, overwrite=False, resume=True)
-    began = chunks_of(output)
-    if began is None and None in (job.chunks.train, job.chunks.test, job.chunks.panel):
+    options = job.options(ExistingResult.RESUME)
+    options.check_path(job.result)
+    if chunks_of(job.result) is None and None in (job.chunks.train, job.chunks.test, job.chunks.panel):
         raise ConfigError(
             "`chunks` must say `train`, `test` and `panel` where several processes share a result, got "
             f"{job.chunks.model_dump(exclude_none=True)}. `distinfluence plan` proposes them."
         )
-    with progress.beside(output, part):
+    with progress.beside(job.result, part):
         calculator = SequentialInfluenceCalculator(model.to(task_device(job.device)), scratch=scratch)
-        result = _computed(job, calculator, began, progress, resume=True, partition=partition)
+        result = _computed(job, calculator, options, progress, partition)
     if result.complete:
         _remove(job, scratch, calculator)
     return result
 
 
 def _computed(
-    job: Job,
-    calculator: InfluenceCalculator,
-    began: Mapping[str, Any] | None,
-    progress: Progress,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-    check: bool = False,
-    partition: Partition | None = None,
+    job: Job, calculator: InfluenceCalculator, options: RunOptions, progress: Progress, partition: Partition
 ) -> InfluenceResult:
-    train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
-    test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
+    train, test = _data(job, calculator)
+    options = _as_begun(options, chunks_of(job.result) if options.resumes else None)
     with progress.stage("plan", None, "samples"):
         # parts would all measure the same, at the same time
-        plan = _planned(job, calculator, train, test, began, calibrate=partition is None)
+        plan = calculator.plan(train, None, test, options=options, calibrate=not partition.shared)
     progress.say(str(plan))
-    calculator.require_space(plan, job.result, job.mantissa_bits)
-    train, test = recut(train, plan.chunks.train), recut(test, plan.chunks.test)
-    # one fits, the others find the fit
-    with partition.alone() if partition is not None else nullcontext():
-        calculator.fit(train, certify=job.certify, progress=progress)
-    return calculator.to_zarr(
-        job.result,
-        test,
-        mode=job.mode,
-        panel_size=plan.chunks.panel,
-        solve=job.solve,
-        top_k=job.top_k,
-        mantissa_bits=job.mantissa_bits,
-        contributions=job.contributions,
-        self_influence=job.self_influence,
-        overwrite=overwrite,
-        resume=resume,
-        check=check,
-        progress=progress,
-        attributes={"job": job.model_dump(mode="json"), "batch_job": batch_job()},
-        partition=partition,
+    calculator.require_space(plan, job.result, options.mantissa_bits)
+    with partition.alone():  # one fits, the others find the fit
+        calculator.fit(recut(train, plan.chunks.train), certify=job.certify, progress=progress)
+    options = replace(options, chunk_size=None, test_chunk_size=None, panel_size=plan.chunks.panel)
+    test = recut(test, plan.chunks.test)
+    return calculator.to_zarr(job.result, test, options=options, progress=progress, partition=partition)
+
+
+def _data(job: Job, calculator: InfluenceCalculator) -> tuple[ChunkedData, ChunkedData]:
+    return (
+        calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train),
+        calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test),
     )
 
 
@@ -202,38 +180,17 @@ def plan_job(job: Job) -> Plan:
         with connected(spec) as client:
             workers = max(planned_workers(spec) or 1, len(client.nthreads()))
             machine = Machine(workers, worker_memory(client), process_bytes(), smallest_device(client, job.device))
-    train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
-    test = calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
-    return _planned(job, calculator, train, test, chunks_of(job.result), machine, True)
+    train, test = _data(job, calculator)
+    options = _as_begun(job.options(), chunks_of(job.result))
+    return calculator.plan(train, None, test, options=options, machine=machine, calibrate=True)
 
 
-def _planned(
-    job: Job,
-    calculator: InfluenceCalculator,
-    train: ChunkedData,
-    test: ChunkedData,
-    began: Mapping[str, Any] | None,
-    machine: Machine | None = None,
-    calibrate: bool = False,
-) -> Plan:
-    """The plan; a run that goes on keeps the chunks it began with, wherever it goes on."""
-    asked = job.chunks
-    before: Mapping[str, Any] = {"train": None, "test": [None], "panel": None, "solve": "auto"} | dict(began or {})
-    return calculator.plan(
-        train,
-        None,
-        test,
-        mode=job.mode,
-        chunk_size=asked.train or before["train"],
-        test_chunk_size=asked.test or before["test"][0],
-        panel_size=asked.panel or before["panel"],
-        solve=before["solve"] if job.solve == "auto" else job.solve,
-        top_k=job.top_k,
-        contributions=job.contributions,
-        self_influence=job.self_influence,
-        machine=machine,
-        calibrate=calibrate,
-    )
+def _as_begun(options: RunOptions, began: Mapping[str, Any] | None) -> RunOptions:
+    """The options of a run that goes on: it keeps the chunks it began with, wherever it goes on."""
+    if began is None:
+        return options
+    train, test = options.chunk_size or began["train"], options.test_chunk_size or began["test"][0]
+    return replace(options.continuing(began), chunk_size=train, test_chunk_size=test)
 
 
 def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verification:

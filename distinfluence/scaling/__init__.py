@@ -10,6 +10,7 @@ from distinfluence.scaling.plan.costs import Stage
 from distinfluence.scaling.plan.plan import Plan, make_plan
 from distinfluence.scaling.plan.problem import Machine
 from distinfluence.scaling.progress import Progress
+from distinfluence.scaling.run_options import ExistingResult, RunOptions
 from distinfluence.scaling.saved_fit import load_fit, save_fit
 from distinfluence.scaling.sequential_calculator import SequentialInfluenceCalculator
 from distinfluence.scaling.worker.logs import LogToFolder
@@ -18,6 +19,7 @@ __all__ = [
     "ChunkedData",
     "ClusterSpec",
     "DaskInfluenceCalculator",
+    "ExistingResult",
     "InfluenceCalculator",
     "LogToFolder",
     "Machine",
@@ -25,6 +27,7 @@ __all__ = [
     "Plan",
     "Progress",
     "Recipe",
+    "RunOptions",
     "SequentialInfluenceCalculator",
     "Stage",
     "connected",

@@ -26,15 +26,24 @@ from distinfluence.scaling.worker.device import check_device, smallest_device
 class DaskInfluenceCalculator(InfluenceCalculator):
     """The stages of a run on the workers of a Dask cluster.
 
-    model: an influence model. client: of a distributed cluster; one thread per worker is best, since one torch task
-    runs at a time in a process. recipe: how workers build the model; without it the model's tensors are written to
-    `scratch` and its structure goes with the tasks. scratch: a folder that every worker sees, for the spilled model,
-    arrays of this process, broadcasts and factors; a temporary one of this host unless given. timeout: seconds to wait
-    for the first worker. resources: that a worker must have to be given tasks, for instance {"GPU": 1} where GPU and
-    CPU workers mix. device: where tasks compute, the type of the model's own unless given; "cpu", "cuda", or "auto" for
-    a GPU on workers that see one. workers: processes to plan for, where more will come than are there now. Raises
-    ClusterError without workers, without the resources or where workers do not see `scratch`, RecipeError if `recipe`
-    builds another model.
+    Args:
+        model: An influence model.
+        client: A client of a distributed cluster. One thread per worker is best, since one torch task runs at a time
+            in a process.
+        recipe: How workers build the model. Without it the model's tensors are written to `scratch`, and its structure
+            travels with the tasks.
+        scratch: A folder that every worker sees, for the spilled model, arrays of this process, broadcasts and factors;
+            a temporary one of this host by default.
+        timeout: Seconds to wait for the first worker.
+        resources: Resources that a worker must have to be given tasks, for instance {"GPU": 1} where GPU and CPU
+            workers mix.
+        device: Where tasks compute: "cpu", "cuda", or "auto" for a GPU on workers that see one; the type of the model's
+            own device by default.
+        workers: Processes to plan for, where more will come than are there now.
+
+    Raises:
+        ClusterError: Without workers, without the resources, or if workers do not see `scratch`.
+        RecipeError: If `recipe` builds another model.
     """
 
     def __init__(

@@ -17,11 +17,14 @@ from distinfluence.scaling.scratch import scratch_errors
 
 @dataclass(frozen=True)
 class Partition:
-    """Run number `part` of `parts`, counted from 0. folder: for the lock, the same for all of them."""
+    """Run number `part` of `parts`, counted from 0.
+
+    folder: for the lock, the same for all of them; None for a run that shares its result with no other.
+    """
 
     part: int
     parts: int
-    folder: Path
+    folder: Path | None
 
     def __post_init__(self) -> None:
         if not 0 <= self.part < self.parts:
@@ -29,6 +32,16 @@ class Partition:
                 f"`part` must be K/N with K from 0 to N - 1, got {self.part}/{self.parts}. In an array of jobs: "
                 "--array=0-15 and --part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT."
             )
+
+    @classmethod
+    def whole(cls) -> "Partition":
+        """The partition of a single run that makes everything, without a lock."""
+        return cls(0, 1, None)
+
+    @property
+    def shared(self) -> bool:
+        """Whether other runs may work on the same result."""
+        return self.folder is not None
 
     @classmethod
     def parse(cls, text: str, folder: Path) -> "Partition":
@@ -50,6 +63,9 @@ class Partition:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other run is here. Where the file system has no locks, nobody waits."""
+        if self.folder is None:
+            yield
+            return
         with scratch_errors(self.folder, "its lock"):
             self.folder.mkdir(parents=True, exist_ok=True)
             file = (self.folder / "lock").open("w")

@@ -47,7 +47,17 @@ PLAIN = [field.name for field in fields(FitReport) if field.name not in ("detail
 def save_fit(influence: InfluenceFunctionModel, path: str | Path) -> Path:
     """Write a fitted influence model's state to a new folder, whole or not at all.
 
-    Raises NotFittedError before `fit`, StoreExistsError where there is something already, DiskFullError without space.
+    Args:
+        influence: A fitted influence model.
+        path: The folder to make.
+
+    Returns:
+        The folder.
+
+    Raises:
+        NotFittedError: Before `fit`.
+        StoreExistsError: If there is something at `path` already.
+        DiskFullError: If there is not enough space.
     """
     report, target = influence.fit_report, Path(path).expanduser()
     if target.exists():
@@ -97,13 +107,25 @@ def _belongs(influence: InfluenceFunctionModel, reducer: ChunkReducer) -> dict[s
 
 
 def load_fit(influence: InfluenceFunctionModel, path: str | Path, data: object) -> InfluenceFunctionModel:
-    """The influence model, fitted as it was when `save_fit` wrote it, without the work of `fit`.
+    """Restore a fit that `save_fit` wrote, without the work of `fit`.
 
-    influence: made with the same model, objective and settings. data: the training set, as for `fit`, in any order. All
-    are compared before anything is restored, also by what the model makes of some samples. Raises StoreNotFoundError,
-    ForeignStoreError for a folder that is no saved fit, CorruptStoreError for one whose bytes are not those that were
-    written, FingerprintError, saying what differs, for another model, objective, damping or other settings, or other
-    data; and what the checks of `fit` raise.
+    Model, objective, settings and data are compared before anything is restored, also by what the model computes for
+    some samples.
+
+    Args:
+        influence: An influence model made with the same model, objective and settings.
+        path: The folder that `save_fit` wrote.
+        data: The training set, as for `fit`, in any order.
+
+    Returns:
+        The influence model, fitted.
+
+    Raises:
+        StoreNotFoundError: If `path` does not exist.
+        ForeignStoreError: If `path` is not a saved fit.
+        CorruptStoreError: If its bytes are not those that were written.
+        FingerprintError: If model, objective, settings or data differ. The message says which.
+        DistinfluenceError: What the checks of `fit` raise.
     """
     source = Path(path).expanduser()
     if not source.exists():

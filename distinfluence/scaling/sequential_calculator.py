@@ -23,9 +23,13 @@ from distinfluence.scaling.worker.source_reducer import SourceReducer
 class SequentialInfluenceCalculator(InfluenceCalculator):
     """The stages of a run one after the other in this process: the same numbers without a cluster.
 
-    model: an influence model. scratch: a folder for factors while `to_zarr` runs; a temporary one unless given, and
-    then a run that died cannot use its factors again. Its lazy arrays are computed by dask's local schedulers, or by
-    the workers of a client that is active in this process, if they see `scratch`.
+    Its lazy arrays are computed by dask's local schedulers, or by the workers of a client that is active in this
+    process, if they see `scratch`.
+
+    Args:
+        model: An influence model.
+        scratch: A folder for factors while `to_zarr` runs. By default it is temporary, and then a run that died cannot
+            use its factors again.
     """
 
     def __init__(self, model: InfluenceFunctionModel, *, scratch: str | Path | None = None) -> None:

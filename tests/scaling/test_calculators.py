@@ -4,7 +4,7 @@ import gc
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from distinfluence.model.reducer import LocalReducer
 from distinfluence.model.risk import LossAndGradient
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.scaling.calculator import InfluenceCalculator
+from distinfluence.scaling.run_options import RunOptions, RunSettings
 from distinfluence.scaling.worker.context import LocalContext, torch_task
 from tests.reference import Reference
 from tests.scaling import sources
@@ -385,7 +386,7 @@ def test_a_run_that_died_goes_on_where_it_stopped(
         model = Counting(case.model, case.loss, DAMPING, rtol=1e-10, atol=0.0, second_order_mode="ggn")
         calculator = SequentialInfluenceCalculator(model, scratch=tmp_path / "scratch").fit(*case.train, chunk_size=5)
         return model, calculator.to_zarr(
-            tmp_path / "i.zarr", *case.test, test_chunk_size=3, resume=True, progress=False
+            tmp_path / "i.zarr", *case.test, test_chunk_size=3, existing="resume", progress=False
         )
 
     monkeypatch.setattr(InfluenceWriter, "write_strip", dying)
@@ -410,7 +411,7 @@ def test_resuming_refuses_another_model_data_set_or_solver(case: Case, tmp_path:
     SequentialInfluenceCalculator(direct(case)).fit(*case.train).to_zarr(path, *case.test, progress=False)
 
     def resume(calculator: InfluenceCalculator, test: Any = case.test) -> None:
-        calculator.to_zarr(path, *test, resume=True, progress=False)
+        calculator.to_zarr(path, *test, existing="resume", progress=False)
 
     other = build("mlp classification", seed=1)
     with pytest.raises(FingerprintError, match=r"fingerprints\.parameters"):
@@ -435,7 +436,7 @@ def test_an_output_that_is_not_ours_stays_and_an_older_result_needs_a_word(case:
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "chapter.tex").write_text("years of work")
-    for words in ({}, {"overwrite": True}, {"resume": True}):
+    for words in ({}, {"existing": "replace"}, {"existing": "resume"}):
         with pytest.raises(ForeignStoreError, match="nothing was touched|not a result"):
             calculator.to_zarr(foreign, *case.test, progress=False, **words)
     assert (foreign / "chapter.tex").read_text() == "years of work"
@@ -443,7 +444,7 @@ def test_an_output_that_is_not_ours_stays_and_an_older_result_needs_a_word(case:
     calculator.to_zarr(path, *case.test, progress=False)
     with pytest.raises(StoreExistsError, match="overwrite"):
         calculator.to_zarr(path, *case.test, progress=False)
-    assert calculator.to_zarr(path, *case.test, progress=False, overwrite=True).complete
+    assert calculator.to_zarr(path, *case.test, progress=False, existing="replace").complete
 
 
 def test_nan_in_a_chunk_is_found_before_any_solve_and_named(make: Make, case: Case) -> None:
@@ -460,8 +461,11 @@ def test_bad_requests_say_what_to_do(make: Make, case: Case, tmp_path: Path) -> 
     calculator.fit(*case.train)
     with pytest.raises(SettingError, match="rows.*data"):
         calculator.to_zarr(tmp_path / "i.zarr", *case.test, solve="columns")
-    with pytest.raises(SettingError, match="exclude each other"):
-        calculator.to_zarr(tmp_path / "i.zarr", *case.test, overwrite=True, resume=True)
+    with pytest.raises(SettingError, match="refuse.*replace.*resume.*repair"):
+        calculator.to_zarr(tmp_path / "i.zarr", *case.test, existing="overwrite")
+    unknown: Any = {"topk": 5}
+    with pytest.raises(TypeError, match="`topk` is not an option.*top_k"):
+        calculator.to_zarr(tmp_path / "i.zarr", *case.test, **unknown)
     with pytest.raises(SettingError, match="up.*perturbation"):
         calculator.influences(*case.test, mode="down")
     with pytest.raises(ShapeError, match=r"n_test, 43"):
@@ -537,3 +541,12 @@ def test_every_method_runs_on_workers_and_gives_what_it_gives_here(
     result = calculator.to_zarr(tmp_path / "i.zarr", *case.test, test_chunk_size=4, solve=solve, progress=False)
     # iterations stop at 1e-7 (LiSSA at 1e-6) of the right-hand sides, wherever they run
     np.testing.assert_allclose(result[:], here.numpy(), rtol=0, atol=1e-4 * float(here.abs().max()))
+
+
+def test_options_are_a_value_or_keywords_which_override_it(case: Case, tmp_path: Path) -> None:
+    assert set(RunSettings.__annotations__) == {option.name for option in fields(RunOptions)}
+    calculator = SequentialInfluenceCalculator(direct(case)).fit(*case.train, chunk_size=5)
+    options = RunOptions(top_k=3, contributions=True)
+    assert options.contributions == 10
+    result = calculator.to_zarr(tmp_path / "i.zarr", *case.test, options=options, top_k=4, progress=False)
+    assert result.layout.top_k == 4 and result.n_contributions == 4

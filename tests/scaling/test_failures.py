@@ -309,7 +309,7 @@ def test_factors_beyond_the_budget_are_taken_in_panels_and_the_gradients_made_fo
     assert Counting.passes == [4, 2, 4, 2]
     np.testing.assert_allclose(cut[:], whole[:], rtol=1e-6, atol=1e-9)
     assert cut.provenance["chunks"]["panel"] == 4
-    again = calculator.to_zarr(tmp_path / "cut.zarr", *case.test, resume=True, progress=False)
+    again = calculator.to_zarr(tmp_path / "cut.zarr", *case.test, existing="resume", progress=False)
     assert again.complete  # goes on with the panels that it began with
     with pytest.raises(SettingError, match="`panel_size`"):
         calculator.to_zarr(tmp_path / "no.zarr", *case.test, panel_size=0, progress=False)
@@ -327,7 +327,7 @@ def test_a_strip_that_always_fails_is_named_when_all_others_are_written(
 
     def run() -> Any:
         calculator = SequentialInfluenceCalculator(direct(case)).fit(*case.train, chunk_size=5)
-        return calculator.to_zarr(tmp_path / "i.zarr", *case.test, resume=True, progress=False)
+        return calculator.to_zarr(tmp_path / "i.zarr", *case.test, existing="resume", progress=False)
 
     monkeypatch.setattr(InfluenceWriter, "write_strip", broken)
     with pytest.raises(ChunkFailedError, match=r"chunk 1 \(samples 5 to 9\): RuntimeError: cannot be read"):
@@ -372,7 +372,7 @@ def test_what_a_power_cut_took_of_the_test_points_is_written_again_at_the_end(
     def run() -> Any:
         calculator = SequentialInfluenceCalculator(direct(case), scratch=tmp_path / "scratch")
         calculator.fit(*case.train, chunk_size=12)
-        return calculator.to_zarr(tmp_path / "i.zarr", *case.test, test_chunk_size=2, resume=True, progress=False)
+        return calculator.to_zarr(tmp_path / "i.zarr", *case.test, test_chunk_size=2, existing="resume", progress=False)
 
     with monkeypatch.context() as patch:
         patch.setattr(InfluenceWriter, "finish", cut)

@@ -48,7 +48,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_once_there_is_space(
         model = CgInfluence(case.model, case.loss, 0.01, rtol=1e-10, atol=0.0, second_order_mode="ggn")
         calculator = SequentialInfluenceCalculator(model, scratch=tmp_path / "scratch").fit(*case.train, chunk_size=12)
         return calculator.to_zarr(
-            tmp_path / "i.zarr", *case.test, test_chunk_size=2, solve="rows", resume=True, progress=False
+            tmp_path / "i.zarr", *case.test, test_chunk_size=2, solve="rows", existing="resume", progress=False
         )
 
     monkeypatch.setattr(factors, "save_factors", filling)
@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_again_and_again_loses_nothing(case: Case, small_dis
         (small_disk / "filler").unlink(missing_ok=True)
         fill(small_disk, leave)
         try:
-            calculator.to_zarr(output, *case.test, test_chunk_size=2, resume=True, progress=False)
+            calculator.to_zarr(output, *case.test, test_chunk_size=2, existing="resume", progress=False)
         except StoreError as error:
             errors.append(str(error))
         now = marks(output)
@@ -106,7 +106,7 @@ def test_a_disk_that_is_full_again_and_again_loses_nothing(case: Case, small_dis
     assert all("space" in error for error in errors)
     assert 0 < len(seen) < 12
     (small_disk / "filler").unlink()
-    result = calculator.to_zarr(output, *case.test, test_chunk_size=2, resume=True, progress=False)
+    result = calculator.to_zarr(output, *case.test, test_chunk_size=2, existing="resume", progress=False)
     assert result.complete
     assert seen.items() <= marks(output).items()
     np.testing.assert_array_equal(result[:], quiet[:])
@@ -126,7 +126,7 @@ def test_a_full_disk_under_workers_costs_what_was_under_way(
     def run(path: Path, scratch: Path) -> Any:
         calculator = DaskInfluenceCalculator(model, client, recipe=recipe, scratch=scratch)
         calculator.fit(train, chunk_size=2)
-        return calculator.to_zarr(path, test, test_chunk_size=100, solve="rows", resume=True, progress=False)
+        return calculator.to_zarr(path, test, test_chunk_size=100, solve="rows", existing="resume", progress=False)
 
     quiet = run(tmp_path / "quiet.zarr", tmp_path / "scratch")
     for file in (tmp_path / "logs").iterdir():

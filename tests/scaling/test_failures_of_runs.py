@@ -67,7 +67,7 @@ def drive(address: str, folder: str, name: str) -> None:
         progress = Staged(Path(folder, f"{name}.stage"))
         calculator.fit(*case.train, chunk_size=1, progress=progress)
         tests = (torch.cat([part] * 2) for part in case.test)
-        calculator.to_zarr(path, *tests, test_chunk_size=1, solve="rows", resume=True, progress=progress)
+        calculator.to_zarr(path, *tests, test_chunk_size=1, solve="rows", existing="resume", progress=progress)
 
 
 class Rig:

@@ -52,7 +52,7 @@ def calculator(case: Case, scratch: Path | None = None) -> SequentialInfluenceCa
 
 
 def scores(made: SequentialInfluenceCalculator, path: Path, case: Case, **settings: Any) -> InfluenceResult:
-    settings = {"test_chunk_size": 2, "solve": "rows", "resume": True, "progress": False} | settings
+    settings = {"test_chunk_size": 2, "solve": "rows", "existing": "resume", "progress": False} | settings
     return made.to_zarr(path, *case.test, **settings)
 
 

@@ -13,7 +13,7 @@ from distinfluence.influence.arrays import HostCopies, to_numpy_batch
 from distinfluence.model.batch import Batch
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.scaling.dispatch.kernel_tasks import run_kernel
-from distinfluence.scaling.stages.strips import resident_panels
+from distinfluence.scaling.stages.strips import Panels
 from distinfluence.scaling.worker import cache
 from distinfluence.scaling.worker.context import LocalContext
 from tests.zoo import build
@@ -52,7 +52,7 @@ def test_broadcasts_are_read_once_in_a_process_and_dropped_with_the_next_pass(
     np.testing.assert_array_equal(sums("c", "d"), np.full(3, 50.0))
     assert read == ["a", "b", "c", "d"]
     assert len(cache._broadcasts) == 1
-    list(resident_panels(str(tmp_path / "a.npy"), 3, torch.device("cpu")))
+    list(Panels(str(tmp_path / "a.npy"), 3).resident(torch.device("cpu")))
     assert cache._broadcasts == {}
 
 

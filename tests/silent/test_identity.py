@@ -221,9 +221,9 @@ def test_a_result_of_something_else_is_not_gone_on_with(name: str, tmp_path: Pat
     run(began, tmp_path / "i.zarr")
     before = {file: file.read_bytes() for file in (tmp_path / "i.zarr").rglob("*") if file.is_file()}
     with pytest.raises(FingerprintError, match="expected the same to resume|computes something else"):
-        run(asked, tmp_path / "i.zarr", resume=True)
+        run(asked, tmp_path / "i.zarr", existing="resume")
     assert before == {file: file.read_bytes() for file in (tmp_path / "i.zarr").rglob("*") if file.is_file()}
-    run(began, tmp_path / "i.zarr", resume=True)
+    run(began, tmp_path / "i.zarr", existing="resume")
     if asked.method is ekfac or isinstance(asked.loss, Squared):
         return
     found = torch.as_tensor(run(asked, tmp_path / "other.zarr").influences[:])
@@ -347,7 +347,9 @@ def test_what_changes_as_it_is_used_is_the_same(tmp_path: Path) -> None:
     for number in range(2):
         given = Given(Stepping(), Counting())
         calculator = SequentialInfluenceCalculator(given.influence(), scratch=tmp_path / "scratch")
-        calculator.fit(*given.data).to_zarr(tmp_path / "i.zarr", *samples(3), progress=False, resume=number > 0)
+        calculator.fit(*given.data).to_zarr(
+            tmp_path / "i.zarr", *samples(3), progress=False, existing="resume" if number else "refuse"
+        )
 
 
 class Skips(nn.Module):

@@ -108,7 +108,7 @@ def test_a_result_that_holds_a_stranger_is_not_deleted(make: Any, layout: Any) -
 
 def test_an_existing_result_is_kept_unless_overwriting_is_asked_for(make: Any, layout: Any) -> None:
     writer, values = make(layout)
-    with pytest.raises(StoreExistsError, match="holds a result already.*`resume`.*`overwrite`") as raised:
+    with pytest.raises(StoreExistsError, match="holds a result already.*'resume'.*'replace'") as raised:
         InfluenceWriter.create(writer.path, layout, {})
     assert isinstance(raised.value, StoreError) and isinstance(raised.value, FileExistsError)
     np.testing.assert_array_equal(open_influences(writer.path)[:], values)
@@ -210,7 +210,7 @@ def test_a_run_does_not_go_on_with_anything_else(make: Any, layout: Any, change:
     with pytest.raises(FingerprintError, match=message) as raised:
         check_resumable(writer.path, **arguments)
     assert raised.value.args[0].count(" there, ") == 1
-    assert "overwrite=True" in str(raised.value)
+    assert "existing='replace'" in str(raised.value)
 
 
 def test_every_difference_is_named(make: Any, layout: Any) -> None:

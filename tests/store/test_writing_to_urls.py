@@ -136,7 +136,7 @@ def test_a_run_writes_to_a_url_as_to_a_folder(bucket: Any, tmp_path: Path) -> No
     assert there.complete
     np.testing.assert_array_equal(there[:], here[:])
     bucket.rm("/bucket/i.zarr/strip_status/c/1")
-    again = calculator.to_zarr(URL, *case.test, resume=True, check=True, progress=False)
+    again = calculator.to_zarr(URL, *case.test, existing="repair", progress=False)
     np.testing.assert_array_equal(again[:], here[:])
 
 

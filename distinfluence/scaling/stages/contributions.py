@@ -8,7 +8,6 @@ that has such pairs; what a task made lies in a file in the scratch folder, so t
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +15,17 @@ from numpy.typing import NDArray
 from distinfluence.errors import UnsupportedOperatorError
 from distinfluence.influence.arrays import Array, to_numpy, to_tensor, to_tensor_batch
 from distinfluence.influence.layer_scoring import SupportsTokens, influences_by_layer, layers_of
-from distinfluence.scaling.data.chunks import ChunkedData, taken
+from distinfluence.scaling.data.chunks import taken
 from distinfluence.scaling.plan.costs import FACTOR_BYTES
-from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.scratch import save_whole
+from distinfluence.scaling.stages.factor_file import fields_file
+from distinfluence.scaling.stages.factors import write_factors
+from distinfluence.scaling.stages.request import Run
 from distinfluence.scaling.worker.cache import Chunk, load, named_samples
 from distinfluence.scaling.worker.context import Context, torch_task
 from distinfluence.scaling.worker.logs import logged_task
-from distinfluence.store import InfluenceWriter, write_contributions
+from distinfluence.store import InfluenceWriter, open_influences, write_contributions
 
-if TYPE_CHECKING:
-    from distinfluence.scaling.stages.request import FittedRun
-
-SHOWN = 10  # pairs at each end of a ranking that are taken apart, where nobody says better
 MOST_TESTS, MOST_TOKEN_POINTS = 64, 4  # test points, training points of sequences, that are multiplied at once
 
 
@@ -58,38 +55,42 @@ class RankedPairs:
         first, last = np.searchsorted(self.trains, [start, start + size]).tolist()
         return slice(first, last)
 
+    def part(self, own: slice) -> "RankedPairs":
+        """Some of them."""
+        return RankedPairs(self.tests[own], self.trains[own], self.places[own], self.k)
 
-def take_apart(
-    fitted: "FittedRun",
-    writer: InfluenceWriter,
-    columns: ChunkedData,
-    pairs: RankedPairs,
-    file: str,
-    progress: Progress,
-) -> None:
-    """Compute what the pairs are made of and store it with the result. file: of the factors of all test points."""
+
+def write_pairs(run: Run) -> None:
+    """Compute what the ranked pairs that are asked for are made of, and store it with the result."""
+    k = min(run.request.options.contributions, run.writer.layout.k)
+    if not k or open_influences(run.writer.path).n_contributions == k:
+        return
+    file, columns = run.factors, run.request.columns
+    if not all(fields_file(file, start).is_file() for start in run.request.test.starts):
+        write_factors(run)
+    pairs = RankedPairs.of(run.writer, k)
     found = {i: pairs.of_chunk(columns.starts[i], columns.sizes[i]) for i in range(len(columns.sizes))}
     with_pairs = [i for i, own in found.items() if own.stop > own.start]
     items = [
-        (columns.chunks[i], i, columns.starts[i], columns.sizes[i], pairs.tests[found[i]], pairs.trains[found[i]])
+        (columns.chunks[i], i, columns.starts[i], columns.sizes[i], pairs.part(found[i]))
         for i in with_pairs
-        if not part_file(file, pairs.k, i).is_file()
+        if not part_file(file, k, i).is_file()
     ]
-    with progress.stage("contributions", len(items), "strips") as bar:
-        for _ in fitted.executor.run(take_strip_apart, (fitted.context, file, pairs.k), items):
+    with run.progress.stage("contributions", len(items), "strips") as bar:
+        for _ in run.fitted.executor.run(take_strip_apart, (run.fitted.context, file), items):
             bar.advance()
-    parts = {part_file(file, pairs.k, i): found[i] for i in with_pairs}
-    _gather(writer, list(layers_of(fitted.model)), pairs, parts, Path(file).with_name("contributions.npy"))
+    _gather(run, pairs, {part_file(file, k, i): found[i] for i in with_pairs})
+    run.writer.note(run.progress.seconds)
 
 
-def _gather(
-    writer: InfluenceWriter, layers: list[str], pairs: RankedPairs, parts: Mapping[Path, slice], beside: Path
-) -> None:
+def _gather(run: Run, pairs: RankedPairs, parts: Mapping[Path, slice]) -> None:
     """Bring what the tasks made into the order of the rankings, in a file, and store it with the result."""
+    layers = list(layers_of(run.fitted.model))
     widths = {np.load(part, mmap_mode="r").shape[1] - len(layers) for part in parts}
     n_tokens = max(widths) if min(widths) > 0 else 0
-    shape = (2, writer.layout.n_test, pairs.k)
-    whole = np.lib.format.open_memmap(beside, "w+", np.float32, (int(np.prod(shape)), len(layers) + n_tokens))
+    shape = (2, run.writer.layout.n_test, pairs.k)
+    beside, columns = run.folder / "contributions.npy", len(layers) + n_tokens
+    whole = np.lib.format.open_memmap(beside, "w+", np.float32, (int(np.prod(shape)), columns))
     whole[:] = np.nan
     for part, own in parts.items():
         values = np.load(part, mmap_mode="r", allow_pickle=False)
@@ -97,7 +98,7 @@ def _gather(
         whole[pairs.places[own], :width] = values[:, :width]
     by_layer = whole[:, : len(layers)].reshape(*shape, -1)
     tokens = whole[:, len(layers) :].reshape(*shape, -1) if n_tokens else (None, None)
-    write_contributions(writer.path, layers, *by_layer, *tokens)
+    write_contributions(run.writer.path, layers, *by_layer, *tokens)
 
 
 def part_file(file: str, k: int, index: int) -> Path:
@@ -106,20 +107,10 @@ def part_file(file: str, k: int, index: int) -> Path:
 
 
 def take_strip_apart(
-    context: Context,
-    file: str,
-    k: int,
-    chunk: Chunk,
-    index: int,
-    start: int,
-    size: int,
-    tests: NDArray[np.int64],
-    trains: NDArray[np.int64],
+    context: Context, file: str, chunk: Chunk, index: int, start: int, size: int, pairs: RankedPairs
 ) -> int:
-    """What pairs are made of, [n, n_layers], with [n, T] beside it where positions are known, to a file.
-
-    tests, trains: [n], the pairs, sorted by training point; trains count from the first sample of the data set.
-    """
+    """What a strip's pairs are made of, [n, n_layers], with [n, T] beside it where positions are known, to a file."""
+    tests, trains, k = pairs.tests, pairs.trains, pairs.k
     if part_file(file, k, index).is_file():  # the worker that made it died before its answer was fetched
         return index
     with logged_task("contributions", chunk=index), torch_task(context) as model, named_samples(index, start, size):

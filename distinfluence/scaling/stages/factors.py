@@ -1,7 +1,7 @@
 """The factors of all test points: solved by chunks of test points or over the data, once."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,6 @@ from distinfluence.errors import (
 from distinfluence.influence.arrays import Array, to_numpy, to_tensor, to_tensor_batch
 from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.dispatch.agenda import Failures
-from distinfluence.scaling.partition import Partition
-from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.stages.factor_file import (
     factor_fields,
     fields_file,
@@ -24,11 +22,10 @@ from distinfluence.scaling.stages.factor_file import (
     stored_fields,
 )
 from distinfluence.scaling.stages.inspect import listed, reasons_of
-from distinfluence.scaling.stages.request import FittedRun, Request
+from distinfluence.scaling.stages.request import Run
 from distinfluence.scaling.worker.cache import Chunk, load, named_samples, samples_of
 from distinfluence.scaling.worker.context import Context, torch_task
 from distinfluence.scaling.worker.logs import logged_task
-from distinfluence.store import InfluenceWriter
 
 
 def _unsolved(test: ChunkedData, failures: Failures) -> ChunkFailedError:
@@ -40,50 +37,47 @@ def _unsolved(test: ChunkedData, failures: Failures) -> ChunkFailedError:
     )
 
 
-def write_all_fields(
-    writer: InfluenceWriter, fitted: FittedRun, request: Request, folder: Path, progress: Progress
-) -> None:
+def write_all_fields(run: Run) -> None:
     """What is known of the test points, once more and whole: a power failure may have torn what was written before."""
-    fields = _all_fields(request.test, folder)
-    if fields is None and not writer.knows_tests():
-        write_factors(writer, fitted, request, folder, progress)
-        fields = _all_fields(request.test, folder)
+    fields = _all_fields(run)
+    if fields is None and not run.writer.knows_tests():
+        write_factors(run)
+        fields = _all_fields(run)
     if fields is not None:
-        writer.write_test(slice(0, writer.layout.n_test), **stored_fields(fields, writer.layout))
+        run.writer.write_test(slice(0, run.writer.layout.n_test), **stored_fields(fields, run.writer.layout))
 
 
-def _all_fields(test: ChunkedData, folder: Path) -> dict[str, Array] | None:
+def _all_fields(run: Run) -> dict[str, Array] | None:
     """The fields of all test points, None if those of some are not there."""
-    parts = [saved_fields(str(folder / "factors.npy"), start, check=False) for start in test.starts]
+    parts = [saved_fields(run.factors, start, check=False) for start in run.request.test.starts]
     whole = [part for part in parts if part is not None]
     if len(whole) < len(parts):
         return None
     return {name: np.concatenate([part[name] for part in whole]) for name in whole[0]}
 
 
-def _made(
-    fitted: FittedRun, test: ChunkedData, file: str, chunks: Iterable[int], progress: Progress
-) -> dict[int, Mapping[str, Array]]:
+def _made(run: Run, chunks: Iterable[int]) -> dict[int, Mapping[str, Array]]:
     """Of these test chunks those whose factors are there and as they were written, with their fields."""
-    there = [i for i in chunks if fields_file(file, test.starts[i]).is_file()]
-    found, items = dict[int, Mapping[str, Array]](), [(file, test.starts[i]) for i in there]
-    for position, fields in fitted.executor.run(saved_fields, (), items):
+    test = run.request.test
+    there = [i for i in chunks if fields_file(run.factors, test.starts[i]).is_file()]
+    found, items = dict[int, Mapping[str, Array]](), [(run.factors, test.starts[i]) for i in there]
+    for position, fields in run.fitted.executor.run(saved_fields, (), items):
         if fields is None:
             damaged = samples_of(there[position], test.starts[there[position]], test.sizes[there[position]])
-            progress.warn(f"the factors of test {damaged} in {Path(file).parent} are damaged: solved again.")
+            run.progress.warn(f"the factors of test {damaged} in {run.folder} are damaged: solved again.")
         else:
             found[there[position]] = fields
     return found
 
 
-def _share_factors(fitted: FittedRun, request: Request, partition: Partition, file: str, progress: Progress) -> None:
+def _share_factors(run: Run) -> None:
     """Factors that nobody has made yet, beginning elsewhere in each run, so that runs at the same time share them."""
-    test, failures = request.test, Failures()
-    with progress.stage("factors", test.n_samples, "test points") as bar:
-        for i in partition.turned(range(len(test.sizes))):
-            if not _made(fitted, test, file, [i], progress):
-                item, failed = (test.chunks[i], file, i, test.starts[i], test.sizes[i]), Failures()
-                for _ in fitted.executor.run(solve_chunk, (fitted.context,), [item], failed):
+    test, failures = run.request.test, Failures()
+    with run.progress.stage("factors", test.n_samples, "test points") as bar:
+        for i in run.partition.turned(range(len(test.sizes))):
+            if not _made(run, [i]):
+                failed = Failures()
+                for _ in _solve_there(run, [i], failed):
                     pass
                 failures.update((i, error) for error in failed.values())
             bar.advance(test.sizes[i])
@@ -91,62 +85,57 @@ def _share_factors(fitted: FittedRun, request: Request, partition: Partition, fi
         raise _unsolved(test, failures)
 
 
-def write_factors(
-    writer: InfluenceWriter, fitted: FittedRun, request: Request, folder: Path, progress: Progress
-) -> str:
-    """Solve for every test point whose factors are not there yet; returns the name of the factors' file."""
-    test, model = request.test, fitted.model
-    file = folder / "factors.npy"
+def write_factors(run: Run) -> None:
+    """Solve for every test point whose factors are not there yet."""
+    test, model = run.request.test, run.fitted.model
     dtype = to_numpy(torch.empty(0, dtype=model.risk.dtype)).dtype
-    partition = request.partition
-    with partition.alone() if partition is not None else nullcontext():
-        make_factor_file(file, test.n_samples, model.n_parameters, dtype)
-    if partition is not None:
-        _share_factors(fitted, request, partition, str(file), progress)
-        return str(file)
-    made = _made(fitted, test, str(file), range(len(test.sizes)), progress)
+    with run.partition.alone():
+        make_factor_file(Path(run.factors), test.n_samples, model.n_parameters, dtype)
+    if run.partition.shared:
+        _share_factors(run)
+        return
+    made = _made(run, range(len(test.sizes)))
     waiting, failed = [i for i in range(len(test.sizes)) if i not in made], Failures()
-    with progress.stage("factors", test.n_samples, "test points") as bar:
-
-        def done(index: int, fields: Mapping[str, Array]) -> None:
+    with run.progress.stage("factors", test.n_samples, "test points") as bar:
+        for index, fields in itertools.chain(made.items(), _solved(run, waiting, failed, bar.note)):
             rows = slice(test.starts[index], test.starts[index] + test.sizes[index])
-            writer.write_test(rows, **stored_fields(fields, writer.layout))
+            run.writer.write_test(rows, **stored_fields(fields, run.writer.layout))
             bar.advance(test.sizes[index])
-
-        for index, fields in made.items():
-            done(index, fields)
-        if request.plan.solve == "rows":
-            items = [(test.chunks[i], str(file), i, test.starts[i], test.sizes[i]) for i in waiting]
-            for position, fields in fitted.executor.run(solve_chunk, (fitted.context,), items, failed):
-                done(waiting[position], fields)
-        else:
-            _solve_here(fitted, request, str(file), waiting, failed, done, bar.note)
     if failed:
         raise _unsolved(test, {waiting[position]: error for position, error in failed.items()})
-    return str(file)
 
 
-def _solve_here(
-    fitted: FittedRun,
-    request: Request,
-    file: str,
-    waiting: list[int],
-    failed: Failures,
-    done: Callable[[int, Mapping[str, Array]], None],
-    note: Callable[[str], None],
-) -> None:
+Solved = Iterator[tuple[int, Mapping[str, Array]]]  # Numbers of test chunks, with their fields.
+
+
+def _solved(run: Run, waiting: Sequence[int], failed: Failures, note: Callable[[str], None]) -> Solved:
+    """Solve these test chunks as the plan says. failed: gets those that fail, by their position."""
+    by_rows = run.request.plan.solve == "rows"
+    return _solve_there(run, waiting, failed) if by_rows else _solve_here(run, waiting, failed, note)
+
+
+def _solve_there(run: Run, waiting: Sequence[int], failed: Failures) -> Solved:
+    """Each test chunk solved by a task, which sweeps the training data by itself."""
+    test = run.request.test
+    items = [(test.chunks[i], run.factors, i, test.starts[i], test.sizes[i]) for i in waiting]
+    for position, fields in run.fitted.executor.run(solve_chunk, (run.fitted.context,), items, failed):
+        yield waiting[position], fields
+
+
+def _solve_here(run: Run, waiting: Sequence[int], failed: Failures, note: Callable[[str], None]) -> Solved:
     """Gradients of the test chunks from the workers, one solve for each, its sweeps spread over the workers."""
-    reducer = fitted.model.reducer
+    test, model = run.request.test, run.fitted.model
+    reducer = model.reducer
     before = reducer.passes
     reducer.on_pass = lambda: note(f"{reducer.passes - before} passes")
-    items = [(request.test.chunks[i], i, request.test.starts[i], request.test.sizes[i]) for i in waiting]
+    items = [(test.chunks[i], i, test.starts[i], test.sizes[i]) for i in waiting]
     try:
-        for position, sides in fitted.executor.run(chunk_right_hand_sides, (fitted.context,), items, failed):
+        for position, sides in run.fitted.executor.run(chunk_right_hand_sides, (run.fitted.context,), items, failed):
             with torch.no_grad():
-                factors, report = fitted.model.solve(to_tensor(sides["rows"]).to(fitted.model.risk.device))
+                factors, report = model.solve(to_tensor(sides["rows"]).to(model.risk.device))
             fields = factor_fields(factors, report, sides["loss"], sides["gradient_norm"])
-            save_factors(file, request.test.starts[waiting[position]], np.asarray(to_numpy(factors)), fields)
-            done(waiting[position], fields)
+            save_factors(run.factors, test.starts[waiting[position]], np.asarray(to_numpy(factors)), fields)
+            yield waiting[position], fields
     finally:
         reducer.on_pass = None
 

@@ -11,12 +11,14 @@ from distinfluence.curvature import operator_class
 from distinfluence.errors import (
     DistinfluenceError,
     FingerprintError,
+    ShapeError,
 )
 from distinfluence.influence.arrays import (
     ArrayBatch,
     named_arrays,
     to_tensor_batch,
 )
+from distinfluence.influence.scores import InfluenceMode
 from distinfluence.model.batch import batch_length, take
 from distinfluence.model.identity.probe import Checked, Probe
 from distinfluence.model.reducer import LocalReducer
@@ -34,7 +36,7 @@ def require_same_probe(recorded: Mapping[str, Any], here: Probe, path: object) -
         raise FingerprintError(
             f"`path` {path} was made with a model or an objective that computes something else: "
             f"{'; '.join(differences)}. Take the model and the objective that it was begun with, write to another "
-            "path, or pass overwrite=True to start again."
+            "path, or pass existing='replace' to start again."
         )
 
 
@@ -62,6 +64,17 @@ class Sample:
     input_shape: tuple[int, ...] | None
     nbytes: int
     built: int
+
+    def entry_shape(self, mode: InfluenceMode | str) -> tuple[int, ...]:
+        """The shape of an entry of the matrix. Raises ShapeError where there is no input to differentiate by."""
+        if mode == InfluenceMode.UP:
+            return ()
+        if self.input_shape is None:
+            raise ShapeError(
+                "`mode='perturbation'` needs a floating-point input to differentiate by, and `x` has none. For token "
+                "ids, let the objective's `inputs` return the embeddings."
+            )
+        return self.input_shape
 
 
 def check_model(context: Context, chunk: Chunk) -> Sample:

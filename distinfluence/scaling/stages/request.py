@@ -1,17 +1,19 @@
-"""What a run is asked for, and what it is asked of."""
+"""What a run is asked for, what it is asked of, and the run that carries it out."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from distinfluence.influence.base import InfluenceFunctionModel
-from distinfluence.influence.scores import InfluenceMode
 from distinfluence.model.identity.probe import Probe
 from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.dispatch.executor import Executor
 from distinfluence.scaling.partition import Partition
 from distinfluence.scaling.plan.plan import Plan
+from distinfluence.scaling.progress import Progress
+from distinfluence.scaling.run_options import RunOptions
 from distinfluence.scaling.stages.probe import Sample
 from distinfluence.scaling.worker.context import Context
+from distinfluence.store import InfluenceWriter
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,34 @@ class Request:
     """What is asked of a run, beyond the fitted model.
 
     plan: chunk sizes, panel, and where is solved: "rows" solves each test chunk on one worker, which sweeps the
-    training set by itself; "data" solves here and spreads each sweep over the workers. input_shape: of one training
-    input for mode "perturbation", else empty. check: read what is there of a run that goes on, and make anew what is
-    damaged. partition: the part of the strips to make, of runs that work on one result.
+    training set by itself; "data" solves here and spreads each sweep over the workers. partition: the part of the
+    strips to make, of runs that work on one result.
     """
 
     test: ChunkedData
     columns: ChunkedData
-    mode: InfluenceMode
     plan: Plan
-    input_shape: tuple[int, ...]
-    top_k: int
-    mantissa_bits: int
-    overwrite: bool
-    resume: bool
-    attributes: Mapping[str, object]
-    contributions: int = 0
-    self_influence: bool = False
-    check: bool = False
-    partition: Partition | None = None
+    options: RunOptions
+    partition: Partition
+
+
+@dataclass(frozen=True)
+class Run:
+    """A request that is being carried out: its stages take this. folder: of its factors, in the scratch folder."""
+
+    fitted: FittedRun
+    request: Request
+    writer: InfluenceWriter
+    folder: Path
+    partition: Partition
+    progress: Progress
+
+    @property
+    def factors(self) -> str:
+        """The file of the factors of all test points."""
+        return str(self.folder / "factors.npy")
+
+    @property
+    def pending(self) -> list[int]:
+        """The strips that are left to this run."""
+        return self.partition.of(self.writer.pending())

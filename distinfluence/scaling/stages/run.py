@@ -5,8 +5,7 @@
 3. *Strips*: one task per train chunk; it makes the chunk's gradients in micro-batches, multiplies them with the factors
    of all test points, and writes one shard, its ranking and its mark. Factors that exceed the resident budget are taken
    in panels, P = ⌈n_test / panel⌉, and the gradients made once for each.
-
-4. *Extras*, if asked for: self-influences, and what ranked influences are made of (`own_influence`, `taking_apart`).
+4. *Extras*, if asked for: self-influences, and what ranked influences are made of (`contributions`).
 
 A run that died goes on where it stopped: factors that are on disk are not solved again, marked strips not made again.
 Factors have checksums; those that are not as they were written are solved again.
@@ -15,33 +14,26 @@ Factors have checksums; those that are not as they were written are solved again
 import json
 import platform
 import shutil
-from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from distinfluence.atomic import appearing
-from distinfluence.errors import (
-    ChunkFailedError,
-    StoreNotFoundError,
-)
+from distinfluence.errors import StoreNotFoundError
 from distinfluence.model.identity.probe import Probe
 from distinfluence.model.identity.structure import structure
 from distinfluence.scaling.data.recipe import fingerprint_module
-from distinfluence.scaling.dispatch.agenda import Failures
+from distinfluence.scaling.partition import Partition
 from distinfluence.scaling.progress import Progress
+from distinfluence.scaling.run_options import ExistingResult, RunOptions
 from distinfluence.scaling.scratch import scratch_errors
-from distinfluence.scaling.stages.contributions import RankedPairs, take_apart
-from distinfluence.scaling.stages.factor_file import (
-    fields_file,
-)
+from distinfluence.scaling.stages.contributions import write_pairs
 from distinfluence.scaling.stages.factors import write_all_fields, write_factors
-from distinfluence.scaling.stages.inspect import listed, look, reasons_of
+from distinfluence.scaling.stages.inspect import look
 from distinfluence.scaling.stages.probe import require_same_probe
-from distinfluence.scaling.stages.request import FittedRun, Request
+from distinfluence.scaling.stages.request import FittedRun, Request, Run
 from distinfluence.scaling.stages.self_influence import write_self_influences
-from distinfluence.scaling.stages.strips import write_strip
+from distinfluence.scaling.stages.strips import write_strips
 from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, mend, open_influences
 from distinfluence.store.format.fingerprint import combine, fingerprint_settings
 from distinfluence.store.format.remote import RemoteFolder
@@ -53,65 +45,67 @@ def write_influences(
     path: Path | RemoteFolder, fitted: FittedRun, request: Request, scratch: Path, progress: Progress
 ) -> InfluenceResult:
     """Carry out a request; see the module. Raises FingerprintError if the result there is of another run."""
-    executor, context = fitted.executor, fitted.context
-    seen = look(executor, context, request.test, progress, "test data")
+    run = _begin(path, fitted, request, scratch, progress)
+    if run.pending:
+        write_factors(run)
+        write_strips(run)
+    with run.partition.alone():
+        _finish(run)
+    return open_influences(path)
+
+
+def _begin(path: Path | RemoteFolder, fitted: FittedRun, request: Request, scratch: Path, progress: Progress) -> Run:
+    """Look at the data, begin the result or open it, and find the folder of its factors."""
+    seen = look(fitted.executor, fitted.context, request.test, progress, "test data")
     columns, train_sha256 = fitted.train, fitted.sha256
     if request.columns is not fitted.train:
-        also = look(executor, context, request.columns, progress, "training data")
+        also = look(fitted.executor, fitted.context, request.columns, progress, "training data")
         columns, train_sha256 = also.data, also.sha256
     request = replace(request, test=seen.data, columns=columns)
-    test = request.test
+    options, plan, module = request.options, request.plan, fitted.model.risk.module
     layout = Layout(
-        n_test=test.n_samples,
+        n_test=seen.data.n_samples,
         n_train=columns.n_samples,
         strip=min(columns.strip, columns.n_samples),
-        input_shape=request.input_shape,
-        top_k=request.top_k,
-        mantissa_bits=request.mantissa_bits,
+        input_shape=fitted.sample.entry_shape(options.mode),
+        top_k=options.top_k,
+        mantissa_bits=options.mantissa_bits,
     )
-    panel = request.plan.chunks.panel
     fingerprints = {
-        "parameters": fingerprint_module(fitted.model.risk.module),
+        "parameters": fingerprint_module(module),
         "fit_data": fitted.sha256,
         "test_data": seen.sha256,
         "train_data": train_sha256,
     }
+    chunks = {"test": list(seen.data.sizes), "train": layout.strip, "panel": plan.chunks.panel, "solve": plan.solve}
     settings: dict[str, object] = {
         "solver": fitted.model.settings(),
         "objective": fitted.model.objective_settings,
-        "structure": structure(fitted.model.risk.module),
-        "mode": str(request.mode),
+        "structure": structure(module),
+        "mode": str(options.mode),
         # where is solved is an arithmetic of its own, and "auto" decides it by the workers that there are
-        "chunks": {"test": list(test.sizes), "train": layout.strip, "panel": panel, "solve": request.plan.solve},
+        "chunks": chunks,
     }
-    partition = request.partition
-    with partition.alone() if partition is not None else nullcontext():
-        writer = _writer(path, layout, fingerprints, settings, fitted, request)
-        if request.check and (damage := mend(writer)):
+    with request.partition.alone():
+        writer = _writer(path, layout, fingerprints, settings, fitted, options)
+        if options.existing is ExistingResult.REPAIR and (damage := mend(writer)):
             progress.warn(f"{damage} of {path} are damaged and made again.")
     belongs = {**fingerprints, "settings": fingerprint_settings({**settings, "format": FACTORS_FORMAT})}
     with scratch_errors(scratch, "factors"):
         folder = _own_folder(scratch / f"factors-{combine(belongs)[:16]}", fitted.probe)
-    pending = writer.pending() if partition is None else partition.of(writer.pending())
-    if pending:
-        file = write_factors(writer, fitted, request, folder, progress)
-        with progress.stage("strips", len(pending), "strips") as bar:
-            failures: Failures = {}
-            items = [(columns.chunks[i], i, columns.starts[i], columns.sizes[i]) for i in pending]
-            shared = (fitted.context, writer, file, panel, str(request.mode))
-            for _ in fitted.executor.run(write_strip, shared, items, failures):
-                bar.advance()
-        if failures:
-            named = reasons_of(columns, {pending[position]: error for position, error in failures.items()})
-            raise _quarantined(writer, named)
-    with partition.alone() if partition is not None else nullcontext():
-        if partition is not None and writer.pending():
-            return open_influences(path)  # whoever makes the last strip finishes
-        write_all_fields(writer, fitted, replace(request, partition=None), folder, progress)
-        writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in progress.seconds.items()}})
-        _write_extras(writer, fitted, request, folder, progress)
-        shutil.rmtree(folder, ignore_errors=True)
-    return open_influences(path)
+    return Run(fitted, request, writer, folder, request.partition, progress)
+
+
+def _finish(run: Run) -> None:
+    """Complete the result, then add the extras: a failure there leaves a complete result, and can be resumed."""
+    if run.writer.pending():
+        return  # whoever makes the last strip finishes
+    run = replace(run, partition=Partition.whole())  # the lock is held already
+    write_all_fields(run)
+    run.writer.finish({"seconds": {name: round(seconds, 3) for name, seconds in run.progress.seconds.items()}})
+    write_self_influences(run)
+    write_pairs(run)
+    shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def _own_folder(named: Path, probe: Probe) -> Path:
@@ -132,31 +126,15 @@ def _own_folder(named: Path, probe: Probe) -> Path:
             return folder
 
 
-def _write_extras(
-    writer: InfluenceWriter, fitted: FittedRun, request: Request, folder: Path, progress: Progress
-) -> None:
-    """What is asked for beyond the matrix, after it: a failure here leaves a complete result, and can be resumed."""
-    if request.self_influence:
-        group = min(request.plan.chunks.test, request.columns.strip)
-        write_self_influences(fitted, writer, request.columns, group, progress)
-    k = min(request.contributions, writer.layout.k)
-    if k and open_influences(writer.path).n_contributions != k:
-        file = folder / "factors.npy"
-        if not all(fields_file(str(file), start).is_file() for start in request.test.starts):
-            write_factors(writer, fitted, replace(request, partition=None), folder, progress)  # a lock is held already
-        take_apart(fitted, writer, request.columns, RankedPairs.of(writer, k), str(file), progress)
-        writer.note(progress.seconds)
-
-
 def _writer(
     path: Path | RemoteFolder,
     layout: Layout,
     fingerprints: dict[str, str],
     settings: dict[str, object],
     fitted: FittedRun,
-    request: Request,
+    options: RunOptions,
 ) -> InfluenceWriter:
-    if request.resume:
+    if options.resumes:
         try:
             writer = InfluenceWriter.resume(path, layout, fingerprints, settings)
             require_same_probe(open_influences(path).provenance, fitted.probe, path)
@@ -165,7 +143,7 @@ def _writer(
             pass  # nothing to go on with: begin
     blocks = fitted.model.risk.blocks
     attributes = {
-        **request.attributes,
+        **options.attributes,
         **settings,
         "fingerprints": fingerprints,
         "probe": fitted.probe.to_json(),
@@ -182,14 +160,4 @@ def _writer(
         "versions": {name: version(name) for name in ("torch", "dask", "distributed", "zarr", "numpy")}
         | {"python": platform.python_version()},
     }
-    return InfluenceWriter.create(path, layout, attributes, overwrite=request.overwrite)
-
-
-def _quarantined(writer: InfluenceWriter, reasons: Mapping[int, str]) -> ChunkFailedError:
-    """What to raise when all other strips are written; the strips are marked, and tried again by a resumed run."""
-    writer.quarantine(reasons)
-    return ChunkFailedError(
-        f"{len(reasons)} of {writer.layout.n_strips} strips failed every time they were tried and were set apart, all "
-        f"others are written:\n  {listed(reasons.values())}\nMend these training samples or their loading, then go on "
-        "with resume."
-    )
+    return InfluenceWriter.create(path, layout, attributes, overwrite=options.replaces)

@@ -8,7 +8,6 @@ times the sweeps of one solve where they do, each by one worker over the whole t
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,15 +15,11 @@ from distinfluence.influence.arrays import to_numpy, to_tensor_batch
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.self_influence import SelfInfluences
 from distinfluence.model.batch import batch_length, take
-from distinfluence.scaling.data.chunks import ChunkedData
-from distinfluence.scaling.progress import Progress
+from distinfluence.scaling.stages.request import Run
 from distinfluence.scaling.worker.cache import Chunk, load, named_samples
 from distinfluence.scaling.worker.context import Context, torch_task
 from distinfluence.scaling.worker.logs import logged_task
 from distinfluence.store import InfluenceWriter
-
-if TYPE_CHECKING:
-    from distinfluence.scaling.stages.request import FittedRun
 
 RTOL = 1e-3  # of a bracket's width
 QUADRATURE, SOLVE = "quadrature", "solve"
@@ -36,25 +31,28 @@ def self_influence_method(model: InfluenceFunctionModel) -> str:
     return QUADRATURE if sweeps and model.kind_of_bound != "none" else SOLVE
 
 
-def write_self_influences(
-    fitted: "FittedRun", writer: InfluenceWriter, columns: ChunkedData, group: int, progress: Progress
-) -> None:
-    """Compute those that are not there and write them, strip by strip. group: training points solved together."""
-    method = self_influence_method(fitted.model)
+def write_self_influences(run: Run) -> None:
+    """Compute those that are asked for and not there, and write them, strip by strip."""
+    if not run.request.options.self_influence:
+        return
+    model, columns, writer = run.fitted.model, run.request.columns, run.writer
+    group = min(run.request.plan.chunks.test, columns.strip)  # training points solved together
+    method = self_influence_method(model)
     pending = writer.without_self_influence()
-    if pending and fitted.model.solves_over_data:
+    if pending and model.solves_over_data:
         n = sum(math.ceil(columns.sizes[i] / group) for i in pending)
-        progress.say(
+        run.progress.say(
             f"self-influence: by {method}, {n} groups of at most {group} training points, each sweeping the training "
             "data until it is done"
         )
     items = [(columns.chunks[i], i, columns.starts[i], columns.sizes[i]) for i in pending]
-    with progress.stage("self-influence", len(items), "strips") as bar:
-        for _ in fitted.executor.run(self_influences_of_strip, (fitted.context, writer, group, method), items):
+    shared = (run.fitted.context, writer, group, method)
+    with run.progress.stage("self-influence", len(items), "strips") as bar:
+        for _ in run.fitted.executor.run(self_influences_of_strip, shared, items):
             bar.advance()
     if pending:
         about = {"method": method, **({"rtol": RTOL} if method == QUADRATURE else {})}
-        writer.note(progress.seconds, {"self_influence": about})
+        writer.note(run.progress.seconds, {"self_influence": about})
 
 
 def self_influences_of_strip(

@@ -212,7 +212,8 @@ def require_free(path: Location, overwrite: bool) -> None:
             )
         if not overwrite:
             raise StoreExistsError(
-                f"`path` {path} holds a result already. Pass `resume` to go on with it, or `overwrite` to delete it."
+                f"`path` {path} holds a result already. Pass existing='resume' (--resume) to continue it, or "
+                "existing='replace' (--overwrite) to delete it."
             )
         strangers = sorted(set(path.names()) - _OWN_ENTRIES)
     if strangers:

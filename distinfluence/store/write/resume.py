@@ -49,7 +49,7 @@ def check_resumable(
     if differences:
         raise FingerprintError(
             f"`path` {folder} was begun with other inputs, expected the same to resume: {'; '.join(differences)}. "
-            "Resume with the inputs it began with, write to another path, or pass overwrite=True to start again."
+            "Resume with the inputs it began with, write to another path, or pass existing='replace' to start again."
         )
 
 
