@@ -262,10 +262,10 @@ class Arnoldi(Solver[Eigenpairs]):
             x,
             self.rtol,
             curvature=curvature,
-            largest=largest,
             remarks=remarks,
             residual_rows=self.residual_rows,
         )
+        solution = replace(solution, largest=largest)
         return self._singular(solution, row_norms(inside[:, values.abs() <= state.noise(self.damping)]), row_norms(rhs))
 
     def _negative(self, state: Eigenpairs) -> tuple[str, ...]:

@@ -274,7 +274,6 @@ def approximation(
     rtol: float,
     *,
     curvature: float = math.nan,
-    largest: float = math.nan,
     remarks: tuple[str, ...] = (),
     residual_rows: int | None = None,
 ) -> Solution:
@@ -296,7 +295,6 @@ def approximation(
         iterations=torch.zeros(k, dtype=torch.int64),
         outcome=tuple(Outcome.CONVERGED if r <= rtol else Outcome.APPROXIMATE for r in relative.tolist()),
         curvature=torch.full((k,), curvature, dtype=torch.float64),
-        largest=largest,
         remarks=remarks,
     )
 

@@ -294,10 +294,10 @@ class NystroemSketch(Solver[NystroemState]):
             rhs,
             x,
             self.rtol,
-            largest=largest,
             remarks=remarks,
             residual_rows=self.residual_rows,
         )
+        solution = replace(solution, largest=largest)
         # a sketch whose values end above its rank has seen the whole range of A: what is not solved has no solution
         if self.damping == 0 and not state.found.clipped and float(found.values[-1]) == 0:
             known = (~solution.relative_residual.isnan()).tolist()

@@ -184,9 +184,8 @@ def _jobs(spec: ClusterSpec, folder: Path, announce: Callable[[str], None]) -> I
     assert spec.workers is not None
     with job_cluster(
         spec.kind,
-        spec.workers,
+        (spec.minimum or spec.workers, spec.workers),
         spec.settings,
-        minimum=spec.minimum,
         timeout=spec.timeout,
         guarded=spec.on_death == "cancel",
         environment=WORKER_ENVIRONMENT,

@@ -26,10 +26,9 @@ ADAPT_SECONDS, ADAPT_LOOKS = 5, 12  # between looks of adaptive scaling, and loo
 @contextmanager
 def job_cluster(
     kind: str,
-    workers: int,
+    jobs: tuple[int, int],
     settings: Mapping[str, object],
     *,
-    minimum: int | None,
     timeout: float | None,
     guarded: bool,
     environment: Mapping[str, str],
@@ -38,7 +37,7 @@ def job_cluster(
 ) -> Iterator[Client]:
     """A client of a scheduler in this process whose workers are jobs; every one of them has gone afterwards.
 
-    kind, workers, settings, minimum, timeout: see `ClusterSpec`. guarded: whether the jobs are cancelled also if this
+    kind, settings, timeout: see `ClusterSpec`. jobs: the least and the most of them. guarded: whether the jobs are cancelled also if this
     process is killed. environment: of the workers. folder: for logs and certificates, seen by every node. Entered when
     the first worker has come. Raises ClusterError with what the queue or the jobs' logs say when jobs are refused or
     end before they work, SettingError for settings that dask-jobqueue does not know.
@@ -55,12 +54,13 @@ def job_cluster(
         guard = _guard(asked, name if queue is not None else None, folder) if guarded else None
         try:
             cluster = _scheduler(asked, arguments, refusals, guard)
-            watchdog = Watchdog(cluster, queue, workers if minimum is None else None, refusals, announce)
+            least, most = jobs
+            watchdog = Watchdog(cluster, queue, most if least == most else None, refusals, announce)
             watchdog.worker_seconds = seconds_of_workers(asked, arguments)
             try:
                 watchdog.start()
-                if minimum is not None:
-                    _adapt(cluster, watchdog, minimum, workers)
+                if least < most:
+                    _adapt(cluster, watchdog, least, most)
                 yield from _watched_client(cluster, watchdog, timeout)
             finally:
                 watchdog.stop()
