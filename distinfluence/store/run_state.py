@@ -44,12 +44,16 @@ class RunState:
 
     @classmethod
     def here(cls, part: str = "") -> RunState:
-        """That of a run which this process begins now."""
+        """Return the state of a run which this process begins now.
+
+        Args:
+            part: K/N of a run that makes a part of the strips, else empty.
+        """
         now = time.time()
         return cls(socket.gethostname(), os.getpid(), part, now, now)
 
     def condition(self) -> str:
-        """running, dead, stopped, failed, or silent: paused, or on a host that cannot be asked."""
+        """Return running, dead, stopped, failed, or silent (paused, or on a host that cannot be asked)."""
         if self.ended:
             return self.ended
         if self.host == socket.gethostname() and not _is_there(self.pid):
@@ -73,7 +77,7 @@ class RunState:
 
 
 def pace_of(done: int, total: int | None, seconds: float) -> str:
-    """A rate and what is left, as far as they can be told: "1.2 a second, about 40 s left"."""
+    """Return a rate and the time left, as far as they can be told: "1.2 a second, about 40 s left"."""
     if not done or seconds <= 0 or total is None:
         return ""
     rate = done / seconds
@@ -102,7 +106,7 @@ def write_state(file: Path, state: RunState) -> None:
 
 
 def read_runs(output: Path) -> list[RunState]:
-    """The runs that are at work on the result at `output`, or died at it; also before there is one."""
+    """Return the runs that are at work on the result at `output`, or died at it; also before there is one."""
     known = {field.name for field in fields(RunState)}
     found = []
     for file in sorted(output.parent.glob(f".{output.name}.run*.json")) if output.parent.is_dir() else ():

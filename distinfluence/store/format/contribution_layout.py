@@ -43,7 +43,11 @@ def contribution_specs(
 
 
 def spec_of(name: str, array: zarr.Array[Any], n_blocks: int, layout: Layout, path: Location) -> ArraySpec:
-    """What an array of contributions must be, going by its own k' and length. Raises CorruptStoreError."""
+    """Return the spec of an array of contributions, going by its own k' and length.
+
+    Raises:
+        CorruptStoreError: The array has a shape that contributions cannot have.
+    """
     k = int(array.shape[1]) if array.ndim == 3 else 0
     if not 1 <= k <= layout.k:
         raise CorruptStoreError(f"`{name}` of {path} must be of at most {layout.k} ranked pairs, got {array.shape}.")

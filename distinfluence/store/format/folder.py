@@ -179,7 +179,13 @@ def place_of(path: str | os.PathLike[str]) -> Location:
 
 
 def read_attributes(path: Location) -> dict[str, Any]:
-    """The attributes of our result at `path`. Raises StoreNotFoundError, ForeignStoreError, or StoreError (too new)."""
+    """Return the attributes of our result at `path`.
+
+    Raises:
+        StoreNotFoundError: There is no result at `path`.
+        ForeignStoreError: `path` holds something that distinfluence did not write.
+        StoreError: The result was written by a newer version.
+    """
     with surfaced_errors("read", path):
         attributes = _our_attributes(path)
         if attributes is None and (isinstance(path, RemoteFolder) or not path.exists()):

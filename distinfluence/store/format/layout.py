@@ -174,7 +174,7 @@ class Layout:
         return min(CHUNK_ROWS, self.n_test, max(1, CHUNK_VALUES // math.prod(self.input_shape)))
 
     def _chunk_columns(self) -> int:
-        """The largest divisor of the strip up to the limit; a strip that has none that is worth a read stays whole."""
+        """Return the largest divisor of the strip up to the limit; a strip without one worth a read stays whole."""
         limit = min(CHUNK_COLUMNS, max(1, CHUNK_VALUES // (self._chunk_rows() * math.prod(self.input_shape))))
         columns = next(c for c in range(min(limit, self.strip), 0, -1) if self.strip % c == 0)
         if columns >= limit // 8:

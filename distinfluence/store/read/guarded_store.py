@@ -82,7 +82,7 @@ class GuardedStore(LocalStore):
 
 
 def open_to_read(path: Location) -> tuple[zarr.Group, GuardedStore | RemoteStore]:
-    """The group at `path` and the store that it reads from."""
+    """Open the group at `path`; return it and the store that it reads from."""
     store = path.store() if isinstance(path, RemoteFolder) else GuardedStore(path)
     return zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False), store
 

@@ -54,7 +54,7 @@ def check_resumable(
 
 
 def chunks_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The chunk sizes that the result at `path` was begun with, to go on with the same; None if there is none."""
+    """Return the chunk sizes that the result at `path` was begun with, for resuming it; None if there is none."""
     folder = place_of(path)
     if not folder.is_used():
         return None

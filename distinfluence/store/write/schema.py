@@ -42,7 +42,7 @@ def stored_attributes(layout: Layout, attributes: Mapping[str, object]) -> dict[
 
 
 def build(folder: Location, layout: Layout, attributes: dict[str, Any]) -> None:
-    """An empty result at `folder`, which must not exist."""
+    """Create an empty result at `folder`, which must not exist."""
     group = zarr.open_group(folder.writable_store(), mode="w-", zarr_format=3, attributes=attributes)
     if layout.ranked:
         group.create_group("strips")
