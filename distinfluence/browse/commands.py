@@ -33,7 +33,14 @@ class JobSources(Protocol):
     def __call__(
         self, job: Path, result: InfluenceResult, render: str | None, compared: bool
     ) -> Mapping[Literal["test", "train"], PointSource]:
-        """compared: read the data once and make sure that they are those the result was made with."""
+        """Return the samples and labels of both axes.
+
+        Args:
+            job: The job file.
+            result: The result that the job made.
+            render: The renderer to use instead of the job's own, if any.
+            compared: Read the data once and make sure that the result was made with them.
+        """
 
 
 def register(group: click.Group, sources: JobSources) -> None:
@@ -130,7 +137,7 @@ def browse(
 def _listening(
     api: ResultApi, host: str, port: int | None, token: str | None, names: tuple[str, ...], new_link: bool
 ) -> BrowseServer:
-    """A server on the port, and with the token, that this result had last, unless told otherwise."""
+    """Return a server on the port, and with the token, that this result had last, unless told otherwise."""
     from distinfluence.browse.server.http import BrowseServer
     from distinfluence.browse.server.saved_link import Link, keep_link, kept_link
 

@@ -39,7 +39,7 @@ def write_report(api: ResultApi, path: Path, *, tests: int = 8, k: int = 6, susp
 
 
 def _map(api: ResultApi) -> dict[str, Any] | None:
-    """The picture of the matrix; None where nothing is computed yet."""
+    """Return the picture of the matrix; None where nothing is computed yet."""
     n_test, n_train = api.result.shape
     if not api.result.finished_strips().any():
         return None
@@ -49,7 +49,7 @@ def _map(api: ResultApi) -> dict[str, Any] | None:
 
 
 def _or_damage(ask: Any, **known: Any) -> dict[str, Any]:
-    """An answer, or what is damaged of it."""
+    """Return an answer, or the damage that prevents it."""
     try:
         return {"damage": None, **ask(), **known}
     except CorruptStoreError as error:

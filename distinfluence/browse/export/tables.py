@@ -23,9 +23,12 @@ _ROWS_AT_ONCE = 64
 
 
 def rankings(result: InfluenceResult, tests: slice, k: int, partial: bool) -> Iterator[Table]:
-    """The k most helpful and most harmful training points of test points, some test points at a time.
+    """Yield the k most helpful and most harmful training points of test points, some test points at a time.
 
-    Columns: those of `InfluenceResult.to_dataframe`. Raises IncompleteResultError.
+    The columns are the same as in `InfluenceResult.to_dataframe`.
+
+    Raises:
+        IncompleteResultError: A ranking is not computed yet.
     """
     known = KnownPoints(result)
     for start in range(tests.start, tests.stop, _ROWS_AT_ONCE):
@@ -34,9 +37,10 @@ def rankings(result: InfluenceResult, tests: slice, k: int, partial: bool) -> It
 
 
 def entries(result: InfluenceResult, tests: slice, trains: slice, partial: bool) -> Iterator[Table]:
-    """The entries of a slice, strip by strip: test, train, influence, bound, and ids and labels that are known.
+    """Yield the entries of a slice, strip by strip: test, train, influence, bound, and ids and labels that are known.
 
-    Raises IncompleteResultError if a strip is missing, unless `partial`, which leaves its entries out.
+    Raises:
+        IncompleteResultError: A strip is missing, unless `partial`, which omits its entries.
     """
     require_ranked(result.layout, "export")
     known = KnownPoints(result)

@@ -156,7 +156,7 @@ class GuardedHandler(tornado.web.RequestHandler):
     """Lets in who names this machine and has the token; every answer forbids other scripts, frames and guesses."""
 
     def initialize(self, server: BrowseServer) -> None:
-        """The server, whose token and names count."""
+        """Keep the server, whose token and names count."""
         self.server = server
 
     def set_default_headers(self) -> None:
@@ -198,7 +198,7 @@ class GuardedHandler(tornado.web.RequestHandler):
         self.finish(json.dumps({"error": f"{self._reason}. {advice}"}))
 
     def send(self, content: bytes) -> None:
-        """The answer, packed if that is worth it and the browser can unpack."""
+        """Send the answer, packed if that is worth it and the browser can unpack."""
         if len(content) >= _PACKED and "gzip" in self.request.headers.get("Accept-Encoding", ""):
             packer = zlib.compressobj(1, wbits=31)
             content = packer.compress(content) + packer.flush()
@@ -218,7 +218,7 @@ class PageHandler(GuardedHandler):
     """The page, its style and its script: three files, by name."""
 
     def get(self, name: str) -> None:
-        """A file of the page; the token moves from the address into a cookie."""
+        """Send a file of the page; the token moves from the address into a cookie."""
         if self.get_query_argument("token", ""):
             # Lax, as a link in a chat or a mail on the web must open: GET is all there is, and changes nothing.
             self.set_cookie(self.cookie, self.server.token, httponly=True, samesite="Lax", path="/", expires_days=_DAYS)

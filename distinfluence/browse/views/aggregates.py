@@ -58,7 +58,7 @@ class ClassTable:
 
 
 def classes_of(labels: NDArray[Any] | None) -> Classes | None:
-    """The classes that labels name; None without labels, and for labels that are numbers rather than classes."""
+    """Return the classes that labels name; None without labels, and for labels that are numbers rather than classes."""
     if labels is None or not np.isfinite(labels).all():
         return None
     found, members = np.unique(labels, return_inverse=True)
@@ -86,9 +86,13 @@ def totals(result: InfluenceResult, tests: NDArray[np.int64]) -> Totals:
 
 
 def class_table(result: InfluenceResult, tests: Classes, trains: Classes, everything: bool) -> ClassTable:
-    """The mean influence of each class of training points on each class of test points.
+    """Return the mean influence of each class of training points on each class of test points.
 
-    everything: read all strips; else as many, spread over the matrix, as are read soon.
+    Args:
+        result: The result to read.
+        tests: The classes of the test points.
+        trains: The classes of the training points.
+        everything: Read all strips; otherwise as many, spread over the matrix, as are read soon.
     """
     finished = np.flatnonzero(result.finished_strips())
     n_strips = max(1, SOON_READ // (result.layout.n_test * result.layout.strip))
@@ -115,7 +119,7 @@ def class_table(result: InfluenceResult, tests: Classes, trains: Classes, everyt
 
 
 def largest(values: NDArray[np.float64], among: NDArray[np.bool_], k: int) -> list[int]:
-    """The places of the k largest finite values that are `among` these, the largest first; ties by place."""
+    """Return the places of the k largest finite values that are `among` these, the largest first; ties by place."""
     known = np.flatnonzero(among & np.isfinite(values))
     if known.size > k:
         known = known[np.argpartition(-values[known], k - 1)[:k]]

@@ -30,23 +30,23 @@ class PagePoints:
         self._known_classes: dict[Axis, Classes | None] = {}
 
     def point(self, axis: Axis, index: int, *, small: bool = True) -> Json:
-        """A point as a card shows it: index, id, label, loss and sample."""
+        """Return a point as a card shows it: index, id, label, loss and sample."""
         loss = number(self.column(f"{axis}_loss")[index])
         sample = show(self.sources[axis], index, small=small)
         named = self.sources[axis].id_of(index)
         return {"index": index, "id": named, "label": self.label(axis, index), "loss": loss, "sample": sample}
 
     def label(self, axis: Axis, index: int) -> str | None:
-        """The name of a point's label."""
+        """Return the name of a point's label."""
         labels = self.labels(axis)
         return None if labels is None else self.name(axis, float(labels[index]))
 
     def name(self, axis: Axis, label: float | None) -> str | None:
-        """A label as it is called, not longer than anyone reads."""
+        """Return the name of a label, not longer than anyone reads."""
         return None if label is None else self.sources[axis].name_of(label)[:MAX_NAME]
 
     def classes(self, axis: Axis) -> Classes | None:
-        """The classes of an axis; None without labels."""
+        """Return the classes of an axis; None without labels."""
         if axis not in self._known_classes:
             self._known_classes[axis] = classes_of(self.labels(axis))
         return self._known_classes[axis]
@@ -68,11 +68,11 @@ class PagePoints:
         return members
 
     def norm(self, train_index: int) -> float:
-        """The gradient norm of a training point."""
+        """Return the gradient norm of a training point."""
         return float(self.column("train_gradient_norm")[train_index])
 
     def column(self, name: str) -> NDArray[Any]:
-        """A per-point array; kept once the result does not change any more."""
+        """Return a per-point array; it is kept once the result does not change any more."""
         if name not in self._kept:
             values = np.asarray(getattr(self.result, name))
             if not self.result.complete:
@@ -110,6 +110,6 @@ class PagePoints:
 
 
 def number(value: Any) -> float | None:
-    """A number as JSON has it: None where there is none."""
+    """Return a number as JSON has it: None where there is none."""
     value = float(value)
     return value if math.isfinite(value) else None
