@@ -22,11 +22,21 @@ SILENT_SECONDS = 60.0  # after which a run on another host counts as dead: share
 
 @dataclass(frozen=True)
 class RunState:
-    """host, pid: of the driving process. part: K/N of a run that makes a part of the strips, else empty.
+    """Holds what a run is doing.
 
-    began, heard: seconds since 1970, of the start and of the last sign of life. stage: what it is at, `done` of `total`
-    `unit` (total None: not known), in `seconds` so far. ended: "", "stopped" (by Ctrl-C or SIGTERM) or "failed", with
-    the error.
+    Attributes:
+        host: Host of the driving process.
+        pid: Process id of the driving process.
+        part: K/N of a run that makes a part of the strips, else empty.
+        began: When the run started, in seconds since 1970.
+        heard: When the run last gave a sign of life, in seconds since 1970.
+        stage: The current stage.
+        done: How much of the stage is done, in `unit`.
+        total: How much there is to do, in `unit`; None if not known.
+        unit: The unit of `done` and `total`.
+        seconds: How long the stage has taken so far.
+        ended: "", "stopped" (by Ctrl-C or SIGTERM) or "failed".
+        error: The error of a run that failed.
     """
 
     host: str

@@ -21,7 +21,17 @@ _NAN = float("nan")
 def contribution_specs(
     layout: Layout, k: int, n_blocks: int, tokens: NDArray[Any] | zarr.Array[Any] | None
 ) -> dict[str, ArraySpec]:
-    """Name → what the array is. tokens: an array [n_test, k, n_tokens], or None. Raises SettingError."""
+    """Return the spec of each array by name.
+
+    Args:
+        layout: The layout of the result.
+        k: How many ranked pairs have contributions.
+        n_blocks: The number of blocks of parameters.
+        tokens: An array [n_test, k, n_tokens], or None.
+
+    Raises:
+        SettingError: The result has mode `perturbation`, or there are too many blocks or tokens.
+    """
     if not layout.ranked:
         raise SettingError("`contributions` are of influences of mode 'up'; this result has those of inputs.")
     if not 1 <= n_blocks <= MAX_BLOCKS:

@@ -245,7 +245,11 @@ def array_specs(layout: Layout) -> list[ArraySpec]:
 
 
 def whole_number(name: str, value: object) -> int:
-    """`value` as int; bools and floats are refused. Raises SettingError."""
+    """Return `value` as int; bools and floats are refused.
+
+    Raises:
+        SettingError: `value` is not a whole number.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError

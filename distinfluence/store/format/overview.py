@@ -66,9 +66,12 @@ def levels(n_test: int, n_train: int, strip: int) -> list[Level]:
 def extremes(
     values: NDArray[np.float32], row_starts: NDArray[np.int64], column_starts: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Of each block its entry of largest magnitude, with its sign; NaN where a block has only NaN.
+    """Return of each block its entry of largest magnitude, with its sign; NaN where a block has only NaN.
 
-    values: [n, m]; row_starts, column_starts: where the blocks begin, strictly ascending from 0.
+    Args:
+        values: [n, m].
+        row_starts: Where the blocks of rows begin, strictly ascending from 0.
+        column_starts: Where the blocks of columns begin, strictly ascending from 0.
     """
     high = np.fmax.reduceat(np.fmax.reduceat(values, row_starts, axis=0), column_starts, axis=1)
     low = np.fmin.reduceat(np.fmin.reduceat(values, row_starts, axis=0), column_starts, axis=1)

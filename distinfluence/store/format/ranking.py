@@ -101,7 +101,11 @@ End = Literal["top", "bottom"]
 
 
 def require_ranked(layout: Layout, what: str) -> None:
-    """Pass for one number per pair of points. Raises ShapeError for influences of inputs."""
+    """Pass for one number per pair of points.
+
+    Raises:
+        ShapeError: The result holds influences of inputs.
+    """
     if not layout.ranked:
         raise ShapeError(
             f"`{what}` wants one number per pair of points, got perturbation influences of inputs "
@@ -110,7 +114,11 @@ def require_ranked(layout: Layout, what: str) -> None:
 
 
 def checked_index(name: str, index: int, n: int) -> int:
-    """`index` from 0 to n - 1, negative ones counted from the end. Raises IndexRangeError."""
+    """Return `index` from 0 to n - 1, negative ones counted from the end.
+
+    Raises:
+        IndexRangeError: `index` lies outside the axis.
+    """
     index = whole_number(name, index)
     if not -n <= index < n:
         axis = name.partition("_")[0]

@@ -47,7 +47,10 @@ class Grouped(NamedTuple):
 
 
 def rank_column(result: ResultArrays, end: End, train_index: int, k: int | None) -> Ranking:
-    """Rank the test points that a training point helps (top) or harms (bottom) most (10 if k is None) from one column."""
+    """Rank the test points that a training point helps (top) or harms (bottom) most; k: 10 if None.
+
+    Only one column is read.
+    """
     require_ranked(result.layout, f"{end}_for_train")
     j = checked_index("train_index", train_index, result.layout.n_train)
     k = 10 if k is None else whole_number("k", k)
@@ -155,7 +158,11 @@ def rank_set(
 
 
 def strip_total(result: ResultArrays, rows: NDArray[np.int64], i: int) -> NDArray[np.float64]:
-    """[n], the influences of strip i's training points, added up over test points. Raises CorruptStoreError."""
+    """Return the influences of strip i's training points, added up over test points, [n].
+
+    Raises:
+        CorruptStoreError: The strip is damaged.
+    """
     values = result.rows(rows, result.layout.strip_slice(i))
     if not np.isfinite(values).all():
         raise CorruptStoreError(f"strip {i} of {result.path} has missing values. See `damaged_strips`.")
