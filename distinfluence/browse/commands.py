@@ -51,7 +51,12 @@ def register(group: click.Group, sources: JobSources) -> None:
 
 
 def condition(result: InfluenceResult, *, check: bool = False) -> str:
-    """complete, running or damaged, and how far; check: read everything and compare the checksums."""
+    """Return complete, running or damaged, and how far the result is.
+
+    Args:
+        result: The result.
+        check: Read everything and compare the checksums.
+    """
     from distinfluence.store.repair import Damage, find_damage
 
     damage = find_damage(result.path) if check else Damage(tuple(result.lost_strips()), ())

@@ -66,9 +66,12 @@ def entries(result: InfluenceResult, tests: slice, trains: slice, partial: bool)
 
 
 def write_csv(path: Path, tables: Iterator[Table]) -> int:
-    """Write tables with the same columns one below the other; returns the number of lines. Raises StoreError.
+    """Write tables with the same columns one below the other; return the number of lines.
 
     Texts that a spreadsheet would run as a formula get an apostrophe in front.
+
+    Raises:
+        StoreError: The file cannot be written.
     """
     written = 0
     with exported(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
@@ -83,7 +86,11 @@ def write_csv(path: Path, tables: Iterator[Table]) -> int:
 
 
 def write_parquet(path: Path, tables: Iterator[Table]) -> int:
-    """As `write_csv`. Raises MissingDependencyError."""
+    """Write tables as `write_csv` does, but as Parquet.
+
+    Raises:
+        MissingDependencyError: The package that writes Parquet is not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -104,7 +111,11 @@ def write_parquet(path: Path, tables: Iterator[Table]) -> int:
 
 @contextlib.contextmanager
 def exported(path: Path) -> Iterator[Path]:
-    """Yield a path to write to that becomes `path` at the end. Raises StoreError for what the file system says."""
+    """Yield a path to write to that becomes `path` at the end.
+
+    Raises:
+        StoreError: The file system raised an error.
+    """
     try:
         with appearing(path) as partial:
             yield partial

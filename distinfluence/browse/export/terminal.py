@@ -20,7 +20,13 @@ _COLUMNS = {"train": "train", "influence": "influence", "bound": "±", "train_id
 
 @dataclass(frozen=True)
 class Ranked:
-    """rows: the test points that were asked for. helpful, harmful: columns of equal length, one line for each point."""
+    """Holds the rankings to print.
+
+    Attributes:
+        rows: The test points that were asked for.
+        helpful: Columns of equal length, one line for each point.
+        harmful: As `helpful`.
+    """
 
     rows: NDArray[np.int64]
     helpful: dict[str, NDArray[Any]]

@@ -37,9 +37,15 @@ MAX_CELL = 2**22  # entries that are read to find the largest one of a cell
 
 
 class ResultApi:
-    """Questions about one result. Raises CorruptStoreError or SettingError for what cannot be browsed.
+    """Answer questions about one result.
 
-    sources: where samples and labels come from; what is stored with the result if left out.
+    Args:
+        result: The result.
+        sources: Where samples and labels come from; by default what is stored with the result.
+
+    Raises:
+        CorruptStoreError: The result is damaged.
+        SettingError: The result cannot be browsed.
     """
 
     def __init__(self, result: InfluenceResult, sources: Mapping[Axis, PointSource] | None = None) -> None:
@@ -212,9 +218,13 @@ class ResultApi:
         return {"by": by, "points": [{**self.known.point("train", j), "score": number(values[j])} for j in listed]}
 
     def test_set(self, tests: slice | None, of: float | None, among: float | None, k: int) -> Json:
-        """The training points that help and harm a set of test points most: a range of them, or those of a class.
+        """Return the training points that help and harm a set of test points most; reads the set's rows.
 
-        of: the label of the test points; among: only training points of this label are ranked. Reads the set's rows.
+        Args:
+            tests: A range of test points, all if None; ignored if `of` is given.
+            of: The label of the test points, instead of a range.
+            among: Only training points of this label are ranked.
+            k: How many training points at each end.
         """
         rows = self._rows(tests, of)
         found = self._totals(rows)
@@ -241,7 +251,11 @@ class ResultApi:
         }
 
     def class_table(self, everything: bool) -> Json:
-        """Mean influences of classes on classes; everything: from all strips, not from some."""
+        """Return the mean influences of classes on classes.
+
+        Args:
+            everything: Read all strips, not some.
+        """
         require_ranked(self.result.layout, "classes")
         tests, trains = self.known.classes("test"), self.known.classes("train")
         if tests is None or trains is None:

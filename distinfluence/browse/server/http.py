@@ -66,11 +66,17 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class BrowseServer:
-    """Serves one result. `url`: where, with the token. Start and stop it within a running event loop.
+    """Serve one result at `url`, which holds the token. Start and stop it within a running event loop.
 
-    host: the address to listen on, IPv4 or IPv6; another than loopback lets whoever has the token see the result. port:
-    0 takes a free one. token: random if left out. names: what else browsers call this machine. Raises SettingError if
-    the port is taken.
+    Args:
+        api: Questions about the result.
+        host: The address to listen on, IPv4 or IPv6; any but loopback lets whoever has the token see the result.
+        port: The port; 0 takes a free one.
+        token: The token of requests; random by default.
+        names: Other names by which browsers call this machine.
+
+    Raises:
+        SettingError: The port is taken, the host cannot be listened on, or the token could be guessed.
     """
 
     def __init__(

@@ -23,7 +23,12 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,200}", re.ASCII)
 
 @dataclass(frozen=True)
 class Link:
-    """port: 0 takes a free one. token: what a request must know."""
+    """Holds the address of a server.
+
+    Attributes:
+        port: The port; 0 takes a free one.
+        token: The token that a request must know.
+    """
 
     port: int
     token: str

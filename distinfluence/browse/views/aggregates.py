@@ -23,9 +23,11 @@ MAX_CLASSES = 256
 
 @dataclass(frozen=True)
 class Totals:
-    """values: [n_train], each training point's influence added up over the set, NaN where strips are missing.
+    """Holds the influence of each training point, added up over a set of test points.
 
-    damaged: strips whose bytes are not those that were written; their values are NaN too.
+    Attributes:
+        values: [n_train], NaN where strips are missing.
+        damaged: Strips whose bytes are not those that were written; their values are NaN, too.
     """
 
     values: NDArray[np.float64]
@@ -34,7 +36,12 @@ class Totals:
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of one axis. labels: ascending; members: [n], the place of each point's class in `labels`."""
+    """Holds the classes of one axis.
+
+    Attributes:
+        labels: The labels, ascending.
+        members: [n], the place of each point's class in `labels`.
+    """
 
     labels: NDArray[Any]
     members: NDArray[np.int64]
@@ -47,9 +54,12 @@ class Classes:
 
 @dataclass(frozen=True)
 class ClassTable:
-    """values: [n_test_classes, n_train_classes], the mean influence of a pair of points, NaN where none was read.
+    """Holds the mean influence of a pair of points for each pair of classes.
 
-    n_strips: how many strips were read, of all; damaged: those that could not be.
+    Attributes:
+        values: [n_test_classes, n_train_classes], NaN where none was read.
+        n_strips: How many strips were read, of all.
+        damaged: Strips that could not be read.
     """
 
     values: NDArray[np.float64]
@@ -66,7 +76,11 @@ def classes_of(labels: NDArray[Any] | None) -> Classes | None:
 
 
 def totals(result: InfluenceResult, tests: NDArray[np.int64]) -> Totals:
-    """Each training point's influence on `tests` (ascending), added up. Raises SettingError if that reads too much."""
+    """Add up each training point's influence on `tests` (ascending).
+
+    Raises:
+        SettingError: The sum reads too much.
+    """
     if tests.size == result.layout.n_test:
         return Totals(result.train_total.astype(np.float64), [])
     chunk = result.layout.chunk_shape[0]

@@ -14,9 +14,11 @@ MAX_PIECE = 60  # letters of one token
 
 
 def strongest_blocks(names: list[str], values: NDArray[np.float32]) -> list[tuple[str, float]]:
-    """Blocks in their own order with their share; of many, those of largest magnitude and the sum of the others.
+    """Return blocks in their own order with their share; of many, those of largest magnitude and the sum of the others.
 
-    names, values: [n_blocks].
+    Args:
+        names: [n_blocks].
+        values: [n_blocks].
     """
     if values.size <= SHOWN_BLOCKS:
         return list(zip(names, values.tolist(), strict=True))

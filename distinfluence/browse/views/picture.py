@@ -24,10 +24,12 @@ Permutation = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Picture:
-    """values: [h, w], NaN where strips are missing, infinite where they are damaged.
+    """Holds a window of the matrix as cells.
 
-    block: how many rows and columns of the matrix a stored cell stands for, (1, 1) if the entries were read.
-    damaged: strips within the window whose bytes are not those that were written.
+    Attributes:
+        values: [h, w], NaN where strips are missing, infinite where they are damaged.
+        block: How many rows and columns of the matrix a stored cell stands for, (1, 1) if the entries were read.
+        damaged: Strips within the window whose bytes are not those that were written.
     """
 
     values: NDArray[np.float32]
@@ -221,7 +223,11 @@ def orders_of(known: Mapping[str, NDArray[np.generic] | None]) -> dict[str, Perm
 
 
 def check_window(name: str, window: slice, n: int) -> None:
-    """Pass for a range within 0 to n that is not empty. Raises IndexRangeError."""
+    """Pass for a range within 0 to n that is not empty.
+
+    Raises:
+        IndexRangeError: The range is empty or not within 0 to n.
+    """
     if not 0 <= window.start < window.stop <= n:
         raise IndexRangeError(f"`{name}` must be a range within 0:{n}, got {window.start}:{window.stop}.")
 

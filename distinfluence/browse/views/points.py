@@ -60,7 +60,11 @@ class PagePoints:
         return [{"label": float(label), "name": self.name(axis, float(label)), "n": n} for label, n in pairs]
 
     def of_class(self, axis: Axis, label: float) -> NDArray[np.bool_]:
-        """[n], which points have this label. Raises SettingError if none has."""
+        """Return which points have this label, [n].
+
+        Raises:
+            SettingError: No point has the label.
+        """
         labels = self.labels(axis)
         members: NDArray[np.bool_] = np.zeros(0, np.bool_) if labels is None else labels == label
         if not members.any():
@@ -81,7 +85,11 @@ class PagePoints:
         return self._kept[name]
 
     def labels(self, axis: Axis) -> NDArray[Any] | None:
-        """[n], None if not known. Raises CorruptStoreError for another number of labels."""
+        """Return the labels, [n], None if not known.
+
+        Raises:
+            CorruptStoreError: The number of labels differs from n.
+        """
         key = f"{axis} labels"
         if key not in self._kept:
             labels = self.sources[axis].labels()

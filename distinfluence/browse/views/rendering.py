@@ -126,7 +126,13 @@ class PointSource(Protocol):
 
 
 def show(source: PointSource, index: int, *, small: bool) -> Shown | None:
-    """Sample `index` for the page; small: a thumbnail, the beginning of a text, a few columns."""
+    """Return sample `index` for the page.
+
+    Args:
+        source: The samples.
+        index: Which sample.
+        small: Return a thumbnail, the beginning of a text, or a few columns.
+    """
     sample = source.sample(index)
     if sample is None:
         return None

@@ -18,9 +18,16 @@ _IMAGE_SIDE = 512
 
 
 class Saliency(TypedDict, total=False):
-    """One pair's influences by input. norm: over the input. uri, width, height: a picture, where the input is one.
+    """Holds one pair's influences by input.
 
-    numbers: place and value of those of largest magnitude, the largest first. scale: where colours are full.
+    Attributes:
+        norm: The norm over the input.
+        shape: The shape of the input.
+        uri: A picture of the influences, where the input is a picture.
+        width: The width of the picture.
+        height: The height of the picture.
+        scale: The magnitude at which colours are full.
+        numbers: Place and value of the influences of largest magnitude, the largest first.
     """
 
     norm: float
@@ -56,7 +63,11 @@ def saliency(values: NDArray[np.float32]) -> Saliency:
 
 
 def check_pair(result: InfluenceResult) -> None:
-    """Pass for a result of influences by input whose inputs can be read. Raises SettingError."""
+    """Pass for a result of influences by input whose inputs can be read.
+
+    Raises:
+        SettingError: The result has no influences by input, or too many inputs.
+    """
     n = int(np.prod(result.layout.input_shape, dtype=np.float64))
     if result.layout.ranked or n > MAX_INPUT:
         raise SettingError(
