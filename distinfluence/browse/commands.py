@@ -33,7 +33,14 @@ class JobSources(Protocol):
     def __call__(
         self, job: Path, result: InfluenceResult, render: str | None, compared: bool
     ) -> Mapping[Literal["test", "train"], PointSource]:
-        """compared: read the data once and make sure that they are those the result was made with."""
+        """Return the samples and labels of both axes.
+
+        Args:
+            job: The job file.
+            result: The result that the job made.
+            render: The renderer to use instead of the job's own, if any.
+            compared: Read the data once and make sure that the result was made with them.
+        """
 
 
 def register(group: click.Group, sources: JobSources) -> None:
@@ -44,7 +51,12 @@ def register(group: click.Group, sources: JobSources) -> None:
 
 
 def condition(result: InfluenceResult, *, check: bool = False) -> str:
-    """complete, running or damaged, and how far; check: read everything and compare the checksums."""
+    """Return complete, running or damaged, and how far the result is.
+
+    Args:
+        result: The result.
+        check: Read everything and compare the checksums.
+    """
     from distinfluence.store.repair import Damage, find_damage
 
     damage = find_damage(result.path) if check else Damage(tuple(result.lost_strips()), ())
@@ -130,7 +142,7 @@ def browse(
 def _listening(
     api: ResultApi, host: str, port: int | None, token: str | None, names: tuple[str, ...], new_link: bool
 ) -> BrowseServer:
-    """A server on the port, and with the token, that this result had last, unless told otherwise."""
+    """Return a server on the port, and with the token, that this result had last, unless told otherwise."""
     from distinfluence.browse.server.http import BrowseServer
     from distinfluence.browse.server.saved_link import Link, keep_link, kept_link
 

@@ -108,7 +108,7 @@ class _Reading:
         return values is not None and bool((values >= 0).all() if name.endswith("index") else np.isfinite(values).all())
 
     def _read(self, name: str, key: Any = _WHOLE) -> NDArray[Any] | None:
-        """The values, none where the result has no such array; None if they are not those that were written."""
+        """Return the values, none where the result has no such array; None if they are not those that were written."""
         try:
             return self._result.read(name, key) if self._result.has(name) else np.empty(0)
         except CorruptStoreError:

@@ -22,11 +22,21 @@ SILENT_SECONDS = 60.0  # after which a run on another host counts as dead: share
 
 @dataclass(frozen=True)
 class RunState:
-    """host, pid: of the driving process. part: K/N of a run that makes a part of the strips, else empty.
+    """Holds what a run is doing.
 
-    began, heard: seconds since 1970, of the start and of the last sign of life. stage: what it is at, `done` of `total`
-    `unit` (total None: not known), in `seconds` so far. ended: "", "stopped" (by Ctrl-C or SIGTERM) or "failed", with
-    the error.
+    Attributes:
+        host: Host of the driving process.
+        pid: Process id of the driving process.
+        part: K/N of a run that makes a part of the strips, else empty.
+        began: When the run started, in seconds since 1970.
+        heard: When the run last gave a sign of life, in seconds since 1970.
+        stage: The current stage.
+        done: How much of the stage is done, in `unit`.
+        total: How much there is to do, in `unit`; None if not known.
+        unit: The unit of `done` and `total`.
+        seconds: How long the stage has taken so far.
+        ended: "", "stopped" (by Ctrl-C or SIGTERM) or "failed".
+        error: The error of a run that failed.
     """
 
     host: str
@@ -44,12 +54,16 @@ class RunState:
 
     @classmethod
     def here(cls, part: str = "") -> RunState:
-        """That of a run which this process begins now."""
+        """Return the state of a run which this process begins now.
+
+        Args:
+            part: K/N of a run that makes a part of the strips, else empty.
+        """
         now = time.time()
         return cls(socket.gethostname(), os.getpid(), part, now, now)
 
     def condition(self) -> str:
-        """running, dead, stopped, failed, or silent: paused, or on a host that cannot be asked."""
+        """Return running, dead, stopped, failed, or silent (paused, or on a host that cannot be asked)."""
         if self.ended:
             return self.ended
         if self.host == socket.gethostname() and not _is_there(self.pid):
@@ -73,7 +87,7 @@ class RunState:
 
 
 def pace_of(done: int, total: int | None, seconds: float) -> str:
-    """A rate and what is left, as far as they can be told: "1.2 a second, about 40 s left"."""
+    """Return a rate and the time left, as far as they can be told: "1.2 a second, about 40 s left"."""
     if not done or seconds <= 0 or total is None:
         return ""
     rate = done / seconds
@@ -102,7 +116,7 @@ def write_state(file: Path, state: RunState) -> None:
 
 
 def read_runs(output: Path) -> list[RunState]:
-    """The runs that are at work on the result at `output`, or died at it; also before there is one."""
+    """Return the runs that are at work on the result at `output`, or died at it; also before there is one."""
     known = {field.name for field in fields(RunState)}
     found = []
     for file in sorted(output.parent.glob(f".{output.name}.run*.json")) if output.parent.is_dir() else ():

@@ -17,7 +17,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def with_spectrum(eigenvalues: Tensor, seed: int = 1) -> Tensor:
-    """A symmetric matrix [p, p] with these eigenvalues [p] and random eigenvectors."""
+    """Return a symmetric matrix [p, p] with these eigenvalues [p] and random eigenvectors."""
     q, _ = torch.linalg.qr(randn(len(eigenvalues), len(eigenvalues), seed=seed))
     matrix = (q * eigenvalues.double()) @ q.T
     result: Tensor = (matrix + matrix.T) / 2
@@ -94,7 +94,7 @@ def dense_solution(matrix: Tensor, damping: float, rhs: Tensor) -> Tensor:
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:
-    """The largest ‖x_i − expected_i‖ / ‖expected_i‖ of all rows; absolute for rows that are expected to be zero."""
+    """Return the largest ‖x_i − expected_i‖ / ‖expected_i‖ of all rows; absolute for rows expected to be zero."""
     norm = expected.norm(dim=1)
     return float(((x.double() - expected).norm(dim=1) / torch.where(norm > 0, norm, 1.0)).max())
 

@@ -18,10 +18,20 @@ from distinfluence.store.read.facts import facts
 
 
 def write_report(api: ResultApi, path: Path, *, tests: int = 8, k: int = 6, suspects: int = 24) -> None:
-    """Write what it is, a picture of the matrix, `tests` test points of the largest loss, `suspects` suspicious labels.
+    """Write a summary, a picture of the matrix, the test points of largest loss and suspicious labels.
 
-    k: how many helpful and harmful training points of each. What is damaged is said in its place. Raises StoreError,
-    and ShapeError for a result of mode `perturbation`.
+    The report says in its place what is damaged.
+
+    Args:
+        api: Questions about the result.
+        path: The file to write.
+        tests: How many test points of the largest loss.
+        k: How many helpful and harmful training points of each.
+        suspects: How many suspicious labels.
+
+    Raises:
+        StoreError: The result cannot be read, or the file cannot be written.
+        ShapeError: The result has mode `perturbation`.
     """
     require_ranked(api.result.layout, "export")
     page = resources.files("distinfluence.browse").joinpath("page")
@@ -39,7 +49,7 @@ def write_report(api: ResultApi, path: Path, *, tests: int = 8, k: int = 6, susp
 
 
 def _map(api: ResultApi) -> dict[str, Any] | None:
-    """The picture of the matrix; None where nothing is computed yet."""
+    """Return the picture of the matrix; None where nothing is computed yet."""
     n_test, n_train = api.result.shape
     if not api.result.finished_strips().any():
         return None
@@ -49,7 +59,7 @@ def _map(api: ResultApi) -> dict[str, Any] | None:
 
 
 def _or_damage(ask: Any, **known: Any) -> dict[str, Any]:
-    """An answer, or what is damaged of it."""
+    """Return an answer, or the damage that prevents it."""
     try:
         return {"damage": None, **ask(), **known}
     except CorruptStoreError as error:

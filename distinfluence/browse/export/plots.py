@@ -23,7 +23,10 @@ _SHOWN_SCORES = 2**21
 def plot(result: InfluenceResult, what: str, path: Path) -> None:
     """Draw `what` ("heatmap", "scores" or "residuals") to the file `path`.
 
-    Raises MissingDependencyError without matplotlib, ShapeError for mode `perturbation`, StoreError.
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        ShapeError: The result has mode `perturbation`.
+        StoreError: The result cannot be read, or the file cannot be written.
     """
     require_ranked(result.layout, "plot")
     try:

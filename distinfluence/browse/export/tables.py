@@ -23,9 +23,12 @@ _ROWS_AT_ONCE = 64
 
 
 def rankings(result: InfluenceResult, tests: slice, k: int, partial: bool) -> Iterator[Table]:
-    """The k most helpful and most harmful training points of test points, some test points at a time.
+    """Yield the k most helpful and most harmful training points of test points, some test points at a time.
 
-    Columns: those of `InfluenceResult.to_dataframe`. Raises IncompleteResultError.
+    The columns are the same as in `InfluenceResult.to_dataframe`.
+
+    Raises:
+        IncompleteResultError: A ranking is not computed yet.
     """
     known = KnownPoints(result)
     for start in range(tests.start, tests.stop, _ROWS_AT_ONCE):
@@ -34,9 +37,10 @@ def rankings(result: InfluenceResult, tests: slice, k: int, partial: bool) -> It
 
 
 def entries(result: InfluenceResult, tests: slice, trains: slice, partial: bool) -> Iterator[Table]:
-    """The entries of a slice, strip by strip: test, train, influence, bound, and ids and labels that are known.
+    """Yield the entries of a slice, strip by strip: test, train, influence, bound, and ids and labels that are known.
 
-    Raises IncompleteResultError if a strip is missing, unless `partial`, which leaves its entries out.
+    Raises:
+        IncompleteResultError: A strip is missing, unless `partial`, which omits its entries.
     """
     require_ranked(result.layout, "export")
     known = KnownPoints(result)
@@ -62,9 +66,12 @@ def entries(result: InfluenceResult, tests: slice, trains: slice, partial: bool)
 
 
 def write_csv(path: Path, tables: Iterator[Table]) -> int:
-    """Write tables with the same columns one below the other; returns the number of lines. Raises StoreError.
+    """Write tables with the same columns one below the other; return the number of lines.
 
     Texts that a spreadsheet would run as a formula get an apostrophe in front.
+
+    Raises:
+        StoreError: The file cannot be written.
     """
     written = 0
     with exported(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
@@ -79,7 +86,11 @@ def write_csv(path: Path, tables: Iterator[Table]) -> int:
 
 
 def write_parquet(path: Path, tables: Iterator[Table]) -> int:
-    """As `write_csv`. Raises MissingDependencyError."""
+    """Write tables as `write_csv` does, but as Parquet.
+
+    Raises:
+        MissingDependencyError: The package that writes Parquet is not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -100,7 +111,11 @@ def write_parquet(path: Path, tables: Iterator[Table]) -> int:
 
 @contextlib.contextmanager
 def exported(path: Path) -> Iterator[Path]:
-    """Yield a path to write to that becomes `path` at the end. Raises StoreError for what the file system says."""
+    """Yield a path to write to that becomes `path` at the end.
+
+    Raises:
+        StoreError: The file system raised an error.
+    """
     try:
         with appearing(path) as partial:
             yield partial

@@ -20,7 +20,13 @@ _COLUMNS = {"train": "train", "influence": "influence", "bound": "±", "train_id
 
 @dataclass(frozen=True)
 class Ranked:
-    """rows: the test points that were asked for. helpful, harmful: columns of equal length, one line for each point."""
+    """Holds the rankings to print.
+
+    Attributes:
+        rows: The test points that were asked for.
+        helpful: Columns of equal length, one line for each point.
+        harmful: As `helpful`.
+    """
 
     rows: NDArray[np.int64]
     helpful: dict[str, NDArray[Any]]
@@ -30,7 +36,12 @@ class Ranked:
 def asked_tests(
     result: InfluenceResult, test_index: int | None, tests: str | None, label: str | None
 ) -> NDArray[np.int64]:
-    """The test points that the shell's user means, sorted. Raises SettingError, IndexRangeError."""
+    """Return the test points that the shell's user means, sorted.
+
+    Raises:
+        SettingError: The options contradict each other or name nothing.
+        IndexRangeError: A test point lies outside the axis.
+    """
     if sum(given is not None for given in (test_index, tests, label)) != 1:
         raise SettingError("`top` needs a test sample, `--tests` or `--label`: pass one of them.")
     n_test = result.shape[0]
@@ -51,7 +62,7 @@ def asked_tests(
 
 
 def ranked(result: InfluenceResult, rows: NDArray[np.int64], k: int, partial: bool) -> Ranked:
-    """The k most helpful and most harmful training points of one test point, or by the mean over several."""
+    """Rank the k most helpful and most harmful training points of one test point, or by the mean over several."""
     if rows.size == 1:
         row = int(rows[0])
         ends = result.top(row, k, partial=partial), result.bottom(row, k, partial=partial)

@@ -37,9 +37,15 @@ MAX_CELL = 2**22  # entries that are read to find the largest one of a cell
 
 
 class ResultApi:
-    """Questions about one result. Raises CorruptStoreError or SettingError for what cannot be browsed.
+    """Answer questions about one result.
 
-    sources: where samples and labels come from; what is stored with the result if left out.
+    Args:
+        result: The result.
+        sources: Where samples and labels come from; by default what is stored with the result.
+
+    Raises:
+        CorruptStoreError: The result is damaged.
+        SettingError: The result cannot be browsed.
     """
 
     def __init__(self, result: InfluenceResult, sources: Mapping[Axis, PointSource] | None = None) -> None:
@@ -65,7 +71,7 @@ class ResultApi:
         self._read_before = 0
 
     def summary(self) -> Json:
-        """What it is, how far it is, what can be asked."""
+        """Describe the result: its kind, how far it is, and which questions it answers."""
         self._look_again()
         n_test, n_train = self.result.shape[:2]
         status = self.result.finished_strips()
@@ -88,7 +94,7 @@ class ResultApi:
         }
 
     def _look_again(self) -> None:
-        """What a run that goes on has written since."""
+        """Read again what a run that goes on has written since."""
         if not self.result.complete:
             before = self.result.bytes_read
             self.result = open_influences(self.result.path)
@@ -103,12 +109,20 @@ class ResultApi:
         return self._read_before + self.result.bytes_read
 
     def picture(self, rows: slice, columns: slice, height: int, width: int, orders: tuple[str, str]) -> Picture:
-        """A window of the matrix; orders: names for rows and columns."""
+        """Return a window of the matrix.
+
+        Args:
+            rows: The test points, by their places.
+            columns: The training points, by their places.
+            height: The largest number of cells down.
+            width: The largest number of cells across.
+            orders: Names of the orders of rows and columns.
+        """
         require_ranked(self.result.layout, "picture")
         return self.pictures.picture(rows, columns, height, width, self._permutations(orders))
 
     def cell(self, rows: slice, columns: slice, orders: tuple[str, str]) -> Json:
-        """The entry of largest magnitude in a window: which test and training point, its value, and its place."""
+        """Return the entry of largest magnitude in a window: its test and training point, its value, and its place."""
         require_ranked(self.result.layout, "cell")
         check_window("rows", rows, self.result.shape[0])
         check_window("columns", columns, self.result.shape[1])
@@ -166,7 +180,7 @@ class ResultApi:
         return {**self.known.point("test", index, small=False), **own, **how, **ends, "partial": partial}
 
     def train_point(self, index: int, k: int) -> Json:
-        """A training point with the test points that it helps and harms most. Reads one column."""
+        """Return a training point with the test points that it helps and harms most. Reads one column."""
         _check_index("train", index, self.result.shape[1])
         found = self.known.point("train", index, small=False)
         found["train_gradient_norm"] = number(self.known.norm(index))
@@ -184,7 +198,12 @@ class ResultApi:
         return found
 
     def suspects(self, by: str, k: int) -> Json:
-        """The training points that are most suspicious of a wrong label: by net_harm, self_influence or train_loss."""
+        """Return the training points that are most suspicious of a wrong label.
+
+        Args:
+            by: Sort by "net_harm", "self_influence" or "train_loss".
+            k: How many to return.
+        """
         values = self.known.suspicion(by) if by in SUSPICIONS else None
         if values is None:
             raise SettingError(
@@ -199,9 +218,13 @@ class ResultApi:
         return {"by": by, "points": [{**self.known.point("train", j), "score": number(values[j])} for j in listed]}
 
     def test_set(self, tests: slice | None, of: float | None, among: float | None, k: int) -> Json:
-        """The training points that help and harm a set of test points most: a range of them, or those of a class.
+        """Return the training points that help and harm a set of test points most; reads the set's rows.
 
-        of: the label of the test points; among: only training points of this label are ranked. Reads the set's rows.
+        Args:
+            tests: A range of test points, all if None; ignored if `of` is given.
+            of: The label of the test points, instead of a range.
+            among: Only training points of this label are ranked.
+            k: How many training points at each end.
         """
         rows = self._rows(tests, of)
         found = self._totals(rows)
@@ -228,7 +251,11 @@ class ResultApi:
         }
 
     def class_table(self, everything: bool) -> Json:
-        """Mean influences of classes on classes; everything: from all strips, not from some."""
+        """Return the mean influences of classes on classes.
+
+        Args:
+            everything: Read all strips, not some.
+        """
         require_ranked(self.result.layout, "classes")
         tests, trains = self.known.classes("test"), self.known.classes("train")
         if tests is None or trains is None:

@@ -66,11 +66,17 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class BrowseServer:
-    """Serves one result. `url`: where, with the token. Start and stop it within a running event loop.
+    """Serve one result at `url`, which holds the token. Start and stop it within a running event loop.
 
-    host: the address to listen on, IPv4 or IPv6; another than loopback lets whoever has the token see the result. port:
-    0 takes a free one. token: random if left out. names: what else browsers call this machine. Raises SettingError if
-    the port is taken.
+    Args:
+        api: Questions about the result.
+        host: The address to listen on, IPv4 or IPv6; any but loopback lets whoever has the token see the result.
+        port: The port; 0 takes a free one.
+        token: The token of requests; random by default.
+        names: Other names by which browsers call this machine.
+
+    Raises:
+        SettingError: The port is taken, the host cannot be listened on, or the token could be guessed.
     """
 
     def __init__(
@@ -156,7 +162,7 @@ class GuardedHandler(tornado.web.RequestHandler):
     """Lets in who names this machine and has the token; every answer forbids other scripts, frames and guesses."""
 
     def initialize(self, server: BrowseServer) -> None:
-        """The server, whose token and names count."""
+        """Keep the server, whose token and names count."""
         self.server = server
 
     def set_default_headers(self) -> None:
@@ -198,7 +204,7 @@ class GuardedHandler(tornado.web.RequestHandler):
         self.finish(json.dumps({"error": f"{self._reason}. {advice}"}))
 
     def send(self, content: bytes) -> None:
-        """The answer, packed if that is worth it and the browser can unpack."""
+        """Send the answer, packed if that is worth it and the browser can unpack."""
         if len(content) >= _PACKED and "gzip" in self.request.headers.get("Accept-Encoding", ""):
             packer = zlib.compressobj(1, wbits=31)
             content = packer.compress(content) + packer.flush()
@@ -218,7 +224,7 @@ class PageHandler(GuardedHandler):
     """The page, its style and its script: three files, by name."""
 
     def get(self, name: str) -> None:
-        """A file of the page; the token moves from the address into a cookie."""
+        """Send a file of the page; the token moves from the address into a cookie."""
         if self.get_query_argument("token", ""):
             # Lax, as a link in a chat or a mail on the web must open: GET is all there is, and changes nothing.
             self.set_cookie(self.cookie, self.server.token, httponly=True, samesite="Lax", path="/", expires_days=_DAYS)

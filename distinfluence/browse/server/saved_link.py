@@ -23,7 +23,12 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,200}", re.ASCII)
 
 @dataclass(frozen=True)
 class Link:
-    """port: 0 takes a free one. token: what a request must know."""
+    """Holds the address of a server.
+
+    Attributes:
+        port: The port; 0 takes a free one.
+        token: The token that a request must know.
+    """
 
     port: int
     token: str
@@ -35,7 +40,11 @@ def new_token() -> str:
 
 
 def checked_token(token: str) -> str:
-    """A token of the user's own. Raises SettingError for one that could be guessed, or does not fit an address."""
+    """Return a token of the user's own.
+
+    Raises:
+        SettingError: The token could be guessed, or does not fit an address.
+    """
     if not _TOKEN.fullmatch(token):
         raise SettingError(
             f"`token` must be 16 to 200 letters, digits, - or _, got {len(token)} characters. Leave it out for a "
@@ -45,7 +54,7 @@ def checked_token(token: str) -> str:
 
 
 def kept_link(result: str) -> Link | None:
-    """What was kept for the result at this path or URL; None if there is nothing, or nothing sound."""
+    """Return what was kept for the result at this path or URL; None if there is nothing, or nothing sound."""
     try:
         found = json.loads(_file(result).read_text(encoding="utf-8"))
         link = Link(int(found["port"]), checked_token(found["token"]))

@@ -23,9 +23,11 @@ MAX_CLASSES = 256
 
 @dataclass(frozen=True)
 class Totals:
-    """values: [n_train], each training point's influence added up over the set, NaN where strips are missing.
+    """Holds the influence of each training point, added up over a set of test points.
 
-    damaged: strips whose bytes are not those that were written; their values are NaN too.
+    Attributes:
+        values: [n_train], NaN where strips are missing.
+        damaged: Strips whose bytes are not those that were written; their values are NaN, too.
     """
 
     values: NDArray[np.float64]
@@ -34,7 +36,12 @@ class Totals:
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of one axis. labels: ascending; members: [n], the place of each point's class in `labels`."""
+    """Holds the classes of one axis.
+
+    Attributes:
+        labels: The labels, ascending.
+        members: [n], the place of each point's class in `labels`.
+    """
 
     labels: NDArray[Any]
     members: NDArray[np.int64]
@@ -47,9 +54,12 @@ class Classes:
 
 @dataclass(frozen=True)
 class ClassTable:
-    """values: [n_test_classes, n_train_classes], the mean influence of a pair of points, NaN where none was read.
+    """Holds the mean influence of a pair of points for each pair of classes.
 
-    n_strips: how many strips were read, of all; damaged: those that could not be.
+    Attributes:
+        values: [n_test_classes, n_train_classes], NaN where none was read.
+        n_strips: How many strips were read, of all.
+        damaged: Strips that could not be read.
     """
 
     values: NDArray[np.float64]
@@ -58,7 +68,7 @@ class ClassTable:
 
 
 def classes_of(labels: NDArray[Any] | None) -> Classes | None:
-    """The classes that labels name; None without labels, and for labels that are numbers rather than classes."""
+    """Return the classes that labels name; None without labels, and for labels that are numbers rather than classes."""
     if labels is None or not np.isfinite(labels).all():
         return None
     found, members = np.unique(labels, return_inverse=True)
@@ -66,7 +76,11 @@ def classes_of(labels: NDArray[Any] | None) -> Classes | None:
 
 
 def totals(result: InfluenceResult, tests: NDArray[np.int64]) -> Totals:
-    """Each training point's influence on `tests` (ascending), added up. Raises SettingError if that reads too much."""
+    """Add up each training point's influence on `tests` (ascending).
+
+    Raises:
+        SettingError: The sum reads too much.
+    """
     if tests.size == result.layout.n_test:
         return Totals(result.train_total.astype(np.float64), [])
     chunk = result.layout.chunk_shape[0]
@@ -86,9 +100,13 @@ def totals(result: InfluenceResult, tests: NDArray[np.int64]) -> Totals:
 
 
 def class_table(result: InfluenceResult, tests: Classes, trains: Classes, everything: bool) -> ClassTable:
-    """The mean influence of each class of training points on each class of test points.
+    """Return the mean influence of each class of training points on each class of test points.
 
-    everything: read all strips; else as many, spread over the matrix, as are read soon.
+    Args:
+        result: The result to read.
+        tests: The classes of the test points.
+        trains: The classes of the training points.
+        everything: Read all strips; otherwise as many, spread over the matrix, as are read soon.
     """
     finished = np.flatnonzero(result.finished_strips())
     n_strips = max(1, SOON_READ // (result.layout.n_test * result.layout.strip))
@@ -115,7 +133,7 @@ def class_table(result: InfluenceResult, tests: Classes, trains: Classes, everyt
 
 
 def largest(values: NDArray[np.float64], among: NDArray[np.bool_], k: int) -> list[int]:
-    """The places of the k largest finite values that are `among` these, the largest first; ties by place."""
+    """Return the places of the k largest finite values that are `among` these, the largest first; ties by place."""
     known = np.flatnonzero(among & np.isfinite(values))
     if known.size > k:
         known = known[np.argpartition(-values[known], k - 1)[:k]]

@@ -14,9 +14,11 @@ MAX_PIECE = 60  # letters of one token
 
 
 def strongest_blocks(names: list[str], values: NDArray[np.float32]) -> list[tuple[str, float]]:
-    """Blocks in their own order with their share; of many, those of largest magnitude and the sum of the others.
+    """Return blocks in their own order with their share; of many, those of largest magnitude and the sum of the others.
 
-    names, values: [n_blocks].
+    Args:
+        names: [n_blocks].
+        values: [n_blocks].
     """
     if values.size <= SHOWN_BLOCKS:
         return list(zip(names, values.tolist(), strict=True))
@@ -27,10 +29,14 @@ def strongest_blocks(names: list[str], values: NDArray[np.float32]) -> list[tupl
 
 
 def on_tokens(source: PointSource, index: int, values: NDArray[np.float32]) -> list[tuple[str, float]]:
-    """The pieces of sample `index`, each with its share, as far as they are shown.
+    """Return the pieces of sample `index`, each with its share, as far as they are shown.
 
-    values: [n_tokens], NaN beyond the sample's end. The pieces are its `Tokens`, or the words of a text that has as
-    many; otherwise positions are numbered.
+    The pieces are its `Tokens`, or the words of a text that has as many; otherwise positions are numbered.
+
+    Args:
+        source: The samples of the axis.
+        index: Which sample.
+        values: The shares, [n_tokens], NaN beyond the sample's end.
     """
     known = np.flatnonzero(np.isfinite(values))
     n = int(known[-1]) + 1 if known.size else 0

@@ -17,7 +17,7 @@ MAX_RECORDED = 2**18
 
 
 def drawn_rows(residual: NDArray[np.float32], bound: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The rows to draw, ascending: all, or the one of largest residual (or bound, without residuals) of each range."""
+    """Return the rows to draw, ascending: all, or of each range the one of largest residual (or else bound)."""
     n = residual.size
     if n <= MAX_DRAWN:
         return np.arange(n)
@@ -37,7 +37,7 @@ def worst_rows(columns: Mapping[str, NDArray[Any]]) -> list[int]:
 
 
 def strip_runs(result: InfluenceResult) -> tuple[list[list[int]], dict[int, str]]:
-    """Runs of strips in one state, [state, how many], and why strips were set apart.
+    """Return runs of strips in one state, [state, how many], and why strips were set apart.
 
     States: 0 not computed yet, 1 computed, 2 file lost, 3 set apart.
     """

@@ -24,10 +24,12 @@ Permutation = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Picture:
-    """values: [h, w], NaN where strips are missing, infinite where they are damaged.
+    """Holds a window of the matrix as cells.
 
-    block: how many rows and columns of the matrix a stored cell stands for, (1, 1) if the entries were read.
-    damaged: strips within the window whose bytes are not those that were written.
+    Attributes:
+        values: [h, w], NaN where strips are missing, infinite where they are damaged.
+        block: How many rows and columns of the matrix a stored cell stands for, (1, 1) if the entries were read.
+        damaged: Strips within the window whose bytes are not those that were written.
     """
 
     values: NDArray[np.float32]
@@ -58,9 +60,18 @@ class Pictures:
         width: int,
         orders: tuple[Permutation | None, Permutation | None] = (None, None),
     ) -> Picture:
-        """The window as at most [height, width] cells. orders: which test and training point stands at each place.
+        """Return the window as at most [height, width] cells.
 
-        Raises IndexRangeError for a window outside the matrix, SettingError.
+        Args:
+            rows: The test points, by their places.
+            columns: The training points, by their places.
+            height: The largest number of cells down.
+            width: The largest number of cells across.
+            orders: Which test and training point stands at each place; None for their own order.
+
+        Raises:
+            IndexRangeError: The window lies outside the matrix.
+            SettingError: `height` or `width` is outside its range, or the matrix is too large for `orders`.
         """
         n_test, n_train = self._result.shape[:2]
         check_window("rows", rows, n_test)
@@ -81,7 +92,7 @@ class Pictures:
     def ordered(
         self, rows: slice, columns: slice, orders: tuple[Permutation | None, Permutation | None]
     ) -> tuple[NDArray[np.float32], list[int]]:
-        """The entries of a window in these orders, and the damaged strips."""
+        """Return the entries of a window in these orders, and the damaged strips."""
         if orders[0] is None and orders[1] is None:  # arrays are not to be compared
             return self._read(rows, columns)
         n_test, n_train = self._result.shape[:2]
@@ -114,7 +125,7 @@ class Pictures:
         return values, damaged
 
     def _level(self, rows: slice, columns: slice, height: int, width: int) -> Level:
-        """The coarsest level that is fine enough for the picture, or the finest that can be read at once."""
+        """Return the coarsest level that is fine enough for the picture, or the finest that can be read at once."""
         best = self._result.layout.levels[0]
         for level in self._result.layout.levels:
             best_is_fine = (
@@ -153,7 +164,7 @@ class Pictures:
         return cells, damaged
 
     def _make(self, level: Level) -> NDArray[np.float32]:
-        """The overview of a result that has none, in memory: every strip is read once."""
+        """Make the overview of a result that has none, in memory: every strip is read once."""
         if level.name not in self._made:
             made = {each.name: np.full(each.shape, np.nan, np.float32) for each in self._result.layout.levels}
             for i in np.flatnonzero(self._result.finished_strips()).tolist():
@@ -181,9 +192,10 @@ def packed(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], float]:
 
 
 def cluster_order(values: NDArray[np.float32]) -> Permutation:
-    """An order in which rows that point the same way stand together: by angle in the plane of the two main directions.
+    """Return an order that puts rows of one direction together: by angle in the plane of the two main directions.
 
-    values: [n, m]; entries that are not finite count as 0. Costs O(n m min(n, m)).
+    Args:
+        values: [n, m]; entries that are not finite count as 0. Costs O(n m min(n, m)).
     """
     known = np.where(np.isfinite(values), values, 0.0).astype(np.float64)
     norms = np.linalg.norm(known, axis=1, keepdims=True)
@@ -211,7 +223,11 @@ def orders_of(known: Mapping[str, NDArray[np.generic] | None]) -> dict[str, Perm
 
 
 def check_window(name: str, window: slice, n: int) -> None:
-    """Pass for a range within 0 to n that is not empty. Raises IndexRangeError."""
+    """Pass for a range within 0 to n that is not empty.
+
+    Raises:
+        IndexRangeError: The range is empty or not within 0 to n.
+    """
     if not 0 <= window.start < window.stop <= n:
         raise IndexRangeError(f"`{name}` must be a range within 0:{n}, got {window.start}:{window.stop}.")
 

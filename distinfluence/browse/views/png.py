@@ -15,7 +15,11 @@ UNFINISHED = (170, 170, 170)
 
 
 def encode(pixels: NDArray[np.uint8]) -> bytes:
-    """A PNG file. pixels: [h, w] grey or [h, w, 3] red, green, blue."""
+    """Return a PNG file.
+
+    Args:
+        pixels: [h, w] grey or [h, w, 3] red, green, blue.
+    """
     height, width = pixels.shape[:2]
     colour = 2 if pixels.ndim == 3 else 0
     lines = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
@@ -25,7 +29,7 @@ def encode(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def data_uri(pixels: NDArray[np.uint8]) -> str:
-    """The PNG within a URI."""
+    """Return the PNG within a URI."""
     return "data:image/png;base64," + base64.b64encode(encode(pixels)).decode()
 
 
@@ -40,7 +44,7 @@ def colours(values: NDArray[np.float32], scale: float) -> NDArray[np.uint8]:
 
 
 def robust_scale(values: NDArray[np.float32]) -> float:
-    """The 99th percentile of the magnitudes, 1 if there is none: a few large entries do not blanch the rest."""
+    """Return the 99th percentile of the magnitudes, 1 if there is none: a few large entries do not blanch the rest."""
     magnitudes = np.abs(values[np.isfinite(values)])
     scale = float(np.quantile(magnitudes, 0.99)) if magnitudes.size else 0.0
     return scale if scale > 0 else float(magnitudes.max(initial=0.0)) or 1.0

@@ -30,23 +30,23 @@ class PagePoints:
         self._known_classes: dict[Axis, Classes | None] = {}
 
     def point(self, axis: Axis, index: int, *, small: bool = True) -> Json:
-        """A point as a card shows it: index, id, label, loss and sample."""
+        """Return a point as a card shows it: index, id, label, loss and sample."""
         loss = number(self.column(f"{axis}_loss")[index])
         sample = show(self.sources[axis], index, small=small)
         named = self.sources[axis].id_of(index)
         return {"index": index, "id": named, "label": self.label(axis, index), "loss": loss, "sample": sample}
 
     def label(self, axis: Axis, index: int) -> str | None:
-        """The name of a point's label."""
+        """Return the name of a point's label."""
         labels = self.labels(axis)
         return None if labels is None else self.name(axis, float(labels[index]))
 
     def name(self, axis: Axis, label: float | None) -> str | None:
-        """A label as it is called, not longer than anyone reads."""
+        """Return the name of a label, not longer than anyone reads."""
         return None if label is None else self.sources[axis].name_of(label)[:MAX_NAME]
 
     def classes(self, axis: Axis) -> Classes | None:
-        """The classes of an axis; None without labels."""
+        """Return the classes of an axis; None without labels."""
         if axis not in self._known_classes:
             self._known_classes[axis] = classes_of(self.labels(axis))
         return self._known_classes[axis]
@@ -60,7 +60,11 @@ class PagePoints:
         return [{"label": float(label), "name": self.name(axis, float(label)), "n": n} for label, n in pairs]
 
     def of_class(self, axis: Axis, label: float) -> NDArray[np.bool_]:
-        """[n], which points have this label. Raises SettingError if none has."""
+        """Return which points have this label, [n].
+
+        Raises:
+            SettingError: No point has the label.
+        """
         labels = self.labels(axis)
         members: NDArray[np.bool_] = np.zeros(0, np.bool_) if labels is None else labels == label
         if not members.any():
@@ -68,11 +72,11 @@ class PagePoints:
         return members
 
     def norm(self, train_index: int) -> float:
-        """The gradient norm of a training point."""
+        """Return the gradient norm of a training point."""
         return float(self.column("train_gradient_norm")[train_index])
 
     def column(self, name: str) -> NDArray[Any]:
-        """A per-point array; kept once the result does not change any more."""
+        """Return a per-point array; it is kept once the result does not change any more."""
         if name not in self._kept:
             values = np.asarray(getattr(self.result, name))
             if not self.result.complete:
@@ -81,7 +85,11 @@ class PagePoints:
         return self._kept[name]
 
     def labels(self, axis: Axis) -> NDArray[Any] | None:
-        """[n], None if not known. Raises CorruptStoreError for another number of labels."""
+        """Return the labels, [n], None if not known.
+
+        Raises:
+            CorruptStoreError: The number of labels differs from n.
+        """
         key = f"{axis} labels"
         if key not in self._kept:
             labels = self.sources[axis].labels()
@@ -110,6 +118,6 @@ class PagePoints:
 
 
 def number(value: Any) -> float | None:
-    """A number as JSON has it: None where there is none."""
+    """Return a number as JSON has it: None where there is none."""
     value = float(value)
     return value if math.isfinite(value) else None

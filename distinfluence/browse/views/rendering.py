@@ -49,7 +49,7 @@ class Renderer(Protocol):
     """
 
     def __call__(self, sample: Any, /) -> Drawable:
-        """What to draw."""
+        """Return what to draw for a sample."""
 
 
 class Shown(TypedDict, total=False):
@@ -126,7 +126,13 @@ class PointSource(Protocol):
 
 
 def show(source: PointSource, index: int, *, small: bool) -> Shown | None:
-    """Sample `index` for the page; small: a thumbnail, the beginning of a text, a few columns."""
+    """Return sample `index` for the page.
+
+    Args:
+        source: The samples.
+        index: Which sample.
+        small: Return a thumbnail, the beginning of a text, or a few columns.
+    """
     sample = source.sample(index)
     if sample is None:
         return None
@@ -140,7 +146,11 @@ def show(source: PointSource, index: int, *, small: bool) -> Shown | None:
 
 
 def draw(what: Drawable, columns: Sequence[str] = (), *, small: bool) -> Shown:
-    """What a renderer gave, for the page. Raises DtypeError for what cannot be drawn."""
+    """Convert what a renderer gave for the page.
+
+    Raises:
+        DtypeError: It cannot be drawn.
+    """
     if isinstance(what, str):
         return _text(what, small)
     if isinstance(what, Tokens):
@@ -164,7 +174,7 @@ def draw(what: Drawable, columns: Sequence[str] = (), *, small: bool) -> Shown:
 
 
 def _ends(image: NDArray[Any]) -> tuple[float, float]:
-    """What is black and what is white."""
+    """Return the values that are black and white."""
     if image.dtype == np.uint8 or image.size == 0:
         return 0.0, 255.0
     return float(image.min()), float(image.max())

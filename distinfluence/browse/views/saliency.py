@@ -18,9 +18,16 @@ _IMAGE_SIDE = 512
 
 
 class Saliency(TypedDict, total=False):
-    """One pair's influences by input. norm: over the input. uri, width, height: a picture, where the input is one.
+    """Holds one pair's influences by input.
 
-    numbers: place and value of those of largest magnitude, the largest first. scale: where colours are full.
+    Attributes:
+        norm: The norm over the input.
+        shape: The shape of the input.
+        uri: A picture of the influences, where the input is a picture.
+        width: The width of the picture.
+        height: The height of the picture.
+        scale: The magnitude at which colours are full.
+        numbers: Place and value of the influences of largest magnitude, the largest first.
     """
 
     norm: float
@@ -33,7 +40,11 @@ class Saliency(TypedDict, total=False):
 
 
 def saliency(values: NDArray[np.float32]) -> Saliency:
-    """What is shown of one pair. values: [*input_shape]."""
+    """Return what is shown of one pair.
+
+    Args:
+        values: [*input_shape].
+    """
     known = np.where(np.isfinite(values), values, np.float32(0.0))
     flat = np.abs(known).ravel()
     first = np.argsort(-flat, kind="stable")[: min(MAX_NUMBERS, flat.size)]
@@ -52,7 +63,11 @@ def saliency(values: NDArray[np.float32]) -> Saliency:
 
 
 def check_pair(result: InfluenceResult) -> None:
-    """Pass for a result of influences by input whose inputs can be read. Raises SettingError."""
+    """Pass for a result of influences by input whose inputs can be read.
+
+    Raises:
+        SettingError: The result has no influences by input, or too many inputs.
+    """
     n = int(np.prod(result.layout.input_shape, dtype=np.float64))
     if result.layout.ranked or n > MAX_INPUT:
         raise SettingError(
@@ -62,7 +77,7 @@ def check_pair(result: InfluenceResult) -> None:
 
 
 def strongest(result: InfluenceResult, test_index: int, k: int) -> list[tuple[int, float]] | None:
-    """The k training points whose inputs move a test point most, with their norms; None if the row is too large."""
+    """Return the k training points whose inputs move a test point most, with norms; None if the row is too large."""
     n_inputs = int(np.prod(result.layout.input_shape, dtype=np.float64))
     if result.layout.n_train * n_inputs > MAX_ROW:
         return None
@@ -73,7 +88,7 @@ def strongest(result: InfluenceResult, test_index: int, k: int) -> list[tuple[in
 
 
 def _plane(values: NDArray[np.float32]) -> NDArray[np.float32] | None:
-    """An input as a plane of signed numbers: channels added up, large ones thinned; None for what is no picture."""
+    """Return an input as a plane of signed numbers: channels summed, large ones thinned; None if not a picture."""
     if values.ndim == 3 and values.shape[0] in (1, 3, 4):
         values = values.sum(axis=0)
     elif values.ndim == 3 and values.shape[2] in (1, 3, 4):

@@ -21,7 +21,17 @@ _NAN = float("nan")
 def contribution_specs(
     layout: Layout, k: int, n_blocks: int, tokens: NDArray[Any] | zarr.Array[Any] | None
 ) -> dict[str, ArraySpec]:
-    """Name → what the array is. tokens: an array [n_test, k, n_tokens], or None. Raises SettingError."""
+    """Return the spec of each array by name.
+
+    Args:
+        layout: The layout of the result.
+        k: How many ranked pairs have contributions.
+        n_blocks: The number of blocks of parameters.
+        tokens: An array [n_test, k, n_tokens], or None.
+
+    Raises:
+        SettingError: The result has mode `perturbation`, or there are too many blocks or tokens.
+    """
     if not layout.ranked:
         raise SettingError("`contributions` are of influences of mode 'up'; this result has those of inputs.")
     if not 1 <= n_blocks <= MAX_BLOCKS:
@@ -43,7 +53,11 @@ def contribution_specs(
 
 
 def spec_of(name: str, array: zarr.Array[Any], n_blocks: int, layout: Layout, path: Location) -> ArraySpec:
-    """What an array of contributions must be, going by its own k' and length. Raises CorruptStoreError."""
+    """Return the spec of an array of contributions, going by its own k' and length.
+
+    Raises:
+        CorruptStoreError: The array has a shape that contributions cannot have.
+    """
     k = int(array.shape[1]) if array.ndim == 3 else 0
     if not 1 <= k <= layout.k:
         raise CorruptStoreError(f"`{name}` of {path} must be of at most {layout.k} ranked pairs, got {array.shape}.")

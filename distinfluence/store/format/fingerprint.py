@@ -23,7 +23,11 @@ _HASHABLE_KINDS = "biufcSUMm"
 
 
 def fingerprint_array(array: NDArray[np.generic]) -> str:
-    """sha256 (hex) of dtype, shape and values in C order. Raises DtypeError for dtypes without plain bytes."""
+    """Return the sha256 (hex) of dtype, shape and values in C order.
+
+    Raises:
+        DtypeError: The dtype has no plain bytes.
+    """
     array = np.asarray(array)
     if array.dtype.kind not in _HASHABLE_KINDS:
         raise DtypeError(
@@ -54,7 +58,11 @@ def fingerprint_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> str:
 
 
 def fingerprint_settings(settings: object) -> str:
-    """sha256 (hex) of settings made of JSON values. Raises SettingError for anything else."""
+    """Return the sha256 (hex) of settings made of JSON values.
+
+    Raises:
+        SettingError: `settings` holds anything else.
+    """
     return hashlib.sha256(canonical_json(["settings", settings]).encode()).hexdigest()
 
 
@@ -64,12 +72,20 @@ def combine(fingerprints: Mapping[str, str]) -> str:
 
 
 def canonical_json(value: object) -> str:
-    """JSON text that is the same for equal values: sorted keys, no spaces, ASCII. Raises SettingError."""
+    """Return JSON text that is the same for equal values: sorted keys, no spaces, ASCII.
+
+    Raises:
+        SettingError: `value` is not made of JSON values.
+    """
     return json.dumps(to_json(value, "value"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def to_json(value: object, where: str) -> Json:
-    """`value` in JSON's own types: tuples become lists, NumPy scalars Python's. Raises SettingError naming `where`."""
+    """Return `value` in JSON's own types: tuples become lists, NumPy scalars become Python's.
+
+    Raises:
+        SettingError: `value` is not made of JSON values; the message names `where`.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | str | int):

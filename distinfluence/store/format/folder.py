@@ -77,7 +77,8 @@ class LocalFolder(PosixPath):
     def read_file(self, key: str) -> bytes | None:
         """Return a file of the folder, or None if there is none.
 
-        Raises CorruptStoreError for a file that is too large to be ours: it may be all holes.
+        Raises:
+            CorruptStoreError: The file is too large to be ours: it may be all holes.
         """
         file = self / key
         if not file.is_file():
@@ -156,9 +157,10 @@ def is_local_url(path: str | os.PathLike[str]) -> bool:
 
 
 def local_path(path: str | os.PathLike[str]) -> LocalFolder:
-    """`path` made absolute, links resolved; a `file://` URL is one, too.
+    """Return `path` made absolute, links resolved; a `file://` URL is accepted, too.
 
-    Raises SettingError for other URLs.
+    Raises:
+        SettingError: `path` is another URL, empty, or not a path.
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise SettingError(f"`path` must be a str or Path, got {path!r}. Pass the folder of the result.")
@@ -173,13 +175,23 @@ def local_path(path: str | os.PathLike[str]) -> LocalFolder:
 
 
 def place_of(path: str | os.PathLike[str]) -> Location:
-    """Where a result is read from: a URL as it is, a path made absolute. Raises SettingError."""
+    """Return where a result is read from: a URL as it is, a path made absolute.
+
+    Raises:
+        SettingError: `path` is empty or not a path.
+    """
     remote = "://" in str(path) and not is_local_url(path)
     return RemoteFolder(str(path)) if remote else local_path(path)
 
 
 def read_attributes(path: Location) -> dict[str, Any]:
-    """The attributes of our result at `path`. Raises StoreNotFoundError, ForeignStoreError, or StoreError (too new)."""
+    """Return the attributes of our result at `path`.
+
+    Raises:
+        StoreNotFoundError: There is no result at `path`.
+        ForeignStoreError: `path` holds something that distinfluence did not write.
+        StoreError: The result was written by a newer version.
+    """
     with surfaced_errors("read", path):
         attributes = _our_attributes(path)
         if attributes is None and (isinstance(path, RemoteFolder) or not path.exists()):
@@ -200,7 +212,11 @@ def read_attributes(path: Location) -> dict[str, Any]:
 def require_free(path: Location, overwrite: bool) -> None:
     """Pass if a result may be put at `path`: nothing or an empty folder is there, or a result of ours and `overwrite`.
 
-    Raises ForeignStoreError or StoreExistsError. Touches nothing.
+    Nothing is touched.
+
+    Raises:
+        ForeignStoreError: `path` holds something that distinfluence did not write.
+        StoreExistsError: `path` holds a result, and `overwrite` is false.
     """
     with surfaced_errors("read", path):
         if not path.is_used():

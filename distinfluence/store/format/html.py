@@ -9,7 +9,7 @@ import numpy as np
 
 
 def table_as_html(caption: str, columns: Mapping[str, Sequence[object]]) -> str:
-    """A table with a header and one row for each entry; everything is escaped."""
+    """Return a table with a header and one row for each entry; everything is escaped."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows = zip(*columns.values(), strict=True)
     body = "".join(f"<tr>{''.join(f'<td>{escape(_cell(value))}</td>' for value in row)}</tr>" for row in rows)

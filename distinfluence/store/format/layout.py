@@ -174,7 +174,7 @@ class Layout:
         return min(CHUNK_ROWS, self.n_test, max(1, CHUNK_VALUES // math.prod(self.input_shape)))
 
     def _chunk_columns(self) -> int:
-        """The largest divisor of the strip up to the limit; a strip that has none that is worth a read stays whole."""
+        """Return the largest divisor of the strip up to the limit; a strip without one worth a read stays whole."""
         limit = min(CHUNK_COLUMNS, max(1, CHUNK_VALUES // (self._chunk_rows() * math.prod(self.input_shape))))
         columns = next(c for c in range(min(limit, self.strip), 0, -1) if self.strip % c == 0)
         if columns >= limit // 8:
@@ -245,7 +245,11 @@ def array_specs(layout: Layout) -> list[ArraySpec]:
 
 
 def whole_number(name: str, value: object) -> int:
-    """`value` as int; bools and floats are refused. Raises SettingError."""
+    """Return `value` as int; bools and floats are refused.
+
+    Raises:
+        SettingError: `value` is not a whole number.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError

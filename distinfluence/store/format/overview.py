@@ -43,16 +43,16 @@ class Level:
         return -(-self.n_test // self.rows), -(-self.n_train // self.strip) * self.cells_per_strip
 
     def row_cells(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row of cells that each row of the matrix lies in."""
+        """Return the row of cells that each row of the matrix lies in."""
         return rows // self.rows
 
     def column_cells(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The column of cells that each column of the matrix lies in."""
+        """Return the column of cells that each column of the matrix lies in."""
         return columns // self.strip * self.cells_per_strip + columns % self.strip // self.columns
 
 
 def levels(n_test: int, n_train: int, strip: int) -> list[Level]:
-    """The levels that a matrix [n_test, n_train] is stored with, coarsest first; none for a small one."""
+    """Return the levels that a matrix [n_test, n_train] is stored with, coarsest first; none for a small one."""
     if n_test * n_train <= DIRECT_VALUES:
         return []
     coarse = (-(-n_test // COARSE_ROWS), min(strip, -(-n_train // COARSE_COLUMNS)))
@@ -66,9 +66,12 @@ def levels(n_test: int, n_train: int, strip: int) -> list[Level]:
 def extremes(
     values: NDArray[np.float32], row_starts: NDArray[np.int64], column_starts: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Of each block its entry of largest magnitude, with its sign; NaN where a block has only NaN.
+    """Return of each block its entry of largest magnitude, with its sign; NaN where a block has only NaN.
 
-    values: [n, m]; row_starts, column_starts: where the blocks begin, strictly ascending from 0.
+    Args:
+        values: [n, m].
+        row_starts: Where the blocks of rows begin, strictly ascending from 0.
+        column_starts: Where the blocks of columns begin, strictly ascending from 0.
     """
     high = np.fmax.reduceat(np.fmax.reduceat(values, row_starts, axis=0), column_starts, axis=1)
     low = np.fmin.reduceat(np.fmin.reduceat(values, row_starts, axis=0), column_starts, axis=1)
@@ -76,9 +79,11 @@ def extremes(
 
 
 def strip_cells(level: Level, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The cells of one strip, [rows of cells, cells_per_strip]; a narrower last strip leaves NaN.
+    """Return the cells of one strip, [rows of cells, cells_per_strip]; a narrower last strip leaves NaN.
 
-    values: [n_test, n].
+    Args:
+        level: The level whose cells are made.
+        values: The strip, [n_test, n].
     """
     cells = np.full((level.shape[0], level.cells_per_strip), np.nan, np.float32)
     columns = np.arange(0, values.shape[1], level.columns)

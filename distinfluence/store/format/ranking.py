@@ -38,13 +38,25 @@ class Ranking(NamedTuple):
 
 
 def most_helpful(values: NDArray[np.float32], indices: NDArray[np.int32], k: int) -> Ranking:
-    """The k largest of each row, descending. values: [rows, n], finite; indices: [n] or [rows, n]."""
+    """Return the k largest of each row, descending.
+
+    Args:
+        values: [rows, n], finite.
+        indices: The training points, [n] or [rows, n].
+        k: How many to keep of each row.
+    """
     ranking = most_harmful(-values, indices, k)
     return Ranking(ranking.indices, -ranking.values + np.float32(0))
 
 
 def most_harmful(values: NDArray[np.float32], indices: NDArray[np.int32], k: int) -> Ranking:
-    """The k smallest of each row, ascending. values: [rows, n], finite; indices: [n] or [rows, n]."""
+    """Return the k smallest of each row, ascending.
+
+    Args:
+        values: [rows, n], finite.
+        indices: The training points, [n] or [rows, n].
+        k: How many to keep of each row.
+    """
     n_rows, n = values.shape
     k = min(k, n)
     keys = np.empty((n_rows, k), np.uint64)
@@ -59,17 +71,17 @@ def most_harmful(values: NDArray[np.float32], indices: NDArray[np.int32], k: int
 
 
 def merge_helpful(a: Ranking, b: Ranking, k: int) -> Ranking:
-    """The k largest of two rankings [rows, ·] of disjoint training points."""
+    """Return the k largest of two rankings [rows, ·] of disjoint training points."""
     return most_helpful(np.hstack([a.values, b.values]), np.hstack([a.indices, b.indices]), k)
 
 
 def merge_harmful(a: Ranking, b: Ranking, k: int) -> Ranking:
-    """The k smallest of two rankings [rows, ·] of disjoint training points."""
+    """Return the k smallest of two rankings [rows, ·] of disjoint training points."""
     return most_harmful(np.hstack([a.values, b.values]), np.hstack([a.indices, b.indices]), k)
 
 
 def empty_ranking(n_rows: int) -> Ranking:
-    """A ranking [n_rows, 0] to merge into."""
+    """Return a ranking [n_rows, 0] to merge into."""
     return Ranking(np.empty((n_rows, 0), np.int32), np.empty((n_rows, 0), np.float32))
 
 
@@ -89,7 +101,11 @@ End = Literal["top", "bottom"]
 
 
 def require_ranked(layout: Layout, what: str) -> None:
-    """Pass for one number per pair of points. Raises ShapeError for influences of inputs."""
+    """Pass for one number per pair of points.
+
+    Raises:
+        ShapeError: The result holds influences of inputs.
+    """
     if not layout.ranked:
         raise ShapeError(
             f"`{what}` wants one number per pair of points, got perturbation influences of inputs "
@@ -98,7 +114,11 @@ def require_ranked(layout: Layout, what: str) -> None:
 
 
 def checked_index(name: str, index: int, n: int) -> int:
-    """`index` from 0 to n - 1, negative ones counted from the end. Raises IndexRangeError."""
+    """Return `index` from 0 to n - 1, negative ones counted from the end.
+
+    Raises:
+        IndexRangeError: `index` lies outside the axis.
+    """
     index = whole_number(name, index)
     if not -n <= index < n:
         axis = name.partition("_")[0]

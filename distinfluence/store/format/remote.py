@@ -47,7 +47,11 @@ class RemoteFolder(os.PathLike[str]):
         return self.store(read_only=False)
 
     def read_file(self, key: str) -> bytes | None:
-        """Return a file of the folder, or None if there is none. Raises StoreError if the server does not answer."""
+        """Return a file of the folder, or None if there is none.
+
+        Raises:
+            StoreError: The server does not answer.
+        """
         filesystem, root = self._place
         try:
             content: bytes = filesystem.cat_file(f"{root}/{key}")

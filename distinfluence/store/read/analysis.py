@@ -47,7 +47,10 @@ class Grouped(NamedTuple):
 
 
 def rank_column(result: ResultArrays, end: End, train_index: int, k: int | None) -> Ranking:
-    """The test points that a training point helps (top) or harms (bottom) most; k: 10 if None. Reads one column."""
+    """Rank the test points that a training point helps (top) or harms (bottom) most; k: 10 if None.
+
+    Only one column is read.
+    """
     require_ranked(result.layout, f"{end}_for_train")
     j = checked_index("train_index", train_index, result.layout.n_train)
     k = 10 if k is None else whole_number("k", k)
@@ -97,7 +100,12 @@ def group(
 
 
 def _summed(values: NDArray[Any], groups: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The groups that have rows, sorted, and the sums of their rows; values: [n, m], groups: [n]."""
+    """Return the groups that have rows, sorted, and the sums of their rows.
+
+    Args:
+        values: [n, m].
+        groups: The group of each row, [n].
+    """
     order = np.argsort(groups, kind="stable")
     present, starts = np.unique(groups[order], return_index=True)
     return present, np.add.reduceat(values[order], starts, axis=0, dtype=np.float64)
@@ -117,7 +125,7 @@ def _require_strips(result: ResultArrays, what: str, partial: bool) -> None:
 
 
 def strips(result: ResultArrays) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """The finished strips, one by one: their columns, and their values [n_test, n]."""
+    """Yield the finished strips, one by one: their columns, and their values [n_test, n]."""
     for i in np.flatnonzero(result.finished_strips()).tolist():
         columns = result.layout.strip_slice(i)
         yield columns, result[:, columns]
@@ -131,7 +139,7 @@ def rank_set(
     how: Literal["mean", "sum"],
     partial: bool,
 ) -> Ranking:
-    """The training points that help (top) or harm (bottom) a set of test points most; see `InfluenceResult.top_of`."""
+    """Rank the training points that help (top) or harm (bottom) test points most; see `InfluenceResult.top_of`."""
     require_ranked(result.layout, f"{end}_of")
     _check_how(how)
     rows = checked_rows(tests, result.layout.n_test)
@@ -150,7 +158,11 @@ def rank_set(
 
 
 def strip_total(result: ResultArrays, rows: NDArray[np.int64], i: int) -> NDArray[np.float64]:
-    """[n], the influences of strip i's training points, added up over test points. Raises CorruptStoreError."""
+    """Return the influences of strip i's training points, added up over test points, [n].
+
+    Raises:
+        CorruptStoreError: The strip is damaged.
+    """
     values = result.rows(rows, result.layout.strip_slice(i))
     if not np.isfinite(values).all():
         raise CorruptStoreError(f"strip {i} of {result.path} has missing values. See `damaged_strips`.")
@@ -159,7 +171,17 @@ def strip_total(result: ResultArrays, rows: NDArray[np.int64], i: int) -> NDArra
 
 
 def checked_rows(tests: ArrayLike | slice, n_test: int) -> NDArray[np.int64]:
-    """The test points that are meant, sorted: a slice, indices, or a mask [n_test]. Raises IndexRangeError."""
+    """Return the selected test points, sorted.
+
+    Args:
+        tests: A slice, indices, or a mask [n_test].
+        n_test: How many test points there are.
+
+    Raises:
+        IndexRangeError: An index lies outside the axis, or no test point is selected.
+        ShapeError: A mask has another length than the axis.
+        SettingError: `tests` is not a slice, whole numbers or a mask.
+    """
     if isinstance(tests, slice):
         rows = np.arange(n_test)[tests]
     else:

@@ -124,7 +124,11 @@ def annotate(
 
 
 def read_samples(group: zarr.Group, axis: Axis, n: int) -> StoredPoints:
-    """What is stored of the n points of an axis; empty if nothing is. Raises CorruptStoreError for what cannot be."""
+    """Return the stored facts of the n points of an axis; empty if nothing is stored.
+
+    Raises:
+        CorruptStoreError: An array cannot be what it is stored as.
+    """
     try:
         own = group[f"samples/{axis}"]
     except KeyError:
@@ -373,7 +377,7 @@ def _id_arrays(ids: Any, n: int) -> dict[str, NDArray[Any]]:
 
 
 def _range(images: NDArray[Any]) -> list[float]:
-    """What is black and what is white."""
+    """Return the values that are black and white."""
     if images.dtype == np.uint8:
         return [0.0, 255.0]
     low, high = float(images.min()), float(images.max())

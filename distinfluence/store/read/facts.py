@@ -14,7 +14,7 @@ from distinfluence.store.read.arrays import ResultArrays
 
 
 def result_as_html(result: ResultArrays) -> str:
-    """What it is, what made it, how far it converged, and what it cost."""
+    """Describe the result: what made it, how far it converged, and what it cost."""
     rows = "".join(
         f'<tr><th style="text-align:left">{escape(name)}</th><td style="text-align:left">{escape(text)}</td></tr>'
         for name, text in facts(result).items()
@@ -49,7 +49,7 @@ def facts(result: ResultArrays) -> dict[str, str]:
 
 
 def model_of(provenance: Mapping[str, Any]) -> str:
-    """The model's class and the factory that a job names, as far as they are recorded; else empty."""
+    """Return the model's class and the factory that a job names, as far as they are recorded; else empty."""
     kind = _mapping(provenance.get("model")).get("class")
     factory = _mapping(_mapping(_mapping(provenance.get("job")).get("model")).get("factory")).get("target")
     named = [str(kind)] if isinstance(kind, str) else []

@@ -82,16 +82,19 @@ class GuardedStore(LocalStore):
 
 
 def open_to_read(path: Location) -> tuple[zarr.Group, GuardedStore | RemoteStore]:
-    """The group at `path` and the store that it reads from."""
+    """Open the group at `path`; return it and the store that it reads from."""
     store = path.store() if isinstance(path, RemoteFolder) else GuardedStore(path)
     return zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False), store
 
 
 def checked(array: object, spec: ArraySpec, path: Location) -> zarr.Array[Any]:
-    """`array`, if it is what a result of this layout has under this name. Raises CorruptStoreError.
+    """Return `array`, if it is what a result of this layout has under this name.
 
     Its chunks may be cut otherwise, but none may be larger than the layout's, nor than 64 MiB: a few bytes of metadata
     would otherwise ask for all memory.
+
+    Raises:
+        CorruptStoreError: The array is not what the layout says.
     """
     expected = f"{list(spec.shape)} {spec.dtype}"
     if not isinstance(array, zarr.Array):

@@ -19,7 +19,7 @@ from distinfluence.store.read.arrays import ResultArrays
 
 
 def rank_row(result: ResultArrays, end: End, test_index: int, k: int | None, partial: bool) -> Ranking:
-    """The training points that help (top) or harm (bottom) a test point most; see `InfluenceResult.top`."""
+    """Rank the training points that help (top) or harm (bottom) a test point most; see `InfluenceResult.top`."""
     require_ranked(result.layout, end)
     row = checked_index("test_index", test_index, result.layout.n_test)
     k = result.layout.k if k is None else whole_number("k", k)

@@ -31,9 +31,10 @@ class KnownPoints:
                 self._columns[f"{axis}_label"] = axis, _names(points, labels)
 
     def beside(self, table: Table) -> Table:
-        """The table with its `bound` (NaN where there is none), and ids and names of labels where they are known.
+        """Return the table with its `bound` (NaN where there is none), and ids and names of labels where known.
 
-        table: with columns test, train and influence; bound: by how much the influence may be wrong.
+        Args:
+            table: Columns test, train and influence; the added bound says by how much the influence may be wrong.
         """
         bound = (self._bound[table["test"]] * self._norm[table["train"]]).astype(np.float32)
         known = {name: values[table[axis]] for name, (axis, values) in self._columns.items()}
@@ -47,10 +48,16 @@ def ranking_table(
     partial: bool,
     known: KnownPoints | None = None,
 ) -> Table:
-    """The most helpful and most harmful training points of test points as columns of equal length.
+    """Return the most helpful and most harmful training points of test points as columns of equal length.
 
-    rows: test points, all if None. Columns: test, rank (from 1), end ("helpful" or "harmful"), train, influence, and
-    what `KnownPoints.beside` adds; known: made already.
+    Columns: test, rank (from 1), end ("helpful" or "harmful"), train, influence, and what `KnownPoints.beside` adds.
+
+    Args:
+        result: The result to read.
+        rows: Test points, all if None.
+        k: How many training points at each end; the result's own k if None.
+        partial: Whether a result that is not complete is ranked, too.
+        known: The known points, if they are made already.
     """
     require_ranked(result.layout, "to_dataframe")
     rows = np.arange(result.layout.n_test) if rows is None else rows

@@ -76,7 +76,7 @@ def _opened(result: ResultArrays, group: str | None, chunks: Chunks) -> xarray.D
 
 
 def _damping(result: ResultArrays) -> dict[str, Any]:
-    """The damping λ, one for all blocks or block by block; none where it is not recorded."""
+    """Return the damping λ, one for all blocks or block by block; none where it is not recorded."""
     solver = result.provenance.get("solver")
     by_block = solver.get("hessian_regularization") if isinstance(solver, Mapping) else None
     if not isinstance(by_block, Mapping) or not all(type(value) in (int, float) for value in by_block.values()):

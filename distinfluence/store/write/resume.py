@@ -15,10 +15,13 @@ _MISSING = object()
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
-    """Pass if a result may be begun at `path`, or gone on with: to be asked before anything is computed.
+    """Pass if a result may be begun or resumed at `path`: to be asked before anything is computed.
 
-    Raises ForeignStoreError for what distinfluence did not write, StoreExistsError for a result that is neither to be
-    overwritten nor resumed. Touches nothing.
+    Nothing is touched.
+
+    Raises:
+        ForeignStoreError: `path` holds something that distinfluence did not write.
+        StoreExistsError: `path` holds a result that is neither to be overwritten nor resumed.
     """
     folder = place_of(path)
     if resume and folder.is_used():
@@ -35,8 +38,15 @@ def check_resumable(
 ) -> None:
     """Pass if the result at `path` was begun with this layout, these fingerprints and these settings.
 
-    `fingerprints` (name -> hex) must be the recorded ones, no more and no fewer; `settings` are those attributes that
-    must agree, such as {"solver": {...}}. Raises FingerprintError naming every difference, or what `open` raises.
+    Args:
+        path: The result, or where it would be.
+        layout: The layout to compare.
+        fingerprints: Name → hex; must be the recorded ones, no more and no fewer.
+        settings: The attributes that must agree, such as {"solver": {...}}.
+
+    Raises:
+        FingerprintError: Something differs; the message names every difference.
+        StoreError: The result cannot be opened.
     """
     folder = place_of(path)
     stored = read_attributes(folder)
@@ -54,7 +64,7 @@ def check_resumable(
 
 
 def chunks_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The chunk sizes that the result at `path` was begun with, to go on with the same; None if there is none."""
+    """Return the chunk sizes that the result at `path` was begun with, for resuming it; None if there is none."""
     folder = place_of(path)
     if not folder.is_used():
         return None

@@ -24,7 +24,11 @@ _RESERVED = frozenset(
 
 
 def stored_attributes(layout: Layout, attributes: Mapping[str, object]) -> dict[str, Any]:
-    """All attributes of a new result. Raises SettingError for what is no JSON, or a name that the store uses itself."""
+    """Return all attributes of a new result.
+
+    Raises:
+        SettingError: An attribute is not valid JSON, or has a name that the store uses itself.
+    """
     taken = sorted(_RESERVED & set(attributes))
     if taken:
         raise SettingError(f"`attributes` must not use the store's own names, got {', '.join(taken)}. Rename them.")
@@ -42,7 +46,7 @@ def stored_attributes(layout: Layout, attributes: Mapping[str, object]) -> dict[
 
 
 def build(folder: Location, layout: Layout, attributes: dict[str, Any]) -> None:
-    """An empty result at `folder`, which must not exist."""
+    """Create an empty result at `folder`, which must not exist."""
     group = zarr.open_group(folder.writable_store(), mode="w-", zarr_format=3, attributes=attributes)
     if layout.ranked:
         group.create_group("strips")

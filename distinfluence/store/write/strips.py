@@ -116,7 +116,7 @@ class StripFiles:
         return self.path.has(self._keys_of(i)[0])
 
     def _keys_of(self, i: int) -> list[str]:
-        """The files of a strip, its shard first."""
+        """Return the files of a strip, its shard first."""
         shard = "/".join(["influences/c/0", str(i), *("0" for _ in self.layout.input_shape)])
         per_point = [f"{name}/c/{i}" for name in BY_STRIP]
         overviews = [f"overview/{level.name}/c/0/{i}" for level in self.layout.levels]

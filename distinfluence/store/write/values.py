@@ -23,7 +23,13 @@ def rounded(values: NDArray[np.float32], mantissa_bits: int) -> NDArray[np.float
 
 
 def strip_values(i: int, values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return the values of strip i as float32. Raises ShapeError, DtypeError, NonFiniteError."""
+    """Return the values of strip i as float32.
+
+    Raises:
+        ShapeError: The values have another shape.
+        DtypeError: The values are not numbers.
+        NonFiniteError: A value is not finite.
+    """
     values = np.asarray(values)
     if values.shape != shape:
         raise ShapeError(
@@ -40,7 +46,12 @@ def strip_values(i: int, values: NDArray[Any], shape: tuple[int, ...]) -> NDArra
 def per_point(
     name: str, values: NDArray[Any] | None, n: int, kinds: str, dtype: type[np.generic]
 ) -> NDArray[Any] | None:
-    """Return one value per point, [n], as `dtype`; None stays None. Raises ShapeError, DtypeError."""
+    """Return one value per point, [n], as `dtype`; None stays None.
+
+    Raises:
+        ShapeError: There is not one value per point.
+        DtypeError: The values are of the wrong kind.
+    """
     if values is None:
         return None
     values = np.asarray(values)
@@ -61,7 +72,11 @@ def rounded_up(values: NDArray[Any] | None) -> NDArray[np.float32] | None:
 
 
 def require_finite(name: str, values: NDArray[Any] | None) -> None:
-    """Check that all values are finite. Raises NonFiniteError naming the first that is not."""
+    """Check that all values are finite.
+
+    Raises:
+        NonFiniteError: A value is not finite; the message names the first.
+    """
     # The extremes carry NaN and infinity along and need no mask as large as the strip.
     if values is None or (np.isfinite(values.min()) and np.isfinite(values.max())):
         return
@@ -73,7 +88,12 @@ def require_finite(name: str, values: NDArray[Any] | None) -> None:
 
 
 def check_rows(rows: slice, n_test: int) -> int:
-    """Return the number of rows of the slice. Raises SettingError, IndexRangeError."""
+    """Return the number of rows of the slice.
+
+    Raises:
+        SettingError: The slice has a step.
+        IndexRangeError: The slice is empty or out of range.
+    """
     if not isinstance(rows, slice) or rows.step not in (None, 1):
         raise SettingError(f"`rows` must be a slice without step, got {rows!r}. Pass slice(start, stop).")
     start, stop = rows.start or 0, n_test if rows.stop is None else rows.stop
