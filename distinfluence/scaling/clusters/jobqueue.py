@@ -37,10 +37,10 @@ def job_cluster(
 ) -> Iterator[Client]:
     """A client of a scheduler in this process whose workers are jobs; every one of them has gone afterwards.
 
-    kind, settings, timeout: see `ClusterSpec`. jobs: the least and the most of them. guarded: whether the
-    jobs are cancelled also if this process is killed. environment: of the workers. folder: for logs and certificates, seen by every node. Entered when
-    the first worker has come. Raises ClusterError with what the queue or the jobs' logs say when jobs are refused or
-    end before they work, SettingError for settings that dask-jobqueue does not know.
+    kind, settings, timeout: see `ClusterSpec`. jobs: the least and the most of them. guarded: whether the jobs are
+    cancelled also if this process is killed. environment: of the workers. folder: for logs and certificates, seen by
+    every node. Entered when the first worker has come. Raises ClusterError with what the queue or the jobs' logs say
+    when jobs are refused or end before they work, SettingError for settings that dask-jobqueue does not know.
     """
     asked = cluster_class(kind)
     arguments = job_arguments(asked, settings, environment, folder)
