@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distinfluence import ArnoldiInfluence, DirectInfluence, EkfacInfluence, InverseHarmonicMeanInfluence
-from distinfluence.influence.checks import check_bytes
+from distinfluence.influence.checks.products import check_bytes
 from distinfluence.model.identity.probe import PROBE_BYTES
 from distinfluence.model.reducer import LocalReducer
 from distinfluence.solvers import BlockKrylov, Direct, NystroemSketch

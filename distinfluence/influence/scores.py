@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.errors import NonFiniteError, SettingError, ShapeError
-from distinfluence.influence.checks import check_mixed
+from distinfluence.influence.checks.mixed import check_mixed
 from distinfluence.layers.layout import layout_of
 from distinfluence.layers.scores import LayerScores, scores_of_factors
 from distinfluence.model.batch import Batch, batch_length, take

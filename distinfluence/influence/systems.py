@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distinfluence.curvature import CurvatureOperator, SecondOrderMode, operator_class
 from distinfluence.errors import NotFittedError
-from distinfluence.influence.checks import check_derivatives
+from distinfluence.influence.checks.derivatives import check_derivatives
 from distinfluence.influence.damping import Regularization, RelativeDamping, damping_by_block, resolved
 from distinfluence.influence.fitted import Curvature, Fitted
 from distinfluence.influence.report import FitReport, SolveReport

@@ -5,7 +5,7 @@ import torch
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.errors import DerivativeError
-from distinfluence.influence.checks import check_derivatives
+from distinfluence.influence.checks.derivatives import check_derivatives
 from distinfluence.model.blocks import ParameterBlocks
 from distinfluence.model.objective import as_objective
 from distinfluence.model.reducer import LocalReducer

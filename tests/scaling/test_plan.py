@@ -11,7 +11,7 @@ from torch import nn
 
 from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence, SequentialInfluenceCalculator
 from distinfluence.errors import PlanError, SettingError
-from distinfluence.influence.checks import check_bytes
+from distinfluence.influence.checks.products import check_bytes
 from distinfluence.scaling import Machine, make_plan
 from distinfluence.scaling.plan.problem import FixedSizes, Problem, Rates
 from distinfluence.scaling.plan.tree_shape import pass_tasks, results_held

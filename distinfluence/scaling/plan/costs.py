@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distinfluence.influence.checks import check_bytes
+from distinfluence.influence.checks.products import check_bytes
 from distinfluence.model.gradients import rows_at_once, samples_at_once
 from distinfluence.model.sample_risk import KEPT_ROW_BYTES
 from distinfluence.scaling.plan.problem import Chunks, Machine, Problem, Rates
