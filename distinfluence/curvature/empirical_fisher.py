@@ -88,7 +88,7 @@ class GradientMoment:
 
 def _rows(risk: SampleRisk, batch: Batch) -> Tensor:
     """Gradients [n, p]; kept for the next pass where the chunks stay in this process."""
-    if not risk.measures:
+    if not risk.ways.timed:
         return loss_gradients(risk, batch).rows
     return risk.kept_rows.get(batch, lambda: loss_gradients(risk, batch).rows)
 

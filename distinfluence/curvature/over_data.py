@@ -200,7 +200,7 @@ def product_of_rows(risk: SampleRisk, mode: Mode, ways: Sequence[Product], batch
             raise RuntimeError(ONCE)
         what = f"{mode.what}, {'many' if rows.shape[0] >= FEW_ROWS else 'few'} rows"
         try:
-            way = risk.fastest(what, ways, rows[:1], rows[:FEW_ROWS])
+            way = risk.ways.fastest(what, ways, rows[:1], rows[:FEW_ROWS])
         except torch.OutOfMemoryError:
             raise
         except Exception:  # for one row already: not tried again

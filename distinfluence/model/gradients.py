@@ -145,7 +145,7 @@ def _gradients(risk: SampleRisk, value: Value, batch: Batch, what: str) -> Sampl
 
     n = batch_length(batch)
     with double_differentiable():
-        way = risk.choose(what, (vectorised, looped), take(batch, 0, min(n, 2)))
+        way = risk.ways.choose(what, (vectorised, looped), take(batch, 0, min(n, 2)))
         rows = way(batch)
     # a loss against float64 targets is float64
     result = SampleGradients(rows, seen[0].detach().reshape(-1).to(risk.dtype))
@@ -187,7 +187,7 @@ def mixed_gradients(risk: SampleRisk, batch: Batch, rows: Tensor) -> Tensor:
 
     with double_differentiable():
         rows = recordable(rows)
-        way = risk.choose("mixed gradients", (vectorised, looped), rows[:1])
+        way = risk.ways.choose("mixed gradients", (vectorised, looped), rows[:1])
         result = way(rows)
     if not torch.isfinite(result).all():
         raise NonFiniteError(

@@ -6,8 +6,6 @@ stay as found. Everything that differentiates goes through `losses` and `measure
 """
 
 import copy
-import math
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -26,7 +24,7 @@ from distinfluence.errors import (
     NotFittedError,
     ShapeError,
 )
-from distinfluence.model.alternatives import Way, agree, attempt, wait_for
+from distinfluence.model.alternatives import Alternatives
 from distinfluence.model.batch import Batch, as_batch, batch_length, check_batch, describe, leaves, map_batch
 from distinfluence.model.blocks import ParameterBlocks
 from distinfluence.model.checkpointing import without_checkpointing
@@ -76,8 +74,6 @@ class SampleRisk:
     Raises ModelModeError for a module in train mode with dropout or batch statistics.
     autocast: bfloat16 or float16 to run the model itself under torch's autocast; parameters, what the loss sees,
     gradients and every sum over samples stay in `dtype`. None: the model runs in `dtype` alone.
-    measures: whether the fastest of several ways to a derivative is found by timing them on the first chunk. Off where
-    several processes work on one sum, which must not depend on which of them took which part.
     """
 
     def __init__(
@@ -100,11 +96,10 @@ class SampleRisk:
         self.autocast = autocast
         with torch.inference_mode(False):
             self._take_tensors(module)
-        self.measures = False
+        self.ways = Alternatives(self.device, self.in_own_precision)
         self.kept_rows = KeptRows()
         self._recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
         self.found: dict[str, Any] = {}  # what has been found out about the model, for the next chunk
-        self._choices: dict[str, int] = {}
         self._restricted: dict[str, SampleRisk] = {}
         self._in_double: SampleRisk | None = None
 
@@ -155,8 +150,8 @@ class SampleRisk:
         """The same risk at other parameters, which knows nothing yet of what has been found out about the model."""
         other = copy.copy(self)
         other.parameters = dict(parameters)
-        other.measures, other.kept_rows = False, KeptRows()
-        other.found, other._choices, other._restricted, other._in_double = {}, {}, {}, None
+        other.ways, other.kept_rows = Alternatives(other.device, other.in_own_precision), KeptRows()
+        other.found, other._restricted, other._in_double = {}, {}, None
         return other
 
     def with_objective(self, objective: Objective) -> "SampleRisk":
@@ -174,7 +169,7 @@ class SampleRisk:
             self._restricted[block] = SampleRisk(
                 self.module, self.objective, only, self.device, self._asked_dtype, self.autocast
             )
-            self._restricted[block].measures = self.measures
+            self._restricted[block].ways.timed = self.ways.timed
         return self._restricted[block]
 
     def only(self, names: tuple[str, ...]) -> "SampleRisk":
@@ -182,7 +177,7 @@ class SampleRisk:
         key = "\n".join(names)
         if key not in self._restricted:
             self._restricted[key] = self.apart(names)
-            self._restricted[key].measures = self.measures
+            self._restricted[key].ways.timed = self.ways.timed
         return self._restricted[key]
 
     def apart(self, names: tuple[str, ...], dtype: torch.dtype | None = None) -> "SampleRisk":
@@ -397,65 +392,6 @@ class SampleRisk:
                 f"`loss` must be finite, got NaN or infinity for samples {bad} of this batch. "
                 "Look at these samples and at the model's outputs for them."
             )
-
-    def choose(self, what: str, ways: Sequence[Way], small: Any) -> Way:
-        """The first of several equivalent ways that this model can take and that agrees with the last on `small`.
-
-        The last way is plain autograd in a loop: what torch.func's transforms cannot take (some recurrent modules,
-        data-dependent control flow, operators without a forward derivative) still gets the right answer. The choice
-        is made once for each `what`; a batch that fails that way all the same takes the last.
-        """
-        if what not in self._choices:
-            self._choices[what] = self._first_valid(ways, small)
-        chosen = ways[self._choices[what]]
-
-        def careful(argument: Any) -> Tensor:
-            # a single sample in the last batch: the squared error then has no forward derivative (torch 2.13)
-            value, _ = attempt(chosen, argument)
-            return ways[-1](argument) if value is None else value
-
-        return ways[-1] if chosen is ways[-1] else careful
-
-    def fastest(self, what: str, ways: Sequence[Way], small: Any, real: Any) -> Way:
-        """As `choose`, but of the ways that agree with the last on `small` the one that takes least time on `real`.
-
-        Measured once for each `what`, if this risk measures; `real` should be a part of the work that takes some
-        milliseconds. Earlier ways are preferred where times are within a tenth.
-        """
-        if what not in self._choices and self.measures:
-            self._choices[what] = self._measured(ways, small, real)
-        return self.choose(what, ways, small)
-
-    def _measured(self, ways: Sequence[Way], small: Any, real: Any) -> int:
-        with self.in_own_precision():
-            expected, failure = attempt(ways[-1], small)
-        best, least = len(ways) - 1, math.inf
-        for index, way in enumerate(ways):
-            with self.in_own_precision():
-                value, _ = attempt(way, small)  # which also warms it up
-            if value is None or (expected is not None and not agree(value, expected)):
-                continue
-            wait_for(self.device)
-            start = time.perf_counter()
-            done, _ = attempt(way, real)
-            wait_for(self.device)
-            seconds = time.perf_counter() - start
-            if done is not None and seconds < 0.9 * least:
-                best, least = index, seconds
-        if failure is not None and not math.isfinite(least):
-            raise failure
-        return best
-
-    def _first_valid(self, ways: Sequence[Way], small: Any) -> int:
-        with self.in_own_precision():
-            expected, failure = attempt(ways[-1], small)
-            for index, way in enumerate(ways[:-1]):
-                value, _ = attempt(way, small)
-                if value is not None and (expected is None or agree(value, expected)):
-                    return index
-        if failure is not None:
-            raise failure
-        return len(ways) - 1
 
 
 def _own_copy(batch: Batch, some: slice) -> Batch:

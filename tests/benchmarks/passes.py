@@ -24,6 +24,7 @@ from torch import nn
 from distinfluence import CgInfluence, DaskInfluenceCalculator, EmpiricalRisk, SecondOrderMode
 from distinfluence.app.demo import build_model, train_data
 from distinfluence.curvature import DataOperator, operator_class, over_data
+from distinfluence.model.alternatives import Alternatives
 from distinfluence.model.batch import take
 from distinfluence.model.gradients import EVEN, GRADIENT_BYTES, loss_gradients, samples_at_once
 from distinfluence.model.sample_risk import SampleRisk
@@ -87,17 +88,17 @@ def apply_all(ways: Sequence[Way], rows: torch.Tensor) -> None:
 def ways_of(operator: DataOperator, rows: torch.Tensor) -> list[tuple[Way, ...]]:
     """The ways to the product that the operator chooses among, each piece by piece; none where there is but one."""
     found: list[Sequence[Way]] = []
-    fastest = SampleRisk.fastest
+    fastest = Alternatives.fastest
 
     def spying(risk: SampleRisk, what: str, ways: Any, small: Any, real: Any) -> Any:
         found.append(ways)
         return fastest(risk, what, ways, small, real)
 
-    SampleRisk.fastest = spying  # type: ignore[assignment, method-assign]
+    Alternatives.fastest = spying  # type: ignore[assignment, method-assign]
     try:
         operator.matmat(rows)
     finally:
-        SampleRisk.fastest = fastest  # type: ignore[method-assign]
+        Alternatives.fastest = fastest  # type: ignore[method-assign]
     return list(zip(*found, strict=True))
 
 

@@ -21,6 +21,7 @@ from distinfluence.curvature import (
 from distinfluence.errors import NonFiniteError, ParameterBlockError, ShapeError
 from distinfluence.model import gradients, sample_risk
 from distinfluence.model import reducer as reducer_module
+from distinfluence.model.alternatives import Alternatives
 from distinfluence.model.objective import SupervisedObjective
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.testing import OperatorContract
@@ -95,7 +96,7 @@ class DataOperatorContract(OperatorContract):
         case = Case(HalfUsed(base.model).double(), base.loss, base.train, base.test)
         operator = self.of(case)
         if looped:
-            operator.risk.sample._choices = dict.fromkeys(("Hessian products", "GGN products", "loss gradients"), 1)
+            operator.risk.sample.ways.chosen = dict.fromkeys(("Hessian products", "GGN products", "loss gradients"), 1)
         dense = operator.dense()
         torch.testing.assert_close(dense[:43, :43], Reference(base).matrix(self.mode), **ROUNDING)
         assert not dense[43:].any() and not dense[:, 43:].any()
@@ -208,7 +209,7 @@ def test_every_second_order_mode_inherits_the_contract() -> None:
 def test_models_that_vmap_cannot_take_go_through_plain_autograd(kind: type[DataOperatorContract]) -> None:
     operator = kind().of(build("branching"))
     operator.matmat(torch.randn(2, operator.size, dtype=torch.float64))
-    choices = operator.risk.sample._choices
+    choices = operator.risk.sample.ways.chosen
     if kind is TestEmpiricalFisher:
         assert choices[kind.what] == 1
     else:  # the derivatives of a whole batch take any model; which way is faster may change
@@ -216,7 +217,7 @@ def test_models_that_vmap_cannot_take_go_through_plain_autograd(kind: type[DataO
     operator = kind().of(build("mlp classification"))
     operator.matmat(torch.randn(2, operator.size, dtype=torch.float64))
     if kind is TestEmpiricalFisher:
-        assert operator.risk.sample._choices[kind.what] == 0
+        assert operator.risk.sample.ways.chosen[kind.what] == 0
 
 
 @pytest.mark.parametrize("k", [1, 3, 40])
@@ -238,7 +239,7 @@ def test_every_way_to_a_product_gives_the_same(
 
         return product
 
-    monkeypatch.setattr(SampleRisk, "fastest", all_of_them)
+    monkeypatch.setattr(Alternatives, "fastest", all_of_them)
     operator = kind().of(case)
     rows = torch.randn(k, operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
     expected = rows @ Reference(case).matrix(kind.mode)
@@ -248,13 +249,13 @@ def test_every_way_to_a_product_gives_the_same(
 
 def test_the_way_is_measured_once_for_few_and_once_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    measure = SampleRisk._measured
+    measure = Alternatives._measured
 
-    def counting(risk: SampleRisk, ways: Any, small: Any, real: Any) -> int:
+    def counting(risk: Alternatives, ways: Any, small: Any, real: Any) -> int:
         measured.append(len(real))
         return measure(risk, ways, small, real)
 
-    monkeypatch.setattr(SampleRisk, "_measured", counting)
+    monkeypatch.setattr(Alternatives, "_measured", counting)
     operator = TestGGN().of(build("mlp classification"))
     for k in (1, 2, 7, 8, 100, 1):
         operator.matmat(torch.randn(k, operator.size, dtype=torch.float64))
@@ -349,7 +350,7 @@ def test_both_ways_of_making_a_product_agree(operator: type[DataOperator], name:
     case = build(name)
     risk = EmpiricalRisk(case.model, case.loss, case.train)
     for what in ("Hessian products", "GGN products", "loss gradients"):
-        risk.sample._choices[what] = 1
+        risk.sample.ways.chosen[what] = 1
     mode = {HessianOperator: "hessian", GGNOperator: "ggn", EmpiricalFisherOperator: "empirical_fisher"}[operator]
     torch.testing.assert_close(operator(risk).dense(), Reference(case).matrix(mode), **ROUNDING)
 

@@ -57,7 +57,7 @@ def test_the_loop_for_models_that_vmap_cannot_take_gives_the_same(name: str) -> 
     case = build(name)
     risk, looped = sample_risk(case), sample_risk(case)
     rows = torch.randn(2, case.n_parameters, dtype=torch.float64)
-    looped._choices = {"loss gradients": 1, "mixed gradients": 1}
+    looped.ways.chosen = {"loss gradients": 1, "mixed gradients": 1}
     torch.testing.assert_close(loss_gradients(risk, case.train).rows, loss_gradients(looped, case.train).rows, **EXACT)
     torch.testing.assert_close(
         mixed_gradients(risk, case.train, rows), mixed_gradients(looped, case.train, rows), **EXACT
@@ -69,7 +69,7 @@ def test_the_loop_is_chosen_only_where_it_must_be() -> None:
         case = build(name)
         risk = sample_risk(case)
         loss_gradients(risk, case.train)
-        assert risk._choices == {"loss gradients": choice}
+        assert risk.ways.chosen == {"loss gradients": choice}
 
 
 class Late(nn.Module):
@@ -92,9 +92,9 @@ def test_a_batch_that_fails_the_chosen_way_takes_the_other() -> None:
     risk = SampleRisk(Late().eval(), as_objective(nn.MSELoss()), ParameterBlocks.of(Late()))
     rows = torch.ones(2, 8).double()
     mixed_gradients(risk, (x[:2], torch.zeros(2, 2).double()), rows)
-    assert risk._choices == {"mixed gradients": 0}
+    assert risk.ways.chosen == {"mixed gradients": 0}
     ours = mixed_gradients(risk, (x, torch.zeros(4, 2).double()), rows)
-    risk._choices["mixed gradients"] = 1
+    risk.ways.chosen["mixed gradients"] = 1
     torch.testing.assert_close(ours, mixed_gradients(risk, (x, torch.zeros(4, 2).double()), rows), **EXACT)
 
 

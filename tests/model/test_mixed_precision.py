@@ -55,7 +55,7 @@ def test_the_vectorised_way_is_not_given_up_for_rounding() -> None:
     case, _ = single("mlp classification")
     influence = DirectInfluence(case.model, case.loss, 0.1).in_mixed_precision()
     influence.loss_gradients(influence.place(*case.train))
-    assert influence.risk._choices["loss gradients"] == 0
+    assert influence.risk.ways.chosen["loss gradients"] == 0
 
 
 @pytest.mark.parametrize("mode", ["hessian", "ggn"])

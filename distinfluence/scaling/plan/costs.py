@@ -88,7 +88,7 @@ class _Run:
 
     @property
     def kept_gradients(self) -> int:
-        """Of a pass for the next one; workers of a cluster keep none, see `SampleRisk.measures`."""
+        """Of a pass for the next one; workers of a cluster keep none, see `Alternatives.timed`."""
         if not (self.work.by_gradients and self.machine.alone):
             return 0
         return min(self.work.n_fit * self.work.row, KEPT_ROW_BYTES // self.gradients * self.gradients)
