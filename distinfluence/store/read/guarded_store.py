@@ -42,21 +42,21 @@ class GuardedStore(LocalStore):
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """As the store's own, counted: this runs on zarr's one thread of input and output."""
+        """Read as the store's own method does, counted: this runs on zarr's one thread of input and output."""
         self._guard(key, byte_range)
         return self._counted(await super().get(key, prototype, byte_range))
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """As the store's own, counted."""
+        """Read as the store's own method does, counted."""
         self._guard(key, byte_range)
         return self._counted(super().get_sync(key, prototype=prototype, byte_range=byte_range))
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        """As the store's own, counted."""
+        """Read as the store's own method does, counted."""
         key_ranges = list(key_ranges)
         for key, byte_range in key_ranges:
             self._guard(key, byte_range)
@@ -124,7 +124,7 @@ class ExactBlosc(BloscCodec):
 
 
 def _bounded(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """`array` with its Blosc, also the one within shards, in the form that bounds what it expands to."""
+    """Return `array` with its Blosc, also the one within shards, in the form that bounds what it expands to."""
 
     def exact(codec: Any) -> Any:
         if isinstance(codec, ShardingCodec):
@@ -144,7 +144,7 @@ def is_bounded(array: zarr.Array[Any]) -> bool:
 
 
 def largest_file(specs: Iterable[ArraySpec]) -> int:
-    """Bytes of the largest file of these arrays, with room for checksums and the index of a shard."""
+    """Return the bytes of the largest file of these arrays, with room for checksums and the index of a shard."""
     return max(_FILE_BYTES, *(_size(spec.shards or spec.chunks) * 4 * 5 // 4 for spec in specs))
 
 
