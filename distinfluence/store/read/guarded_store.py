@@ -25,12 +25,14 @@ _CHUNK_BYTES = 2**26  # a chunk that a hostile result may have at most, where it
 
 
 class GuardedStore(LocalStore):
-    """A folder, read-only. `bytes_read`: what was read from its files since it was opened, metadata included.
+    """Reads a folder, without following links out of it: a result that somebody sent must not show other files.
 
-    largest: bytes of a file that may be read at once; a file with holes can say that it has any number.
+    Attributes:
+        bytes_read: Bytes read from its files since it was opened, metadata included.
+        largest: Bytes of a file that may be read at once; a file with holes can say that it has any number.
 
-    Raises CorruptStoreError for a key that a link leads out of the folder: a result that somebody sent must not show
-    other files of this machine.
+    Raises:
+        CorruptStoreError: A link leads a key out of the folder.
     """
 
     def __init__(self, root: Path | str, *, read_only: bool = True) -> None:
