@@ -7,7 +7,7 @@ error: it is a field of the result.
 
 
 class DistinfluenceError(Exception):
-    """Base of all errors raised by distinfluence."""
+    """Serves as the base of all errors raised by distinfluence."""
 
 
 class ShapeError(DistinfluenceError, ValueError):
@@ -19,7 +19,7 @@ class DtypeError(DistinfluenceError, TypeError):
 
 
 class NonFiniteError(DistinfluenceError, ValueError):
-    """NaN or infinity in data, parameters, losses or gradients."""
+    """Data, parameters, losses or gradients hold NaN or infinity."""
 
 
 class EmptyDataError(DistinfluenceError, ValueError):
@@ -91,11 +91,11 @@ class ChunkFailedError(DistinfluenceError, RuntimeError):
 
 
 class SampleError(DistinfluenceError, RuntimeError):
-    """Samples that could not be loaded or evaluated; the message says which, its cause is what was raised."""
+    """Samples could not be loaded or evaluated; the message says which, its cause is the original error."""
 
 
 class PlanError(DistinfluenceError, MemoryError):
-    """A run that needs more memory than its workers have, however it is cut; or chunk sizes that do."""
+    """A run needs more memory than its workers have, however it is cut, or with the chunk sizes that were given."""
 
 
 class ConfigError(DistinfluenceError, ValueError):

@@ -7,12 +7,12 @@ import torch
 
 
 def process_bytes() -> int:
-    """Resident memory of this process."""
+    """Return the resident memory of this process in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device; of the host, also what its page cache would give back."""
+    """Return the bytes that are free on the device; of the host, including what its page cache would give back."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -69,7 +69,7 @@ def condition(result: InfluenceResult, *, check: bool = False) -> str:
 
 
 def _clean(command: Callable[P, None]) -> Callable[P, None]:
-    """Our errors as one message and status 1; anything else is a defect and keeps its trace."""
+    """Show our errors as one message with status 1; anything else is a defect and keeps its trace."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:

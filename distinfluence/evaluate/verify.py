@@ -164,7 +164,7 @@ def verify_entries(
 def sampled(
     shape: tuple[int, ...], n_test: int, n_train: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted indices of at most n_test rows and n_train columns, drawn without replacement."""
+    """Return sorted indices of at most n_test rows and n_train columns, drawn without replacement."""
     generator = np.random.default_rng(seed)
     rows, columns = (
         np.sort(generator.permutation(total)[:count]) for total, count in zip(shape, (n_test, n_train), strict=False)
@@ -173,7 +173,7 @@ def sampled(
 
 
 def _another(used: str, size: int, damping: float) -> Solver[Any]:
-    """Another solver than that of the influence model of this name, for a block of this size."""
+    """Return another solver than the influence model of this name has, for a block of this size."""
     if size <= DIRECT_SIZE and used != DirectInfluence.__name__:
         return Direct(damping)
     if used == KrylovInfluence.__name__:

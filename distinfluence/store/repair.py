@@ -82,7 +82,7 @@ class _Reading:
         self._layout = self._result.layout
 
     def damage(self) -> Damage:
-        """Of all strips and arrays."""
+        """Return the damage of all strips and arrays."""
         strips = tuple(i for i in range(self._layout.n_strips) if self._is_damaged(i))
         tests = tuple(name for name in TEST_ARRAYS if self._read(name) is None)
         rankings = RANKING_ARRAYS if self._layout.ranked and self._result.complete else ()

@@ -103,7 +103,7 @@ def _duration(seconds: float) -> str:
 
 
 def manifest_file(output: Path, part: str = "") -> Path:
-    """Where a run says what it is doing."""
+    """Return the file in which a run says what it is doing."""
     return output.with_name(f".{output.name}.run{'-' + part.replace('/', '-of-') if part else ''}.json")
 
 

@@ -29,7 +29,7 @@ def spd(p: int = P, cond: float = 1e4) -> Tensor:
 
 
 def low_rank(p: int = P, n: int = 9) -> Tensor:
-    """As the empirical Fisher of n samples: (1/n) Σ g gᵀ, rank n."""
+    """Return a matrix like the empirical Fisher of n samples: (1/n) Σ g gᵀ, rank n."""
     g = randn(n, p, seed=2)
     return g.T @ g / n
 
@@ -44,7 +44,7 @@ def diagonal_with_zeros() -> Tensor:
 
 
 def indefinite() -> Tensor:
-    """Eigenvalues −0.5 … 1; none is near zero."""
+    """Return a matrix with eigenvalues −0.5 … 1; none is near zero."""
     return with_spectrum(torch.cat([torch.linspace(-0.5, -0.1, 8), torch.linspace(0.1, 1.0, P - 8)]))
 
 
@@ -88,7 +88,7 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
 
 
 def dense_solution(matrix: Tensor, damping: float, rhs: Tensor) -> Tensor:
-    """(matrix + damping·I)⁻¹ of each row by LU in float64: [k, p]."""
+    """Solve (matrix + damping·I) x = rhs for each row by LU in float64: [k, p]."""
     x: Tensor = torch.linalg.solve(damped(matrix, damping), rhs.double().T)
     return x.T
 
@@ -100,7 +100,7 @@ def relative_error(x: Tensor, expected: Tensor) -> float:
 
 
 def relative_residual(matrix: Tensor, damping: float, rhs: Tensor, x: Tensor) -> Tensor:
-    """‖rhs − (A + λI) x‖ / ‖rhs‖ of each row, in float64."""
+    """Return ‖rhs − (A + λI) x‖ / ‖rhs‖ of each row, in float64."""
     residual = rhs.double() - x.double() @ damped(matrix, damping)
     result: Tensor = residual.norm(dim=1) / rhs.double().norm(dim=1)
     return result

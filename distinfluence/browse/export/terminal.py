@@ -73,7 +73,7 @@ def ranked(result: InfluenceResult, rows: NDArray[np.int64], k: int, partial: bo
 
 
 def ranking_json(found: Ranked) -> str:
-    """Both ends as JSON: train and influence of each point, and what else is known."""
+    """Return both ends as JSON: train and influence of each point, and what else is known."""
     both = {"helpful": found.helpful, "harmful": found.harmful}
     ends = {
         name: [dict(zip(columns, values, strict=True)) for values in zip(*map(_plain, columns.values()), strict=True)]
@@ -83,7 +83,7 @@ def ranking_json(found: Ranked) -> str:
 
 
 def ranking_table(result: InfluenceResult, found: Ranked) -> str:
-    """Both ends beside each other, with what is known of the test points above."""
+    """Return both ends next to each other, with what is known of the test points above."""
     helpful, harmful = _block(found.helpful), _block(found.harmful)
     wide = max(map(len, helpful), default=0)
     lines = [f"{a:<{wide}}   {b}".rstrip() for a, b in zip(helpful, harmful, strict=True)]

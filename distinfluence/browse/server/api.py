@@ -139,7 +139,7 @@ class ResultApi:
         return {**self._pair(test, train, values[r, c]), "place": list(places)}
 
     def pair(self, test: int, train: int, orders: tuple[str, str]) -> Json:
-        """As `cell`, of a test and a training point, wherever they stand in these orders."""
+        """Answer as `cell` does, for a test and a training point, wherever they stand in these orders."""
         require_ranked(self.result.layout, "pair")
         _check_index("test", test, self.result.shape[0])
         _check_index("train", train, self.result.shape[1])
@@ -156,7 +156,7 @@ class ResultApi:
         return {**found, "test_point": self.known.point("test", test), "train_point": self.known.point("train", train)}
 
     def test_point(self, index: int, k: int) -> Json:
-        """A test point with the training points that help and harm it most."""
+        """Return a test point with the training points that help and harm it most."""
         _check_index("test", index, self.result.shape[0])
         k = _listed(k)
         partial = not self.result.complete
@@ -274,7 +274,7 @@ class ResultApi:
         }
 
     def saliency(self, test: int, train: int, k: int) -> Json:
-        """Influences by input of a pair, in a result of mode `perturbation`, and whose inputs move the test point."""
+        """Return the influences by input of a pair (mode `perturbation`), and whose inputs move the test point."""
         check_pair(self.result)
         _check_index("test", test, self.result.shape[0])
         _check_index("train", train, self.result.shape[1])
@@ -289,7 +289,7 @@ class ResultApi:
         }
 
     def convergence(self) -> Json:
-        """Residuals and bounds of the rows, the worst of them, and the state of every strip (runs of equal ones)."""
+        """Return residuals and bounds of the rows, the worst of them, and the state of every strip in runs."""
         names = ("relative_residual", "error_bound", "converged", "iterations")
         known = {name: self.known.column(name) for name in names}
         rows = drawn_rows(known["relative_residual"], known["error_bound"])
@@ -326,7 +326,7 @@ class ResultApi:
         return np.arange(tests.start, tests.stop)
 
     def _totals(self, rows: NDArray[np.int64]) -> Totals:
-        """Of the last sets that were asked for, kept once the result does not change any more."""
+        """Return the totals of a set; those of the last sets are kept once the result does not change any more."""
         require_ranked(self.result.layout, "test sets")
         key = rows.tobytes()
         found = self._sets.pop(key, None) or totals(self.result, rows)

@@ -166,7 +166,7 @@ class GuardedHandler(tornado.web.RequestHandler):
         self.server = server
 
     def set_default_headers(self) -> None:
-        """Safe ones, also with errors."""
+        """Set safe headers, also with errors."""
         self.clear_header("Server")
         for name, value in {
             "Content-Security-Policy": _POLICY,
@@ -194,7 +194,7 @@ class GuardedHandler(tornado.web.RequestHandler):
         return f"distinfluence-{self.server.port}"
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """To read, where a browser asks for a page; else JSON, which no browser runs."""
+        """Send text where a browser asks for a page, else JSON, which no browser runs."""
         advice = _ADVICE.get(self._reason, "Open the address that `distinfluence browse` printed.")
         if "text/html" in self.request.headers.get("Accept", ""):
             self.set_header("Content-Type", "text/html; charset=utf-8")
@@ -216,7 +216,7 @@ class NothingHandler(GuardedHandler):
     """All other addresses."""
 
     def get(self) -> None:
-        """There is nothing."""
+        """Answer that there is nothing."""
         raise tornado.web.HTTPError(404)
 
 

@@ -35,7 +35,7 @@ class Link:
 
 
 def new_token() -> str:
-    """192 random bits."""
+    """Return 192 random bits as text."""
     return secrets.token_urlsafe(24)
 
 

@@ -30,7 +30,7 @@ def drawn_rows(residual: NDArray[np.float32], bound: NDArray[np.float32]) -> NDA
 
 
 def worst_rows(columns: Mapping[str, NDArray[Any]]) -> list[int]:
-    """Rows that did not converge first, then by residual, the largest first; none where residuals are not recorded."""
+    """Return rows that did not converge first, then by residual, the largest first; none without residuals."""
     residual, converged = columns["relative_residual"], columns["converged"]
     order = np.lexsort((-np.nan_to_num(residual, nan=-1.0), converged))
     return [row for row in order[:WORST_ROWS].tolist() if np.isfinite(residual[row])]
@@ -51,6 +51,6 @@ def strip_runs(result: InfluenceResult) -> tuple[list[list[int]], dict[int, str]
 
 
 def recorded(result: InfluenceResult) -> str:
-    """Everything that is recorded of the result, as text; cut where it is longer than anyone reads."""
+    """Return everything that is recorded of the result, as text; cut where it is longer than anyone reads."""
     text = json.dumps(dict(result.provenance), indent=2, default=str)
     return text if len(text) <= MAX_RECORDED else text[:MAX_RECORDED] + "\n… cut; `distinfluence info --json` has all"

@@ -210,7 +210,7 @@ def cluster_order(values: NDArray[np.float32]) -> Permutation:
 
 
 def orders_of(known: Mapping[str, NDArray[np.generic] | None]) -> dict[str, Permutation]:
-    """Name → order by these values: labels ascending, all else with the largest first; NaN last."""
+    """Return by name the order by these values: labels ascending, all else with the largest first; NaN last."""
     found = {}
     for name, values in known.items():
         if values is None:
@@ -246,7 +246,7 @@ def _reduced(values: NDArray[np.float32], row_edges: Permutation, column_edges: 
 
 
 def _ranges(values: NDArray[np.float32], starts: Permutation, stops: Permutation, axis: int) -> NDArray[np.float32]:
-    """Of each range, start < stop, of an axis the entry of largest magnitude; ranges may overlap."""
+    """Return for each range (start < stop) of an axis its entry of largest magnitude; ranges may overlap."""
     padding = [(0, 0), (0, 0)]
     padding[axis] = (0, 1)  # a stop at the end is an index too
     padded = np.pad(values, padding, constant_values=np.nan)

@@ -34,7 +34,7 @@ def data_uri(pixels: NDArray[np.uint8]) -> str:
 
 
 def colours(values: NDArray[np.float32], scale: float) -> NDArray[np.uint8]:
-    """[h, w] → [h, w, 3]: white at 0, full colour from ±scale on; grey where there is no finite value."""
+    """Colour [h, w] as [h, w, 3]: white at 0, full colour from ±scale on; grey where there is no finite value."""
     known = np.isfinite(values)
     share = np.clip(np.where(known, values, 0.0) / (scale or 1.0), -1.0, 1.0)[..., np.newaxis]
     full = np.where(share > 0, np.array(HELPS), np.array(HARMS))

@@ -52,7 +52,7 @@ class PagePoints:
         return self._known_classes[axis]
 
     def class_list(self, axis: Axis) -> list[Json] | None:
-        """Label, name and size of each class, in the order of `by class`."""
+        """Return label, name and size of each class, in the order of `by class`."""
         found = self.classes(axis)
         if found is None:
             return None
@@ -102,7 +102,7 @@ class PagePoints:
         return self._kept[key]
 
     def suspicion(self, name: str) -> NDArray[Any] | None:
-        """[n_train], one of `SUSPICIONS`; None if not known."""
+        """Return one of `SUSPICIONS`, [n_train]; None if not known."""
         if name == "net_harm":
             return -self.column("train_total")
         if name == "self_influence":

@@ -53,7 +53,7 @@ def fingerprint_array(array: NDArray[np.generic]) -> str:
 
 
 def fingerprint_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> str:
-    """sha256 (hex) of named arrays, such as a model's parameters; the order of the names does not matter."""
+    """Return the sha256 (hex) of named arrays, such as a model's parameters; the order of names does not matter."""
     return combine({name: fingerprint_array(array) for name, array in arrays.items()})
 
 
@@ -67,7 +67,7 @@ def fingerprint_settings(settings: object) -> str:
 
 
 def combine(fingerprints: Mapping[str, str]) -> str:
-    """One fingerprint (hex) of several named ones; their order does not matter."""
+    """Return one fingerprint (hex) of several named ones; their order does not matter."""
     return hashlib.sha256(canonical_json(["combined", fingerprints]).encode()).hexdigest()
 
 

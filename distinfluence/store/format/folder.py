@@ -120,7 +120,7 @@ class LocalFolder(PosixPath):
                 (self / key).unlink(missing_ok=True)
 
     def settle(self, keys: Iterable[str]) -> None:
-        """Have files in it outlive a power failure: zarr renames files but never syncs them."""
+        """Make files in it outlive a power failure: zarr renames files but never syncs them."""
         sync_to_disk(self / key for key in keys)
 
     @contextlib.contextmanager
@@ -254,7 +254,7 @@ def put_in_place(path: Location, overwrite: bool) -> Iterator[Location]:
 
 
 def consolidate(path: Location) -> None:
-    """Note the metadata of all arrays in the group's own, so that readers need one look: of a complete result."""
+    """Copy the metadata of all arrays of a complete result to the group's own, so that readers need one look."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # consolidated metadata is no part of the v3 specification, yet
         zarr.consolidate_metadata(path.writable_store())

@@ -202,7 +202,7 @@ class ArraySpec(NamedTuple):
 
 
 def array_specs(layout: Layout) -> list[ArraySpec]:
-    """Every array of a result with this layout.
+    """Return every array of a result with this layout.
 
     Chunks are cut so that no chunk ever has two writers: what a strip writes is cut by strip, the rest is written by
     the one process that drives the run.

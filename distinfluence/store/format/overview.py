@@ -20,9 +20,17 @@ FINE_ROWS, FINE_COLUMNS = 4, 16
 
 @dataclass(frozen=True)
 class Level:
-    """Blocks of `rows` x `columns` entries. Blocks of columns begin anew at each strip, so that strips stay apart.
+    """Divides the matrix into blocks of `rows` x `columns` entries.
 
-    strip: training points per strip; n_test, n_train: of the matrix.
+    Blocks of columns begin again at each strip, so that strips stay apart.
+
+    Attributes:
+        name: The name of the array.
+        rows: Test points per block.
+        columns: Training points per block.
+        strip: Training points per strip.
+        n_test: Test points of the matrix.
+        n_train: Training points of the matrix.
     """
 
     name: str

@@ -76,7 +76,7 @@ def group(
     how: Literal["mean", "sum"],
     partial: bool,
 ) -> Grouped:
-    """Influences added up, or averaged, over groups; see `InfluenceResult.group`."""
+    """Add up or average influences over groups; see `InfluenceResult.group`."""
     require_ranked(result.layout, "group")
     _check_how(how)
     _require_strips(result, "group", partial)

@@ -417,7 +417,7 @@ def _store(group: zarr.Group, name: str, values: NDArray[Any], axis: Axis) -> No
 
 
 def names_of(value: object) -> list[str]:
-    """Names as an attribute holds them, each of at most `MAX_NAME` characters: a hostile one could have any number."""
+    """Return names from an attribute, each of at most `MAX_NAME` characters: a hostile one could have any number."""
     if not isinstance(value, list):
         return []
     names = [str(each) for each in value[: 2**16]]

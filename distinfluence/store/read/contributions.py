@@ -119,7 +119,7 @@ def write_contributions(
 
 
 def read_contributions(result: ResultArrays, row: int) -> Contributions | None:
-    """Those of test point `row`, 0 <= row < n_test; None if none are stored."""
+    """Read the contributions of test point `row`, 0 <= row < n_test; None if none are stored."""
     blocks = result.contribution_blocks
     if not blocks:
         return None

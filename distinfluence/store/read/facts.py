@@ -23,7 +23,7 @@ def result_as_html(result: ResultArrays) -> str:
 
 
 def facts(result: ResultArrays) -> dict[str, str]:
-    """Name → text, what one asks first. Attributes of any kind are taken: a result may be of an older version."""
+    """Return text by name, what one asks first. Any attributes are taken: a result may be of an older version."""
     provenance = result.provenance
     done, n_strips = result.layout.n_strips - result.n_missing, result.layout.n_strips
     n_converged = int(result.read("converged").sum())

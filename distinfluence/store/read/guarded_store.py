@@ -25,12 +25,14 @@ _CHUNK_BYTES = 2**26  # a chunk that a hostile result may have at most, where it
 
 
 class GuardedStore(LocalStore):
-    """A folder, read-only. `bytes_read`: what was read from its files since it was opened, metadata included.
+    """Reads a folder, without following links out of it: a result that somebody sent must not show other files.
 
-    largest: bytes of a file that may be read at once; a file with holes can say that it has any number.
+    Attributes:
+        bytes_read: Bytes read from its files since it was opened, metadata included.
+        largest: Bytes of a file that may be read at once; a file with holes can say that it has any number.
 
-    Raises CorruptStoreError for a key that a link leads out of the folder: a result that somebody sent must not show
-    other files of this machine.
+    Raises:
+        CorruptStoreError: A link leads a key out of the folder.
     """
 
     def __init__(self, root: Path | str, *, read_only: bool = True) -> None:
@@ -42,21 +44,21 @@ class GuardedStore(LocalStore):
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """As the store's own, counted: this runs on zarr's one thread of input and output."""
+        """Read as the store's own method does, counted: this runs on zarr's one thread of input and output."""
         self._guard(key, byte_range)
         return self._counted(await super().get(key, prototype, byte_range))
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """As the store's own, counted."""
+        """Read as the store's own method does, counted."""
         self._guard(key, byte_range)
         return self._counted(super().get_sync(key, prototype=prototype, byte_range=byte_range))
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        """As the store's own, counted."""
+        """Read as the store's own method does, counted."""
         key_ranges = list(key_ranges)
         for key, byte_range in key_ranges:
             self._guard(key, byte_range)
@@ -124,7 +126,7 @@ class ExactBlosc(BloscCodec):
 
 
 def _bounded(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """`array` with its Blosc, also the one within shards, in the form that bounds what it expands to."""
+    """Return `array` with its Blosc, also the one within shards, in the form that bounds what it expands to."""
 
     def exact(codec: Any) -> Any:
         if isinstance(codec, ShardingCodec):
@@ -144,7 +146,7 @@ def is_bounded(array: zarr.Array[Any]) -> bool:
 
 
 def largest_file(specs: Iterable[ArraySpec]) -> int:
-    """Bytes of the largest file of these arrays, with room for checksums and the index of a shard."""
+    """Return the bytes of the largest file of these arrays, with room for checksums and the index of a shard."""
     return max(_FILE_BYTES, *(_size(spec.shards or spec.chunks) * 4 * 5 // 4 for spec in specs))
 
 

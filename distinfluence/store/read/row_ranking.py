@@ -39,7 +39,7 @@ def rank_row(result: ResultArrays, end: End, test_index: int, k: int | None, par
 
 
 def _folded_ranking(result: ResultArrays, end: End, row: int, k: int) -> Ranking:
-    """From the rankings of the finished strips, a few hundredths of the row's bytes."""
+    """Rank from the rankings of the finished strips, a few hundredths of the row's bytes."""
     # the marks are read before the rankings, as in `_ranked_values`
     finished = np.flatnonzero(result.finished_strips())
     side = 0 if end == "top" else 1

@@ -25,7 +25,7 @@ Chunks = Mapping[str, int] | Literal["auto"] | None
 
 
 def as_dataset(result: ResultArrays, chunks: Chunks) -> xarray.Dataset:
-    """See `InfluenceResult.to_xarray`."""
+    """Return the dataset of `InfluenceResult.to_xarray`."""
     result.check_arrays()
     dataset = _opened(result, None, chunks)
     known: dict[str, Any] = {"train_self_influence": ("train", result.points("train").self_influence())}
@@ -39,7 +39,7 @@ def as_dataset(result: ResultArrays, chunks: Chunks) -> xarray.Dataset:
 
 
 def as_datatree(result: ResultArrays, chunks: Chunks) -> xarray.DataTree:
-    """See `InfluenceResult.to_datatree`."""
+    """Return the tree of `InfluenceResult.to_datatree`."""
     nodes = {"/": as_dataset(result, chunks)}
     for axis in ("test", "train"):
         points = result.points(axis)

@@ -57,7 +57,7 @@ def build(folder: Location, layout: Layout, attributes: dict[str, Any]) -> None:
 
 
 def create_array(group: zarr.Group, spec: ArraySpec, layout: Layout) -> zarr.Array[Any]:
-    """One array of a result, without a chunk yet."""
+    """Create one array of a result, without a chunk yet."""
     # All-fill chunks are not stored, which loses nothing: influences are finite, their fill is NaN.
     return group.create_array(
         spec.name,
@@ -72,7 +72,7 @@ def create_array(group: zarr.Group, spec: ArraySpec, layout: Layout) -> zarr.Arr
 
 
 def _codecs(name: str, layout: Layout) -> list[Any]:
-    """Checksums, and compression where rounding makes it worth its time."""
+    """Return checksums, and compression where rounding makes it worth its time."""
     if name == "influences" and layout.mantissa_bits < FLOAT32_BITS:
         return [BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()]
     return [Crc32cCodec()]

@@ -27,7 +27,7 @@ def strip_values(i: int, values: NDArray[Any], shape: tuple[int, ...]) -> NDArra
 
     Raises:
         ShapeError: The values have another shape.
-        DtypeError: The values are not numbers.
+        DtypeError: The values are not floating point.
         NonFiniteError: A value is not finite.
     """
     values = np.asarray(values)
