@@ -64,7 +64,7 @@ def condition(result: InfluenceResult, *, check: bool = False) -> str:
         return f"damaged: {damage}; `run JOB --resume --check` makes them again"
     done = f"{result.layout.n_strips - result.n_missing} of {result.layout.n_strips} strips"
     checked = ", every byte as it was written" if check else ""
-    apart = "".join(f"; strip {i} was set apart: {reason}" for i, reason in result.quarantined.items())
+    apart = "".join(f"; strip {i} was quarantined: {reason}" for i, reason in result.quarantined.items())
     return f"{'complete' if result.complete else 'running'}, {done}{checked}{apart}"
 
 

@@ -1,4 +1,4 @@
-"""What happens when a task, a chunk or a worker fails: it is tried again, then set apart, and the rest goes on."""
+"""What happens when a task, a chunk or a worker fails: it is tried again, then quarantined, and the rest goes on."""
 
 import asyncio
 import os
@@ -167,7 +167,7 @@ def test_a_worker_that_stands_still_is_backed_up_and_may_come_back(own_cluster: 
             os.kill(int((tmp_path / "stopped").read_text()), signal.SIGCONT)
     assert found == {i: i for i in range(12)}
     assert on_cluster.events["backed up"] >= 1
-    assert on_cluster.events["set apart"] == on_cluster.events["retried"] == 0
+    assert on_cluster.events["quarantined"] == on_cluster.events["retried"] == 0
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import { facts } from "/cards.js";
 import { $, askJson, colour, el, pen, quiet, shown } from "/dom.js";
 
 const STATES = [
-  ["unfinished", "not computed yet"], ["done", "computed"], ["damaged", "file lost"], ["apart", "set apart"],
+  ["unfinished", "not computed yet"], ["done", "computed"], ["damaged", "file lost"], ["apart", "quarantined"],
 ];
 
 function stripBar(runs) {
@@ -126,8 +126,8 @@ export async function viewProvenance(about, isCurrent) {
   $("provenance").replaceChildren(
     el("h2", { textContent: "What made it" }), facts(about.facts),
     el("h3", { textContent: "Strips" }), strips, quiet(strips.ariaLabel),
-    ...Object.entries(found.set_apart).map(([strip, reason]) =>
-      el("p", { textContent: `Strip ${strip} was set apart: ${reason}` })),
+    ...Object.entries(found.quarantined).map(([strip, reason]) =>
+      el("p", { textContent: `Strip ${strip} was quarantined: ${reason}` })),
     el("h3", { textContent: "Relative residual of each test point's solve" }),
     residuals.canvas, residuals.said, quiet("Orange did not converge."),
     el("h3", { textContent: "Error bound of each test point" }),

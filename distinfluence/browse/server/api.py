@@ -293,7 +293,7 @@ class ResultApi:
         names = ("relative_residual", "error_bound", "converged", "iterations")
         known = {name: self.known.column(name) for name in names}
         rows = drawn_rows(known["relative_residual"], known["error_bound"])
-        runs, apart = strip_runs(self.result)
+        runs, quarantined = strip_runs(self.result)
         worst = [
             {"index": row, **{name: number(known[name][row]) for name in names}, "label": self.known.label("test", row)}
             for row in worst_rows(known)
@@ -303,7 +303,7 @@ class ResultApi:
             **{name: [number(v) for v in known[name][rows].tolist()] for name in names[:3]},
             "worst": worst,
             "strips": runs,
-            "set_apart": apart,
+            "quarantined": quarantined,
             "provenance": recorded(self.result),
         }
 

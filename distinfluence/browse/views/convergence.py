@@ -37,9 +37,9 @@ def worst_rows(columns: Mapping[str, NDArray[Any]]) -> list[int]:
 
 
 def strip_runs(result: InfluenceResult) -> tuple[list[list[int]], dict[int, str]]:
-    """Return runs of strips in one state, [state, how many], and why strips were set apart.
+    """Return runs of strips in one state, [state, how many], and why strips were quarantined.
 
-    States: 0 not computed yet, 1 computed, 2 file lost, 3 set apart.
+    States: 0 not computed yet, 1 computed, 2 file lost, 3 quarantined.
     """
     status = result.finished_strips().astype(np.int8)
     status[result.lost_strips()] = 2

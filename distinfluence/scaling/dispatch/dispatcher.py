@@ -98,7 +98,7 @@ class Dispatcher:
                 self._forget(index)
                 if failures is None:
                     raise error
-                self.events["set apart"] += 1
+                self.events["quarantined"] += 1
                 failures[index] = error
 
     def _see_workers(self) -> None:

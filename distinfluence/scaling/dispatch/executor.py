@@ -2,7 +2,7 @@
 
 `run` yields results as they come and submits the next task only when one has finished, so that scheduler and client
 stay small however many tasks there are. On a cluster a task that fails is tried again, one that takes far longer than
-the others is started a second time elsewhere, and one that fails for good is set apart while the others go on.
+the others is started a second time elsewhere, and one that fails for good is quarantined while the others go on.
 Leaving the loop early (an error, Ctrl-C) cancels what is in flight.
 """
 
@@ -30,7 +30,7 @@ from distinfluence.scaling.dispatch.stragglers import SLOW_SECONDS, Stragglers, 
 class Executor(ABC):
     """Calls task(*shared, *item) for each item; dask tasks among an item's parts are computed first.
 
-    events: how many tasks were "submitted", "retried", "backed up", "set apart".
+    events: how many tasks were "submitted", "retried", "backed up", "quarantined".
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class InProcess(Executor):
             except Exception as error:
                 if failures is None or isinstance(error, DiskFullError):
                     raise
-                self.events["set apart"] += 1
+                self.events["quarantined"] += 1
                 failures[index] = error
                 continue
             yield index, result
