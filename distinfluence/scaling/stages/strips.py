@@ -40,8 +40,8 @@ def _quarantined(writer: InfluenceWriter, reasons: Mapping[int, str]) -> ChunkFa
     """What to raise when all other strips are written; the strips are marked, and tried again by a resumed run."""
     writer.quarantine(reasons)
     return ChunkFailedError(
-        f"{len(reasons)} of {writer.layout.n_strips} strips failed every time they were tried and were quarantined, all "
-        f"others are written:\n  {listed(reasons.values())}\nMend these training samples or their loading, then go on "
+        f"{len(reasons)} of {writer.layout.n_strips} strips failed every time they were tried and were quarantined, "
+        f"all others are written:\n  {listed(reasons.values())}\nMend these training samples or their loading, then go on "
         "with resume."
     )
 
