@@ -54,5 +54,12 @@ _OPERATORS: Mapping[SecondOrderMode, type[DataOperator]] = {
 
 
 def operator_class(mode: SecondOrderMode) -> type[DataOperator]:
-    """The operator of a second-order mode."""
+    """Return the operator of a second-order mode.
+
+    Args:
+        mode: Which curvature matrix.
+
+    Returns:
+        The class of its operator over a data set.
+    """
     return _OPERATORS[mode]

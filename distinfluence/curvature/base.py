@@ -20,9 +20,12 @@ IDENTITY_BYTES = 64 * 2**20  # rows of the identity that `dense` sends through o
 
 @dataclass
 class Work:
-    """What an operator has done so far: `passes` calls of `matmat`, with `rows` right-hand sides in all.
+    """The work that an operator has done so far.
 
-    batches: products with the matrix of one mini-batch; they are no passes.
+    Attributes:
+        passes: Number of calls of `matmat`, each of which is one pass over the data.
+        rows: Number of right-hand sides in all these calls.
+        batches: Number of products with the matrix of one mini-batch. They do not count as passes.
     """
 
     passes: int = 0
@@ -34,8 +37,11 @@ class Work:
 class SupportsBatches(Protocol):
     """An operator that is a mean over mini-batches, for stochastic solvers.
 
-    n_batches: how many. batch_sizes: samples of each. in_any_order: whether `batch_matmat` may be called with the
-    indices in any order at no extra cost; else 0, 1, 2, … again and again is what it is made for.
+    Attributes:
+        n_batches: Number of mini-batches.
+        batch_sizes: Number of samples of each mini-batch.
+        in_any_order: Whether `batch_matmat` may be called with the indices in any order at no extra cost. If not,
+            call it with 0, 1, 2, … again and again.
     """
 
     n_batches: int
@@ -43,34 +49,62 @@ class SupportsBatches(Protocol):
     in_any_order: bool
 
     def batch_matmat(self, index: int, rows: Tensor) -> Tensor:
-        """rows [k, p] times the mean matrix of one mini-batch: [k, p]. Counts in `work.batches`, not as a pass."""
+        """Multiply rows with the mean matrix of one mini-batch. The product counts in `work.batches`, not as a pass.
+
+        Args:
+            index: Index of the mini-batch, 0 to `n_batches` − 1.
+            rows: Vectors, [k, p].
+
+        Returns:
+            The products, [k, p].
+        """
 
 
 @runtime_checkable
 class SupportsSampleGradients(Protocol):
-    """An operator over samples whose gradients g_j can be had."""
+    """An operator over samples whose gradients g_j are available."""
 
     def inverse_harmonic_mean(self, rows: Tensor, damping: float) -> Tensor:
-        """rows [k, p] · (1/N) Σ_j (g_j g_jᵀ + λI)⁻¹, each inverse by Sherman–Morrison; one pass."""
+        """Multiply rows with (1/N) Σ_j (g_j g_jᵀ + λI)⁻¹, each inverse by Sherman–Morrison; one pass.
+
+        Args:
+            rows: Vectors, [k, p].
+            damping: λ > 0.
+
+        Returns:
+            The products, [k, p].
+        """
 
     def mean_square_gradient(self) -> float:
-        """(1/N) Σ_j ‖g_j‖²; one pass."""
+        """Compute the mean squared norm of the samples' gradients; one pass.
+
+        Returns:
+            (1/N) Σ_j ‖g_j‖².
+        """
 
 
 @runtime_checkable
 class SupportsGaussNewton(Protocol):
-    """An operator that has a positive semi-definite relative: the Gauss–Newton matrix of the same loss and data."""
+    """An operator with a positive semi-definite counterpart: the Gauss–Newton matrix of the same loss and data."""
 
     def gauss_newton(self) -> "CurvatureOperator":
-        """The relative, for preconditioners of an indefinite matrix."""
+        """Return the Gauss–Newton matrix, for preconditioners of an indefinite matrix.
+
+        Returns:
+            The operator of that matrix.
+        """
 
 
 @runtime_checkable
 class SupportsDouble(Protocol):
-    """An operator whose products can be had in float64 though its own dtype is float32."""
+    """An operator whose products are available in float64 though its own dtype is float32."""
 
     def in_double(self) -> "CurvatureOperator":
-        """The same matrix with rows and products in float64."""
+        """Return the same matrix with rows and products in float64.
+
+        Returns:
+            The operator in float64.
+        """
 
 
 @runtime_checkable
@@ -78,16 +112,34 @@ class SupportsEigenbasis(Protocol):
     """An operator whose eigenvectors are known, so that any function of it can be applied without products."""
 
     def in_eigenbasis(self, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """rows [k, p] · f(A), with f applied to each eigenvalue."""
+        """Multiply rows with f(A).
+
+        Args:
+            rows: Vectors, [k, p].
+            function: f, which is applied to each eigenvalue.
+
+        Returns:
+            rows · f(A), [k, p].
+        """
 
     def eigenvalues(self) -> Tensor:
-        """All of them, [p] float64, in no order."""
+        """Return all eigenvalues, in no particular order.
+
+        Returns:
+            [p] in float64.
+        """
 
 
 class CurvatureOperator(ABC):
     """A symmetric matrix A [p, p], known by its products with rows.
 
-    positive_semidefinite: whether A is known to be, by what it is.
+    Args:
+        size: p, the number of rows and columns.
+        dtype: The dtype of rows and products.
+        device: The device of rows and products.
+
+    Attributes:
+        positive_semidefinite: Whether A is known to be positive semi-definite by construction.
     """
 
     positive_semidefinite: bool = False
@@ -99,9 +151,17 @@ class CurvatureOperator(ABC):
         self.work = Work()
 
     def matmat(self, rows: Tensor) -> Tensor:
-        """Multiply each row with A: rows [k, p] → rows · A [k, p], in the operator's dtype.
+        """Multiply each row with A; one pass.
 
-        Raises ShapeError if `rows` is not [k, p], DtypeError if its dtype is not the operator's.
+        Args:
+            rows: Vectors, [k, p], in the operator's dtype.
+
+        Returns:
+            rows · A, [k, p], in the operator's dtype.
+
+        Raises:
+            ShapeError: If `rows` is not [k, p].
+            DtypeError: If the dtype of `rows` is not the operator's.
         """
         self._check(rows)
         if rows.shape[0] == 0:
@@ -123,7 +183,11 @@ class CurvatureOperator(ABC):
         """rows [k, p], k > 0 → rows · A [k, p]."""
 
     def dense(self) -> Tensor:
-        """The whole matrix [p, p] in float64, symmetrised; costs p products, in as few passes as memory allows."""
+        """Compute the whole matrix; costs p products, in as few passes as memory allows.
+
+        Returns:
+            A, [p, p] in float64, symmetrised.
+        """
         step = max(1, IDENTITY_BYTES // (self.size * self.dtype.itemsize))
         matrix = torch.empty(self.size, self.size, dtype=torch.float64, device=self.device)
         for start in range(0, self.size, step):
@@ -135,7 +199,14 @@ class CurvatureOperator(ABC):
 
 
 class MatrixOperator(CurvatureOperator):
-    """A symmetric matrix that is already there. matrix: [p, p]. positive_semidefinite: whether it is known to be.
+    """A symmetric matrix that is given as a tensor.
+
+    Args:
+        matrix: The matrix, [p, p].
+        positive_semidefinite: Whether the matrix is known to be positive semi-definite.
+
+    Raises:
+        ShapeError: If `matrix` is not square.
 
     >>> import torch
     >>> operator = MatrixOperator(torch.diag(torch.tensor([1.0, 2.0])))
@@ -151,7 +222,11 @@ class MatrixOperator(CurvatureOperator):
         self._matrix = matrix
 
     def in_double(self) -> "MatrixOperator":
-        """The same matrix with rows and products in float64."""
+        """Return the same matrix with rows and products in float64.
+
+        Returns:
+            The operator in float64.
+        """
         return MatrixOperator(self._matrix.double(), self.positive_semidefinite)
 
     def _product(self, rows: Tensor) -> Tensor:

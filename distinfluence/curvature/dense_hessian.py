@@ -40,7 +40,7 @@ class DenseHessian:
     block: str | None = None
 
     def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
-        """Some samples at a time."""
+        """Sum over some samples at a time."""
         restricted = risk.restrict(self.block)
         if "chain" not in restricted.found:
             layout = layout_of(restricted, batch)
@@ -70,7 +70,7 @@ class DenseHessian:
 
 
 def _chain(risk: SampleRisk, layout: LayerLayout, batch: Batch) -> list[Unit] | None:
-    """The units in the order of their use, if all are linear layers that are used once, on one position."""
+    """Return the units in the order of their use, if all are linear layers that are used once, on one position."""
     units = list(layout.units)
     if any(unit.treatment != "kronecker" or len(unit.uses) != 1 or unit.shape[0] != 1 for unit in units):
         return None
@@ -87,7 +87,7 @@ def _chain(risk: SampleRisk, layout: LayerLayout, batch: Batch) -> list[Unit] | 
 def _of_samples(
     risk: SampleRisk, layout: LayerLayout, units: Sequence[Unit], batch: Batch, total: Tensor | None
 ) -> Tensor:
-    """The samples' sum added to the total, units one after the other with rows [o, i] in each; upper blocks only."""
+    """Add the samples' sum to the total: units one after the other, with rows [o, i] in each; upper blocks only."""
     n = batch_length(batch)
     watched = {name: risk.parameters[name] for name in layout.recorded}
     shifts = tuple(torch.zeros(n, unit.shape[1], dtype=risk.dtype, device=risk.device) for unit in units)
@@ -132,7 +132,7 @@ def _with_ones(side: Tensor, unit: Unit) -> Tensor:
 
 
 def _directions(shifts: Tensors, number: int, start: int, stop: int) -> Tensors:
-    """Unit vectors along outputs start to stop of one layer, for all samples at once: [stop − start, n, o] each."""
+    """Return unit vectors along outputs start to stop of one layer, for all samples: [stop − start, n, o] each."""
     found = [shift.new_zeros(stop - start, *shift.shape) for shift in shifts]
     for place, output in enumerate(range(start, stop)):
         found[number][place, :, output] = 1.0
@@ -140,7 +140,7 @@ def _directions(shifts: Tensors, number: int, start: int, stop: int) -> Tensors:
 
 
 def _gradient_tangent(unit: Unit, a: Tensor, delta: Tensor, a_moved: Tensor, delta_moved: Tensor) -> Tensor:
-    """The derivative of δ aᵀ of each sample, [n, o·i]."""
+    """Return the derivative of δ aᵀ of each sample, [n, o·i]."""
     side = _with_ones(a, unit)
     changed = torch.cat([a_moved, torch.zeros_like(a_moved[:, :1])], dim=1) if unit.has_bias else a_moved
     product = delta_moved.unsqueeze(2) * side.unsqueeze(1)

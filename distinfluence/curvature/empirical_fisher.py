@@ -96,6 +96,14 @@ def _rows(risk: SampleRisk, batch: Batch) -> Tensor:
 class EmpiricalFisherOperator(DataOperator):
     """The second moment of the per-sample gradients as a linear operator.
 
+    Args:
+        risk: The empirical risk.
+        block: Name of a parameter block, whose diagonal block of the matrix is taken. None for all covered parameters.
+        double: Whether rows and products are in float64, whatever the model is in.
+
+    Raises:
+        ParameterBlockError: If `block` is not a block of the risk.
+
     >>> import torch
     >>> from distinfluence.model.risk import EmpiricalRisk
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -109,7 +117,19 @@ class EmpiricalFisherOperator(DataOperator):
     positive_semidefinite = True
 
     def inverse_harmonic_mean(self, rows: Tensor, damping: float) -> Tensor:
-        """rows [k, p] · (1/N) Σ_j (g_j g_jᵀ + λI)⁻¹; one pass."""
+        """Multiply rows with (1/N) Σ_j (g_j g_jᵀ + λI)⁻¹; one pass.
+
+        Args:
+            rows: Vectors, [k, p], in the operator's dtype.
+            damping: λ > 0.
+
+        Returns:
+            The products, [k, p].
+
+        Raises:
+            ShapeError: If `rows` is not [k, p].
+            DtypeError: If the dtype of `rows` is not the operator's.
+        """
         self._check(rows)
         self.work.passes += 1
         self.work.rows += rows.shape[0]
@@ -118,13 +138,21 @@ class EmpiricalFisherOperator(DataOperator):
         return total.div_(self.risk.n_samples)
 
     def mean_square_gradient(self) -> float:
-        """(1/N) Σ_j ‖g_j‖², the trace of the matrix; one pass."""
+        """Compute the mean squared norm of the samples' gradients; one pass.
+
+        Returns:
+            (1/N) Σ_j ‖g_j‖², the trace of the matrix.
+        """
         self.work.passes += 1
         (total,) = self.risk.reducer.sum(self._precise(SquaredGradientNorm(self.block)))
         return float(total) / self.risk.n_samples
 
     def dense(self) -> Tensor:
-        """The whole matrix [p, p] in float64, in one pass over the gradients instead of p products."""
+        """Compute the whole matrix in one pass over the gradients, instead of p products.
+
+        Returns:
+            The matrix, [p, p] in float64.
+        """
         self.work.passes += 1
         (total,) = self.risk.reducer.sum(self._precise(GradientMoment(self.block)))
         return total.div_(self.risk.n_samples)

@@ -100,7 +100,7 @@ class Pieces:
 
 
 def pieces(risk: SampleRisk, layout: LayerLayout, batch: Batch, fisher: FisherVectors) -> Iterator[Pieces]:
-    """The chunk, some samples at a time."""
+    """Yield the chunk, some samples at a time."""
     n = batch_length(batch)
     n_vectors = {"exact": MOST_EXACT, "sampled": fisher.n_draws, "empirical": 1}[fisher.kind]
     own = sum(unit.size for unit in layout.units if not unit.uses) * risk.dtype.itemsize
@@ -163,7 +163,7 @@ class CovarianceSums:
 
 
 def _with_border(moment: Tensor, side: Tensor) -> Tensor:
-    """The second moment [g, d, d] or [g, d] of a side with a one appended to each row."""
+    """Return the second moment [g, d, d] or [g, d] of a side with a one appended to each row."""
     count = torch.full_like(moment[:, :1, :1] if moment.ndim == 3 else moment[:, :1], math.prod(side.shape[:3]))
     if moment.ndim == 2:
         return torch.cat([moment, count], dim=1)
@@ -251,7 +251,7 @@ def _by_positions(sides: Sides, unit: Unit, left: Tensor | None, right: Tensor |
 
 
 def _one_hot_squared(sides: Sides, n_tokens: int, right: Tensor | None) -> Tensor:
-    """The same where the left side is a token: positions of one token in one sample are summed first."""
+    """Do as `_by_positions` where the left side is a token: sum positions of one token in one sample first."""
     turned = rotated(sides.right, right).flatten(3)  # [V, n, T, i]
     n_vectors, n, length, width = turned.shape
     keys = (torch.arange(n, device=turned.device).unsqueeze(1) * n_tokens + sides.left).flatten()

@@ -58,6 +58,14 @@ class GGNProduct:
 class GGNOperator(DataOperator):
     """The generalised Gauss–Newton matrix of the empirical risk as a linear operator.
 
+    Args:
+        risk: The empirical risk.
+        block: Name of a parameter block, whose diagonal block of the matrix is taken. None for all covered parameters.
+        double: Whether rows and products are in float64, whatever the model is in.
+
+    Raises:
+        ParameterBlockError: If `block` is not a block of the risk.
+
     >>> import torch
     >>> from distinfluence.model.risk import EmpiricalRisk
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -130,7 +138,7 @@ def _row(
 
 
 def _curved(slope: Tensor, outputs: Tensor, along: Tensor) -> Tensor:
-    """The loss's Hessian in the outputs times one vector. slope: the loss's gradient, in the graph."""
+    """Multiply one vector with the loss's Hessian in the outputs. slope: the loss's gradient, in the graph."""
     if not slope.requires_grad:
         return torch.zeros_like(outputs)
     return torch.autograd.grad(slope, outputs, along, retain_graph=True, allow_unused=True, materialize_grads=True)[0]

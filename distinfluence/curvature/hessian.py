@@ -55,6 +55,14 @@ class HessianProduct:
 class HessianOperator(DataOperator):
     """The Hessian of the empirical risk as a linear operator.
 
+    Args:
+        risk: The empirical risk.
+        block: Name of a parameter block, whose diagonal block of the matrix is taken. None for all covered parameters.
+        double: Whether rows and products are in float64, whatever the model is in.
+
+    Raises:
+        ParameterBlockError: If `block` is not a block of the risk.
+
     >>> import torch
     >>> from distinfluence.model.risk import EmpiricalRisk
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -66,9 +74,13 @@ class HessianOperator(DataOperator):
     kernel = HessianProduct
 
     def dense(self) -> Tensor:
-        """The whole matrix [p, p] in float64, symmetrised: of linear layers by their outputs, else column by column.
+        """Compute the whole matrix: for linear layers from derivatives by their outputs, otherwise column by column.
 
-        What is made by outputs is compared with a product of two rows, one pass; p products where they differ.
+        The matrix from derivatives by outputs is compared with a product of two rows, which costs one pass. Where
+        they differ, the matrix is computed by p products.
+
+        Returns:
+            The Hessian, [p, p] in float64, symmetrised.
         """
         self.work.passes += 1
         (total,) = self.risk.reducer.sum(self._precise(DenseHessian(HessianProduct(self.block), self.block)))
@@ -82,12 +94,16 @@ class HessianOperator(DataOperator):
         return super().dense()
 
     def gauss_newton(self) -> GGNOperator:
-        """The Gauss–Newton matrix of the same loss and data."""
+        """Return the Gauss–Newton matrix of the same loss and data.
+
+        Returns:
+            The operator of that matrix, for the same block and in the same dtype.
+        """
         return GGNOperator(self.risk, self.block, double=self._double)
 
 
 def forward_over_reverse(risk: SampleRisk, batch: Batch) -> Product:
-    """The product of one row [p] with the chunk's summed Hessian."""
+    """Return the product of one row [p] with the chunk's summed Hessian."""
 
     def gradient(parameters: Parameters) -> Parameters:
         result: Parameters = grad(lambda p: risk.losses(p, batch).sum())(parameters)

@@ -72,7 +72,10 @@ def _right_product(matrices: Tensor, factor: Tensor) -> Tensor:
 class KroneckerOperator(CurvatureOperator):
     """One block of a Kronecker-factored matrix as a linear operator. Positive semi-definite; nothing touches the data.
 
-    bases: the block's units. shapes: parameter → shape, in the order of the block's columns.
+    Args:
+        bases: The eigenbases of the block's units.
+        shapes: Parameter name → shape, in the order of the block's columns.
+        dtype: The dtype of rows and products.
     """
 
     positive_semidefinite = True
@@ -86,7 +89,15 @@ class KroneckerOperator(CurvatureOperator):
         return self.in_eigenbasis(rows, lambda values: values)
 
     def in_eigenbasis(self, rows: Tensor, function: Function) -> Tensor:
-        """rows [k, p] · f(A), with f applied to each eigenvalue."""
+        """Multiply rows with f(A).
+
+        Args:
+            rows: Vectors, [k, p].
+            function: f, which is applied to each eigenvalue.
+
+        Returns:
+            rows · f(A), [k, p].
+        """
         tensors = self._tensors(rows)
         found: dict[str, Tensor] = {}
         for basis in self.bases:
@@ -95,7 +106,11 @@ class KroneckerOperator(CurvatureOperator):
         return torch.cat([found[name].flatten(1) for name in self.shapes], dim=1)
 
     def in_double(self) -> "KroneckerOperator":
-        """The same matrix with rows and products in float64."""
+        """Return the same matrix with rows and products in float64.
+
+        Returns:
+            The operator in float64.
+        """
         wide = [
             Eigenbasis(
                 basis.unit,
@@ -108,7 +123,15 @@ class KroneckerOperator(CurvatureOperator):
         return KroneckerOperator(wide, self.shapes, torch.float64)
 
     def quadratic_forms(self, rows: Tensor, function: Function) -> Tensor:
-        """⟨row, f(A) row⟩ of each row: [k] float64."""
+        """Compute ⟨row, f(A) row⟩ of each row.
+
+        Args:
+            rows: Vectors, [k, p].
+            function: f, which is applied to each eigenvalue.
+
+        Returns:
+            The quadratic forms, [k] in float64.
+        """
         tensors = self._tensors(rows)
         total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
         for basis in self.bases:
@@ -117,7 +140,11 @@ class KroneckerOperator(CurvatureOperator):
         return total
 
     def eigenvalues(self) -> Tensor:
-        """All of them, [p] float64, in no order."""
+        """Return all eigenvalues, in no particular order.
+
+        Returns:
+            [p] in float64.
+        """
         return torch.cat([basis.values.flatten() for basis in self.bases])
 
     def _tensors(self, rows: Tensor) -> dict[str, Tensor]:
@@ -131,9 +158,21 @@ class KroneckerOperator(CurvatureOperator):
 def fitted_bases(
     reducer: ChunkReducer, layout: LayerLayout, fisher: FisherVectors, *, corrected: bool, reduce: bool = False
 ) -> tuple[Eigenbasis, ...]:
-    """The eigenbases of all units: one sum over the data, and a second one if the eigenvalues are corrected (EKFAC).
+    """Fit the eigenbases of all units: one sum over the data, and a second one for corrected eigenvalues (EKFAC).
 
-    Raises NonFiniteError for NaN or infinity in the second moments, DecompositionError naming the layer.
+    Args:
+        reducer: Sums over the training data.
+        layout: The units of the model.
+        fisher: Which Fisher matrix.
+        corrected: Whether the eigenvalues are mean squared gradients (EKFAC), instead of the factors' own (KFAC).
+        reduce: Whether sides are summed or averaged over positions first (see `CovarianceSums`).
+
+    Returns:
+        One eigenbasis for each unit, in the order of the layout.
+
+    Raises:
+        NonFiniteError: If the second moments have NaN or infinity.
+        DecompositionError: If a factor cannot be decomposed; names the layer.
     """
     sums = list(reducer.sum(CovarianceSums(layout, fisher, reduce)))
     bases = []
@@ -252,7 +291,14 @@ class BlockDamped(CurvatureOperator):
         self._added = added
 
     def in_double(self) -> "BlockDamped":
-        """The same matrix with rows and products in float64. Raises UnsupportedOperatorError where A has none."""
+        """Return the same matrix with rows and products in float64.
+
+        Returns:
+            The operator in float64.
+
+        Raises:
+            UnsupportedOperatorError: If A has no products in float64.
+        """
         if not isinstance(self._operator, SupportsDouble):
             raise UnsupportedOperatorError(f"`{type(self._operator).__name__}` has no products in float64.")
         return BlockDamped(self._operator.in_double(), self._added.double())

@@ -25,9 +25,16 @@ Product = Callable[[Tensor], Tensor]
 class DataOperator(CurvatureOperator):
     """(1/N) Σ_j of a kernel over the risk's data, for all covered parameters or for one block of them.
 
-    block: a block's name; its diagonal block of the matrix. Without it, the matrix over all covered parameters, also
-    across blocks. double: rows and products in float64 whatever the model is in. It is a mean over the data's chunks
-    too, the mini-batches of stochastic solvers.
+    The operator is also a mean over the data's chunks, which are the mini-batches of stochastic solvers.
+
+    Args:
+        risk: The empirical risk.
+        block: Name of a parameter block, whose diagonal block of the matrix is taken. None for the matrix over all
+            covered parameters, which has entries across blocks, too.
+        double: Whether rows and products are in float64, whatever the model is in.
+
+    Raises:
+        ParameterBlockError: If `block` is not a block of the risk.
     """
 
     kernel: ClassVar[Callable[[str | None], Kernel]]
@@ -53,22 +60,39 @@ class DataOperator(CurvatureOperator):
 
     @property
     def in_any_order(self) -> bool:
-        """Whether chunks can be had in any order at no extra cost."""
+        """Whether chunks are available in any order at no extra cost."""
         return self.risk.reducer.random_access
 
     def batch_matmat(self, index: int, rows: Tensor) -> Tensor:
-        """rows [k, p] times the mean matrix of one chunk: [k, p]."""
+        """Multiply rows with the mean matrix of one chunk. The product counts in `work.batches`, not as a pass.
+
+        Args:
+            index: Index of the chunk, 0 to `n_batches` − 1.
+            rows: Vectors, [k, p], in the operator's dtype.
+
+        Returns:
+            The products, [k, p].
+
+        Raises:
+            ShapeError: If `rows` is not [k, p].
+            DtypeError: If the dtype of `rows` is not the operator's.
+            NonFiniteError: If the products have NaN or infinity.
+        """
         self._check(rows)
         self.work.batches += 1
         (total,) = self.risk.reducer.one(index, self._precise(type(self).kernel(self.block)), rows.detach())
         return self._finite(total).div_(self.batch_sizes[index])
 
     def in_double(self) -> "DataOperator":
-        """The same matrix with rows and products in float64."""
+        """Return the same matrix with rows and products in float64.
+
+        Returns:
+            The operator in float64.
+        """
         return type(self)(self.risk, self.block, double=True)
 
     def _precise(self, kernel: Kernel) -> Kernel:
-        """The kernel in the operator's dtype."""
+        """Return the kernel in the operator's dtype."""
         return InDouble(kernel) if self._double else kernel
 
     def _product(self, rows: Tensor) -> Tensor:
@@ -91,7 +115,7 @@ class InDouble:
     kernel: Kernel
 
     def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
-        """The other kernel on what has been widened."""
+        """Call the other kernel in float64."""
         wide = risk.in_double()
         return self.kernel(wide, map_batch(wide.widened, batch), *broadcast)
 
@@ -109,7 +133,7 @@ def vectorised(product: Product, risk: SampleRisk) -> Product:
 
 
 def pieces_of(risk: SampleRisk, batch: Batch, n_rows: int) -> Iterator[Batch]:
-    """A chunk as a product of that many rows takes it: in pieces where a CPU convolves, else whole.
+    """Yield a chunk as a product of that many rows takes it: in pieces where a CPU convolves, else whole.
 
     A convolution with the weights of each row is cheap in the cache alone, by a factor of two; the products of matrices
     of other models lose as much by pieces (tests/benchmarks/passes.py shows both).
@@ -145,7 +169,7 @@ def convolved_bytes(risk: SampleRisk, batch: Batch) -> int:
 
 
 def sum_of(parts: Iterator[Tensor]) -> Tensor:
-    """The sum of at least one tensor of one shape, into the first."""
+    """Sum at least one tensor of one shape into the first."""
     total = next(parts)
     for part in parts:
         total.add_(part)
@@ -227,7 +251,7 @@ def product_of_rows(risk: SampleRisk, mode: Mode, ways: Sequence[Product], batch
 def _refusal(
     risk: SampleRisk, mode: Mode, batch: Batch, rows: Tensor, failure: Exception, reason: Exception | None
 ) -> Exception:
-    """What to raise where the usual ways failed for `failure` and the last one for `reason`."""
+    """Return the error to raise where the usual ways failed for `failure` and the last one for `reason`."""
     beside = f" {reason}" if isinstance(reason, UnsupportedOperatorError) else ""
     missing = (None if reason is None else missing_derivative(reason, risk, batch)) or missing_derivative(
         failure, risk, batch
@@ -273,7 +297,7 @@ ONCE = "the graph has an operator whose backward is marked with @once_differenti
 
 
 def once_differentiable(risk: SampleRisk, batch: Batch) -> list[str]:
-    """Custom operators between the parameters and the losses whose backward torch's `once_differentiable` wraps.
+    """Name custom operators between parameters and losses whose backward torch's `once_differentiable` wraps.
 
     Autograd seldom raises for them: it cuts the graph there, and second derivatives are wrong.
     """

@@ -40,7 +40,7 @@ def query_of(
 
 
 def joined_queries(parts: Sequence[Tensor | RankOne], dtype: torch.dtype, *, separate: bool) -> Tensor | RankOne:
-    """The queries of all micro-batches. separate: look whether the weights are separable, to ten times the rounding."""
+    """Join the queries of all micro-batches. separate: look whether weights separate, to ten times the rounding."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat([cast(Tensor, part) for part in parts])

@@ -19,7 +19,7 @@ ArrayBatch: TypeAlias = "Array | tuple[ArrayBatch, ...] | dict[str, ArrayBatch]"
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """The tensor's values on the CPU; bfloat16, which NumPy lacks, as float32."""
+    """Return the tensor's values on the CPU; bfloat16, which NumPy lacks, as float32."""
     tensor = tensor.detach().cpu()
     array: Array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
     return array
@@ -77,7 +77,11 @@ class _SideStream(_Way):
 
 
 def to_tensor(array: Array) -> Tensor:
-    """A tensor of the array's values, sharing memory where the array is writable. Raises DtypeError for other kinds."""
+    """Return a tensor of the array's values, sharing memory where the array is writable.
+
+    Raises:
+        DtypeError: If the array holds anything but numbers.
+    """
     array = np.asarray(array)
     if array.dtype.kind not in "biufc":
         raise DtypeError(f"`data` must hold numbers, got dtype {array.dtype}. Encode strings and objects as numbers.")
@@ -87,7 +91,7 @@ def to_tensor(array: Array) -> Tensor:
 
 
 def to_numpy_batch(batch: Batch) -> ArrayBatch:
-    """The same batch with arrays in place of tensors."""
+    """Return the same batch with arrays in place of tensors."""
     if isinstance(batch, Tensor):
         return to_numpy(batch)
     if isinstance(batch, dict):
@@ -96,7 +100,7 @@ def to_numpy_batch(batch: Batch) -> ArrayBatch:
 
 
 def to_tensor_batch(batch: ArrayBatch) -> Batch:
-    """The same batch with tensors in place of arrays."""
+    """Return the same batch with tensors in place of arrays."""
     if isinstance(batch, dict):
         return {key: to_tensor_batch(value) for key, value in batch.items()}
     if isinstance(batch, tuple):

@@ -298,7 +298,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         return "rigorous" if self.solves_over_data and known else "none"
 
     def _gauss_newton(self, damping: Mapping[str, float]) -> CurvatureOperator:
-        """The Gauss–Newton matrix with what each block's λ is above the least."""
+        """Return the Gauss–Newton matrix with what each block's λ is above the least."""
         operator: CurvatureOperator = GGNOperator(EmpiricalRisk.over(self.reducer))
         least = min(damping.values())
         if all(value == least for value in damping.values()):
@@ -336,7 +336,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         return self._layers.tile_of_queries(self._coordinates(tests), trains).values
 
     def _coordinates(self, batch: Batch) -> QueryFactors:
-        """The batch as queries, unit by unit: as outer products in the eigenbasis, or as factors."""
+        """Return the batch as queries, unit by unit: as outer products in the eigenbasis, or as factors."""
         bases = {basis.unit.parameters: basis for basis in self._bases()}
         units = self.layout.units
         inverses = [self._inverse_of(unit.block, self.damping) for unit in units]

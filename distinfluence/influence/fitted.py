@@ -81,7 +81,7 @@ class Fitted:
         return dict(self.report.damping)
 
     def adapted(self, solvers: Mapping[str, Solver[Any]]) -> Self:
-        """The same fit for solvers with other dampings."""
+        """Return the same fit for solvers with other dampings."""
         states = {block: solver.adapt(self.states[block]) for block, solver in solvers.items()}
         report = replace(
             self.report,
@@ -93,7 +93,7 @@ class Fitted:
         return replace(self, solvers=solvers, states=states, report=report)
 
     def with_spectrum(self) -> Self:
-        """The same with both ends of every block's spectrum, by Lanczos where they are not known yet."""
+        """Return the same fit with both ends of every block's spectrum, by Lanczos where they are not known yet."""
         extremes: dict[str, Extremes] = {
             block: self.report.spectrum.get(block) or extreme_eigenvalues(operator)
             for block, operator in self.operators.items()
@@ -143,7 +143,7 @@ class Fitted:
         return self_influences_of(rows, self.operators, self.damping, bounds, rtol=rtol, maxiter=maxiter)
 
     def arrays(self) -> dict[str, Tensor]:
-        """What must be kept to restore the states: "block/array" → tensor."""
+        """Return what must be kept to restore the states: "block/array" → tensor."""
         return {
             f"{block}/{name}": tensor
             for block, solver in self.solvers.items()
@@ -159,7 +159,7 @@ class Fitted:
         arrays: Mapping[str, Tensor],
         report: FitReport,
     ) -> Self:
-        """A fit again from its `arrays`, beside operators over the same data, without the work of fitting."""
+        """Restore a fit from its `arrays`, next to operators over the same data, without the work of fitting."""
         states = {
             block: solvers[block].restore(
                 operator, {n.removeprefix(f"{block}/"): a for n, a in arrays.items() if n.startswith(f"{block}/")}

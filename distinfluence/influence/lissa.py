@@ -93,7 +93,7 @@ class LissaInfluence(InfluenceFunctionModel):
 
 
 def _digest(tensor: Tensor | None) -> str | None:
-    """What stands for a tensor in settings: its numbers would be as many as the model has."""
+    """Return what stands for a tensor in settings: its numbers would be as many as the model has."""
     if tensor is None:
         return None
     values = tensor.detach().to("cpu", torch.float64).contiguous()

@@ -176,7 +176,7 @@ class BlockReport:
 
 
 def named_by_block(remarks: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The blocks' remarks, each once; with the name of the block where there are several."""
+    """Return the blocks' remarks, each once; with the name of the block where there are several."""
     if len(remarks) == 1:
         return tuple(dict.fromkeys(next(iter(remarks.values()))))
     return tuple(dict.fromkeys(f"{block}: {remark}" for block, own in remarks.items() for remark in own))

@@ -40,7 +40,11 @@ class InfluenceMode(StrEnum):
 
 
 def influence_mode(mode: InfluenceMode | str) -> InfluenceMode:
-    """The mode of that name. Raises SettingError for another."""
+    """Return the mode of that name.
+
+    Raises:
+        SettingError: If there is no such mode.
+    """
     try:
         return InfluenceMode(mode)
     except ValueError:

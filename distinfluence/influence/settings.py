@@ -90,7 +90,7 @@ class EkfacSettings:
             raise SettingError(f"`query_energy` must be above 0 and at most 1, or None, got {self.query_energy!r}.")
 
     def vectors(self, n_vectors: int) -> FisherVectors:
-        """The vectors of the Fisher matrix. n_vectors: for the exact one; below 0 where the distribution is unknown."""
+        """Return the Fisher matrix's vectors. n_vectors: for the exact one; below 0 if the distribution is unknown."""
         kind = self.fisher
         if kind == "auto":
             kind = "empirical" if n_vectors < 0 else "exact" if n_vectors <= MOST_EXACT else "sampled"

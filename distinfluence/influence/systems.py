@@ -126,7 +126,7 @@ class CurvatureSystems:
         return {"method": type(self).__name__} | common
 
     def _rules(self) -> list[str]:
-        """The blocks whose damping is relative to the curvature."""
+        """Return the blocks whose damping is relative to the curvature."""
         return [block for block, value in self._asked.items() if isinstance(value, RelativeDamping)]
 
     @property
@@ -297,7 +297,7 @@ class CurvatureSystems:
         return dict(self._fit.report.spectrum)
 
     def _curvature(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor] | None = None) -> Curvature:
-        """The matrices of the blocks over the training data, and the scorer. arrays: `state_arrays` of a fit."""
+        """Return the blocks' matrices over the training data, and the scorer. arrays: `state_arrays` of a fit."""
         risk = EmpiricalRisk.over(reducer)
         operator = operator_class(self.second_order_mode)
         # one block over everything needs no restriction: its products are the whole matrix

@@ -38,7 +38,7 @@ def attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Tensor | None:
-    """The attention's output [T, n, d], recorded; None where an option is not covered here.
+    """Return the attention's output [T, n, d], recorded; None where an option is not covered here.
 
     query [T, n, d], key and value [S, n, …], as torch's function takes them; masks are boolean (True: not allowed) or
     added to the scores.

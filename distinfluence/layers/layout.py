@@ -56,7 +56,7 @@ class LayerLayout:
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "LayerLayout":
-        """The layout again."""
+        """Return the layout again."""
         raw: dict[str, Any] = json.loads(bytes(tensor.cpu().tolist()).decode())
         units = tuple(Unit(**_with_tuples(unit)) for unit in raw["units"])
         infos = tuple(
@@ -75,7 +75,7 @@ class LayerLayout:
 
 
 def _widened(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """An activation in the risk's dtype, as gradients are; token ids as they are."""
+    """Return an activation in the risk's dtype, as gradients are; token ids as they are."""
     return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
 
@@ -109,7 +109,7 @@ class Record:
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
     def reached(self) -> tuple[str, ...]:
-        """Recorded parameters for which the backward pass from the losses to all outputs of their uses works."""
+        """Find recorded parameters for which the backward pass from the losses to all outputs of their uses works."""
         lost: set[str] = set()
         with torch.inference_mode(False), torch.enable_grad():
             total = self.losses.sum()
@@ -174,7 +174,7 @@ def _layout_of(risk: SampleRisk, batch: Batch, most_dense: int, recognise: bool)
 def _recorded_layout(
     risk: SampleRisk, few: Mapping[int, Batch], names: tuple[str, ...], most_dense: int, again: bool = True
 ) -> LayerLayout:
-    """The layout of what can be recorded of these parameters, with confirmed units only.
+    """Return the layout of what can be recorded of these parameters, with confirmed units only.
 
     Where the backward pass to some outputs fails, the others are recorded alone: a custom operator may refuse it, or a
     hook of the model. again: whether this may still be tried.
@@ -212,7 +212,7 @@ def _samples(batch: Batch, n: int) -> Batch:
 def _resolved(
     risk: SampleRisk, few: Mapping[int, Batch], names: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[int, ...], bool, tuple[UseInfo, ...], int]:
-    """What can be recorded of these parameters, with the samples' place in each input and output."""
+    """Return what can be recorded of these parameters, with the samples' place in each input and output."""
     watched, cloned = names, False
     expanded: tuple[int, ...] = ()
     for _ in range(len(watched) + 4):
@@ -373,7 +373,7 @@ def unit_rows(record: Record, unit: Unit, deltas: Sequence[Tensor]) -> Tensor:
 
 
 def _confirmed(risk: SampleRisk, record: Record, deltas: Sequence[Tensor], few: Batch) -> list[Unit]:
-    """The units whose gradients are autograd's. deltas: the losses' gradients by the outputs."""
+    """Return the units whose gradients are autograd's. deltas: the losses' gradients by the outputs."""
     expected = risk.blocks.unflatten(loss_gradients(risk, few).rows)
 
     def right(unit: Unit) -> bool:

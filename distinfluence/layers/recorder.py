@@ -92,7 +92,7 @@ class Recorder(TorchFunctionMode):
         self.changed_in_place = not self._cloned and versions != self._versions
 
     def find(self, tensor: object) -> _Alias | None:
-        """The covered parameter that this tensor is, if any."""
+        """Return the covered parameter that this tensor is, if any."""
         return self._known.get(id(tensor))
 
     def alias(self, tensor: Tensor, of: _Alias, *, transposed: bool, rows: tuple[int, int] | None = None) -> Tensor:
@@ -101,7 +101,7 @@ class Recorder(TorchFunctionMode):
         return tensor
 
     def seen(self, input: Tensor) -> Tensor:
-        """An input as it is recorded: out of the graph."""
+        """Return an input as it is recorded: out of the graph."""
         return input.detach()
 
     def add(self, use: Use) -> Tensor:

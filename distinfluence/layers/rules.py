@@ -135,7 +135,7 @@ def _batch_norm(
 
 
 def _pointwise(rec: Recorder, func: Rule, one: Any, other: Any, multiplies: bool, **options: Any) -> Any:
-    """A parameter times, or plus, an activation; both of them parameters is left to comparison with autograd."""
+    """Record a parameter times, or plus, an activation; two parameters are left to comparison with autograd."""
     out, first, second = func(one, other, **options), rec.find(one), rec.find(other)
     if (first is None) == (second is None) or options or not isinstance(out, Tensor):
         return out

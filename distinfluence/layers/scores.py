@@ -102,7 +102,7 @@ class QueryFactors:
     _flat: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def flat(self, number: int, ones: bool) -> tuple[Tensor, Tensor]:
-        """A unit's factors as rows, [q, size without the bias's column], and that column, [q, g·o], if `ones`."""
+        """Return a unit's factors as rows [q, size without the bias's column], and that column, [q, g·o], if `ones`."""
         if number not in self._flat:
             m = self.matrices[number]
             assert isinstance(m, Tensor)
@@ -134,7 +134,7 @@ class QueryFactors:
 
 
 def _compressed(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor] | None:
-    """Truncated singular vectors that keep the energy of each query; None where that is no saving."""
+    """Return truncated singular vectors that keep the energy of each query; None where that is no saving."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     squares = s.double().square()
     kept = squares.cumsum(dim=-1) / squares.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -228,7 +228,7 @@ def _sides_scores(sides: Sides, unit: Unit, tensors: Mapping[str, Tensor]) -> tu
 
 
 def recorded(risk: SampleRisk, layout: LayerLayout, batch: Batch) -> Iterator[tuple[Batch, Record]]:
-    """The batch, some samples at a time, with their records."""
+    """Yield the batch, some samples at a time, with their records."""
     n = batch_length(batch)
     by_autograd = sum(unit.size for unit in layout.units if not unit.uses) * risk.dtype.itemsize
     step = layout.samples_at_once(risk.device, 1, by_autograd)

@@ -39,7 +39,7 @@ class SampleAxis:
         return tensor.movedim(leading + self.axis, leading)
 
     def spans(self, spans: Sequence[int]) -> tuple[int, ...]:
-        """The parameter's shape among the dimensions after the samples'."""
+        """Return the parameter's shape among the dimensions after the samples'."""
         if self.axis is None:
             return tuple(spans)
         if self.merged:
@@ -127,7 +127,7 @@ class Sides:
     ones: bool = False
 
     def with_ones(self) -> "Sides":
-        """The same with the ones in right."""
+        """Return the same sides with the ones in right."""
         if not self.ones:
             return self
         return Sides(self.left, torch.cat([self.right, torch.ones_like(self.right[..., :1])], dim=-1))
@@ -151,7 +151,7 @@ class Sides:
 
 
 def outer_sides(unit: Unit, uses: Sequence[Use], infos: Sequence[UseInfo], deltas: Sequence[Tensor], n: int) -> Sides:
-    """The sides of a "kronecker" unit; deltas: for each use, gradients by its output, [V, *output]."""
+    """Return the sides of a "kronecker" unit; deltas: for each use, gradients by its output, [V, *output]."""
     lefts, rights = [], []
     for number in unit.uses:
         use, info = uses[number], infos[number]
@@ -168,13 +168,13 @@ def outer_sides(unit: Unit, uses: Sequence[Use], infos: Sequence[UseInfo], delta
 
 
 def _together(sides: Sequence[Tensor]) -> Tensor:
-    """The positions of several uses one after the other; with a vector each where any of them has."""
+    """Join the positions of several uses one after the other; with a vector each where any of them has."""
     n_vectors = max(side.shape[0] for side in sides)
     return torch.cat([side.expand(n_vectors, *side.shape[1:]) for side in sides], dim=2)
 
 
 def _static(unit: Unit, use: Use, info: UseInfo, n: int) -> Tensor:
-    """The side that is made of the layer's input: [1, n, T, g, d], or ids [n, T]."""
+    """Return the side that is made of the layer's input: [1, n, T, g, d], or ids [n, T]."""
     assert use.input is not None
     if use.rule == "embedding":
         ids = info.input.front(use.input, n).reshape(n, -1)
@@ -190,7 +190,7 @@ def _static(unit: Unit, use: Use, info: UseInfo, n: int) -> Tensor:
 
 
 def _moving(unit: Unit, use: Use, info: UseInfo, delta: Tensor, n: int) -> Tensor:
-    """The side that is made of the gradients by the layer's output: [V, n, T, g, d]."""
+    """Return the side that is made of the gradients by the layer's output: [V, n, T, g, d]."""
     n_vectors = delta.shape[0]
     if use.rule == "conv":  # [V, n·m, O, *positions]
         groups = unit.shape[0]
@@ -205,7 +205,7 @@ def _moving(unit: Unit, use: Use, info: UseInfo, delta: Tensor, n: int) -> Tenso
 
 
 def patches(x: Tensor, options: Mapping[str, Any], n: int) -> Tensor:
-    """What a convolution multiplies its kernel with: x [n·m, C, *size] → [n, m·positions, groups, C/groups·kernel].
+    """Return what a kernel is multiplied with: x [n·m, C, *size] → [n, m·positions, groups, C/groups·kernel].
 
     A view of a tensor with the positions last, as a convolution has them. Padding modes other than zeros are applied by
     torch's modules before the convolution, and so are in x.

@@ -16,7 +16,18 @@ Batch: TypeAlias = "Tensor | tuple[Batch, ...] | dict[str, Batch]"
 
 
 def as_batch(data: object, name: str = "batch") -> Batch:
-    """The same tensors as a `Batch`. Raises DtypeError for a leaf that is no tensor, naming where it is."""
+    """Return the same tensors as a `Batch`.
+
+    Args:
+        data: A tensor, or a tuple, list or dict of tensors.
+        name: What to call the data in errors.
+
+    Returns:
+        The batch.
+
+    Raises:
+        DtypeError: If a leaf is not a tensor; names where it is.
+    """
     if isinstance(data, Tensor):
         return data
     if isinstance(data, Mapping):
@@ -42,7 +53,7 @@ def leaves(batch: Batch, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
 
 
 def map_batch(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """A batch of the same form with `function` applied to every tensor."""
+    """Return a batch of the same form with `function` applied to every tensor."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, dict):
@@ -51,7 +62,18 @@ def map_batch(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 
 def batch_length(batch: Batch) -> int:
-    """Number of samples. Raises ShapeError where tensors disagree, EmptyDataError where there are none."""
+    """Return the number of samples.
+
+    Args:
+        batch: Tensors with the samples along their first dimension.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        ShapeError: If the tensors disagree, or one is a scalar.
+        EmptyDataError: If there are no tensors or no samples.
+    """
     lengths: dict[str, int] = {}
     for name, tensor in leaves(batch):
         if tensor.ndim == 0:
@@ -71,7 +93,7 @@ def batch_length(batch: Batch) -> int:
 
 
 def take(batch: Batch, start: int, stop: int) -> Batch:
-    """Samples start to stop (exclusive), as views."""
+    """Return samples start to stop (exclusive), as views."""
     return map_batch(lambda tensor: tensor[start:stop], batch)
 
 
@@ -88,9 +110,18 @@ def describe(batch: Batch) -> str:
 
 
 def check_batch(batch: Batch) -> int:
-    """Number of samples of a well-formed, finite batch.
+    """Return the number of samples of a well-formed, finite batch.
 
-    Raises ShapeError, EmptyDataError, or NonFiniteError naming the tensor and the samples.
+    Args:
+        batch: Tensors with the samples along their first dimension.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        ShapeError: If the tensors disagree, or one is a scalar.
+        EmptyDataError: If there are no tensors or no samples.
+        NonFiniteError: If there is NaN or infinity; names the tensor and the samples.
     """
     length = batch_length(batch)
     for name, tensor in leaves(batch):

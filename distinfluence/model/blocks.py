@@ -33,8 +33,11 @@ BlockStructure = str | Mapping[str, Sequence[str]]
 class ParameterBlocks:
     """The covered parameters, block by block.
 
-    names: block name → names of its parameters, in the order of the columns. shapes: parameter name → shape.
-    n_total: number of elements of all parameters of the model, frozen ones too. uncovered: the names left out.
+    Attributes:
+        names: Block name → names of its parameters, in the order of the columns.
+        shapes: Parameter name → shape.
+        n_total: Number of elements of all parameters of the model, frozen ones too.
+        uncovered: Names of the parameters that are not covered.
     """
 
     names: dict[str, tuple[str, ...]]
@@ -44,12 +47,22 @@ class ParameterBlocks:
 
     @classmethod
     def of(cls, model: nn.Module, structure: BlockStructure = BlockMode.FULL) -> "ParameterBlocks":
-        """Blocks of the model's trainable parameters.
+        """Group the model's trainable parameters into blocks.
 
-        structure: "full" (one block), "layer_wise" (a block for each module that owns parameters), "parameter_wise",
-        or a mapping block name → parameter names. Raises SettingError for another name, EmptyDataError for a model
-        without trainable parameters, ParameterBlockError for names that are unknown, frozen or in two blocks,
-        DtypeError and NonFiniteError for parameters that cannot be differentiated.
+        Args:
+            model: The module.
+            structure: "full" (one block), "layer_wise" (a block for each module with parameters), "parameter_wise",
+                or a mapping block name → parameter names.
+
+        Returns:
+            The blocks.
+
+        Raises:
+            SettingError: If `structure` is another name.
+            EmptyDataError: If the model has no trainable parameters.
+            ParameterBlockError: If parameter names are unknown, frozen or in two blocks.
+            DtypeError: If `model` is not a module, or its parameters have a dtype that cannot be differentiated.
+            NonFiniteError: If parameters have NaN or infinity.
         """
         if not isinstance(model, nn.Module):
             raise DtypeError(f"`model` must be a `torch.nn.Module`, got {type(model).__name__}. Pass the module.")
@@ -96,14 +109,28 @@ class ParameterBlocks:
         return ranges
 
     def only(self, block: str) -> "ParameterBlocks":
-        """The same with one block alone."""
+        """Return one block alone; the parameters of all others are then uncovered.
+
+        Args:
+            block: The block's name.
+
+        Returns:
+            The one block.
+        """
         group = self.names[block]
         shapes = {name: self.shapes[name] for name in group}
         left_out = tuple(name for name in self.shapes if name not in shapes)
         return ParameterBlocks({block: group}, shapes, self.n_total, self.uncovered + left_out)
 
     def unflatten(self, rows: Tensor) -> dict[str, Tensor]:
-        """rows [..., p] → parameter name → [..., *shape], as views."""
+        """Split rows into the parameters' tensors.
+
+        Args:
+            rows: Rows over the parameters, [..., p].
+
+        Returns:
+            Parameter name → [..., *shape], as views.
+        """
         sizes = [shape.numel() for shape in self.shapes.values()]
         parts = rows.split(sizes, dim=-1)
         return {
@@ -112,13 +139,29 @@ class ParameterBlocks:
         }
 
     def flatten(self, tensors: Mapping[str, Tensor], n_leading: int = 0) -> Tensor:
-        """parameter name → [*leading, *shape], with `n_leading` leading dimensions, → rows [*leading, p]."""
+        """Join the parameters' tensors to rows.
+
+        Args:
+            tensors: Parameter name → [*leading, *shape].
+            n_leading: Number of leading dimensions.
+
+        Returns:
+            Rows over the parameters, [*leading, p].
+        """
         return torch.cat([_strided(tensors[name]).flatten(start_dim=n_leading) for name in self.shapes], dim=-1)
 
     def spread(self, values: T | Mapping[str, T], setting: str) -> dict[str, T]:
-        """One value for each block, from one for all or a mapping by block name.
+        """Return one value for each block.
 
-        Raises SettingError, naming `setting`, for a missing or an unknown block.
+        Args:
+            values: One value for all blocks, or a mapping by block name.
+            setting: What to call the values in errors.
+
+        Returns:
+            Block name → value.
+
+        Raises:
+            SettingError: If a block is missing or unknown.
         """
         if not isinstance(values, Mapping):
             return dict.fromkeys(self.names, values)
@@ -133,7 +176,7 @@ class ParameterBlocks:
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    """The tensor itself, unless it is the gradient of an `nn.Embedding(sparse=True)`."""
+    """Return the tensor itself, unless it is the gradient of an `nn.Embedding(sparse=True)`, which is made dense."""
     return tensor.to_dense() if tensor.is_sparse else tensor
 
 

@@ -29,10 +29,10 @@ class Uniform:
 
 
 def sample_keys(batch: Batch) -> Tensor:
-    """A 64-bit hash of each sample's content, [n] int64, on the batch's device: multilinear in its mixed numbers.
+    """Hash each sample's content to 64 bits, [n] int64, on the batch's device: multilinear in its mixed numbers.
 
-    The same for numbers that are widened to float64. Mixed, because numbers such as 1.0 and 2.0 differ in few bits, and
-    a sum of multiples of these would often be the same for other samples.
+    The hash is the same for numbers that are widened to float64. They are mixed because numbers such as 1.0 and 2.0
+    differ in few bits, and a sum of multiples of these would often be the same for other samples.
     """
     total: Tensor | None = None
     for number, (_, tensor) in enumerate(leaves(batch)):
@@ -52,7 +52,7 @@ def _key(tensor: Tensor, number: int) -> Tensor:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The bits of each sample as [n, words] int64."""
+    """Return the bits of each sample as [n, words] int64."""
     flat = tensor.detach().reshape(tensor.shape[0], -1).contiguous()
     if flat.dtype.is_floating_point or flat.dtype.is_complex:
         flat = flat.double() if not flat.dtype.is_complex else torch.view_as_real(flat).flatten(1).double()
@@ -61,7 +61,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """A logical shift to the right; torch's is arithmetic."""
+    """Shift logically to the right; torch's shift is arithmetic."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 

@@ -66,7 +66,7 @@ def output_gradients(risk: SampleRisk, batch: Batch, vectors: Tensor) -> SampleG
 
 
 def micro_batches(risk: SampleRisk, batch: Batch) -> Iterator[Batch]:
-    """The batch in pieces of `samples_at_once`."""
+    """Yield the batch in pieces of `samples_at_once`."""
     n = batch_length(batch)
     step = samples_at_once(risk.size * risk.dtype.itemsize, risk.device.type == "cpu")
     for start in range(0, n, step):

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distinfluence.errors import LossError, SettingError, ShapeError
 from distinfluence.model.batch import Batch, describe
@@ -13,13 +14,20 @@ from distinfluence.model.predictive import Categorical
 
 
 class LanguageModelObjective(Objective):
-    """Cross-entropy of tokens for models of the form ids [n, T] → logits [n, T, V], as Hugging Face's causal ones are.
+    """Cross-entropy of tokens for models of the form ids [n, T] → logits [n, T, V], such as Hugging Face's causal ones.
 
-    A batch is a dict, whose entries but the labels are passed to the model by name, or a pair (ids, labels). The model
-    returns the logits or an object with `logits`. labels: name of the labels [n, T] in a dict; the input ids if there
-    are none. inputs: name of the ids. shift: whether position t predicts label t + 1, as causal models do.
-    ignore_index: label of positions that do not count. reduction: a sample's loss is the "mean" or the "sum" over its
-    positions that count.
+    A batch is a dict, whose entries except the labels are passed to the model by name, or a pair (ids, labels). The
+    model returns the logits or an object with `logits`.
+
+    Args:
+        inputs: Name of the ids in a dict.
+        labels: Name of the labels [n, T] in a dict. If a dict has no labels, the ids are used.
+        shift: Whether position t predicts label t + 1, as in causal models.
+        ignore_index: Label of positions that do not count.
+        reduction: Whether a sample's loss is the "mean" or the "sum" over its positions that count.
+
+    Raises:
+        SettingError: If `reduction` is neither "mean" nor "sum".
     """
 
     convex = True
@@ -41,12 +49,23 @@ class LanguageModelObjective(Objective):
         self.ignore_index = ignore_index
         self.reduction = reduction
 
+    @override
     def settings(self) -> dict[str, object]:
-        """Name and parameters."""
         return super().settings() | dict(vars(self))
 
     def outputs(self, model: Forward, batch: Batch) -> Tensor:
-        """Logits [n, T, V] of the positions that predict: all but the last where labels are shifted."""
+        """Return the logits of the positions that predict: all but the last if labels are shifted.
+
+        Args:
+            model: The model, called with the batch's entries.
+            batch: The ids, with or without labels.
+
+        Returns:
+            Logits, [n, T, V], or [n, T − 1, V] if labels are shifted.
+
+        Raises:
+            LossError: If the model returns anything but logits [n, T, V].
+        """
         if isinstance(batch, dict):
             found = model(**{key: value for key, value in batch.items() if key != self.label_name})
         else:
@@ -59,8 +78,8 @@ class LanguageModelObjective(Objective):
             )
         return logits[:, :-1] if self.shift else logits
 
+    @override
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of each sample, [n]."""
         labels = self._labels(batch)
         tokens = torch.nn.functional.cross_entropy(
             outputs.flatten(0, 1), labels.flatten(), ignore_index=self.ignore_index, reduction="none"
@@ -68,11 +87,27 @@ class LanguageModelObjective(Objective):
         return (tokens.view(labels.shape) * self._weights(labels, outputs)).sum(dim=1)
 
     def predictive(self, outputs: Tensor, batch: Batch) -> Categorical:
-        """Softmax at each position."""
+        """Return the softmax at each position.
+
+        Args:
+            outputs: Logits, [n, T, V].
+            batch: The batch they are of.
+
+        Returns:
+            The distribution of the tokens.
+        """
         return Categorical(outputs.detach(), self._weights(self._labels(batch), outputs), False, outputs.shape)
 
     def output_curvature(self, outputs: Tensor, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """w (p∘u − p⟨p, u⟩) at each position."""
+        """Return the Hessian of each sample's loss in its logits, in closed form.
+
+        Args:
+            outputs: Logits, [n, T, V].
+            batch: The batch they are of.
+
+        Returns:
+            u [n, T, V] → w (p∘u − p⟨p, u⟩) at each position, with the softmax p and the position's weight w.
+        """
         p = torch.softmax(outputs.detach(), dim=2)
         weights = self._weights(self._labels(batch), outputs).unsqueeze(2)
         return lambda u: weights * p * (u - (p * u).sum(dim=2, keepdim=True))

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distinfluence.errors import DtypeError, LossError, ShapeError
 from distinfluence.model.batch import Batch, batch_length, describe, take
@@ -56,34 +57,73 @@ class Forward(Protocol):
     """The model as an objective sees it: called as the module is, with the parameters at hand."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns."""
+        """Return what the module returns."""
 
 
 class Objective(ABC):
     """Per-sample training loss, and the measurement of a query; both [n] for a batch of n samples.
 
-    A sample's value must not depend on the other samples of the batch; this is checked on samples from all over the
-    data.
-    convex: whether a sample's loss is convex in its outputs, for certain. The Gauss–Newton matrix is then positive
-    semi-definite, and error bounds on its solutions rigorous.
+    A sample's value must not depend on the other samples of the batch. This is checked on samples from the whole data.
+
+    Attributes:
+        convex: Whether a sample's loss is certain to be convex in its outputs. The Gauss–Newton matrix is then positive
+            semi-definite, and error bounds on its solutions are rigorous.
     """
 
     convex: bool = False
 
     @abstractmethod
     def outputs(self, model: Forward, batch: Batch) -> Tensor:
-        """The model's predictions [n, ...]; the Gauss–Newton matrix is split here into model and loss."""
+        """Return the model's predictions. The Gauss–Newton matrix is split here into model and loss.
+
+        Args:
+            model: The model, called as the module is.
+            batch: The n samples.
+
+        Returns:
+            Predictions, [n, ...].
+
+        Raises:
+            LossError: If the model returns something else than the objective expects.
+            ShapeError: If the batch has another form than the objective expects.
+        """
 
     @abstractmethod
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Training loss of each sample [n]; the training objective is their mean."""
+        """Return the training loss of each sample. The training objective is their mean.
+
+        Args:
+            outputs: What `outputs` returned for the batch, [n, ...].
+            batch: The n samples.
+
+        Returns:
+            Losses, [n].
+        """
 
     def measurements(self, model: Forward, batch: Batch) -> Tensor:
-        """What is asked of each query sample [n]: its training loss unless overridden."""
+        """Return what is asked of each query sample: its training loss unless overridden.
+
+        Args:
+            model: The model, called as the module is.
+            batch: The n query samples.
+
+        Returns:
+            Measurements, [n].
+        """
         return self.losses(self.outputs(model, batch), batch)
 
     def inputs(self, batch: Batch) -> Tensor:
-        """The tensor [n, *input] that perturbation mode differentiates by: the first of an (x, y) batch."""
+        """Return the tensor that perturbation mode differentiates by: the first of an (x, y) batch.
+
+        Args:
+            batch: The n samples.
+
+        Returns:
+            The inputs, [n, *input].
+
+        Raises:
+            ShapeError: If the batch is not an (x, y) pair. Override the method for other batches.
+        """
         if isinstance(batch, tuple) and isinstance(batch[0], Tensor):
             return batch[0]
         raise ShapeError(
@@ -92,21 +132,42 @@ class Objective(ABC):
         )
 
     def replace_inputs(self, batch: Batch, inputs: Tensor) -> Batch:
-        """The same batch with `inputs` in place of what the method `inputs` returns."""
+        """Return the same batch with other inputs.
+
+        Args:
+            batch: The n samples.
+            inputs: The tensor to put in place of what the method `inputs` returns, [n, *input].
+
+        Returns:
+            The new batch.
+        """
         assert isinstance(batch, tuple)
         return (inputs, *batch[1:])
 
     def output_curvature(self, outputs: Tensor, batch: Batch) -> Callable[[Tensor], Tensor] | None:
-        """u [n, ...] → ∇²_f ℓ(f)·u of each sample, in closed form; None to have it differentiated.
+        """Return the Hessian of each sample's loss in its outputs, in closed form.
 
-        It is compared with the derivative on first use.
+        Args:
+            outputs: What `outputs` returned for the batch, [n, ...].
+            batch: The n samples.
+
+        Returns:
+            u [n, ...] → ∇²_f ℓ(f)·u of each sample, which is compared with the derivative on first use. None, the
+            default, to have the loss differentiated.
         """
         return None
 
     def predictive(self, outputs: Tensor, batch: Batch) -> Predictive | None:
-        """The distribution of targets whose negative logarithm the loss is, at these outputs [n, ...].
+        """Return the distribution of targets whose negative logarithm is the loss.
 
-        By its Hessian where the loss is convex in FEW_OUTPUTS outputs or fewer; None where it is not known.
+        Unless overridden, it is made from the loss's Hessian, if the loss is convex in FEW_OUTPUTS outputs or fewer.
+
+        Args:
+            outputs: What `outputs` returned for the batch, [n, ...].
+            batch: The n samples.
+
+        Returns:
+            The distribution at these outputs; None where it is not known.
         """
         if not self.convex or outputs[0].numel() > FEW_OUTPUTS:
             return None
@@ -125,22 +186,49 @@ class Objective(ABC):
         return Dense.of((hessians + hessians.transpose(1, 2)) / 2, outputs.shape)
 
     def settings(self) -> dict[str, object]:
-        """Return what fixes the objective, in JSON's types, for provenance and fingerprints.
+        """Return what fixes the objective, for provenance and fingerprints.
 
-        Its name, the code of its class and its attributes (see `model.identity.structure`) unless overridden.
+        Returns:
+            Values of JSON's types: unless overridden, the objective's name, the code of its class and its attributes
+            (see `model.identity.structure`).
         """
         return {"objective": f"{type(self).__module__}.{type(self).__qualname__}"} | _details(self)
 
     def check(self, outputs: Tensor, batch: Batch) -> tuple[str, ...]:
-        """Remarks on how the loss was understood, for the fit report. Raises LossError where it cannot be."""
+        """Check that the loss can be understood, on a batch of the training data.
+
+        Args:
+            outputs: What `outputs` returned for the batch, [n, ...].
+            batch: The n samples.
+
+        Returns:
+            Remarks on how the loss was understood, for the fit report.
+
+        Raises:
+            LossError: If the loss cannot be understood, for instance as neither a mean nor a sum over the batch.
+            ShapeError: If the outputs do not have one row for each sample.
+            DtypeError: If the loss cannot take these outputs and targets.
+        """
         return ()
 
 
 class SupervisedObjective(Objective):
     """Batches (x, y) and a loss of (outputs, targets).
 
-    The per-sample loss is the loss of a batch of one, so that mean and sum over the batch come to the same; a module
-    with `reduction="none"` is called on the whole batch and must return [n].
+    The per-sample loss is the loss of a batch of one, so that mean and sum over the batch give the same result. A
+    module with `reduction="none"` is called on the whole batch and must return [n]. `check` finds out whether the loss
+    is a mean or a sum over the batch, and whether vmap can take it. `settings` are the loss's name, settings and
+    tensors; for a loss of your own, also its code and what it captured.
+
+    The Hessian in the outputs has a closed form for cross-entropy over classes, p∘u − p⟨p, u⟩, and for the mean squared
+    error of d outputs, 2u/d. The predictive distribution is the softmax at each position for cross-entropy, a normal
+    distribution for the mean squared error, and independent Bernoulli variables for binary cross-entropy of logits.
+
+    Args:
+        loss: A callable of (outputs, targets), such as a torch loss or a `functools.partial` of one.
+
+    Raises:
+        LossError: If `loss` is a class or not callable, or divides by the class weights of the batch.
     """
 
     def __init__(self, loss: Loss) -> None:
@@ -165,8 +253,8 @@ class SupervisedObjective(Objective):
                 "reduction='none' or 'sum'."
             )
 
+    @override
     def settings(self) -> dict[str, object]:
-        """Return the loss's name, settings and tensors, and of a user's own its code and what it captured."""
         own = {} if type(self) is SupervisedObjective else {"class": identity(type(self))}
         if isinstance(self.loss, functools.partial):
             inner = SupervisedObjective(self.loss.func).settings()
@@ -176,8 +264,8 @@ class SupervisedObjective(Objective):
         named = self.loss if hasattr(self.loss, "__qualname__") else type(self.loss)
         return {"loss": f"{named.__module__}.{named.__qualname__}", **own} | _details(self.loss)
 
+    @override
     def outputs(self, model: Forward, batch: Batch) -> Tensor:
-        """model(x), which must be one tensor [n, ...]."""
         x, _ = _pair(batch)
         outputs = model(x)
         if not isinstance(outputs, Tensor):
@@ -187,8 +275,8 @@ class SupervisedObjective(Objective):
             )
         return outputs
 
+    @override
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The loss of each sample as a batch of one."""
         _, y = _pair(batch)
         if self._unreduced:
             return self._whole(outputs, y)
@@ -204,8 +292,8 @@ class SupervisedObjective(Objective):
                 pass  # a loss that vmap cannot take, in a process where `check` has not found it out
         return self._one_by_one(outputs, y)
 
+    @override
     def output_curvature(self, outputs: Tensor, batch: Batch) -> Callable[[Tensor], Tensor] | None:
-        """p∘u − p⟨p, u⟩ for cross-entropy over classes, 2u/d for the mean squared error of d outputs."""
         _, y = _pair(batch)
         if type(self.loss) is nn.CrossEntropyLoss and self.loss.weight is None and outputs.ndim == 2 and y.ndim == 1:
             probabilities = torch.softmax(outputs.detach(), dim=1) * (y != self.loss.ignore_index).unsqueeze(1)
@@ -215,8 +303,8 @@ class SupervisedObjective(Objective):
             return lambda u: scale * u
         return None
 
+    @override
     def predictive(self, outputs: Tensor, batch: Batch) -> Predictive | None:
-        """Softmax for cross-entropy at each position, a normal distribution for the mean squared error."""
         _, y = _pair(batch)
         classes = type(self.loss) is nn.CrossEntropyLoss or self.loss is nn.functional.cross_entropy
         if classes and getattr(self.loss, "weight", None) is None and outputs.ndim >= 2:
@@ -241,8 +329,8 @@ class SupervisedObjective(Objective):
             counted = counted / counted.sum(dim=1, keepdim=True).clamp_min(1)
         return Categorical(logits, counted, True, outputs.shape)
 
+    @override
     def check(self, outputs: Tensor, batch: Batch) -> tuple[str, ...]:
-        """Find out whether the loss is a mean or a sum over the batch, and whether vmap can take it."""
         _, y = _pair(batch)
         if outputs.shape[:1] != y.shape[:1]:
             raise ShapeError(
@@ -309,7 +397,7 @@ def _innermost(loss: Any) -> Any:
 
 
 def _setting(loss: Any, name: str, default: object = None) -> object:
-    """An attribute of a loss, or the argument of a `functools.partial`."""
+    """Return an attribute of a loss, or the argument of a `functools.partial`."""
     if isinstance(loss, functools.partial):
         return loss.keywords[name] if name in loss.keywords else _setting(loss.func, name, default)
     return getattr(loss, name, default)
@@ -322,7 +410,7 @@ def _is_convex(loss: Loss) -> bool:
 
 
 def as_objective(loss: Loss | Objective) -> Objective:
-    """The objective itself, or one made from a loss of (outputs, targets)."""
+    """Return the objective itself, or make one from a loss of (outputs, targets)."""
     return loss if isinstance(loss, Objective) else SupervisedObjective(loss)
 
 

@@ -10,7 +10,7 @@ NARROW = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def widened_outputs(outputs: Any, dtype: torch.dtype) -> Any:
-    """What a model returned, with its floating-point tensors in the dtype: a tensor, or a tuple, list or dict of them.
+    """Convert the floating-point tensors that a model returned: a tensor, or a tuple, list or dict of them.
 
     A dict keeps its type (transformers' outputs are dicts with attributes); it is the call's own, and changed in place.
     """

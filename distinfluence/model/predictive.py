@@ -123,7 +123,7 @@ class Dense(Predictive):
         return self.vectors.shape[0]
 
     def roots(self) -> Tensor:
-        """The scaled eigenvectors."""
+        """Return the scaled eigenvectors."""
         return self.vectors
 
     def draw(self, uniform: Uniform) -> Tensor:

@@ -71,7 +71,7 @@ class ChunkReducer(ABC):
 
     @abstractmethod
     def to(self, risk: SampleRisk) -> "ChunkReducer":
-        """The same data with a risk on another device."""
+        """Return the same data with a risk on another device."""
 
     @abstractmethod
     def map(self, kernel: Kernel, *broadcast: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -165,7 +165,7 @@ class LocalReducer(LoopReducer):
         return tuple(sizes)
 
     def to(self, risk: SampleRisk) -> "LocalReducer":
-        """The same loader; batches that were kept move along."""
+        """Return the same loader; batches that were kept move along."""
         other = copy.copy(self)
         other.risk = risk
         if self._kept is not None:
@@ -290,7 +290,7 @@ def add(total: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def read(loader: Iterable[object]) -> Iterator[object]:
-    """The loader's batches; what it draws from torch's CPU generator (seeds, shuffling) is drawn from a copy."""
+    """Yield the loader's batches; what it draws from torch's CPU generator (seeds, shuffling) is drawn from a copy."""
     its_own = torch.get_rng_state()
     iterator: Iterator[object] | None = None
     while True:

@@ -38,9 +38,11 @@ class LossAndGradient:
 class EmpiricalRisk:
     """Mean training loss of a model over a data set, as a function of its covered parameters.
 
-    model: any `nn.Module`, in eval mode if it has dropout or batch statistics. loss: a torch loss of
-    (outputs, targets) or an `Objective`. data: a DataLoader, a list of batches, or one (x, y) pair.
-    block_structure: see `ParameterBlocks.of`.
+    Args:
+        model: Any `nn.Module`, in eval mode if it has dropout or batch statistics.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        data: A DataLoader, a list of batches, or one (x, y) pair.
+        block_structure: The parameter blocks (see `ParameterBlocks.of`); by default one block.
 
     >>> import torch
     >>> risk = EmpiricalRisk(torch.nn.Linear(2, 1), torch.nn.MSELoss(), (torch.ones(3, 2), torch.zeros(3, 1)))
@@ -61,7 +63,14 @@ class EmpiricalRisk:
 
     @classmethod
     def over(cls, reducer: ChunkReducer) -> "EmpiricalRisk":
-        """The risk over a reducer that is already there."""
+        """Make the risk from an existing reducer.
+
+        Args:
+            reducer: Sums over the data, with the risk of single samples.
+
+        Returns:
+            The risk over the reducer's data.
+        """
         risk = cls.__new__(cls)
         risk.reducer = reducer
         return risk
@@ -87,12 +96,23 @@ class EmpiricalRisk:
         return self.sample.size
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
-        """Mean loss, and its gradient [p]; one pass."""
+        """Compute the mean loss and its gradient; one pass.
+
+        Returns:
+            The mean loss, and its gradient, [p].
+        """
         loss, gradient = self.reducer.sum(LossAndGradient())
         return float(loss) / self.n_samples, gradient / self.n_samples
 
     def sample_gradients(self) -> Iterator[SampleGradients]:
-        """Per-sample gradients, chunk by chunk; a local reducer only."""
+        """Yield per-sample gradients, chunk by chunk; a local reducer only.
+
+        Yields:
+            The losses and gradients of one chunk.
+
+        Raises:
+            TypeError: If the reducer is not local.
+        """
         if not isinstance(self.reducer, LocalReducer):
             raise TypeError("`sample_gradients` needs a local reducer. Use the calculator's `gradients`.")
         for batch in self.reducer.batches():

@@ -92,5 +92,5 @@ def double_differentiable() -> Iterator[None]:
 
 
 def recordable(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy of one that was made in `torch.inference_mode`, which autograd refuses."""
+    """Return the tensor itself, or a copy of one that was made in `torch.inference_mode`, which autograd refuses."""
     return tensor.clone() if tensor.is_inference() else tensor

@@ -296,7 +296,7 @@ class Arnoldi(Solver[Eigenpairs]):
 
 
 def _lost(inside: Tensor, rhs: Tensor, state: Eigenpairs) -> tuple[str, ...]:
-    """What share of the rows' norm the projection leaves out, unless that is rounding."""
+    """Say what share of the rows' norm the projection drops, unless that is rounding."""
     norms = row_norms(rhs)
     inside_norms = row_norms(inside)[norms > 0]
     norms = norms[norms > 0]
@@ -358,7 +358,7 @@ class _Search:
             )
 
     def _wanted(self, n: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The n Ritz values of largest modulus, `rank` if None, their coordinates [m, n] and residuals [n]."""
+        """Return the n Ritz values of largest modulus, `rank` if None, their coordinates [m, n] and residuals [n]."""
         values, coordinates, residuals = self._lanczos.ritz()
         order = values.abs().argsort(descending=True)[: self._rank if n is None else n]
         return values[order], coordinates[:, order], residuals[order]

@@ -251,7 +251,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _few_rows(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of both, as many at once as may be widened: whole blocks in float64 would double a solve's memory."""
+    """Yield the rows of both, as many at once as may be widened: whole blocks in float64 double a solve's memory."""
     step = max(1, WIDENED // max(1, a.shape[1]))
     return zip(a.split(step), b.split(step), strict=True)
 
@@ -277,7 +277,7 @@ def approximation(
     remarks: tuple[str, ...] = (),
     residual_rows: int | None = None,
 ) -> Solution:
-    """The solution of a method without iterations: one pass says how far each row of x is from solving the system.
+    """Return the solution of a method without iterations: one pass says how far each row is from solving the system.
 
     A row has converged if its relative residual is at most rtol, and is "approximate" otherwise. residual_rows: for so
     many rows, the first, or all if None; the others' residuals are NaN, and for 0 there is no pass.
@@ -300,7 +300,7 @@ def approximation(
 
 
 def rtol_for(rtol: float | None, dtype: torch.dtype) -> float:
-    """The tolerance; if None 1e-7 in float64 and 1e-4 below, where rounding leaves about 1e-7·cond(A + λI)."""
+    """Return the tolerance; if None 1e-7 in float64 and 1e-4 below, where rounding leaves about 1e-7·cond(A + λI)."""
     if rtol is not None:
         return rtol
     return 1e-7 if dtype == torch.float64 else 1e-4

@@ -102,7 +102,7 @@ def independent_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
-    """An orthonormal basis [r, p] of the rows' span [k, p], r ≤ min(k, p) their numerical rank.
+    """Compute an orthonormal basis [r, p] of the rows' span [k, p], r ≤ min(k, p) their numerical rank.
 
     Rows are scaled to norm 1 first, so that a row that has nearly converged counts as much as one that has not;
     directions with a singular value below 10·√p·eps of the largest are rounding and are dropped.

@@ -85,7 +85,7 @@ class Factorisation(SolverState):
         return 1.0 / sum(_largest_of_inverse(self.times_inverse, self.matrix, 1e-4)) - self.damping
 
     def times_inverse(self, columns: Tensor) -> Tensor:
-        """(A + λI)⁻¹ columns, [p, k], from a Cholesky or LU factorisation."""
+        """Compute (A + λI)⁻¹ columns, [p, k], from a Cholesky or LU factorisation."""
         if self.pivots.numel():
             found: Tensor = torch.linalg.lu_solve(self.factor, self.pivots, columns)
             return found
@@ -226,7 +226,7 @@ class Direct(Solver[Factorisation]):
 
 @contextmanager
 def _shifted(matrix: Tensor, damping: float) -> Iterator[None]:
-    """A + λI in the place of A, which comes back to the bit: subtracting would leave rounding behind."""
+    """Put A + λI in the place of A, which comes back to the bit: subtracting would leave rounding behind."""
     diagonal = matrix.diagonal().clone()
     matrix.diagonal().add_(damping)
     try:
@@ -236,7 +236,7 @@ def _shifted(matrix: Tensor, damping: float) -> Iterator[None]:
 
 
 def _eigen_solve(state: Factorisation, b: Tensor) -> Tensor:
-    """The minimum-norm solution: eigenvalues that are zero to rounding have no inverse."""
+    """Compute the minimum-norm solution: eigenvalues that are zero to rounding have no inverse."""
     values = state.eigenvalues + state.damping
     zero = values.abs() <= state.noise
     inverse = torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, values))
@@ -244,7 +244,7 @@ def _eigen_solve(state: Factorisation, b: Tensor) -> Tensor:
 
 
 def _excused(state: Factorisation, x: Tensor, norms: Tensor) -> Tensor:
-    """The residual [k] that rounding x to a dtype below float64 leaves: eps·‖A‖·‖x‖, up to a percent of ‖rhs‖ [k]."""
+    """Bound the residual [k] from rounding x to a dtype below float64: eps·‖A‖·‖x‖, up to a percent of ‖rhs‖ [k]."""
     if x.dtype == torch.float64:  # as the factorisation: nothing was rounded away
         return torch.zeros_like(norms)
     rounding = torch.finfo(x.dtype).eps * state.norm * row_norms(x)
@@ -265,7 +265,7 @@ def _is_regular(state: Factorisation) -> bool:
 def _largest_of_inverse(
     inverse: Callable[[Tensor], Tensor], matrix: Tensor, accuracy: float, steps: int = 30
 ) -> tuple[float, float]:
-    """The largest |eigenvalue| of an inverse [p, p] and its residual, by subspace iteration with 8 seeded vectors.
+    """Find the largest |eigenvalue| of an inverse [p, p] and its residual, by subspace iteration with 8 seeded vectors.
 
     matrix: of that size, on its device. The Rayleigh quotient is at most the largest eigenvalue; the sum of both is an
     upper bound up to the directions that the seeds do not see. accuracy: of the residual, relative to the eigenvalue.

@@ -144,7 +144,7 @@ class SupportsKroneckerInverse(Protocol):
     """A fitted `EkfacInfluence`, as far as a preconditioner needs it."""
 
     def kronecker_inverse(self) -> SupportsInverse:
-        """The inverse, without model and data."""
+        """Return the inverse, without model and data."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class EkfacInverse:
         return self.ekfac.inverse(rows, self.damping)
 
     def at(self, damping: float) -> "EkfacInverse":
-        """The same at another λ."""
+        """Return the same inverse at another λ."""
         return EkfacInverse(self.ekfac, damping)
 
     @property

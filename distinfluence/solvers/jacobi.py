@@ -30,7 +30,7 @@ class Diagonal:
         return rows / (self.diagonal + self.damping)
 
     def at(self, damping: float) -> "Diagonal":
-        """The same diagonal with another λ; no products."""
+        """Return the same diagonal with another λ; no products."""
         return Diagonal(self.diagonal, damping, self.clamped)
 
     @property

@@ -228,7 +228,7 @@ class LiSSA(Solver[LissaState]):
         return Outcome.MAXITER if run.steps[row] >= self.maxiter else Outcome.STAGNATED
 
     def _remarks(self, run: "_Run", effective: Tensor, extra: float) -> tuple[str, ...]:
-        """What dampen did, and what the noise of mini-batches left: effective: [k], relative residuals."""
+        """Say what dampen did, and what the noise of mini-batches left: effective: [k], relative residuals."""
         remarks = [f"LiSSA: dampen adds {extra:.3g} to the damping: {self.damping + extra:.4g} in all"] if extra else []
         ran = run.steps.cpu() > 0
         if run.n_batches and ran.any():
@@ -355,7 +355,7 @@ class _Average:
             self._sums = [torch.zeros_like(start), torch.zeros_like(start)]
 
     def add(self, h: Tensor, after: Tensor) -> None:
-        """The iterate of a step, and where the step led."""
+        """Add the iterate of a step, and where the step led."""
         self._sums[1] = self._sums[1] + h
         self._step += 1
         aligned = self._step < self._n_batches or self._step % self._n_batches == 0
@@ -375,7 +375,7 @@ class _Average:
         return torch.minimum(self._motion(0, h), self._motion(1, h))
 
     def keep(self, kept: Tensor) -> None:
-        """These rows alone, [n] bool."""
+        """Keep these rows alone, [n] bool."""
         if self._n_batches:
             self._starts = [start[kept] for start in self._starts]
             self._sums = [total[kept] for total in self._sums]

@@ -69,10 +69,21 @@ class LowRank:
 
 
 def nystroem(operator: CurvatureOperator, rank: int, *, seed: int = 0) -> LowRank:
-    """The Nyström approximation of A of this rank, or of p where that is less; A itself, up to rounding, at rank p.
+    """Compute the Nyström approximation of A of this rank, or of p if that is less; at rank p, A itself up to rounding.
 
-    Costs one pass of `rank` rows where the operator is known to be positive semi-definite, else two. Seeded: the same
-    for the same operator, on every device. Raises SettingError for a rank below 1, NonFiniteError for bad products.
+    The sketch costs one pass of `rank` rows where the operator is known to be positive semi-definite, else two.
+
+    Args:
+        operator: The matrix A.
+        rank: The rank, at least 1.
+        seed: The seed of the sketch, which is the same for the same operator on every device.
+
+    Returns:
+        The approximation.
+
+    Raises:
+        SettingError: If `rank` is below 1.
+        NonFiniteError: If the products have NaN or infinity.
     """
     return low_rank(operator, sketched(operator, rank, seed=seed))
 
@@ -85,7 +96,7 @@ def sketched(operator: CurvatureOperator, rank: int, *, seed: int = 0) -> Sketch
 
 
 def extend(operator: CurvatureOperator, sketch: Sketch, rank: int) -> Sketch:
-    """The sketch with more rows, `rank` in all or p; one pass of the new rows alone. The old rows stay as they are."""
+    """Extend the sketch to `rank` rows in all, or p; one pass of the new rows alone. The old rows stay as they are."""
     old = sketch.omega.shape[0]
     n_new = min(rank, operator.size) - old
     if n_new <= 0:
@@ -155,7 +166,7 @@ def _noise(shift: float, values: Tensor) -> float:
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ [r, s] in float64, for rows a [r, p], b [s, p]."""
+    """Compute a bᵀ [r, s] in float64, for rows a [r, p], b [s, p]."""
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
     for left, right in zip(a.split(COLUMNS, dim=1), b.split(COLUMNS, dim=1), strict=True):
         total += left.double() @ right.double().T
@@ -163,7 +174,7 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 
 
 def approximation_error(operator: CurvatureOperator, found: LowRank, *, passes: int = 5, seed: int = 1) -> float:
-    """‖A − Â‖ by power iterations with a block of PROBES rows, from below; one pass for each (Algorithm E.2)."""
+    """Estimate ‖A − Â‖ by power iterations with a block of PROBES rows, from below; a pass for each (Algorithm E.2)."""
     rows = orthonormal_rows(random_rows(operator, min(PROBES, operator.size), seed))
     error = 0.0
     for _ in range(passes):

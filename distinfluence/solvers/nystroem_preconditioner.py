@@ -43,7 +43,7 @@ class NystroemInverse:
         return rows + inside @ basis
 
     def at(self, damping: float) -> "NystroemInverse":
-        """The same sketch at another λ; no products."""
+        """Return the same sketch at another λ; no products."""
         return NystroemInverse(self.sketch, damping, self.error, self.of_gauss_newton)
 
     @property

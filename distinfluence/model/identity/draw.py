@@ -23,7 +23,7 @@ Place = tuple[int, int]  # a chunk and the sample in it
 
 
 def name_seed(name: str) -> int:
-    """A seed that depends on a name alone."""
+    """Return a seed that depends on a name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
@@ -42,7 +42,7 @@ class Draw:
 
     @classmethod
     def of(cls, batch: Batch, chunk: int) -> Self:
-        """The draw of one chunk."""
+        """Draw from one chunk."""
         keys, targets = sample_keys(batch).cpu(), sample_keys(_target(batch)).cpu()
         by_key = keys.sort(stable=True)[1]
         distinct = by_key[torch.cat([torch.ones(1, dtype=torch.bool), keys[by_key].diff() != 0])]
@@ -54,7 +54,7 @@ class Draw:
         return cls(_smallest(entries), _each_target(entries), total, len(keys))
 
     def __add__(self, other: "Draw") -> "Draw":
-        """The draw of both."""
+        """Return the draw of both."""
         total = tuple((a + b) % 2**64 for a, b in zip(self.total, other.total, strict=True))
         return Draw(
             _smallest([*self.samples, *other.samples]),
@@ -84,7 +84,7 @@ class Draw:
 
 
 def _target(batch: Batch) -> Tensor:
-    """What names a sample's class, if anything does: what is called so, else the last tensor."""
+    """Return what names a sample's class, if anything does: what is called so, else the last tensor."""
     named = {name.rpartition("[")[2].strip("]'\""): tensor for name, tensor in leaves(batch)}
     return next((named[name] for name in TARGETS if name in named), list(named.values())[-1])
 
@@ -101,7 +101,7 @@ def _each_target(entries: Sequence[tuple[int, int, Place]]) -> tuple[tuple[int, 
 
 
 def grouped(samples: Sequence[Batch]) -> list[Batch]:
-    """Samples (batches of one) joined with those of the same shapes and dtypes, the largest batch first."""
+    """Join samples (batches of one) with others of the same shapes and dtypes, the largest batch first."""
     groups: dict[tuple[object, ...], list[Batch]] = {}
     for sample in samples:
         form = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in leaves(sample))

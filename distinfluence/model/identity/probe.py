@@ -41,12 +41,16 @@ class Probe:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, object]) -> Self:
-        """The probe again. Raises KeyError for anything else."""
+        """Return the probe again.
+
+        Raises:
+            KeyError: If `raw` is anything else.
+        """
         values = {field.name: raw[field.name] for field in fields(cls)}
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})  # type: ignore[arg-type]
 
     def differences(self, other: "Probe") -> list[str]:
-        """What differs by more than rounding, in words; empty where the two are of the same model and objective."""
+        """Say what differs by more than rounding; empty if the two are of the same model and objective."""
         allowed = max(TOLERANCE.get(self.dtype, 1e-4), TOLERANCE.get(other.dtype, 1e-4))
         found = []
         for name in ("losses", "loss_slopes", "measurements", "measurement_slopes"):
@@ -129,7 +133,7 @@ def probed(risk: SampleRisk, batches: Sequence[Batch]) -> Probed:
 
 
 def _vectors(risk: SampleRisk) -> Tensor:
-    """A vector [p] that depends on names, shapes and nothing else."""
+    """Return a vector [p] that depends on names, shapes and nothing else."""
     parts = {
         name: torch.randn(shape, generator=torch.Generator().manual_seed(name_seed(name)), dtype=risk.dtype)
         for name, shape in risk.blocks.shapes.items()

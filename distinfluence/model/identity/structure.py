@@ -168,7 +168,7 @@ def _stored(of: type) -> frozenset[str]:
 
 
 def _captured(function: types.FunctionType) -> dict[str, object]:
-    """What a function reads from its module and from the functions around it."""
+    """Return what a function reads from its module and from the functions around it."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     names = _names(function.__code__)
     seen = {name: item for name, item in function.__globals__.items() if name in names and not name.startswith("__")}
@@ -184,7 +184,7 @@ def _content(cell: types.CellType) -> object:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """What code, and code inside it, asks its module for; attributes of the same names, too."""
+    """Return what code, and code inside it, asks its module for; attributes of the same names, too."""
     return {*code.co_names}.union(*(_names(item) for item in code.co_consts if isinstance(item, types.CodeType)))
 
 
@@ -196,7 +196,7 @@ def _functions(member: object) -> Iterable[types.FunctionType]:
 
 
 def _numbers(values: Tensor) -> Json:
-    """The numbers of a small tensor, else its dtype, shape and a digest."""
+    """Return the numbers of a small tensor, else its dtype, shape and a digest."""
     if values.is_meta:
         return f"{values.dtype} {list(values.shape)}"
     plain = values.detach().cpu().to_dense().contiguous()
