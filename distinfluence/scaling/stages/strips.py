@@ -41,8 +41,8 @@ def _quarantined(writer: InfluenceWriter, reasons: Mapping[int, str]) -> ChunkFa
     writer.quarantine(reasons)
     return ChunkFailedError(
         f"{len(reasons)} of {writer.layout.n_strips} strips failed every time they were tried and were quarantined, "
-        f"all others are written:\n  {listed(reasons.values())}\nMend these training samples or their loading, then go on "
-        "with resume."
+        f"all others are written:\n  {listed(reasons.values())}\n"
+        "Mend these training samples or their loading, then go on with resume."
     )
 
 
