@@ -182,6 +182,11 @@ def test_a_docstring_that_lacks_a_section_is_found(documentation: str, expected:
     assert lacking(function) == expected
 
 
+def test_public_docstrings_list_arguments_results_and_errors() -> None:
+    found = [f"{name}: {', '.join(missing)}" for name, value in exported() if (missing := lacking(value))]
+    assert found == []
+
+
 def test_public_signatures_take_no_untyped_keywords() -> None:
     loose = []
     for name, value in exported():

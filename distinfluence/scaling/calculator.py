@@ -230,16 +230,32 @@ class InfluenceCalculator(ABC):
         return sample
 
     def gradients(self, x: object, y: object | None = None, *, chunk_size: int | None = None) -> "da.Array":
-        """Per-sample gradients of the training loss, [n, p], one block per chunk; lazy."""
+        """Make per-sample gradients of the training loss as a lazy dask array.
+
+        Args:
+            x: Samples, as for `fit`.
+            y: Their targets, unless `x` has them.
+            chunk_size: Samples in a chunk. Default: 256, or the chunks of dask arrays.
+
+        Returns:
+            The gradients, [n, p], with one block for each chunk.
+        """
         return self._lazy().gradients(self._chunked(x, y, chunk_size))
 
     def influence_factors(
         self, x: object, y: object | None = None, *, chunk_size: int | None = None, return_report: bool = False
     ) -> Any:
-        """(A + λI)⁻¹ ∇θ m of each test point, [n_test, p], one solve and one block per chunk; lazy.
+        """Make the factors (A + λI)⁻¹ ∇θ m of test points as a lazy dask array.
 
-        With `return_report`, also a dict of lazy [n_test] arrays: relative_residual, iterations, converged and
-        error_bound (NaN where there is none).
+        Args:
+            x: Test points, as for `fit`.
+            y: Their targets, unless `x` has them.
+            chunk_size: Test points that are solved together. Default: 1024, or the chunks of dask arrays.
+            return_report: Whether to return what the solves report, too.
+
+        Returns:
+            The factors, [n_test, p], with one block and one solve for each chunk. With `return_report`, also a dict of
+            lazy [n_test] arrays: relative_residual, iterations, converged and error_bound (NaN where there is none).
         """
         factors, report = self._lazy().factors(self._chunked(x, y, chunk_size, TEST_CHUNK_SIZE))
         return (factors, report) if return_report else factors
@@ -255,9 +271,19 @@ class InfluenceCalculator(ABC):
         chunk_size: int | None = None,
         test_chunk_size: int | None = None,
     ) -> "da.Array":
-        """The influence matrix [n_test, n_train] (or [n_test, n_train, *input]), one block per training chunk; lazy.
+        """Make the influence matrix as a lazy dask array.
 
-        x, y: the training points; those of the fit if left out.
+        Args:
+            x_test: Test points, as for `fit`.
+            y_test: Their targets, unless `x_test` has them.
+            x: Training points; those of the fit by default.
+            y: Their targets, unless `x` has them.
+            mode: "up" or "perturbation".
+            chunk_size: Training points in a chunk. Default: 256, or the chunks of dask arrays.
+            test_chunk_size: Test points that are solved together. Default: 1024, or the chunks of dask arrays.
+
+        Returns:
+            The matrix, [n_test, n_train] or [n_test, n_train, *input], with one block for each training chunk.
         """
         factors = self.influence_factors(x_test, y_test, chunk_size=test_chunk_size)
         return self.influences_from_factors(factors, x, y, mode, chunk_size=chunk_size)
@@ -271,7 +297,18 @@ class InfluenceCalculator(ABC):
         *,
         chunk_size: int | None = None,
     ) -> "da.Array":
-        """As `influences`, from factors [n_test, p] as a dask or NumPy array; lazy."""
+        """Make the influence matrix from factors as a lazy dask array.
+
+        Args:
+            factors: Factors as `influence_factors` returns them, [n_test, p], a dask or NumPy array.
+            x: Training points; those of the fit by default.
+            y: Their targets, unless `x` has them.
+            mode: "up" or "perturbation".
+            chunk_size: Training points in a chunk. Default: 256, or the chunks of dask arrays.
+
+        Returns:
+            The matrix, as from `influences`.
+        """
         data = self._stages().train if x is None else self._chunked(x, y, chunk_size)
         return self._lazy().influences(factors, data, influence_mode(mode))
 
@@ -333,7 +370,13 @@ class InfluenceCalculator(ABC):
     def require_space(self, plan: Plan, path: str | Path, mantissa_bits: int = FLOAT32_BITS) -> None:
         """Pass if the disks of `path` and of the scratch folder have room for what the plan will write.
 
-        Raises DiskFullError, saying how much to free.
+        Args:
+            plan: The plan of the run.
+            path: Where the result will be.
+            mantissa_bits: Bits of the stored values, see `RunOptions`.
+
+        Raises:
+            DiskFullError: If there is too little room. The message says how much to free.
         """
         stored = (mantissa_bits + SIGN_AND_EXPONENT) / (FLOAT32_BITS + SIGN_AND_EXPONENT)
         output = place_of(path)
@@ -350,9 +393,15 @@ class InfluenceCalculator(ABC):
         return self._fitted
 
     def chunked(self, x: object, y: object | None = None, *, chunk_size: int | None = None) -> ChunkedData:
-        """Training or test data cut into chunks, to be passed as x to the methods here; see `chunked`.
+        """Cut data into chunks, to be passed as x to the other methods. Only the number of samples is looked up.
 
-        Finds the number of samples, and loads nothing else.
+        Args:
+            x: Samples, as for `fit`.
+            y: Their targets, unless `x` has them.
+            chunk_size: Samples in a chunk. Default: 256, or the chunks of dask arrays.
+
+        Returns:
+            The chunks.
         """
         return self._chunked(x, y, chunk_size)
 

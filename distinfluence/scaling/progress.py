@@ -72,7 +72,14 @@ class Bar:
 
 
 class Progress:
-    """The stages of a run. show: whether to print; seconds: stage → wall time, of those that have ended."""
+    """The stages of a run, shown as progress bars, or as lines where standard error is not a terminal.
+
+    Args:
+        show: Whether to print.
+
+    Attributes:
+        seconds: Wall time of each stage that has ended, by its name.
+    """
 
     def __init__(self, show: bool = True) -> None:
         self.show = show
@@ -84,9 +91,16 @@ class Progress:
 
     @contextmanager
     def beside(self, output: Path | str | RemoteFolder, part: str = "") -> Iterator[None]:
-        """Say in a file beside the output what the run is doing, until it ends; the file stays if it ends badly.
+        """Say in a file next to the output what the run is doing, until it ends; the file stays if it ends badly.
 
-        Within another such block, the outer one's file goes on. Behind a URL there is none.
+        Within another such block, the file of the outer block goes on.
+
+        Args:
+            output: The result's folder. Behind a URL there is no such file.
+            part: Name of the part that this process makes, where several processes share a result.
+
+        Yields:
+            Nothing.
         """
         if self._file is not None or not isinstance(output, Path):
             yield
@@ -127,13 +141,21 @@ class Progress:
                 write_state(self._file, self._state)
 
     def say(self, text: str) -> None:
-        """A line that people should read, above the bar if there is one."""
+        """Print a line that people should read, above the bar if there is one.
+
+        Args:
+            text: The line.
+        """
         if self.show:
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
 
     def warn(self, text: str) -> None:
-        """What people should know even of a run that says nothing: then a warning of Python's."""
+        """Print what people should know; a run that prints nothing issues a Python warning instead.
+
+        Args:
+            text: The warning.
+        """
         if self.show:
             self.say(f"warning: {text}")
         else:
@@ -141,7 +163,16 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Bar]:
-        """A stage with its bar; its time is kept also when it fails."""
+        """Begin a stage, and end it with the block. Its time is kept also when it fails.
+
+        Args:
+            name: Name of the stage.
+            total: Number of units in all; None if it is not known.
+            unit: Name of the unit that is counted.
+
+        Yields:
+            The stage's bar.
+        """
         bar = self._bar = Bar(name, total, unit, self.show)
         self._tell()
         start = time.perf_counter()

@@ -50,16 +50,24 @@ ANSWER_SECONDS = 60.0  # within which a running scheduler has to answer, where n
 class ClusterSpec:
     """Where the workers are.
 
-    kind: "local" starts `workers` processes of one thread on this host (2 if left out), listening on the loopback
-    interface only; "cuda" one for each GPU that this process sees, or for the first `workers` of them; a queue
-    ("slurm", "pbs", … or the class of a dask-jobqueue cluster as "module:Class") submits `workers` jobs and replaces
-    those that end; "address" and "scheduler_file" join a running scheduler at `address` (`tcp://…`, or the file's path)
-    and leave it running. settings: of jobs, dask-jobqueue's own; of GPUs, those of dask-cuda's LocalCUDACluster.
-    minimum: of jobs, let Dask have between so many and `workers` of them, as there is work. memory_limit: of each
-    local worker, as Dask reads it ("auto": its share of the host). timeout: seconds to wait for the scheduler and the
-    first worker; if left out, 60, and of jobs as long as the queue takes. on_death: what becomes of jobs when this
-    process is killed: "cancel" has a guard process beside it cancel them, "leave" leaves them to themselves (workers
-    end when they miss their scheduler, waiting jobs a minute after they have started).
+    Args:
+        kind: "local" starts processes of one thread on this host, which listen on the loopback interface only; "cuda"
+            one for each GPU that this process sees. A queue ("slurm", "pbs", … or a dask-jobqueue class as
+            "module:Class") submits jobs and replaces those that end. "address" and "scheduler_file" join a running
+            scheduler and leave it running.
+        workers: Number of processes or jobs, the first so many GPUs for "cuda". Default: 2 for "local", all GPUs for
+            "cuda"; jobs need it.
+        memory_limit: Memory of each local worker as Dask reads it; "auto" is its share of the host.
+        address: Address of a running scheduler (`tcp://…`), or the path of its file.
+        timeout: Seconds to wait for the scheduler and the first worker. Default: 60; for jobs, as long as the queue
+            takes.
+        minimum: Least number of jobs. Dask then keeps between `minimum` and `workers` of them, as there is work.
+        on_death: What becomes of jobs when this process is killed. "cancel": a guard process cancels them. "leave":
+            they are left alone; workers end when they miss their scheduler, waiting jobs a minute after their start.
+        settings: Settings of dask-jobqueue for jobs, of dask-cuda's `LocalCUDACluster` for GPUs.
+
+    Raises:
+        SettingError: If a setting is unknown, or missing for this kind.
     """
 
     kind: str = "local"
@@ -151,11 +159,19 @@ def _quiet(_text: str) -> None:
 def connected(
     spec: ClusterSpec, *, folder: Path | None = None, announce: Callable[[str], None] = _quiet
 ) -> Iterator[Client]:
-    """A client of the cluster; one that was started here is closed at the end, a running one is left as it is.
+    """Connect to a cluster. One that is started here is closed at the end, a running one is left as it is.
 
-    folder: for the logs of jobs, seen by every node; `distinfluence-jobs` here if left out. announce: told what the
-    queue does meanwhile. Raises ClusterError if the scheduler does not answer, or jobs cannot work, and
-    MissingDependencyError if the kind of cluster needs a package that is not there.
+    Args:
+        spec: Where the workers are.
+        folder: Folder for the logs of jobs, seen by every node. Default: `distinfluence-jobs` in the current folder.
+        announce: Is called with what the queue does meanwhile. Default: nothing is said.
+
+    Yields:
+        A client of the cluster.
+
+    Raises:
+        ClusterError: If the scheduler does not answer, or jobs cannot work.
+        MissingDependencyError: If this kind of cluster needs a package that is not installed.
     """
     if spec.kind in RUNNING:
         with _joined(spec) as client:

@@ -34,7 +34,9 @@ DATASET_BYTES = 8 * 2**20  # a pickled data set that is larger carries its sampl
 class ChunkedData:
     """A data set cut into chunks.
 
-    sizes: samples in each chunk. chunks: a `ChunkSource` for each, or the dask task that makes its arrays.
+    Args:
+        sizes: Samples in each chunk.
+        chunks: For each chunk, where it is loaded from, or the dask task that makes its arrays.
     """
 
     sizes: tuple[int, ...]
@@ -59,7 +61,14 @@ class ChunkedData:
         return found
 
     def looked_at(self, sha256: Sequence[str]) -> "ChunkedData":
-        """The same chunks, which are compared with these fingerprints whenever they are loaded again."""
+        """Have the chunks compared with their fingerprints whenever they are loaded again.
+
+        Args:
+            sha256: The fingerprint of each chunk.
+
+        Returns:
+            The same chunks with these fingerprints.
+        """
         chunks = [
             replace(chunk, sha256=own) if isinstance(chunk, (ArraySource, DatasetSource)) else chunk
             for chunk, own in zip(self.chunks, sha256, strict=True)

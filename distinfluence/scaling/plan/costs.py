@@ -16,7 +16,16 @@ FACTOR_BYTES = 256 * 2**20  # of factors that are taken apart at once
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. tasks: submitted; passes: over the training data; parts: what a worker holds → bytes."""
+    """One stage of a plan.
+
+    Attributes:
+        name: Name of the stage, as progress shows it.
+        tasks: Number of tasks that are submitted.
+        passes: Passes over the training data.
+        parts: Bytes that a worker holds at the peak, by what they are for.
+        flops: Floating-point operations of a worker, as far as they are counted.
+        seconds: Estimated time; None where nothing was measured.
+    """
 
     name: str
     tasks: int

@@ -40,8 +40,16 @@ TEST_CHUNK = 1024  # test points that are solved together, where memory allows
 class Plan:
     """What a run will do and need; `str()` is the table that is shown before it starts.
 
-    solve: "rows" or "data", see `InfluenceCalculator.to_zarr`. driver_bytes: of the process that drives the run, beside
-    an idle one. disk_bytes: of the result; scratch_bytes: of files that go when it is complete.
+    Attributes:
+        work: Sizes of the problem.
+        machine: Where the run takes place.
+        chunks: Samples in each kind of chunk.
+        solve: "rows" or "data", see `RunOptions`.
+        stages: The stages, with their tasks, passes and bytes.
+        driver_bytes: Memory of the process that drives the run, in addition to an idle one.
+        disk_bytes: Size of the result.
+        scratch_bytes: Size of files that are deleted when the result is complete.
+        remarks: What else a reader should know, in sentences.
     """
 
     work: Problem
@@ -102,9 +110,19 @@ class Plan:
 
 
 def make_plan(work: Problem, machine: Machine, asked: FixedSizes | None = None, rates: Rates | None = None) -> Plan:
-    """The plan of a run; chunk sizes that were not asked for are chosen.
+    """Plan a run, and choose the chunk sizes that are not fixed.
 
-    Raises PlanError, with the change that would make it fit, if a stage needs more than a worker has.
+    Args:
+        work: Sizes of the problem.
+        machine: Where the run takes place.
+        asked: Sizes that are fixed. Default: none.
+        rates: Measured rates, to estimate times from. Default: no times.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: If a stage needs more memory than a worker has. The message says which change would make it fit.
     """
     asked = asked or FixedSizes()
     chunks = Chunks(

@@ -47,10 +47,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it is to run. workers: processes; memory: bytes that each may take; process: bytes of an idle one.
+    """Where a run takes place.
 
-    device_memory: bytes that each may take on the GPU that it computes on; None where that is the host.
-    alone: whether one process does everything, so that sums wait for nobody.
+    Args:
+        workers: Number of worker processes.
+        memory: Bytes that each of them may take.
+        process: Bytes of an idle one.
+        device_memory: Bytes that each may take on its GPU; None where it computes on the host.
+        alone: Whether one process does everything, so that sums wait for nobody.
     """
 
     workers: int

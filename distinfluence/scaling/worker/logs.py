@@ -21,7 +21,7 @@ class JsonLines(logging.Formatter):
     """One JSON object a line: time (seconds since 1970), host, pid, level, message, and the fields of the record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line of a record."""
         own = {"time": round(record.created, 3), "host": socket.gethostname(), "pid": os.getpid()}
         own |= {"level": record.levelname, "message": record.getMessage()}
         fields = getattr(record, "fields", {})
@@ -30,7 +30,11 @@ class JsonLines(logging.Formatter):
 
 
 class LogToFolder(WorkerPlugin):
-    """Have each worker write its tasks to `worker-<host>-<pid>.jsonl` in a folder."""
+    """Have each worker write its tasks to `worker-<host>-<pid>.jsonl` in a folder.
+
+    Args:
+        folder: The folder, which is made where it does not exist.
+    """
 
     name = "distinfluence-log-to-folder"
 
@@ -39,7 +43,11 @@ class LogToFolder(WorkerPlugin):
         self._handler: logging.Handler | None = None
 
     def setup(self, worker: Worker) -> None:
-        """Open the file."""
+        """Open the file.
+
+        Args:
+            worker: The worker that the plugin is set up on.
+        """
         with surfaced_errors("write logs to", Path(self.folder)):
             Path(self.folder).mkdir(parents=True, exist_ok=True)
         file = Path(self.folder) / f"worker-{socket.gethostname()}-{os.getpid()}.jsonl"
@@ -51,7 +59,11 @@ class LogToFolder(WorkerPlugin):
         LOGGER.info("joined", extra={"fields": {"address": worker.address, "memory": process_bytes()}})
 
     def teardown(self, worker: Worker) -> None:
-        """Close it."""
+        """Close the file.
+
+        Args:
+            worker: The worker that ends.
+        """
         if self._handler is not None:
             LOGGER.info("left", extra={"fields": {"address": worker.address}})
             LOGGER.removeHandler(self._handler)
