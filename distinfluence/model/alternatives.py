@@ -27,7 +27,7 @@ class Alternatives:
         self.chosen: dict[str, int] = {}
 
     def choose(self, what: str, ways: Sequence[Way], small: Any) -> Way:
-        """The first of several equivalent ways that this model can take and that agrees with the last on `small`.
+        """Return the first of equivalent ways that the model can take and that agrees with the last on `small`.
 
         The last way is plain autograd in a loop: what torch.func's transforms cannot take (some recurrent modules,
         data-dependent control flow, operators without a forward derivative) still gets the right answer. The choice
@@ -93,7 +93,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def attempt(way: Way, argument: Any) -> tuple[Tensor | None, Exception | None]:
-    """The result or the reason why there is none; running out of memory is no reason to try another way."""
+    """Return the result or the reason why there is none; running out of memory is no reason to try another way."""
     try:
         return way(argument), None
     except torch.OutOfMemoryError:

@@ -54,7 +54,7 @@ class KeptRows:
         self._bytes = 0
 
     def get(self, batch: Batch, make: Callable[[], Tensor]) -> Tensor:
-        """The rows of this batch, which must be a chunk, or a part of one, that stays where it is between passes."""
+        """Return the rows of this batch, a chunk or a part of one that stays where it is between passes."""
         key = tuple((tensor.data_ptr(), tensor.shape) for _, tensor in leaves(batch))
         if key in self._kept:
             return self._kept[key][1]
@@ -116,7 +116,7 @@ class SampleRisk:
         }
 
     def widened(self, tensor: Tensor) -> Tensor:
-        """The tensor in the dtype that the risk is evaluated in, where that has more digits.
+        """Return the tensor in the dtype that the risk is evaluated in, where that has more digits.
 
         float32 beside a float64 module stays as it is unless float64 was asked for: mixing them is the caller's error.
         """
@@ -124,7 +124,7 @@ class SampleRisk:
         return tensor.to(self.dtype) if tensor.dtype in narrow else tensor
 
     def in_double(self) -> "SampleRisk":
-        """The same risk evaluated in float64; itself if it is."""
+        """Return the same risk evaluated in float64; itself if it is."""
         if self.dtype == torch.float64:
             return self
         if self._in_double is None:
@@ -147,7 +147,7 @@ class SampleRisk:
         return self.blocks.size
 
     def at(self, parameters: Parameters) -> "SampleRisk":
-        """The same risk at other parameters, which knows nothing yet of what has been found out about the model."""
+        """Return the same risk at other parameters, with nothing found out about the model yet."""
         other = copy.copy(self)
         other.parameters = dict(parameters)
         other.ways, other.kept_rows = Alternatives(other.device, other.in_own_precision), KeptRows()
@@ -155,13 +155,13 @@ class SampleRisk:
         return other
 
     def with_objective(self, objective: Objective) -> "SampleRisk":
-        """The same model with another objective."""
+        """Return the same model with another objective."""
         other = self.at(self.parameters)
         other.objective = objective
         return other
 
     def restrict(self, block: str | None) -> "SampleRisk":
-        """The same risk as a function of one block's parameters; itself for None."""
+        """Return the same risk as a function of one block's parameters; itself for None."""
         if block is None:
             return self
         if block not in self._restricted:
@@ -173,7 +173,7 @@ class SampleRisk:
         return self._restricted[block]
 
     def only(self, names: tuple[str, ...]) -> "SampleRisk":
-        """The same risk as a function of some of the covered parameters."""
+        """Return the same risk as a function of some of the covered parameters."""
         key = "\n".join(names)
         if key not in self._restricted:
             self._restricted[key] = self.apart(names)
@@ -189,7 +189,7 @@ class SampleRisk:
         return SampleRisk(self.module, self.objective, own, self.device, asked, autocast)
 
     def to(self, device: torch.device) -> "SampleRisk":
-        """The same risk evaluated on another device; the user's module stays where it is."""
+        """Return the same risk evaluated on another device; the user's module stays where it is."""
         if device == self.device:
             return self
         return SampleRisk(self.module, self.objective, self.blocks, device, self._asked_dtype, self.autocast)
@@ -218,7 +218,7 @@ class SampleRisk:
         return rows
 
     def forward(self, parameters: Parameters) -> Forward:
-        """The module as a callable, with these parameters.
+        """Return the module as a callable, with these parameters.
 
         It gets copies of its inputs, and of parameters that it is known to write to: a model may work in place, and
         what it is called with is the user's.
@@ -243,7 +243,7 @@ class SampleRisk:
 
     @contextmanager
     def _plain_recurrence(self) -> Iterator[None]:
-        """A model with recurrent layers without cuDNN, which differentiates these in train mode only, and once."""
+        """Run recurrent layers without cuDNN, which differentiates these in train mode only, and once."""
         if not self._recurrent:
             yield
             return
@@ -278,7 +278,7 @@ class SampleRisk:
 
     @contextmanager
     def in_own_precision(self) -> Iterator[None]:
-        """The model runs in `dtype` alone meanwhile: for comparisons that are about more than rounding."""
+        """Have the model run in `dtype` alone: for comparisons that are about more than rounding."""
         autocast, self.autocast = self.autocast, None
         try:
             yield
@@ -298,7 +298,7 @@ class SampleRisk:
         return self.objective.measurements(self.forward(parameters), batch)
 
     def place(self, batch: object) -> Batch:
-        """The batch in one form, on the risk's device, checked: shapes, length, NaN and infinity."""
+        """Put the batch in one form, on the risk's device, checked: shapes, length, NaN and infinity."""
         formed = as_batch(batch)
         check_batch(formed)
         with torch.inference_mode(False):
@@ -350,7 +350,7 @@ class SampleRisk:
             )
 
     def _first_outputs(self, batch: Batch) -> Tensor:
-        """The outputs, from copies of all parameters. Raises InPlaceError if the model writes to any but known ones."""
+        """Compute outputs from copies of all parameters. Raises InPlaceError for writes to any but known ones."""
         copies = {name: tensor.clone() for name, tensor in self.parameters.items()}
         constants = self._constants
         frozen = [name for name, _, _ in self._versions if name in constants]

@@ -198,7 +198,7 @@ class InfluenceCalculator(ABC):
         samples: tuple[Sample, Sample],
         options: RunOptions,
     ) -> Problem:
-        """samples: a training and a test sample."""
+        """Put the sizes together. samples: a training and a test sample."""
         module = self.model.risk.module
         return Problem(
             n_test=test.n_samples,
@@ -416,11 +416,11 @@ class InfluenceCalculator(ABC):
 
     @abstractmethod
     def _everywhere(self, data: ChunkedData) -> ChunkedData:
-        """The same data in chunks that every task can load."""
+        """Return the same data in chunks that every task can load."""
 
     @abstractmethod
     def _executor(self) -> Executor:
-        """What runs the tasks."""
+        """Return what runs the tasks."""
 
     @abstractmethod
     def _unfitted_context(self) -> Context:
@@ -432,7 +432,7 @@ class InfluenceCalculator(ABC):
 
     @abstractmethod
     def _reducer(self, context: Any, data: ChunkedData, remarks: tuple[str, ...]) -> DaskReducer | SourceReducer:
-        """The reducer that the model is fitted over."""
+        """Return the reducer that the model is fitted over."""
 
     @abstractmethod
     def _machine(self) -> Machine:

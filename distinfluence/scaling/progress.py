@@ -39,7 +39,7 @@ class Bar:
         self._line()
 
     def note(self, text: str) -> None:
-        """A word beside the bar, such as the number of passes."""
+        """Show a word next to the bar, such as the number of passes."""
         self._note = text
         self._bar.set_postfix_str(text)
         self._line()

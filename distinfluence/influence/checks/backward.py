@@ -68,7 +68,7 @@ class _Own:
         self.module: nn.Module = copy.deepcopy(module) if risk.written else module
 
     def functional(self) -> tuple[Forward, dict[str, Tensor]]:
-        """The call with parameters passed in."""
+        """Return the call with parameters passed in."""
         module = self._risk.module
         leaves = {
             name: p.detach().requires_grad_()

@@ -30,12 +30,12 @@ def first_parameters(risk: SampleRisk) -> tuple[str, ...]:
 
 
 def random_direction(risk: SampleRisk, scales: Mapping[str, float], generator: torch.Generator) -> Tensor:
-    """A random row [p], each parameter's part of the parameter's own size."""
+    """Return a random row [p], each parameter's part of the parameter's own size."""
     return risk.blocks.flatten({name: scales[name] * normal_like(p, generator) for name, p in risk.parameters.items()})
 
 
 def scale_of(parameter: Tensor) -> float:
-    """The size of a parameter's numbers; where they are zero, that of a small weight."""
+    """Return the size of a parameter's numbers; where they are zero, that of a small weight."""
     return float(parameter.detach().double().pow(2).mean()) ** 0.5 or 1e-2
 
 
@@ -59,7 +59,7 @@ def suspects(risk: SampleRisk, batch: Batch) -> str:
 
 
 def custom_operators(risk: SampleRisk, batch: Batch) -> list[str]:
-    """Custom operators, and PyTorch's with known faults, in the graph of the losses."""
+    """Return custom operators, and PyTorch's with known faults, in the graph of the losses."""
     with double_differentiable(), differentiable(risk) as parameters:
         losses = risk.losses(parameters, batch)
     names = set[str]()

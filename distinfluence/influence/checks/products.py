@@ -149,7 +149,7 @@ def _check_gauss_newton(risk: SampleRisk, batch: Batch) -> None:
 
 
 def _check_loss_curvature(risk: SampleRisk, batch: Batch, outputs: Tensor, u: Tensor) -> None:
-    """The loss's Hessian by the outputs along u, as the Gauss–Newton matrix has it, against differences."""
+    """Compare the loss's Hessian by the outputs, along u, with differences."""
     size = float(outputs.double().pow(2).mean()) ** 0.5 or 1.0
     generator = torch.Generator().manual_seed(1)
     at = _in_domain(risk, batch, outputs, slightly_moved(outputs, size, generator))
@@ -194,7 +194,7 @@ def _check_loss_curvature(risk: SampleRisk, batch: Batch, outputs: Tensor, u: Te
 
 
 def _in_domain(risk: SampleRisk, batch: Batch, outputs: Tensor, moved: Tensor) -> Tensor:
-    """The moved outputs where the loss takes them, else the outputs themselves."""
+    """Return the moved outputs where the loss takes them, else the outputs themselves."""
     try:
         taken = torch.isfinite(risk.objective.losses(moved, batch)).all()
     except (RuntimeError, ValueError):

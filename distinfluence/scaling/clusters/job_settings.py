@@ -39,7 +39,7 @@ def job_kind(kind: str) -> bool:
 
 
 def cluster_class(kind: str) -> Any:
-    """The class of dask-jobqueue clusters that `kind` names. Raises MissingDependencyError without dask-jobqueue."""
+    """Return the dask-jobqueue class that `kind` names. Raises MissingDependencyError without dask-jobqueue."""
     with _interrupts_left_alone():
         if ":" in kind:
             return Recipe(kind).resolve()
@@ -54,7 +54,7 @@ def cluster_class(kind: str) -> Any:
 
 @contextmanager
 def _interrupts_left_alone() -> Iterator[None]:
-    """Importing dask-jobqueue makes Ctrl-C an exit with status 0, as if all were done."""
+    """Undo that importing dask-jobqueue makes Ctrl-C an exit with status 0, as if all were done."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -129,7 +129,7 @@ def seconds_of_workers(cluster: Any, arguments: Mapping[str, Any]) -> float | No
 
 
 def _marked(name: str, folder: Path) -> str:
-    """A job's name that is this run's alone: by it the jobs are found that nobody has a number of.
+    """Return a job name that is this run's alone: by it the jobs are found that nobody has a number of.
 
     A driver that is a job itself has the same mark when it is started again, and so finds what its last start left.
     """
@@ -148,7 +148,7 @@ def _check_directives(directives: object) -> None:
 
 
 def _security(wanted: object) -> Any:
-    """A scheduler without it takes code from whoever reaches its port: on a cluster, from every other user."""
+    """Return TLS settings: without, a scheduler takes code from whoever reaches its port."""
     if wanted is not True:
         return wanted or None
     try:

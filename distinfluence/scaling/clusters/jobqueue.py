@@ -35,7 +35,7 @@ def job_cluster(
     folder: Path,
     announce: Callable[[str], None],
 ) -> Iterator[Client]:
-    """A client of a scheduler in this process whose workers are jobs; every one of them has gone afterwards.
+    """Yield a client of a scheduler in this process whose workers are jobs, which are gone afterwards.
 
     kind, settings, timeout: see `ClusterSpec`. jobs: the least and the most of them. guarded: whether the jobs are
     cancelled also if this process is killed. environment: of the workers. folder: for logs and certificates, seen by
@@ -71,7 +71,7 @@ def job_cluster(
 
 
 def _guard(asked: Any, name: str | None, folder: Path) -> Guard | None:
-    """What cancels the jobs if this process is killed; None for jobs that end by themselves with their submitter."""
+    """Return what cancels the jobs if this process is killed; None for jobs that end with their submitter."""
     if asked.job_cls.cancel_command is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class _Adapting(Adaptive):
 
 
 def _watched_client(cluster: Any, watchdog: Watchdog, timeout: float | None) -> Iterator[Client]:
-    """A client once there is a worker; what the run raises because the watch gave it up becomes what the watch says."""
+    """Yield a client once there is a worker; raise what the watch says where it gave the run up."""
     with Client(cluster) as client:
         # whatever the run waits for, it stops waiting when its client has closed
         watchdog.on_failure = lambda: client.close(timeout=5)
@@ -141,7 +141,7 @@ def _close(cluster: Any, queue: SlurmQueue | None, name: str) -> None:
 
 
 def _scheduler(asked: Any, arguments: dict[str, Any], refusals: list[str], guard: Guard | None) -> Any:
-    """The cluster, with jobs that note refusals, and none of them submitted yet."""
+    """Return the cluster, with jobs that note refusals, and none of them submitted yet."""
     named = _naming(asked)
     cluster = named.__new__(named)
     try:
@@ -155,7 +155,7 @@ def _scheduler(asked: Any, arguments: dict[str, Any], refusals: list[str], guard
 
 
 def _naming(asked: Any) -> Any:
-    """The class of clusters, made to give no job the name of an earlier one: what is known of that would be in its way.
+    """Have the class of clusters give no job the name of an earlier one, of which too much is known.
 
     Dask gives the last name out again, and the new job would count as one whose worker had come before.
     """
@@ -171,7 +171,7 @@ def _naming(asked: Any) -> Any:
 
 
 def _noting(job_class: Any, refusals: list[str], guard: Guard | None) -> Any:
-    """The class of jobs, made to note why one could not be submitted, and to keep our own job's variables from it."""
+    """Have the class of jobs note why one could not be submitted, and keep our own job's variables from it."""
 
     class NotingJob(job_class):  # type: ignore[misc]  # dask-jobqueue has no types
         async def start(self) -> None:

@@ -88,7 +88,7 @@ class ChunkedData:
 
 
 def recut(data: ChunkedData, size: int) -> ChunkedData:
-    """The same samples in chunks of another size. Raises ChunkError for those of dask arrays: rechunk these."""
+    """Return the same samples in chunks of another size. Raises ChunkError for those of dask arrays: rechunk these."""
     if set(data.sizes[:-1]) <= {size} and data.sizes[-1] <= size:
         return data
     first = data.sources[0]
@@ -101,7 +101,7 @@ def recut(data: ChunkedData, size: int) -> ChunkedData:
 
 
 def take_samples(data: ChunkedData, index: NDArray[np.int64]) -> ArrayBatch:
-    """The samples of these sorted indices as one batch, loading only the chunks that hold them."""
+    """Return the samples of these sorted indices as one batch, loading only the chunks that hold them."""
     chunk_of = np.searchsorted(np.array(data.starts), index, side="right") - 1
     parts = [
         taken(data.sources[chunk].load(), index[chunk_of == chunk] - data.starts[chunk])
@@ -111,7 +111,7 @@ def take_samples(data: ChunkedData, index: NDArray[np.int64]) -> ArrayBatch:
 
 
 def taken(batch: ArrayBatch, index: NDArray[np.int64]) -> ArrayBatch:
-    """The samples of a batch with these indices."""
+    """Return the samples of a batch with these indices."""
     if isinstance(batch, dict):
         return {key: taken(value, index) for key, value in batch.items()}
     if isinstance(batch, tuple):

@@ -69,7 +69,7 @@ def look(executor: Executor, context: Context, data: ChunkedData, progress: Prog
 
 
 def drawn_samples(executor: Executor, risk: SampleRisk, looked: Inspected) -> list[Batch]:
-    """The drawn samples, read once more, joined where their shapes allow and placed.
+    """Return the drawn samples, read once more, joined where their shapes allow and placed.
 
     Raises NonDeterministicDataError where they are not what they were: the data set draws random numbers, or each
     process builds another one.
@@ -123,5 +123,5 @@ def inspect_chunk(context: Context, chunk: Chunk, index: int, start: int, size: 
 
 
 def read_again(chunk: Chunk, index: Sequence[int]) -> ArrayBatch:
-    """Some samples of a chunk, read anew: not those that this process may have kept."""
+    """Return some samples of a chunk, read again: not those that this process may have kept."""
     return taken(chunk.load() if isinstance(chunk, ChunkSource) else chunk, np.asarray(index))

@@ -109,7 +109,7 @@ def _finish(run: Run) -> None:
 
 
 def _own_folder(named: Path, probe: Probe) -> Path:
-    """The folder for the factors of a model; another one beside it where that is of one that computes something else.
+    """Return the folder for the factors of a model; another one where that belongs to a different model.
 
     Each names its model before it has factors, and is left alone by others: they may be at work.
     """

@@ -37,7 +37,7 @@ def write_strips(run: Run) -> None:
 
 
 def _quarantined(writer: InfluenceWriter, reasons: Mapping[int, str]) -> ChunkFailedError:
-    """What to raise when all other strips are written; the strips are marked, and tried again by a resumed run."""
+    """Return what to raise when all other strips are written; a resumed run tries the marked ones again."""
     writer.quarantine(reasons)
     return ChunkFailedError(
         f"{len(reasons)} of {writer.layout.n_strips} strips failed every time they were tried and were quarantined, "

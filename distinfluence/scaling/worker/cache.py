@@ -45,7 +45,7 @@ _broadcasts: dict[tuple[tuple[str, ...], torch.device], list[torch.Tensor]] = {}
 
 
 def broadcast_tensors(files: tuple[str, ...], device: torch.device) -> list[torch.Tensor]:
-    """The tensors that all chunks of a pass get: read, and put on the device, once in a process.
+    """Return the tensors that all chunks of a pass get: read, and put on the device, once in a process.
 
     files: .npy files, of other names in each pass. Those of the pass before are dropped. To be called within a
     `torch_task`, and only read.
@@ -69,7 +69,7 @@ _chunk_bytes: dict[str, int] = {}
 
 
 def load(chunk: Chunk) -> ArrayBatch:
-    """The chunk's arrays; those of a `ChunkSource` are kept for the next task, the oldest dropped beyond a limit."""
+    """Return a chunk's arrays; those of a `ChunkSource` are kept for the next task, within a limit."""
     if not isinstance(chunk, ChunkSource):
         return chunk
     if chunk.key not in _chunks:

@@ -42,7 +42,7 @@ class Context(Protocol):
         """The same for the same fitted model."""
 
     def influence(self) -> InfluenceFunctionModel:
-        """The influence model, built once in this process."""
+        """Return the influence model, built once in this process."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class LocalContext:
     travel: "Callable[[], WorkerContext] | None" = None
 
     def influence(self) -> InfluenceFunctionModel:
-        """The model itself."""
+        """Return the model itself."""
         return self.model
 
     def __reduce__(self) -> "tuple[Callable[[WorkerContext], WorkerContext], tuple[WorkerContext]]":
@@ -112,7 +112,7 @@ def travelling(
     n_threads: int,
     device: str | None = None,
 ) -> WorkerContext:
-    """An influence model that is not fitted, for tasks in other processes; device: the caller's own unless given."""
+    """Pack an influence model that is not fitted, for other processes. device: the caller's unless given."""
     return WorkerContext(
         key=uuid.uuid4().hex,
         scratch=scratch,
@@ -129,7 +129,7 @@ def travelling(
 def fitted_travelling(
     context: WorkerContext, model: InfluenceFunctionModel, scratch: Scratch, train: ChunkedData
 ) -> WorkerContext:
-    """The same with the fitted state, written to files in the scratch folder."""
+    """Add the fitted state, written to files in the scratch folder."""
     key = uuid.uuid4().hex
     files = {}
     for number, (name, tensor) in enumerate(model.state_arrays().items()):
@@ -144,7 +144,7 @@ _modules: OrderedDict[bytes, nn.Module] = OrderedDict()
 
 
 def _module(recipe: ModelRecipe) -> nn.Module:
-    """The module of a recipe, built once; fitted and unfitted influence models share it, since they only read it.
+    """Build a recipe's module once; fitted and unfitted influence models share it, since they only read it.
 
     The key is the whole recipe: models with equal tensors may differ in what their forward does with them.
     """
@@ -158,7 +158,7 @@ def _module(recipe: ModelRecipe) -> nn.Module:
 
 @contextmanager
 def torch_task(context: Context) -> Iterator[InfluenceFunctionModel]:
-    """The influence model, for this task alone, with the threads that the context grants."""
+    """Yield the influence model, for this task alone, with the threads that the context grants."""
     n_threads = getattr(context, "n_threads", None)
     with _one_at_a_time:
         before = torch.get_num_threads()

@@ -73,7 +73,7 @@ class LogToFolder(WorkerPlugin):
 
 @contextmanager
 def logged_task(name: str, **fields: object) -> Iterator[None]:
-    """A line when the task ends, with its seconds and the process's memory; at its error, with the error."""
+    """Write a line when the task ends, with its seconds and the process's memory; at its error, with the error."""
     if not LOGGER.isEnabledFor(logging.INFO):
         yield
         return
