@@ -2,7 +2,16 @@
 
 from distinfluence.solvers.arnoldi import Arnoldi
 from distinfluence.solvers.auto import Auto
-from distinfluence.solvers.base import Outcome, Solution, Solver, SolverState
+from distinfluence.solvers.base import (
+    Outcome,
+    Solution,
+    Solver,
+    SolverState,
+    approximation,
+    check_damping,
+    check_rhs,
+    check_tolerance,
+)
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.chebyshev import Chebyshev
@@ -50,6 +59,10 @@ __all__ = [
     "SolverState",
     "SupportsDamping",
     "SupportsStorage",
+    "approximation",
+    "check_damping",
+    "check_rhs",
+    "check_tolerance",
     "extreme_eigenvalues",
     "mean_eigenvalue",
     "quadratic_forms",

@@ -279,8 +279,18 @@ def approximation(
 ) -> Solution:
     """Return the solution of a method without iterations: one pass says how far each row is from solving the system.
 
-    A row has converged if its relative residual is at most rtol, and is "approximate" otherwise. residual_rows: for so
-    many rows, the first, or all if None; the others' residuals are NaN, and for 0 there is no pass.
+    Args:
+        operator: The matrix A.
+        damping: The damping λ.
+        rhs: Right-hand sides, [k, p].
+        x: What the method made of them, [k, p].
+        rtol: Residual relative to ‖rhs‖ up to which a row has converged; other rows are "approximate".
+        curvature: Smallest eigenvalue of A + λI that the method knows, for the report.
+        remarks: What else the report should say, in sentences.
+        residual_rows: Rows to measure, from the first; the residuals of others are NaN. None: all; 0: no pass.
+
+    Returns:
+        The rows with their residuals and outcomes.
     """
     k = rhs.shape[0]
     measured = k if residual_rows is None else min(k, residual_rows)
@@ -307,7 +317,18 @@ def rtol_for(rtol: float | None, dtype: torch.dtype) -> float:
 
 
 def check_rhs(rhs: Tensor, operator: CurvatureOperator, name: str = "rhs") -> None:
-    """Raise ShapeError, DtypeError or NonFiniteError unless rhs is finite, [k, p] and in the operator's dtype."""
+    """Pass if right-hand sides are finite, [k, p] and in the operator's dtype.
+
+    Args:
+        rhs: The right-hand sides.
+        operator: The matrix of the system.
+        name: Name of the argument, for the message.
+
+    Raises:
+        ShapeError: If `rhs` is not [k, p].
+        DtypeError: If `rhs` has another dtype.
+        NonFiniteError: If `rhs` has NaN or infinity. The message names the rows.
+    """
     if rhs.ndim != 2 or rhs.shape[1] != operator.size:
         raise ShapeError(
             f"`{name}` must be [k, p] with p={operator.size}, got {tuple(rhs.shape)}. Pass one row per right-hand side."
@@ -324,7 +345,14 @@ def check_rhs(rhs: Tensor, operator: CurvatureOperator, name: str = "rhs") -> No
 
 
 def check_damping(damping: float) -> None:
-    """Raise SettingError unless `damping` is a finite number ≥ 0."""
+    """Pass if `damping` is a finite number ≥ 0.
+
+    Args:
+        damping: The damping λ.
+
+    Raises:
+        SettingError: If it is not.
+    """
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < math.inf:
         raise SettingError(f"`damping` must be a finite number ≥ 0, got {damping!r}. Pass the λ of A + λI.")
 
@@ -351,7 +379,15 @@ def check_stopping(rtol: float | None, atol: float) -> None:
 
 
 def check_tolerance(name: str, value: float) -> None:
-    """Raise SettingError unless the tolerance is a number ≥ 0 and, for `rtol`, < 1."""
+    """Pass if a tolerance is a number ≥ 0 and, for `rtol`, < 1.
+
+    Args:
+        name: Name of the setting, for the message.
+        value: The tolerance.
+
+    Raises:
+        SettingError: If it is not.
+    """
     limit = 1.0 if name == "rtol" else math.inf
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < limit:
         raise SettingError(
