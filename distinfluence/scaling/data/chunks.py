@@ -34,7 +34,9 @@ DATASET_BYTES = 8 * 2**20  # a pickled data set that is larger carries its sampl
 class ChunkedData:
     """A data set cut into chunks.
 
-    sizes: samples in each chunk. chunks: a `ChunkSource` for each, or the dask task that makes its arrays.
+    Attributes:
+        sizes: Samples in each chunk.
+        chunks: A `ChunkSource` for each chunk, or the dask task that makes its arrays.
     """
 
     sizes: tuple[int, ...]
@@ -59,7 +61,14 @@ class ChunkedData:
         return found
 
     def looked_at(self, sha256: Sequence[str]) -> "ChunkedData":
-        """The same chunks, which are compared with these fingerprints whenever they are loaded again."""
+        """Return the same chunks, which are compared with these fingerprints whenever they are loaded again.
+
+        Args:
+            sha256: The fingerprint of each chunk's arrays.
+
+        Returns:
+            The chunks with their fingerprints.
+        """
         chunks = [
             replace(chunk, sha256=own) if isinstance(chunk, (ArraySource, DatasetSource)) else chunk
             for chunk, own in zip(self.chunks, sha256, strict=True)
@@ -79,7 +88,11 @@ class ChunkedData:
 
 
 def recut(data: ChunkedData, size: int) -> ChunkedData:
-    """The same samples in chunks of another size. Raises ChunkError for those of dask arrays: rechunk these."""
+    """Return the same samples in chunks of another size.
+
+    Raises:
+        ChunkError: The data are dask arrays, or lie in files of one chunk each. Rechunk the arrays instead.
+    """
     if set(data.sizes[:-1]) <= {size} and data.sizes[-1] <= size:
         return data
     first = data.sources[0]
@@ -92,7 +105,7 @@ def recut(data: ChunkedData, size: int) -> ChunkedData:
 
 
 def take_samples(data: ChunkedData, index: NDArray[np.int64]) -> ArrayBatch:
-    """The samples of these sorted indices as one batch, loading only the chunks that hold them."""
+    """Return the samples of these sorted indices as one batch, loading only the chunks that hold them."""
     chunk_of = np.searchsorted(np.array(data.starts), index, side="right") - 1
     parts = [
         taken(data.sources[chunk].load(), index[chunk_of == chunk] - data.starts[chunk])
@@ -102,7 +115,7 @@ def take_samples(data: ChunkedData, index: NDArray[np.int64]) -> ArrayBatch:
 
 
 def taken(batch: ArrayBatch, index: NDArray[np.int64]) -> ArrayBatch:
-    """The samples of a batch with these indices."""
+    """Return the samples of a batch with these indices."""
     if isinstance(batch, dict):
         return {key: taken(value, index) for key, value in batch.items()}
     if isinstance(batch, tuple):
@@ -125,11 +138,23 @@ def chunked(
 ) -> ChunkedData:
     """Cut a data set into chunks.
 
-    x, y: tensors, NumPy, zarr or dask arrays with the samples along the first dimension; or as x alone a tuple or dict
-    of these, a map-style torch `Dataset`, a DataLoader that does not shuffle, a `Recipe` of any of these, or a
-    `ChunkedData`. home: where data of the caller go. chunk_size: samples in a chunk; if None, dask arrays and loaders
-    bring their own, other data are cut into `default_size`.
-    Raises ShapeError for lengths that differ, ChunkError for chunks that do not line up, EmptyDataError, DtypeError.
+    Args:
+        x: Tensors, NumPy, zarr or dask arrays with the samples along the first dimension. Without `y` also a tuple or
+            dict of these, a map-style torch `Dataset`, a DataLoader that does not shuffle, a `Recipe` of any of these,
+            or a `ChunkedData`.
+        y: The targets, in the same form, or None if `x` has them.
+        home: Where data of the caller go.
+        chunk_size: Samples in a chunk. If None, dask arrays and loaders bring their own.
+        default_size: Samples in a chunk of other data if `chunk_size` is None.
+
+    Returns:
+        The data set in chunks.
+
+    Raises:
+        ShapeError: The arrays have different lengths.
+        ChunkError: The chunks do not line up.
+        EmptyDataError: There are no samples.
+        DtypeError: The data have a type that is not supported.
     """
     if isinstance(x, ChunkedData):
         return x

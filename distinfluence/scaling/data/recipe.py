@@ -31,7 +31,10 @@ STRUCTURE_BYTES = 16 * 2**20  # a module without its tensors that is larger than
 class Recipe:
     """Something that a worker builds for itself: `module:callable` called with `arguments`.
 
-    folder: where to import the module from, besides the Python path; a folder that workers see too.
+    Attributes:
+        target: What to call, as `module:callable`.
+        arguments: Keyword arguments of the call; none by default.
+        folder: Where to import the module from, in addition to the Python path; workers must see this folder, too.
 
     >>> Recipe("collections:Counter", {"a": 2}).build()
     Counter({'a': 2})
@@ -42,7 +45,14 @@ class Recipe:
     folder: str | None = None
 
     def resolve(self) -> object:
-        """The referenced object itself. Raises RecipeError if it cannot be imported."""
+        """Import the object that `target` names.
+
+        Returns:
+            The object itself.
+
+        Raises:
+            RecipeError: The object cannot be imported.
+        """
         module_name, colon, attribute = self.target.partition(":")
         if not colon or not module_name or not attribute:
             raise RecipeError(
@@ -64,7 +74,14 @@ class Recipe:
         return found
 
     def build(self) -> object:
-        """What the callable returns. Raises RecipeError if it cannot be imported, called, or fails."""
+        """Call the callable with the arguments.
+
+        Returns:
+            What the callable returns.
+
+        Raises:
+            RecipeError: The callable cannot be imported or called, or it fails.
+        """
         target = self.resolve()
         if not callable(target):
             raise RecipeError(f"`{self.target}` must be callable, got {type(target).__name__}. Name a function.")
@@ -80,9 +97,11 @@ class Recipe:
 class ModelRecipe:
     """A model as a factory and a checkpoint.
 
-    factory: a `Recipe` that returns the module (or, for a spilled model, its pickled structure). checkpoint: a file of
-    tensors, as `torch.save(model.state_dict(), …)` writes it; the factory's own weights are kept if None. sha256: of
-    the model's tensors, checked where it is built unless empty.
+    Attributes:
+        factory: A `Recipe` that returns the module (or, for a spilled model, its pickled structure).
+        checkpoint: A file of tensors, as `torch.save(model.state_dict(), …)` writes it. If None, the model keeps the
+            factory's own weights.
+        sha256: Fingerprint of the model's tensors, checked where the model is built unless empty.
     """
 
     factory: Recipe | bytes
@@ -90,10 +109,13 @@ class ModelRecipe:
     sha256: str = ""
 
     def build(self) -> nn.Module:
-        """The module with its weights, in eval mode where the factory leaves it there.
+        """Build the module and give it its weights.
 
-        Raises RecipeError if the factory returns no module, the checkpoint does not fit, or the tensors are not the
-        promised ones.
+        Returns:
+            The module with its weights, in eval mode where the factory leaves it there.
+
+        Raises:
+            RecipeError: The factory returns no module, the checkpoint does not fit, or `sha256` does not match.
         """
         module = cloudpickle.loads(self.factory) if isinstance(self.factory, bytes) else self.factory.build()
         if not isinstance(module, nn.Module):
@@ -111,10 +133,18 @@ class ModelRecipe:
 
     @classmethod
     def spill(cls, module: nn.Module, folder: Path) -> "ModelRecipe":
-        """The recipe of a module that is only in memory; writes its tensors to a file in `folder`.
+        """Make the recipe of a module that is only in memory, and write its tensors to a file.
 
-        Raises RecipeError if its structure cannot be pickled or carries data besides parameters and buffers, StoreError
-        for a full disk.
+        Args:
+            module: The module.
+            folder: A folder that workers see.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            RecipeError: The structure cannot be pickled, or carries data in addition to parameters and buffers.
+            StoreError: The file cannot be written, for instance because the disk is full.
         """
         sha256 = fingerprint_module(module)
         checkpoint = folder / f"model-{sha256[:16]}.pt"
