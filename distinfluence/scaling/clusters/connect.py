@@ -50,16 +50,29 @@ ANSWER_SECONDS = 60.0  # within which a running scheduler has to answer, where n
 class ClusterSpec:
     """Where the workers are.
 
-    kind: "local" starts `workers` processes of one thread on this host (2 if left out), listening on the loopback
-    interface only; "cuda" one for each GPU that this process sees, or for the first `workers` of them; a queue
-    ("slurm", "pbs", … or the class of a dask-jobqueue cluster as "module:Class") submits `workers` jobs and replaces
-    those that end; "address" and "scheduler_file" join a running scheduler at `address` (`tcp://…`, or the file's path)
-    and leave it running. settings: of jobs, dask-jobqueue's own; of GPUs, those of dask-cuda's LocalCUDACluster.
-    minimum: of jobs, let Dask have between so many and `workers` of them, as there is work. memory_limit: of each
-    local worker, as Dask reads it ("auto": its share of the host). timeout: seconds to wait for the scheduler and the
-    first worker; if left out, 60, and of jobs as long as the queue takes. on_death: what becomes of jobs when this
-    process is killed: "cancel" has a guard process beside it cancel them, "leave" leaves them to themselves (workers
-    end when they miss their scheduler, waiting jobs a minute after they have started).
+    `kind` is one of:
+
+    - "local": start `workers` processes of one thread on this host, which listen on the loopback interface only.
+    - "cuda": start one process for each GPU that this process sees, or for the first `workers` of them.
+    - A queue ("slurm", "pbs", …, or the class of a dask-jobqueue cluster as "module:Class"): submit `workers` jobs and
+      replace those that end.
+    - "address" or "scheduler_file": join a running scheduler and leave it running.
+
+    `on_death` says what happens to jobs when this process is killed. With "cancel", a guard process cancels them. With
+    "leave", workers end when they miss their scheduler, and waiting jobs end a minute after they have started.
+
+    Attributes:
+        kind: What kind of cluster it is, see above.
+        workers: How many processes or jobs to start; 2 by default for kind "local".
+        memory_limit: Memory of each local worker, as Dask reads it; "auto" is its share of the host.
+        address: Address of the running scheduler (`tcp://…`), or the path of its file.
+        timeout: Seconds to wait for the scheduler and the first worker; by default 60, for jobs as long as it takes.
+        minimum: For jobs: let Dask run between `minimum` and `workers` of them, as there is work.
+        on_death: "cancel" or "leave", see above.
+        settings: For jobs: the settings of dask-jobqueue. For GPUs: the settings of dask-cuda's LocalCUDACluster.
+
+    Raises:
+        SettingError: A value is not valid, or does not go with the kind of cluster.
     """
 
     kind: str = "local"
@@ -144,18 +157,26 @@ def _raised_nowhere_else(record: logging.LogRecord) -> bool:
 
 
 def _quiet(_text: str) -> None:
-    """Where nobody wants to know."""
+    """Ignore what is announced."""
 
 
 @contextmanager
 def connected(
     spec: ClusterSpec, *, folder: Path | None = None, announce: Callable[[str], None] = _quiet
 ) -> Iterator[Client]:
-    """A client of the cluster; one that was started here is closed at the end, a running one is left as it is.
+    """Connect to the cluster. One that was started here is closed at the end, a running one is left as it is.
 
-    folder: for the logs of jobs, seen by every node; `distinfluence-jobs` here if left out. announce: told what the
-    queue does meanwhile. Raises ClusterError if the scheduler does not answer, or jobs cannot work, and
-    MissingDependencyError if the kind of cluster needs a package that is not there.
+    Args:
+        spec: Where the workers are.
+        folder: Folder for the logs of jobs, seen by every node; by default `distinfluence-jobs` in the current folder.
+        announce: Called with a text about what the queue is doing; by default nothing is announced.
+
+    Yields:
+        A client of the cluster.
+
+    Raises:
+        ClusterError: The scheduler does not answer, or jobs cannot work.
+        MissingDependencyError: The kind of cluster needs a package that is not installed.
     """
     if spec.kind in RUNNING:
         with _joined(spec) as client:

@@ -108,7 +108,11 @@ def submission_environment() -> dict[str, str]:
 
 
 def was_requeued() -> bool:
-    """Whether this process runs in a job that SLURM started before."""
+    """Say whether this process runs in a job that SLURM started before.
+
+    Returns:
+        True if SLURM has restarted the job.
+    """
     return batch_job() is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
