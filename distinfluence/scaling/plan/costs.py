@@ -16,7 +16,16 @@ FACTOR_BYTES = 256 * 2**20  # of factors that are taken apart at once
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. tasks: submitted; passes: over the training data; parts: what a worker holds → bytes."""
+    """Describes the costs of one stage.
+
+    Attributes:
+        name: Name of the stage.
+        tasks: Tasks that are submitted.
+        passes: Passes over the training data.
+        parts: What a worker holds → bytes.
+        flops: Floating-point operations of the stage; 0 where they are not counted.
+        seconds: Estimated time; None where nothing was measured.
+    """
 
     name: str
     tasks: int

@@ -38,10 +38,18 @@ TEST_CHUNK = 1024  # test points that are solved together, where memory allows
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do and need; `str()` is the table that is shown before it starts.
+    """Describes what a run will do and need; `str()` gives the table that is shown before it starts.
 
-    solve: "rows" or "data", see `InfluenceCalculator.to_zarr`. driver_bytes: of the process that drives the run, beside
-    an idle one. disk_bytes: of the result; scratch_bytes: of files that go when it is complete.
+    Attributes:
+        work: What will be computed.
+        machine: Where the run will take place.
+        chunks: Samples in each kind of chunk.
+        solve: "rows" or "data", see `InfluenceCalculator.to_zarr`.
+        stages: The stages in their order.
+        driver_bytes: Bytes that the process that drives the run takes in addition to an idle process.
+        disk_bytes: Bytes of the result.
+        scratch_bytes: Bytes of files that are removed when the result is complete.
+        remarks: Lines shown below the table.
     """
 
     work: Problem
@@ -102,9 +110,19 @@ class Plan:
 
 
 def make_plan(work: Problem, machine: Machine, asked: FixedSizes | None = None, rates: Rates | None = None) -> Plan:
-    """The plan of a run; chunk sizes that were not asked for are chosen.
+    """Plan a run, and choose the chunk sizes that are not fixed.
 
-    Raises PlanError, with the change that would make it fit, if a stage needs more than a worker has.
+    Args:
+        work: What to compute.
+        machine: Where the run will take place.
+        asked: Chunk sizes that are fixed already; none by default.
+        rates: Measured speeds, for the times; None omits the times.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: A stage needs more memory than a worker has. The message says which change would make it fit.
     """
     asked = asked or FixedSizes()
     chunks = Chunks(

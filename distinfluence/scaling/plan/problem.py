@@ -9,14 +9,24 @@ KEPT_SHARE, KEPT_MOST = 0.125, 2**30  # of a worker's memory for loaded chunks t
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be computed.
+    """Describes what the run will compute.
 
-    n_test, n_train, n_fit: samples of the matrix's rows and columns, and of the fit. p: covered parameters; itemsize:
-    bytes of a number. train_bytes: of one training sample as it is loaded. model_bytes: parameters and buffers.
-    built_bytes: of data sets that every process builds for itself. by_gradients: whether the curvature is made of
-    gradients of single samples, some of which a process then keeps between passes.
-    entry: numbers in an entry of the matrix (1, or those of an input for mode "perturbation"). demand: of the method.
-    contributions: pairs at each end of a ranking that are taken apart; self_influence: whether those are made.
+    Attributes:
+        n_test: Test points, the rows of the matrix.
+        n_train: Training points, the columns of the matrix.
+        n_fit: Samples of the fit.
+        p: Covered parameters.
+        itemsize: Bytes of a number.
+        train_bytes: Bytes of one training sample as it is loaded.
+        model_bytes: Bytes of the model's parameters and buffers.
+        demand: What the method needs.
+        entry: Numbers in an entry of the matrix: 1, or the numbers of an input for mode "perturbation".
+        top_k: Training points at each end of a ranking.
+        over_data: Whether the method's solves make passes over the training data.
+        built_bytes: Bytes of data sets that every process builds for itself.
+        by_gradients: Whether the curvature is made of gradients of single samples; a process keeps some between passes.
+        contributions: Pairs at each end of a ranking that are split into contributions.
+        self_influence: Whether self-influences are computed.
     """
 
     n_test: int
@@ -47,10 +57,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it is to run. workers: processes; memory: bytes that each may take; process: bytes of an idle one.
+    """Describes where the run will take place.
 
-    device_memory: bytes that each may take on the GPU that it computes on; None where that is the host.
-    alone: whether one process does everything, so that sums wait for nobody.
+    Attributes:
+        workers: Worker processes.
+        memory: Bytes that each worker may take.
+        process: Bytes of an idle worker.
+        device_memory: Bytes that each worker may take on its GPU; None if it computes on the host.
+        alone: Whether one process does everything, so that sums wait for nobody.
     """
 
     workers: int
