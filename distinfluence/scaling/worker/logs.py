@@ -21,7 +21,7 @@ class JsonLines(logging.Formatter):
     """One JSON object a line: time (seconds since 1970), host, pid, level, message, and the fields of the record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line."""
         own = {"time": round(record.created, 3), "host": socket.gethostname(), "pid": os.getpid()}
         own |= {"level": record.levelname, "message": record.getMessage()}
         fields = getattr(record, "fields", {})
@@ -30,7 +30,11 @@ class JsonLines(logging.Formatter):
 
 
 class LogToFolder(WorkerPlugin):
-    """Have each worker write its tasks to `worker-<host>-<pid>.jsonl` in a folder."""
+    """Have each worker write its tasks to `worker-<host>-<pid>.jsonl` in a folder.
+
+    Args:
+        folder: The folder, as the workers see it.
+    """
 
     name = "distinfluence-log-to-folder"
 
@@ -39,7 +43,11 @@ class LogToFolder(WorkerPlugin):
         self._handler: logging.Handler | None = None
 
     def setup(self, worker: Worker) -> None:
-        """Open the file."""
+        """Open the file.
+
+        Args:
+            worker: The worker whose tasks are written.
+        """
         with surfaced_errors("write logs to", Path(self.folder)):
             Path(self.folder).mkdir(parents=True, exist_ok=True)
         file = Path(self.folder) / f"worker-{socket.gethostname()}-{os.getpid()}.jsonl"
@@ -51,7 +59,11 @@ class LogToFolder(WorkerPlugin):
         LOGGER.info("joined", extra={"fields": {"address": worker.address, "memory": process_bytes()}})
 
     def teardown(self, worker: Worker) -> None:
-        """Close it."""
+        """Close the file.
+
+        Args:
+            worker: The worker whose tasks were written.
+        """
         if self._handler is not None:
             LOGGER.info("left", extra={"fields": {"address": worker.address}})
             LOGGER.removeHandler(self._handler)
@@ -61,7 +73,7 @@ class LogToFolder(WorkerPlugin):
 
 @contextmanager
 def logged_task(name: str, **fields: object) -> Iterator[None]:
-    """A line when the task ends, with its seconds and the process's memory; at its error, with the error."""
+    """Log a line when the task ends, with its seconds and the process's memory; or with the error if it fails."""
     if not LOGGER.isEnabledFor(logging.INFO):
         yield
         return
