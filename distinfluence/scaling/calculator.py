@@ -198,7 +198,7 @@ class InfluenceCalculator(ABC):
         samples: tuple[Sample, Sample],
         options: RunOptions,
     ) -> Problem:
-        """samples: a training and a test sample."""
+        """Describe what to compute; `samples` are a training and a test sample."""
         module = self.model.risk.module
         return Problem(
             n_test=test.n_samples,
@@ -230,16 +230,32 @@ class InfluenceCalculator(ABC):
         return sample
 
     def gradients(self, x: object, y: object | None = None, *, chunk_size: int | None = None) -> "da.Array":
-        """Per-sample gradients of the training loss, [n, p], one block per chunk; lazy."""
+        """Compute per-sample gradients of the training loss, lazily.
+
+        Args:
+            x: Data points, as for `fit`.
+            y: Their targets, unless `x` has them.
+            chunk_size: Samples in a chunk; 256 unless the data bring their own chunks.
+
+        Returns:
+            A dask array [n, p], one block per chunk.
+        """
         return self._lazy().gradients(self._chunked(x, y, chunk_size))
 
     def influence_factors(
         self, x: object, y: object | None = None, *, chunk_size: int | None = None, return_report: bool = False
     ) -> Any:
-        """(A + λI)⁻¹ ∇θ m of each test point, [n_test, p], one solve and one block per chunk; lazy.
+        """Compute (A + λI)⁻¹ ∇θ m of each test point, lazily, with one solve per chunk.
 
-        With `return_report`, also a dict of lazy [n_test] arrays: relative_residual, iterations, converged and
-        error_bound (NaN where there is none).
+        Args:
+            x: Test points, as for `fit`.
+            y: Their targets, unless `x` has them.
+            chunk_size: Test points that are solved together; 1024 unless the data bring their own chunks.
+            return_report: Whether to return a report of the solves, too.
+
+        Returns:
+            A dask array [n_test, p], one block per chunk. With `return_report`, also a dict of lazy [n_test] arrays:
+            relative_residual, iterations, converged and error_bound (NaN where there is none).
         """
         factors, report = self._lazy().factors(self._chunked(x, y, chunk_size, TEST_CHUNK_SIZE))
         return (factors, report) if return_report else factors
@@ -255,9 +271,19 @@ class InfluenceCalculator(ABC):
         chunk_size: int | None = None,
         test_chunk_size: int | None = None,
     ) -> "da.Array":
-        """The influence matrix [n_test, n_train] (or [n_test, n_train, *input]), one block per training chunk; lazy.
+        """Compute the influence matrix, lazily.
 
-        x, y: the training points; those of the fit if left out.
+        Args:
+            x_test: Test points, as for `fit`.
+            y_test: Their targets, unless `x_test` has them.
+            x: Training points; those of the fit by default.
+            y: Their targets, unless `x` has them.
+            mode: "up" (up-weighting) or "perturbation".
+            chunk_size: Training points in a chunk; 256 unless the data bring their own chunks.
+            test_chunk_size: Test points that are solved together; 1024 unless the data bring their own chunks.
+
+        Returns:
+            A dask array [n_test, n_train], or [n_test, n_train, *input] for perturbation, one block per training chunk.
         """
         factors = self.influence_factors(x_test, y_test, chunk_size=test_chunk_size)
         return self.influences_from_factors(factors, x, y, mode, chunk_size=chunk_size)
@@ -271,7 +297,18 @@ class InfluenceCalculator(ABC):
         *,
         chunk_size: int | None = None,
     ) -> "da.Array":
-        """As `influences`, from factors [n_test, p] as a dask or NumPy array; lazy."""
+        """Compute the influence matrix from given factors, lazily.
+
+        Args:
+            factors: The factors [n_test, p] as a dask or NumPy array, see `influence_factors`.
+            x: Training points; those of the fit by default.
+            y: Their targets, unless `x` has them.
+            mode: "up" (up-weighting) or "perturbation".
+            chunk_size: Training points in a chunk; 256 unless the data bring their own chunks.
+
+        Returns:
+            A dask array, as of `influences`.
+        """
         data = self._stages().train if x is None else self._chunked(x, y, chunk_size)
         return self._lazy().influences(factors, data, influence_mode(mode))
 
@@ -331,9 +368,15 @@ class InfluenceCalculator(ABC):
             return write_influences(output, fitted, request, self._scratch.kept, bars)
 
     def require_space(self, plan: Plan, path: str | Path, mantissa_bits: int = FLOAT32_BITS) -> None:
-        """Pass if the disks of `path` and of the scratch folder have room for what the plan will write.
+        """Check that the disks of `path` and of the scratch folder have room for what the plan will write.
 
-        Raises DiskFullError, saying how much to free.
+        Args:
+            plan: The plan of the run.
+            path: The folder or URL of the result.
+            mantissa_bits: Bits of the mantissa that the result keeps of each float32; all 23 by default.
+
+        Raises:
+            DiskFullError: There is too little room. The message says how much to free.
         """
         stored = (mantissa_bits + SIGN_AND_EXPONENT) / (FLOAT32_BITS + SIGN_AND_EXPONENT)
         output = place_of(path)
@@ -350,9 +393,17 @@ class InfluenceCalculator(ABC):
         return self._fitted
 
     def chunked(self, x: object, y: object | None = None, *, chunk_size: int | None = None) -> ChunkedData:
-        """Training or test data cut into chunks, to be passed as x to the methods here; see `chunked`.
+        """Cut training or test data into chunks, for use as `x` of the methods here.
 
-        Finds the number of samples, and loads nothing else.
+        This finds the number of samples, and loads nothing else.
+
+        Args:
+            x: Data points, as for `fit`.
+            y: Their targets, unless `x` has them.
+            chunk_size: Samples in a chunk; 256 unless the data bring their own chunks.
+
+        Returns:
+            The data in chunks.
         """
         return self._chunked(x, y, chunk_size)
 
@@ -363,31 +414,31 @@ class InfluenceCalculator(ABC):
 
     @abstractmethod
     def _home(self) -> Home:
-        """Where data of the caller go."""
+        """Return where data of the caller go."""
 
     @abstractmethod
     def _everywhere(self, data: ChunkedData) -> ChunkedData:
-        """The same data in chunks that every task can load."""
+        """Return the same data in chunks that every task can load."""
 
     @abstractmethod
     def _executor(self) -> Executor:
-        """What runs the tasks."""
+        """Return what runs the tasks."""
 
     @abstractmethod
     def _unfitted_context(self) -> Context:
-        """Where tasks get the model from before it is fitted."""
+        """Return where tasks get the model from before it is fitted."""
 
     @abstractmethod
     def _fitted_context(self, context: Any, train: ChunkedData) -> Context:
-        """Where tasks get the fitted model from."""
+        """Return where tasks get the fitted model from."""
 
     @abstractmethod
     def _reducer(self, context: Any, data: ChunkedData, remarks: tuple[str, ...]) -> DaskReducer | SourceReducer:
-        """The reducer that the model is fitted over."""
+        """Return the reducer that the model is fitted over."""
 
     @abstractmethod
     def _machine(self) -> Machine:
-        """How many tasks run at a time, and the memory that each process may take."""
+        """Return how many tasks run at a time, and the memory that each process may take."""
 
 
 def _progress(progress: bool | Progress) -> Progress:

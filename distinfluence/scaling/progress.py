@@ -33,19 +33,19 @@ class Bar:
         self._bar = tqdm(desc=name, total=total, unit=f" {unit}", disable=not (show and sys.stderr.isatty()))
 
     def advance(self, n: int = 1) -> None:
-        """n more are done."""
+        """Count n more as done."""
         self.count += n
         self._bar.update(n)
         self._line()
 
     def note(self, text: str) -> None:
-        """A word beside the bar, such as the number of passes."""
+        """Show a note next to the bar, such as the number of passes."""
         self._note = text
         self._bar.set_postfix_str(text)
         self._line()
 
     def close(self) -> None:
-        """End of the stage."""
+        """End the stage."""
         self._bar.close()
         if self._lines and self._printed != (self.count, self._note):
             self._print()
@@ -72,7 +72,11 @@ class Bar:
 
 
 class Progress:
-    """The stages of a run. show: whether to print; seconds: stage → wall time, of those that have ended."""
+    """The stages of a run. The attribute `seconds` maps each stage that has ended to its wall time.
+
+    Args:
+        show: Whether to print.
+    """
 
     def __init__(self, show: bool = True) -> None:
         self.show = show
@@ -84,9 +88,16 @@ class Progress:
 
     @contextmanager
     def beside(self, output: Path | str | RemoteFolder, part: str = "") -> Iterator[None]:
-        """Say in a file beside the output what the run is doing, until it ends; the file stays if it ends badly.
+        """Say in a file next to the output what the run is doing, until it ends; the file stays if the run fails.
 
-        Within another such block, the outer one's file goes on. Behind a URL there is none.
+        Within another such block, the file of the outer block goes on. Behind a URL there is no file.
+
+        Args:
+            output: The result that the run writes.
+            part: The run's share of the result as "K/N", where several runs write one result; "" for a single run.
+
+        Yields:
+            None.
         """
         if self._file is not None or not isinstance(output, Path):
             yield
@@ -127,13 +138,21 @@ class Progress:
                 write_state(self._file, self._state)
 
     def say(self, text: str) -> None:
-        """A line that people should read, above the bar if there is one."""
+        """Print a line that people should read, above the bar if there is one.
+
+        Args:
+            text: The line.
+        """
         if self.show:
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
 
     def warn(self, text: str) -> None:
-        """What people should know even of a run that says nothing: then a warning of Python's."""
+        """Print a warning, or issue a Python warning if nothing is shown.
+
+        Args:
+            text: The warning.
+        """
         if self.show:
             self.say(f"warning: {text}")
         else:
@@ -141,7 +160,16 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Bar]:
-        """A stage with its bar; its time is kept also when it fails."""
+        """Show the bar of a stage; its time is kept also when it fails.
+
+        Args:
+            name: Name of the stage.
+            total: How many units there are; None if unknown.
+            unit: What is counted, in the plural.
+
+        Yields:
+            The bar.
+        """
         bar = self._bar = Bar(name, total, unit, self.show)
         self._tell()
         start = time.perf_counter()
