@@ -39,7 +39,11 @@ def job_kind(kind: str) -> bool:
 
 
 def cluster_class(kind: str) -> Any:
-    """The class of dask-jobqueue clusters that `kind` names. Raises MissingDependencyError without dask-jobqueue."""
+    """Return the class of dask-jobqueue clusters that `kind` names.
+
+    Raises:
+        MissingDependencyError: dask-jobqueue is not installed.
+    """
     with _interrupts_left_alone():
         if ":" in kind:
             return Recipe(kind).resolve()
@@ -54,7 +58,7 @@ def cluster_class(kind: str) -> Any:
 
 @contextmanager
 def _interrupts_left_alone() -> Iterator[None]:
-    """Importing dask-jobqueue makes Ctrl-C an exit with status 0, as if all were done."""
+    """Restore what Ctrl-C does: importing dask-jobqueue makes it an exit with status 0, as if all were done."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -129,7 +133,7 @@ def seconds_of_workers(cluster: Any, arguments: Mapping[str, Any]) -> float | No
 
 
 def _marked(name: str, folder: Path) -> str:
-    """A job's name that is this run's alone: by it the jobs are found that nobody has a number of.
+    """Return a job name that only this run uses: by it, jobs are found whose number nobody has.
 
     A driver that is a job itself has the same mark when it is started again, and so finds what its last start left.
     """
@@ -148,7 +152,10 @@ def _check_directives(directives: object) -> None:
 
 
 def _security(wanted: object) -> Any:
-    """A scheduler without it takes code from whoever reaches its port: on a cluster, from every other user."""
+    """Return the security settings of the scheduler.
+
+    Without any, the scheduler takes code from whoever reaches its port: on a cluster, from every other user.
+    """
     if wanted is not True:
         return wanted or None
     try:

@@ -35,12 +35,23 @@ def job_cluster(
     folder: Path,
     announce: Callable[[str], None],
 ) -> Iterator[Client]:
-    """A client of a scheduler in this process whose workers are jobs; every one of them has gone afterwards.
+    """Yield a client of a scheduler in this process whose workers are jobs; all jobs are gone afterwards.
 
-    kind, settings, timeout: see `ClusterSpec`. jobs: the least and the most of them. guarded: whether the jobs are cancelled also if this
-    process is killed. environment: of the workers. folder: for logs and certificates, seen by every node. Entered when
-    the first worker has come. Raises ClusterError with what the queue or the jobs' logs say when jobs are refused or
-    end before they work, SettingError for settings that dask-jobqueue does not know.
+    The block is entered when the first worker has come.
+
+    Args:
+        kind: See `ClusterSpec`.
+        jobs: The least and the most jobs.
+        settings: See `ClusterSpec`.
+        timeout: See `ClusterSpec`.
+        guarded: Whether the jobs are cancelled also if this process is killed.
+        environment: Environment variables of the workers.
+        folder: Folder for logs and certificates, seen by every node.
+        announce: Called with a text about what the queue is doing.
+
+    Raises:
+        ClusterError: Jobs are refused, or end before they work; the message has what the queue or the jobs' logs say.
+        SettingError: dask-jobqueue does not know a setting.
     """
     asked = cluster_class(kind)
     arguments = job_arguments(asked, settings, environment, folder)
@@ -71,7 +82,7 @@ def job_cluster(
 
 
 def _guard(asked: Any, name: str | None, folder: Path) -> Guard | None:
-    """What cancels the jobs if this process is killed; None for jobs that end by themselves with their submitter."""
+    """Return what cancels the jobs if this process is killed; None for jobs that end with their submitter."""
     if asked.job_cls.cancel_command is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +115,7 @@ class _Adapting(Adaptive):
 
 
 def _watched_client(cluster: Any, watchdog: Watchdog, timeout: float | None) -> Iterator[Client]:
-    """A client once there is a worker; what the run raises because the watch gave it up becomes what the watch says."""
+    """Yield a client once there is a worker; an error that the watch caused is raised as the message of the watch."""
     with Client(cluster) as client:
         # whatever the run waits for, it stops waiting when its client has closed
         watchdog.on_failure = lambda: client.close(timeout=5)
@@ -141,7 +152,7 @@ def _close(cluster: Any, queue: SlurmQueue | None, name: str) -> None:
 
 
 def _scheduler(asked: Any, arguments: dict[str, Any], refusals: list[str], guard: Guard | None) -> Any:
-    """The cluster, with jobs that note refusals, and none of them submitted yet."""
+    """Make the cluster, with jobs that note refusals; none of the jobs is submitted yet."""
     named = _naming(asked)
     cluster = named.__new__(named)
     try:
@@ -155,9 +166,9 @@ def _scheduler(asked: Any, arguments: dict[str, Any], refusals: list[str], guard
 
 
 def _naming(asked: Any) -> Any:
-    """The class of clusters, made to give no job the name of an earlier one: what is known of that would be in its way.
+    """Make the class of clusters never give a job the name of an earlier one.
 
-    Dask gives the last name out again, and the new job would count as one whose worker had come before.
+    Dask gives the last name out again. The new job would then count as one whose worker had come before.
     """
 
     class NamingCluster(asked):  # type: ignore[misc]  # dask-jobqueue has no types
@@ -171,7 +182,7 @@ def _naming(asked: Any) -> Any:
 
 
 def _noting(job_class: Any, refusals: list[str], guard: Guard | None) -> Any:
-    """The class of jobs, made to note why one could not be submitted, and to keep our own job's variables from it."""
+    """Make the class of jobs note why one could not be submitted, and keep our own job's variables from it."""
 
     class NotingJob(job_class):  # type: ignore[misc]  # dask-jobqueue has no types
         async def start(self) -> None:

@@ -41,7 +41,7 @@ class Guard:
         )
 
     def note(self, number: str) -> None:
-        """A job was submitted."""
+        """Note that a job was submitted."""
         self._write(number)
 
     def release(self) -> None:

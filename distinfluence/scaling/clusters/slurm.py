@@ -92,7 +92,7 @@ class SlurmQueue:
 
 
 def log_end(path: Path) -> str:
-    """The last lines of a log, indented; empty if there is none."""
+    """Return the last lines of a log, indented; empty if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))
@@ -103,7 +103,7 @@ def log_end(path: Path) -> str:
 
 
 def submission_environment() -> dict[str, str]:
-    """This process's environment without what SLURM told the job that it may be running in."""
+    """Return this process's environment without what SLURM told the job that it may be running in."""
     return {name: v for name, v in os.environ.items() if not name.startswith("SLURM_") or name in PASSED_ON}
 
 
@@ -144,9 +144,10 @@ def _squeue(*options: str) -> str | None:
 
 
 def _answer(*command: str) -> str | None:
-    """What a command of SLURM writes, None if it fails; nothing for jobs so old that SLURM knows their numbers no more.
+    """Return what a command of SLURM writes, None if it fails.
 
-    In a session of its own: Ctrl-C at a terminal would reach it too, just when it is to cancel jobs.
+    The output is empty for jobs so old that SLURM has forgotten their numbers. The command gets a session of its own:
+    Ctrl-C at a terminal would reach it too, just when it is to cancel jobs.
     """
     try:
         done = subprocess.run(

@@ -52,7 +52,16 @@ class LongTasks:
         self._warned = False
 
     def look(self, now: float, executing: Mapping[str, AbstractSet[str]], unfinished: AbstractSet[str]) -> str | None:
-        """What must end the run, if anything. executing: worker → keys; unfinished: keys that are still to be done."""
+        """Look at what workers are doing.
+
+        Args:
+            now: The time in seconds.
+            executing: Worker → keys of the tasks that it executes.
+            unfinished: Keys of tasks that are still to be done.
+
+        Returns:
+            Why the run must end, or None.
+        """
         there = {(worker, key) for worker, keys in executing.items() for key in keys}
         for (worker, key), since in self._since.items():
             if worker not in executing and key in unfinished and now - since >= self.seconds / 2:

@@ -33,7 +33,7 @@ class BatchQueue(Protocol):
     """What the watch asks of a queue."""
 
     def look(self, numbers: Iterable[str]) -> Mapping[str, QueuedJob] | None:
-        """The jobs of these numbers; None if there is no answer."""
+        """Return the jobs of these numbers; None if there is no answer."""
 
     def explain(self, number: str) -> str:
         """How a job ended."""
@@ -234,7 +234,7 @@ class Watchdog:
         )
 
     def _judge_refusals(self, jobs: Jobs, ended: list[str], refused: list[str]) -> None:
-        """A refusal ends the run if no job of it is there; otherwise it goes on with those that are."""
+        """End the run after a refusal if none of its jobs is there; otherwise go on with the jobs that are."""
         if any(number is not None for number in jobs.numbers.values()):
             self._refused_since = None  # not as soon as nothing is refused: between two tries nothing is
         if not refused:
