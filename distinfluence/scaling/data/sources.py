@@ -35,7 +35,7 @@ class Leaf(Protocol):
         """Shape of the whole array."""
 
     def read(self, start: int, stop: int) -> Array:
-        """Samples start to stop, in memory."""
+        """Read samples start to stop into memory."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class MemoryLeaf:
         return self.array.shape
 
     def read(self, start: int, stop: int) -> Array:
-        """A view of the samples."""
+        """Return a view of the samples."""
         view: Array = self.array[start:stop]
         return view
 
@@ -63,7 +63,7 @@ class NpyLeaf:
     shape: tuple[int, ...]
 
     def read(self, start: int, stop: int) -> Array:
-        """The samples, copied out of the memory-mapped file."""
+        """Copy the samples out of the memory-mapped file."""
         return np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[start:stop])
 
 
@@ -79,7 +79,7 @@ class ZarrLeaf:
         return self.array.shape
 
     def read(self, start: int, stop: int) -> Array:
-        """The samples, decoded."""
+        """Decode the samples."""
         return np.asarray(self.array[start:stop])
 
 
@@ -90,13 +90,18 @@ class Home(Protocol):
     """Where data of the caller go, and who looks at data that the caller must not load."""
 
     def keep(self, array: Array) -> Leaf:
-        """A place for an array of the caller's process from which every task can read it."""
+        """Put an array of the caller's process where every task can read it."""
 
     def length(self, recipe: Recipe, key: str) -> int:
-        """Number of samples of what the recipe builds, found where tasks run; `key`: under which it is kept there."""
+        """Count the samples of what the recipe builds, where tasks run.
+
+        Args:
+            recipe: The recipe.
+            key: The key under which its product is kept there.
+        """
 
     def key(self, recipe: Recipe) -> str:
-        """The same for the same recipe as long as this home lasts: it is built once in each process."""
+        """Return the same key for the same recipe as long as this home lasts: it is built once in each process."""
 
 
 class Keys:
@@ -106,7 +111,7 @@ class Keys:
         self._keys: dict[str, str] = {}
 
     def key(self, recipe: Recipe) -> str:
-        """A new one for a recipe that was not seen yet."""
+        """Return the key of the recipe, a new one if the recipe has not been seen yet."""
         return self._keys.setdefault(repr(recipe), uuid.uuid4().hex)
 
 
@@ -114,7 +119,7 @@ class InThisProcess(Keys):
     """Data stay where they are."""
 
     def keep(self, array: Array) -> Leaf:
-        """The array itself."""
+        """Return the array itself, as a leaf."""
         return MemoryLeaf(array)
 
     def length(self, recipe: Recipe, key: str) -> int:
@@ -135,7 +140,7 @@ class ChunkSource(ABC):
 
     @abstractmethod
     def load(self) -> ArrayBatch:
-        """The samples, as NumPy arrays."""
+        """Load the samples as NumPy arrays."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ _grown: dict[str, int] = {}  # by how much the process did when it built them
 
 
 def built_once(recipe: Recipe | bytes, key: str) -> Any:
-    """What the recipe (or the pickled data set) builds, kept under `key`."""
+    """Return what the recipe (or the pickled data set) builds, kept under `key`."""
     if key not in _data_sets:
         before = process_bytes()
         _data_sets[key] = cloudpickle.loads(recipe) if isinstance(recipe, bytes) else recipe.build()
@@ -202,9 +207,10 @@ def built_bytes(source: "ChunkSource") -> int:
 
 
 def recipe_length(recipe: Recipe, key: str) -> int:
-    """Number of samples of what the recipe builds, which is kept under `key`.
+    """Count the samples of what the recipe builds, which is kept under `key`.
 
-    Raises DtypeError if that is neither a data set nor arrays.
+    Raises:
+        DtypeError: The recipe builds neither a data set nor arrays.
     """
     built = built_once(recipe, key)
     if isinstance(built, IterableDataset) or not isinstance(built, (Dataset, Tensor, np.ndarray, Mapping, Sequence)):
@@ -225,7 +231,7 @@ def spill(array: Array, folder: Path) -> NpyLeaf:
 
 
 def leaf_tree(data: object, home: Home, name: str) -> LeafTree:
-    """The arrays of a data set where every task can read them, in the form of the data."""
+    """Put the arrays of a data set where every task can read them, and return them in the form of the data."""
     if isinstance(data, Mapping):
         return {str(key): leaf_tree(value, home, f"{name}[{key!r}]") for key, value in data.items()}
     if isinstance(data, (tuple, list)):
@@ -244,7 +250,12 @@ def leaf_tree(data: object, home: Home, name: str) -> LeafTree:
 
 
 def common_length(tree: LeafTree) -> int:
-    """Number of samples. Raises ShapeError where arrays disagree, EmptyDataError where there are none."""
+    """Count the samples.
+
+    Raises:
+        ShapeError: The arrays have different lengths.
+        EmptyDataError: There are no arrays.
+    """
     lengths = dict(leaf_lengths(tree, "data"))
     if len(set(lengths.values())) > 1:
         raise ShapeError(f"`x` and `y` must have as many samples, got {lengths}. Pass inputs and targets that match.")
@@ -254,7 +265,7 @@ def common_length(tree: LeafTree) -> int:
 
 
 def leaf_lengths(tree: LeafTree, name: str) -> list[tuple[str, int]]:
-    """The length of each array, with the name by which a user would reach it."""
+    """Return the length of each array, with the name by which a user would reach it."""
     if isinstance(tree, dict):
         return [pair for key, value in tree.items() for pair in leaf_lengths(value, f"{name}[{key!r}]")]
     if isinstance(tree, tuple):
