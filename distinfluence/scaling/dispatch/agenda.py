@@ -32,7 +32,12 @@ class Agenda(ABC):
         self._alone: deque[int] = deque()  # to be tried when nothing else is left
 
     def next(self, under_way: int, window: int) -> int | None:
-        """The next task to start, None if none may be now. under_way: tasks, of `window` that there should be."""
+        """Return the next task to start, None if none may start now.
+
+        Args:
+            under_way: How many tasks are under way.
+            window: How many tasks there should be under way.
+        """
         found = self._next(under_way, window)
         return self._alone.popleft() if found is None and not under_way and self._alone else found
 
@@ -46,11 +51,11 @@ class Agenda(ABC):
 
     @abstractmethod
     def again(self, index: int, alone: bool = False) -> None:
-        """A task is to be done again: as soon as it can, or alone when the others are done."""
+        """Do a task again: as soon as possible, or alone when the others are done."""
 
     @abstractmethod
     def see(self, workers: Sequence[str]) -> None:
-        """The workers that may be given tasks now; told at the start and every second."""
+        """Note the workers that may be given tasks now; called at the start and every second."""
 
     def keeps(self, index: int) -> bool:
         """Whether the result stays on the worker that made it."""
@@ -58,14 +63,14 @@ class Agenda(ABC):
 
     @abstractmethod
     def finished(self, index: int, future: "Future[Any]") -> None:
-        """A task is done; what is kept is in the agenda's care from now on."""
+        """Note that a task is done; from now on the agenda takes care of what is kept."""
 
     def kept(self) -> "dict[int, Future[Any]]":
         """Results that are on workers and still needed."""
         return {}
 
     def lost(self, index: int) -> list[int]:
-        """A kept result cannot be had: make it again. The tasks that cannot go on as they were called."""
+        """Make a kept result again that is not available; return the tasks that cannot go on as they were called."""
         return []
 
 
@@ -83,7 +88,7 @@ class TaskQueue(Agenda):
         return next(self._waiting, None) if under_way < window else None
 
     def call(self, index: int) -> Call:
-        """The task with this item."""
+        """Return the task with this item."""
         return Call(self._task, self._items[index], workers=self._workers)
 
     def again(self, index: int, alone: bool = False) -> None:

@@ -67,7 +67,7 @@ class DaskReducer(ChunkReducer):
         return self._here(total)
 
     def map(self, kernel: Kernel, *broadcast: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """The chunks' results one by one, in the order of the chunks."""
+        """Yield the chunks' results one by one, in the order of the chunks."""
         self._begin_pass()
         items = [(self._chunks(range(index, index + 1)),) for index in range(len(self.chunk_sizes))]
         early: dict[int, Any] = {}
@@ -88,7 +88,7 @@ class DaskReducer(ChunkReducer):
         return self._here(result)
 
     def to(self, risk: SampleRisk) -> "DaskReducer":
-        """The same chunks; the workers' device is fixed by their context."""
+        """Return the same chunks; the workers' device is fixed by their context."""
         other = copy.copy(self)
         other.risk = risk
         return other

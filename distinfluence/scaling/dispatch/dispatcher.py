@@ -165,7 +165,10 @@ class Dispatcher:
                 asyncio.run_coroutine_threadsafe(fetch(), loop.asyncio_loop)  # type: ignore[attr-defined]
 
     async def _fetched(self, future: "Future[Any]") -> Any:
-        """A result, asked for by itself: `gather` puts several in one request, which ends when all holders answer."""
+        """Fetch a result by itself.
+
+        `gather` puts several results in one request, which ends when all holders answer.
+        """
         if future.status == "finished":
             answer = await self.client.scheduler.gather(keys=[future.key])  # type: ignore[union-attr]
             if answer["status"] == "OK":
@@ -275,7 +278,7 @@ class _Lazy:
 
 
 def _in_one(task: Task, *arguments: object) -> Any:
-    """A task whose lazy arguments are made first, here."""
+    """Run a task whose lazy arguments are made first, here."""
     return task(*(a.part.compute(scheduler="synchronous") if isinstance(a, _Lazy) else a for a in arguments))
 
 
@@ -291,7 +294,7 @@ def able_workers(client: Client, resources: Mapping[str, float]) -> dict[str, in
 
 
 def send(client: Client, value: object, key: str, workers: list[str] | None = None) -> "Future[Any]":
-    """A value on the cluster, made by a task: if its holder dies it is made again."""
+    """Put a value on the cluster by a task: if its holder dies, the value is made again."""
     extra: dict[str, Any] = {"workers": workers, "allow_other_workers": True} if workers else {}
     return client.submit(_itself, value, key=key, pure=False, **extra)
 
@@ -301,7 +304,7 @@ def _itself(value: object) -> object:
 
 
 def killed(error: KilledWorker) -> ClusterError:
-    """What to raise for a task that workers keep dying on."""
+    """Return the error to raise for a task that workers keep dying on."""
     return ClusterError(
         f"a task killed several workers in a row: {error}. Usually memory: use smaller chunks, or workers with a "
         "higher memory limit. What was written stays; go on with resume."
@@ -309,5 +312,5 @@ def killed(error: KilledWorker) -> ClusterError:
 
 
 def scheduler_is_gone() -> ClusterError:
-    """What to raise when the scheduler does not answer any more."""
+    """Return the error to raise when the scheduler has stopped answering."""
     return ClusterError("the scheduler is gone. What was written stays: start the cluster again and go on with resume.")

@@ -58,7 +58,7 @@ class Stragglers:
         self.processing = self.client.processing()
 
     def old(self, under_way: Mapping[int, UnderWay]) -> list[int]:
-        """The tasks that are worth a look."""
+        """Return the tasks that are worth a look."""
         now = time.monotonic()
         return [index for index in sorted(under_way) if now - under_way[index].latest > self.slow_seconds]
 

@@ -83,7 +83,7 @@ class Tree(Agenda):
         return group
 
     def call(self, index: int) -> Call:
-        """The sum of a group where its chunks are, or an addition where most of its inputs are."""
+        """Return the call that sums a group where its chunks are, or that adds where most of its inputs are."""
         if index < len(self._arguments):
             worker = self._at.get(index)
             return Call(run_kernel, self._arguments[index], workers=[worker] if worker else None)
@@ -108,11 +108,14 @@ class Tree(Agenda):
             self._ready.append(index)
 
     def kept(self) -> "dict[int, Future[Any]]":
-        """Sums that wait to be added."""
+        """Return the sums that wait to be added."""
         return dict(self._made)
 
     def again(self, index: int, alone: bool = False) -> None:
-        """Groups as any; an addition when its inputs are there, of which those that failed are made again too."""
+        """Do a group again as any task, and an addition when its inputs are there.
+
+        Inputs that failed are made again, too.
+        """
         if index >= len(self._arguments):
             for i in self._inputs[index]:
                 if i in self._made and self._made[i].status in ("error", "cancelled"):
