@@ -56,7 +56,15 @@ def sweep_bytes(work: Problem, machine: Machine, rows: int, gradients: int) -> i
 
 
 def stages_of(work: Problem, machine: Machine, chunks: Chunks, solve: str, rates: Rates | None) -> tuple[Stage, ...]:
-    """The stages of a run in their order. rates: measured, for the times; None leaves them out."""
+    """List the stages of a run in their order.
+
+    Args:
+        work: What to compute.
+        machine: Where the run will take place.
+        chunks: Samples in each kind of chunk.
+        solve: "rows" or "data".
+        rates: Measured speeds, for the times; None omits the times.
+    """
     run = _Run(work, machine, chunks, solve, rates)
     extras = (run.self_influence(), run.contributions())
     return (run.fit(), run.factors(), run.strips(), *(stage for stage in extras if stage is not None))
@@ -117,7 +125,7 @@ class _Run:
         }
 
     def solving(self, rows: int) -> dict[str, int]:
-        """What a worker holds that solves for `rows` right-hand sides by itself."""
+        """Return what a worker holds that solves for `rows` right-hand sides by itself."""
         products = sweep_bytes(self.work, self.machine, rows, self.gradients) if self.work.over_data else 0
         state = self.work.demand.state_bytes
         return {"products": products, "the fitted state": state, "the solve": solving_bytes(self.work, rows)}
@@ -227,5 +235,5 @@ def solving_bytes(work: Problem, rows: int) -> int:
 
 
 def ceil(a: int, b: int) -> int:
-    """⌈a / b⌉."""
+    """Return ⌈a / b⌉."""
     return -(-a // b)

@@ -14,7 +14,7 @@ PER_WORKER = 2  # groups that are under way on a worker: one runs, one waits
 
 
 def groups(n_chunks: int) -> list[range]:
-    """The chunks of each group: neighbours, as many in each as in any other or one more."""
+    """Return the chunks of each group: neighbours, as many in each as in any other or one more."""
     n = min(n_chunks, GROUPS)
     return [range(n_chunks * i // n, n_chunks * (i + 1) // n) for i in range(n)]
 
