@@ -51,12 +51,12 @@ class RankedPairs:
         return cls(tests[order], trains.ravel()[order], order, k)
 
     def of_chunk(self, start: int, size: int) -> slice:
-        """The pairs whose training points lie in a chunk."""
+        """Return the pairs whose training points lie in a chunk."""
         first, last = np.searchsorted(self.trains, [start, start + size]).tolist()
         return slice(first, last)
 
     def part(self, own: slice) -> "RankedPairs":
-        """Some of them."""
+        """Return some of the pairs."""
         return RankedPairs(self.tests[own], self.trains[own], self.places[own], self.k)
 
 
@@ -109,7 +109,10 @@ def part_file(file: str, k: int, index: int) -> Path:
 def take_strip_apart(
     context: Context, file: str, chunk: Chunk, index: int, start: int, size: int, pairs: RankedPairs
 ) -> int:
-    """What a strip's pairs are made of, [n, n_layers], with [n, T] beside it where positions are known, to a file."""
+    """Write what a strip's pairs are made of, [n, n_layers], to a file.
+
+    Where positions are known, [n, T] is written next to it.
+    """
     tests, trains, k = pairs.tests, pairs.trains, pairs.k
     if part_file(file, k, index).is_file():  # the worker that made it died before its answer was fetched
         return index

@@ -21,7 +21,7 @@ from distinfluence.store.format.layout import FLOAT32_BITS
 
 
 def factor_fields(factors: torch.Tensor, report: SolveReport, losses: Array, norms: Array) -> dict[str, Array]:
-    """What the result keeps of each test point, by its field names; error bounds leave room for float32 storage."""
+    """Return what the result keeps of each test point, by field name; error bounds leave room for float32 storage."""
     bound = np.full(len(losses), np.nan)
     if report.error_bound is not None:
         sizes = torch.linalg.vector_norm(factors, dim=1, dtype=torch.float64).cpu()
@@ -44,7 +44,7 @@ FIELDS |= {"error_bound": "f8", "factor_norm": "f8"}
 
 
 def stored_fields(fields: Mapping[str, Array], layout: Layout) -> dict[str, Array]:
-    """What goes into the result: its error bounds hold for values that are rounded, too."""
+    """Return what goes into the result: its error bounds hold for values that are rounded, too."""
     kept = {name: values for name, values in fields.items() if name != "factor_norm"}
     if layout.mantissa_bits < FLOAT32_BITS:
         bound, norm = (np.asarray(fields[name], dtype=np.float64) for name in ("error_bound", "factor_norm"))
@@ -53,7 +53,11 @@ def stored_fields(fields: Mapping[str, Array], layout: Layout) -> dict[str, Arra
 
 
 def make_factor_file(file: Path, n_test: int, p: int, dtype: np.dtype[Any]) -> None:
-    """An empty file for the factors [n_test, p] of all test points, unless a whole one is there. Raises StoreError."""
+    """Make an empty file for the factors [n_test, p] of all test points, unless a whole one is there.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
     there = _factor_rows(str(file))
     if there is None or there.shape != (n_test, p) or there.dtype != dtype:
         with scratch_errors(file.parent, file.name), appearing(file) as partial:
@@ -61,7 +65,7 @@ def make_factor_file(file: Path, n_test: int, p: int, dtype: np.dtype[Any]) -> N
 
 
 def _factor_rows(file: str) -> "np.memmap[Any, Any] | None":
-    """The factors, mapped to be read; None where there is no such file, or a torn one."""
+    """Map the factors for reading; return None where there is no such file, or a torn one."""
     try:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -88,9 +92,12 @@ def save_factors(file: str, start: int, factors: Array, fields: Mapping[str, Arr
 
 
 def saved_fields(file: str, start: int, check: bool = True) -> dict[str, Array] | None:
-    """The fields that `save_factors` wrote beside the rows from `start`; None if they are not as they were written.
+    """Return the fields that `save_factors` wrote next to the rows from `start`; None if they have changed.
 
-    check: read the rows, too, and give None if these are not.
+    Args:
+        file: The file of the factors.
+        start: The first row.
+        check: Whether to read the rows, too, and to return None if these have changed.
     """
     try:
         stored = np.load(fields_file(file, start), allow_pickle=False)

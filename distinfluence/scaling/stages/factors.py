@@ -29,7 +29,7 @@ from distinfluence.scaling.worker.logs import logged_task
 
 
 def _unsolved(test: ChunkedData, failures: Failures) -> ChunkFailedError:
-    """What to raise when the factors of all other test chunks are made: a strip needs them all."""
+    """Return the error to raise when the factors of all other test chunks are made: a strip needs them all."""
     return ChunkFailedError(
         f"{len(failures)} of {len(test.sizes)} test chunks failed every time they were tried, the factors of all "
         f"others are made:\n  {listed(reasons_of(test, failures).values())}\nMend these test samples or their "
@@ -38,7 +38,10 @@ def _unsolved(test: ChunkedData, failures: Failures) -> ChunkFailedError:
 
 
 def write_all_fields(run: Run) -> None:
-    """What is known of the test points, once more and whole: a power failure may have torn what was written before."""
+    """Write all that is known of the test points once more.
+
+    A power failure may have torn what was written before.
+    """
     fields = _all_fields(run)
     if fields is None and not run.writer.knows_tests():
         write_factors(run)
@@ -48,7 +51,7 @@ def write_all_fields(run: Run) -> None:
 
 
 def _all_fields(run: Run) -> dict[str, Array] | None:
-    """The fields of all test points, None if those of some are not there."""
+    """Return the fields of all test points, None if some are missing."""
     parts = [saved_fields(run.factors, start, check=False) for start in run.request.test.starts]
     whole = [part for part in parts if part is not None]
     if len(whole) < len(parts):

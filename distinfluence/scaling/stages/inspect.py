@@ -69,10 +69,11 @@ def look(executor: Executor, context: Context, data: ChunkedData, progress: Prog
 
 
 def drawn_samples(executor: Executor, risk: SampleRisk, looked: Inspected) -> list[Batch]:
-    """The drawn samples, read once more, joined where their shapes allow and placed.
+    """Read the drawn samples once more, join them where their shapes allow, and place them on the device.
 
-    Raises NonDeterministicDataError where they are not what they were: the data set draws random numbers, or each
-    process builds another one.
+    Raises:
+        NonDeterministicDataError: The samples have changed: the data set draws random numbers, or each process builds
+            another one.
     """
     by_chunk: dict[int, list[int]] = {}
     for chunk, index in looked.draw.places:
@@ -123,5 +124,5 @@ def inspect_chunk(context: Context, chunk: Chunk, index: int, start: int, size: 
 
 
 def read_again(chunk: Chunk, index: Sequence[int]) -> ArrayBatch:
-    """Some samples of a chunk, read anew: not those that this process may have kept."""
+    """Read some samples of a chunk again, not from what this process may have kept."""
     return taken(chunk.load() if isinstance(chunk, ChunkSource) else chunk, np.asarray(index))

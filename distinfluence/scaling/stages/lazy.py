@@ -56,7 +56,7 @@ class LazyArrays:
         return (self.fitted.model.n_parameters,)
 
     def _blocks(self, task: Callable[..., object], data: ChunkedData, *more: object) -> Iterator[tuple[Any, int]]:
-        """A lazy call for each chunk, and its samples."""
+        """Yield a lazy call for each chunk, and the number of its samples."""
         context = self.fitted.context
         node = dask.delayed(context, name=f"context-{context.key}", pure=False, traverse=False)
         call = dask.delayed(task, pure=False, traverse=False)

@@ -66,7 +66,11 @@ class Sample:
     built: int
 
     def entry_shape(self, mode: InfluenceMode | str) -> tuple[int, ...]:
-        """The shape of an entry of the matrix. Raises ShapeError where there is no input to differentiate by."""
+        """Return the shape of an entry of the matrix.
+
+        Raises:
+            ShapeError: There is no input to differentiate by.
+        """
         if mode == InfluenceMode.UP:
             return ()
         if self.input_shape is None:

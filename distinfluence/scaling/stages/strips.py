@@ -37,7 +37,10 @@ def write_strips(run: Run) -> None:
 
 
 def _quarantined(writer: InfluenceWriter, reasons: Mapping[int, str]) -> ChunkFailedError:
-    """What to raise when all other strips are written; the strips are marked, and tried again by a resumed run."""
+    """Return the error to raise when all other strips are written.
+
+    The failed strips are marked, and a resumed run tries them again.
+    """
     writer.quarantine(reasons)
     return ChunkFailedError(
         f"{len(reasons)} of {writer.layout.n_strips} strips failed every time they were tried and were set apart, all "
