@@ -45,10 +45,13 @@ _broadcasts: dict[tuple[tuple[str, ...], torch.device], list[torch.Tensor]] = {}
 
 
 def broadcast_tensors(files: tuple[str, ...], device: torch.device) -> list[torch.Tensor]:
-    """The tensors that all chunks of a pass get: read, and put on the device, once in a process.
+    """Return the tensors that all chunks of a pass get: read, and put on the device, once in a process.
 
-    files: .npy files, of other names in each pass. Those of the pass before are dropped. To be called within a
-    `torch_task`, and only read.
+    Call this within a `torch_task`, and only read the tensors. The tensors of the pass before are dropped.
+
+    Args:
+        files: .npy files, with other names in each pass.
+        device: The device.
     """
     key = (files, device)
     if key not in _broadcasts:
@@ -69,7 +72,13 @@ _chunk_bytes: dict[str, int] = {}
 
 
 def load(chunk: Chunk) -> ArrayBatch:
-    """The chunk's arrays; those of a `ChunkSource` are kept for the next task, the oldest dropped beyond a limit."""
+    """Load the chunk's arrays.
+
+    Arrays of a `ChunkSource` are kept for the next task; the oldest are dropped beyond a limit.
+
+    Raises:
+        NonDeterministicDataError: The arrays differ from those that were loaded first.
+    """
     if not isinstance(chunk, ChunkSource):
         return chunk
     if chunk.key not in _chunks:

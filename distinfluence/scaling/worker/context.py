@@ -42,15 +42,18 @@ class Context(Protocol):
         """The same for the same fitted model."""
 
     def influence(self) -> InfluenceFunctionModel:
-        """The influence model, built once in this process."""
+        """Return the influence model, built once in this process."""
 
 
 @dataclass(frozen=True, eq=False)
 class LocalContext:
     """The caller's own influence model, for tasks that run in the caller's process.
 
-    travel: makes what goes in its place where tasks are sent away after all: a client that is active in this process
-    takes every `compute()` of a dask array to its cluster.
+    Attributes:
+        key: The same for the same fitted model.
+        model: The influence model.
+        travel: Makes the context that is sent instead where tasks leave this process after all: a client that is active
+            in this process takes every `compute()` of a dask array to its cluster.
     """
 
     key: str
@@ -58,7 +61,7 @@ class LocalContext:
     travel: "Callable[[], WorkerContext] | None" = None
 
     def influence(self) -> InfluenceFunctionModel:
-        """The model itself."""
+        """Return the model itself."""
         return self.model
 
     def __reduce__(self) -> "tuple[Callable[[WorkerContext], WorkerContext], tuple[WorkerContext]]":
@@ -75,9 +78,16 @@ def _arrived(context: "WorkerContext") -> "WorkerContext":
 class WorkerContext:
     """A model as a recipe, with the settings, the fitted state's files and the training set's chunks.
 
-    scratch: where its files are, None once it has travelled. unbound: the pickled influence model without its module.
-    state: array name → .npy file. n_threads: of torch, in a task. device: "auto", "cpu" or "cuda", see `task_device`:
-    what it comes to, and which GPU that is, is decided where the task runs.
+    Attributes:
+        key: The same for the same fitted model.
+        scratch: Where its files are; None once the context has travelled.
+        unbound: The pickled influence model without its module.
+        recipe: How to build the module.
+        device: "auto", "cpu" or "cuda", see `task_device`. The GPU is chosen where the task runs.
+        n_threads: Threads of torch in a task.
+        state: Array name → .npy file.
+        report: What the fit covered; None before the fit.
+        train: The training set's chunks; None before the fit.
     """
 
     key: str
@@ -112,7 +122,15 @@ def travelling(
     n_threads: int,
     device: str | None = None,
 ) -> WorkerContext:
-    """An influence model that is not fitted, for tasks in other processes; device: the caller's own unless given."""
+    """Prepare an influence model that is not fitted for tasks in other processes.
+
+    Args:
+        model: The influence model.
+        recipe: How workers build its module.
+        scratch: The scratch folder, which the context keeps.
+        n_threads: Threads of torch in a task.
+        device: The device, see `WorkerContext`; by default the caller's own.
+    """
     return WorkerContext(
         key=uuid.uuid4().hex,
         scratch=scratch,
@@ -129,7 +147,7 @@ def travelling(
 def fitted_travelling(
     context: WorkerContext, model: InfluenceFunctionModel, scratch: Scratch, train: ChunkedData
 ) -> WorkerContext:
-    """The same with the fitted state, written to files in the scratch folder."""
+    """Return the same context with the fitted state, written to files in the scratch folder."""
     key = uuid.uuid4().hex
     files = {}
     for number, (name, tensor) in enumerate(model.state_arrays().items()):
@@ -144,7 +162,7 @@ _modules: OrderedDict[bytes, nn.Module] = OrderedDict()
 
 
 def _module(recipe: ModelRecipe) -> nn.Module:
-    """The module of a recipe, built once; fitted and unfitted influence models share it, since they only read it.
+    """Build the module of a recipe once; fitted and unfitted influence models share it, since they only read it.
 
     The key is the whole recipe: models with equal tensors may differ in what their forward does with them.
     """
@@ -158,7 +176,7 @@ def _module(recipe: ModelRecipe) -> nn.Module:
 
 @contextmanager
 def torch_task(context: Context) -> Iterator[InfluenceFunctionModel]:
-    """The influence model, for this task alone, with the threads that the context grants."""
+    """Yield the influence model, for this task alone, with the threads that the context grants."""
     n_threads = getattr(context, "n_threads", None)
     with _one_at_a_time:
         before = torch.get_num_threads()

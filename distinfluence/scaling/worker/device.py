@@ -14,17 +14,27 @@ PROCESSES = "DISTINFLUENCE_PROCESSES"  # in a job's environment: worker processe
 
 
 def check_device(device: str) -> str:
-    """The name itself. Raises SettingError unless it is one of `DEVICES`."""
+    """Return the name itself.
+
+    Raises:
+        SettingError: The name is not one of `DEVICES`.
+    """
     if device not in DEVICES:
         raise SettingError(f"`device` must be one of {list(DEVICES)}, got {device!r}. Choose one of these.")
     return device
 
 
 def task_device(asked: str) -> torch.device:
-    """The device of this process. asked: "auto" takes a GPU if the process sees one; else a type of device.
+    """Return the device of this process.
 
     Processes of one batch job take its GPUs in turn; every other process takes the first that CUDA_VISIBLE_DEVICES
-    lets it see. Raises ClusterError where "cuda" is asked for and there is none.
+    lets it see.
+
+    Args:
+        asked: A type of device; "auto" takes a GPU if the process sees one.
+
+    Raises:
+        ClusterError: The process sees no GPU although "cuda" is asked for.
     """
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"

@@ -39,7 +39,7 @@ class SourceReducer(LoopReducer):
         return batch
 
     def to(self, risk: SampleRisk) -> "SourceReducer":
-        """The same chunks for a risk on another device."""
+        """Return the same chunks for a risk on another device."""
         other = copy.copy(self)
         other.risk = risk
         return other
