@@ -129,7 +129,7 @@ class OnWorkers(Keys):
         self._folder = folder
 
     def keep(self, array: Array) -> NpyLeaf:
-        """A file in the scratch folder."""
+        """Write the array to a file in the scratch folder."""
         return spill(array, self._folder)
 
     def length(self, recipe: Recipe, key: str) -> int:

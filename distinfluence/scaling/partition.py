@@ -35,7 +35,7 @@ class Partition:
 
     @classmethod
     def whole(cls) -> "Partition":
-        """The partition of a single run that makes everything, without a lock."""
+        """Return the partition of a single run that makes everything, without a lock."""
         return cls(0, 1, None)
 
     @property
@@ -45,7 +45,15 @@ class Partition:
 
     @classmethod
     def parse(cls, text: str, folder: Path) -> "Partition":
-        """That of "K/N". Raises SettingError."""
+        """Read a partition from "K/N".
+
+        Args:
+            text: "K/N", with K from 0 to N - 1.
+            folder: The folder for the lock.
+
+        Raises:
+            SettingError: The text is not of this form.
+        """
         part, slash, parts = text.partition("/")
         if not (slash and part.isdigit() and parts.isdigit()):
             raise SettingError(f"`part` must be K/N with K from 0 to N - 1, got {text!r}.")

@@ -95,7 +95,7 @@ def _write(folder: Path, arrays: Mapping[str, Tensor], attributes: Mapping[str, 
 
 
 def _belongs(influence: InfluenceFunctionModel, reducer: ChunkReducer) -> dict[str, Any]:
-    """What fixes a fit, by what to call it when it differs."""
+    """Return what fixes a fit, by what to call it when it differs."""
     return {
         "parameters": fingerprint_module(influence.risk.module),
         "structure": dict(structure(influence.risk.module)),

@@ -94,7 +94,10 @@ class Scratch:
 
 
 def _held(folder: Path) -> IO[bytes]:
-    """The lock of a run's folder, which the system releases when its holder dies. It names the host once it holds."""
+    """Lock a run's folder; the system releases the lock when its holder dies.
+
+    The file names the host once the lock is held.
+    """
     lock = (folder / "lock").open("wb", buffering=0)
     with suppress(OSError):  # a file system without locks: what is left there stays until somebody removes it
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
