@@ -154,7 +154,7 @@ def run(
 @click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @_cluster_option
 def plan(job: Path, cluster: Path | None) -> None:
-    """What running JOB will need: chunks, memory by stage, passes, bytes on disk, and about how long it takes.
+    """Say what running JOB will need: chunks, memory by stage, passes, bytes on disk, and about how long it takes.
 
     Loads the model and a few samples, measures some seconds, and computes nothing. Ends with status 1, and the change
     that would help, if the workers have too little memory.
@@ -218,7 +218,7 @@ def _sizes(shape: str) -> tuple[int, ...]:
 @click.option("--check", is_flag=True, help="Read everything and compare the checksums.")
 @click.option("--json", "as_json", is_flag=True, help="Everything that is recorded, as JSON.")
 def info(path: str, check: bool, as_json: bool) -> None:
-    """What the result at PATH holds, what made it, and how far it converged.
+    """Show what the result at PATH holds, what made it, and how far it converged.
 
     Of a result that is not complete also the run: at which stage it is, how fast, and whether it lives or died; from
     the run's first moment, when there is no result yet. Asks no scheduler.
@@ -274,7 +274,7 @@ def _runs(runs: "Sequence[RunState]") -> str:
 def top(
     path: str, test_index: int | None, tests: str | None, label: str | None, k: int, partial: bool, as_json: bool
 ) -> None:
-    """The training samples that help and harm test sample TEST_INDEX most, or a set of test samples.
+    """List the training samples that help and harm test sample TEST_INDEX most, or a set of test samples.
 
     \b
       distinfluence top influences.zarr 0

@@ -106,17 +106,24 @@ class ClusterSection(Section):
         return self
 
     def spec(self) -> ClusterSpec:
-        """The same as the scaling layer takes it."""
+        """Return the same as the scaling layer takes it."""
         return ClusterSpec(**self.model_dump())
 
     @classmethod
     def read(cls, path: Path) -> "ClusterSection":
-        """That of a YAML file. Raises ConfigError naming every key that is unknown or of the wrong kind."""
+        """Read the section from a YAML file.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ConfigError: A key is unknown or has a value of the wrong kind; the message names every such key.
+        """
         return _validated(cls, _yaml(path, "cluster file"), str(path), "cluster file")
 
 
 def _folder(value: Any) -> Any:
-    """A path, also as a file:// URL; no other URL."""
+    """Return a path, also if it is given as a file:// URL; no other URL is allowed."""
     if isinstance(value, str) and is_local_url(value):
         return value.partition("://")[2]
     if isinstance(value, str) and "://" in value:
@@ -127,7 +134,7 @@ def _folder(value: Any) -> Any:
 
 
 def _folder_or_url(value: Any) -> Any:
-    """A URL as it is, anything else as a path."""
+    """Return a URL as it is, anything else as a path."""
     return value if isinstance(value, str) and "://" in value and not is_local_url(value) else _path(value)
 
 
@@ -170,23 +177,40 @@ class Job(Section):
 
     @classmethod
     def read(cls, path: Path) -> "Job":
-        """The job of a YAML file. Raises ConfigError naming every key that is unknown, missing or of the wrong kind."""
+        """Read the job from a YAML file.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ConfigError: A key is unknown, missing or has a value of the wrong kind; the message names every such key.
+        """
         return cls.parse(_yaml(path, "job file"), path.resolve().parent, str(path))
 
     @classmethod
     def parse(cls, content: Mapping[str, object], folder: Path, name: str = "job") -> "Job":
-        """The job of a mapping; folder: where relative paths and modules are looked up."""
+        """Make the job of a mapping.
+
+        Args:
+            content: What a job file would hold.
+            folder: Where relative paths and modules are looked up.
+            name: How errors call the job.
+        """
         job = _validated(cls, content, name, "job file")
         job._folder = folder
         job.method_class()  # its name and keys are checked now, not after the data are loaded
         return job
 
     def on(self, cluster: ClusterSection) -> "Job":
-        """The same job on another cluster."""
+        """Return the same job on another cluster."""
         return self.model_copy(update={"cluster": cluster})
 
     def method_class(self) -> type[InfluenceFunctionModel]:
-        """The influence model that `method` names. Raises ConfigError for an unknown name or parameter."""
+        """Return the influence model that `method` names.
+
+        Raises:
+            ConfigError: The name or a parameter is unknown.
+        """
         name = str(self.method.get("name"))
         if name not in METHODS:
             raise ConfigError(f"`method.name` must name a method, got {name!r}.{_suggestion(name, sorted(METHODS))}")
@@ -201,7 +225,7 @@ class Job(Section):
         return METHODS[name]
 
     def influence_model(self) -> tuple[InfluenceFunctionModel, ModelRecipe]:
-        """The influence model with its module built here, and the recipe by which workers build theirs."""
+        """Return the influence model with its module built here, and the recipe by which workers build theirs."""
         checkpoint = None if self.model.checkpoint is None else str(self.path(self.model.checkpoint))
         recipe = ModelRecipe(self.recipe(self.model.factory), checkpoint)
         parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
@@ -222,11 +246,11 @@ class Job(Section):
         return loss
 
     def recipe(self, reference: Reference) -> Recipe:
-        """The recipe of a reference, importing from the job file's folder."""
+        """Return the recipe of a reference, importing from the job file's folder."""
         return Recipe(reference.target, reference.arguments, str(self._folder))
 
     def path(self, path: Path) -> Path:
-        """A path of the job file, relative to its folder."""
+        """Resolve a path of the job file relative to its folder."""
         return (self._folder / path.expanduser()).resolve()
 
     @property
@@ -261,7 +285,7 @@ class Job(Section):
         return self
 
     def options(self, existing: ExistingResult | str = ExistingResult.REFUSE) -> RunOptions:
-        """The options of its run."""
+        """Return the options of the job's run."""
         return RunOptions(
             mode=self.mode,
             chunk_size=self.chunks.train,

@@ -36,7 +36,7 @@ SHOWN = 6  # test digits in the picture, with as many training digits on either 
 
 
 def build_model() -> nn.Module:
-    """The untrained MLP 64-64-32-10."""
+    """Build the untrained MLP 64-64-32-10."""
     layers = (nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
     return nn.Sequential(*layers).eval()
 
@@ -79,7 +79,7 @@ def _with_flips(labels: Tensor) -> Tensor:
 
 
 def train_model(on_epoch: Callable[[], None] | None = None) -> nn.Module:
-    """The MLP, trained for a few seconds with Adam; the caller's random state is left alone."""
+    """Train the MLP for a few seconds with Adam; the caller's random state is left alone."""
     x, y = train_data()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -124,7 +124,7 @@ def prepare(folder: Path, workers: int, progress: Progress) -> None:
 
 
 def job_content(workers: int) -> dict[str, object]:
-    """The demo's job file."""
+    """Return the content of the demo's job file."""
     return {
         "model": {"factory": "distinfluence.app.demo:build_model", "checkpoint": "model.pt"},
         "loss": "torch.nn:CrossEntropyLoss",
@@ -159,7 +159,7 @@ def _findings(result: InfluenceResult) -> list[str]:
 
 
 def trained_from(result: InfluenceResult) -> nn.Module:
-    """The model whose checkpoint lies beside the result."""
+    """Return the model whose checkpoint lies next to the result."""
     model = build_model()
     model.load_state_dict(torch.load(Path(result.path).parent / "model.pt", weights_only=True))
     return model
@@ -178,7 +178,7 @@ def _what_next(folder: Path, result: InfluenceResult, picture: Path) -> list[str
 
 
 def draw(result: InfluenceResult, path: Path) -> None:
-    """A picture of test digits, each beside its most helpful and most harmful training digits."""
+    """Draw test digits, each next to its most helpful and most harmful training digits."""
     _require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

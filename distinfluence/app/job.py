@@ -169,7 +169,7 @@ def _data(job: Job, calculator: InfluenceCalculator) -> tuple[ChunkedData, Chunk
 
 
 def plan_job(job: Job) -> Plan:
-    """What `run_job` will do and need, with times by a calibration in this process; no worker is started."""
+    """Plan what `run_job` will do and need, with times by a calibration in this process; no worker is started."""
     model, _ = job.influence_model()
     spec = job.cluster_spec()
     calculator = SequentialInfluenceCalculator(model)
@@ -186,7 +186,7 @@ def plan_job(job: Job) -> Plan:
 
 
 def _as_begun(options: RunOptions, began: Mapping[str, Any] | None) -> RunOptions:
-    """The options of a run that goes on: it keeps the chunks it began with, wherever it goes on."""
+    """Return the options of a run that goes on: it keeps the chunks it began with, wherever it goes on."""
     if began is None:
         return options
     train, test = options.chunk_size or began["train"], options.test_chunk_size or began["test"][0]
@@ -261,7 +261,7 @@ def require_same_inputs(
 
 
 def _remove(job: Job, scratch: Path, calculator: InfluenceCalculator) -> None:
-    """The scratch folder where it is the job's own; of one that it names, and may share, what this run left there."""
+    """Remove the scratch folder if it is the job's own; if the job names one, remove only what this run left there."""
     if job.scratch is None:
         shutil.rmtree(scratch, ignore_errors=True)  # another process may be faster
         return

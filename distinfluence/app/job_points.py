@@ -59,7 +59,7 @@ class JobPoints:
         return self._stored.name_of(label)
 
     def sample(self, index: int) -> Drawable | Sample | None:
-        """What the renderer makes of the input `index`; without one the stored sample, or the input's numbers."""
+        """Return what the renderer makes of input `index`; without a renderer the stored sample, or the input's numbers."""
         if self._renderer is None:
             stored = self._stored.sample(index)
             if stored is not None:
@@ -93,10 +93,19 @@ class JobPoints:
 
 
 def points_of_job(path: Path, result: InfluenceResult, render: str | None, compared: bool) -> Mapping[Axis, JobPoints]:
-    """The points of both axes, from the data that the job file at `path` names.
+    """Return the points of both axes, from the data that the job file at `path` names.
 
-    render: "module:callable", a `browse.Renderer`. compared: read all data once and make sure that they are those the
-    result was made with; without it only their number is compared. Raises FingerprintError, SettingError, ConfigError.
+    Args:
+        path: The job file.
+        result: The result of the job.
+        render: A `browse.Renderer` as "module:callable", or None.
+        compared: Whether to read all data once and make sure that the result was made with them. Otherwise only their
+            number is compared.
+
+    Raises:
+        FingerprintError: The result was made with other data.
+        SettingError: A setting is not valid.
+        ConfigError: The job file is not valid.
     """
     job = Job.read(path)
     home, cut = InThisProcess(), result.provenance.get("chunks")
@@ -129,7 +138,7 @@ def _renderer(job: Job, target: str) -> Renderer:
 
 
 def _only(batch: ArrayBatch) -> object:
-    """The one sample of a batch of one, as the data set has it."""
+    """Return the one sample of a batch of one, as the data set has it."""
     if isinstance(batch, dict):
         return {key: _only(value) for key, value in batch.items()}
     if isinstance(batch, tuple):

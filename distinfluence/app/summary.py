@@ -20,7 +20,7 @@ def program() -> str:
 
 
 def summary(result: InfluenceResult) -> str:
-    """What a run made and what it cost, for the terminal."""
+    """Summarise what a run made and what it cost, for the terminal."""
     provenance = result.provenance
     solver, covered = provenance["solver"], provenance["parameters"]
     lines = [
