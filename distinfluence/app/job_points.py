@@ -59,7 +59,7 @@ class JobPoints:
         return self._stored.name_of(label)
 
     def sample(self, index: int) -> Drawable | Sample | None:
-        """Return what the renderer makes of input `index`; without a renderer the stored sample, or the input's numbers."""
+        """Return what the renderer makes of input `index`; without one the stored sample, or the input's numbers."""
         if self._renderer is None:
             stored = self._stored.sample(index)
             if stored is not None:
