@@ -96,9 +96,11 @@ def train_model(on_epoch: Callable[[], None] | None = None) -> nn.Module:
 
 
 def run_demo(folder: Path, workers: int) -> str:
-    """Train, run the job, and say what came out; files go to `folder`. Safe to repeat.
+    """Train, run the job, and say what came out; files go to `folder`. The call is safe to repeat.
 
-    Raises MissingDependencyError without scikit-learn or matplotlib, ForeignStoreError if `folder` holds other files.
+    Raises:
+        MissingDependencyError: scikit-learn or matplotlib is not installed.
+        ForeignStoreError: `folder` holds other files.
     """
     _require_matplotlib()
     progress = Progress()

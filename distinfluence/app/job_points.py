@@ -28,8 +28,10 @@ Axis = Literal["test", "train"]
 class JobPoints:
     """Samples and labels of one axis of a job's data: a `browse.PointSource`.
 
-    data: the axis' samples. renderer: makes of one input what is shown; the input itself if None. stored: what
-    `annotate` stored, which labels and names of classes are taken from where it has them.
+    Args:
+        data: The samples of the axis.
+        renderer: Makes of one input what is shown; None shows the input itself.
+        stored: What `annotate` stored. Labels and names of classes are taken from it where it has them.
     """
 
     def __init__(self, data: ChunkedData, renderer: Renderer | None, stored: StoredPoints) -> None:
