@@ -30,7 +30,8 @@ from distinfluence.scaling.dispatch.stragglers import SLOW_SECONDS, Stragglers, 
 class Executor(ABC):
     """Calls task(*shared, *item) for each item; dask tasks among an item's parts are computed first.
 
-    events: how many tasks were "submitted", "retried", "backed up", "set apart".
+    Attributes:
+        events: How many tasks were "submitted", "retried", "backed up" and "set apart".
     """
 
     def __init__(self) -> None:
@@ -46,8 +47,8 @@ class Executor(ABC):
     ) -> Iterator[tuple[int, Any]]:
         """Yield (number of the item, result) as results come, in any order.
 
-        failures: given, items that fail for good are put there by number and the others go on; left out, the first
-        one raises. What stops every task alike (a full disk, a lost scheduler) always raises.
+        If `failures` is given, items that fail for good are put there by number and the others go on. Otherwise the
+        first failure is raised. What stops every task alike (a full disk, a lost scheduler) is always raised.
         """
 
 

@@ -31,9 +31,13 @@ MOST_TESTS, MOST_TOKEN_POINTS = 64, 4  # test points, training points of sequenc
 
 @dataclass(frozen=True)
 class RankedPairs:
-    """Ranked pairs in the order of their training points. k: at each end of a ranking.
+    """Ranked pairs in the order of their training points.
 
-    tests, trains: [n], their points. places: [n], where each belongs in [2, n_test, k], flat.
+    Attributes:
+        tests: Test point of each pair, [n].
+        trains: Training point of each pair, [n].
+        places: Where each pair belongs in [2, n_test, k], flat, [n].
+        k: Pairs at each end of a ranking.
     """
 
     tests: NDArray[np.int64]

@@ -33,7 +33,13 @@ from distinfluence.store.format.fingerprint import combine, fingerprint_arrays
 
 @dataclass(frozen=True)
 class Inspected:
-    """A data set that was looked at. data: with the fingerprint of each chunk; sha256: of it all, in these chunks."""
+    """A data set that was looked at.
+
+    Attributes:
+        data: The data, with the fingerprint of each chunk.
+        sha256: Fingerprint of the whole data set, in these chunks.
+        draw: Which samples were drawn.
+    """
 
     data: ChunkedData
     sha256: str
@@ -109,7 +115,12 @@ def listed(reasons: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a chunk before any computation. sha256: of its arrays. draw: which samples may be drawn."""
+    """Holds what is known of a chunk before any computation.
+
+    Attributes:
+        sha256: Fingerprint of the chunk's arrays.
+        draw: Which samples may be drawn.
+    """
 
     sha256: str
     draw: Draw
