@@ -24,8 +24,11 @@ ANSWER_SECONDS = 30.0
 class Guard:
     """The driver's end of the pipe.
 
-    cancel: the command that ends jobs by number. name: given, the jobs are SLURM's and all of this name are ended.
-    log: a file that says what the guard did, if it had to.
+    Args:
+        cancel: The command that ends jobs by number.
+        name: If given, the jobs belong to SLURM, and all jobs of this name are ended.
+        log: A file that says what the guard did, if it had to act.
+        environment: Environment variables of the guard process.
     """
 
     def __init__(self, cancel: Sequence[str], name: str | None, log: Path, environment: dict[str, str]) -> None:
