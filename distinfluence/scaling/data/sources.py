@@ -130,7 +130,11 @@ class InThisProcess(Keys):
 class ChunkSource(ABC):
     """Samples start to stop, where they are.
 
-    key: the same for the same samples, within a run. sha256: of their arrays when they were looked at, "" before.
+    Attributes:
+        start: The first sample.
+        stop: One after the last sample.
+        key: The same for the same samples, within a run.
+        sha256: Fingerprint of the arrays when they were looked at, "" before.
     """
 
     start: int

@@ -50,9 +50,11 @@ def task_device(asked: str) -> torch.device:
 
 
 def device_memory(device: torch.device, read: Callable[[torch.device], tuple[int, int]] | None = None) -> int | None:
-    """Bytes that this process may take on a GPU: what is free, and what it holds itself. None for the host.
+    """Return the bytes that this process may take on a GPU: what is free, and what it holds itself. None for the host.
 
-    read: gives (free, total) bytes of a device, torch's own unless given.
+    Args:
+        device: The device.
+        read: Returns (free, total) bytes of a device; by default torch's own function.
     """
     if device.type == "cpu":
         return None
