@@ -326,7 +326,7 @@ class Job(Section):
         )
 
     def cluster_spec(self) -> ClusterSpec:
-        """Where to run."""
+        """Return where to run."""
         return self.cluster.spec()
 
 

@@ -42,19 +42,19 @@ def build_model() -> nn.Module:
 
 
 def train_data() -> tuple[Tensor, Tensor]:
-    """Training digits [1500, 64], 0 to 1, and labels [1500], of which 75 are wrong."""
+    """Return training digits [1500, 64], 0 to 1, and labels [1500], of which 75 are wrong."""
     x, y = _digits()
     return x[:N_TRAIN], _with_flips(y[:N_TRAIN])
 
 
 def test_data() -> tuple[Tensor, Tensor]:
-    """Test digits [297, 64] and their labels, all right."""
+    """Return test digits [297, 64] and their labels, all right."""
     x, y = _digits()
     return x[N_TRAIN:], y[N_TRAIN:]
 
 
 def flipped_labels() -> NDArray[np.int64]:
-    """Which training labels are wrong, [75], sorted."""
+    """Return which training labels are wrong, [75], sorted."""
     order = np.random.default_rng(SEED).permutation(N_TRAIN)
     return np.sort(order[: round(FLIPPED_SHARE * N_TRAIN)])
 

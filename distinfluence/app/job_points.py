@@ -44,12 +44,12 @@ class JobPoints:
         self.range = stored.range
 
     def labels(self) -> NDArray[np.generic] | None:
-        """[n], the stored ones, or the last array of the data if it has one number per sample; else None."""
+        """Return the stored labels [n], or the last array of the data if it has one number per sample; else None."""
         stored = self._stored.labels()
         return self._own_labels if stored is None else stored
 
     def self_influence(self) -> NDArray[np.float32] | None:
-        """[n], as stored."""
+        """Return the stored self-influences [n]."""
         return self._stored.self_influence()
 
     def id_of(self, index: int) -> str | None:
