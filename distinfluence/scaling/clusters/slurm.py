@@ -126,14 +126,15 @@ def was_requeued() -> bool:
 
 
 def batch_job() -> str | None:
-    """SLURM's number of the job that this process runs in, the same each time that it is started; None outside."""
+    """Return SLURM's number of the job that this process runs in, the same each time it is started; None outside."""
     return os.environ.get("SLURM_JOB_ID")
 
 
 def walltime_seconds(text: str) -> float | None:
-    """Seconds of a time limit as sbatch reads it ("30", "10:00", "01:00:00", "2-12"); None for one without end.
+    """Return the seconds of a time limit as sbatch reads it ("30", "10:00", "01:00:00", "2-12"); None without end.
 
-    Raises ValueError if it is none.
+    Raises:
+        ValueError: The text is not a time limit.
     """
     if text.strip().upper() in ("UNLIMITED", "INFINITE", "0"):
         return None
