@@ -206,7 +206,7 @@ def built_once(recipe: Recipe | bytes, key: str) -> Any:
 
 
 def built_bytes(source: "ChunkSource") -> int:
-    """Memory that this process took to build the data set of a chunk that it has loaded, about."""
+    """Return about how much memory this process took to build the data set of a chunk that it has loaded."""
     return _grown.get(source.key.partition("/")[0], 0) if isinstance(source, DatasetSource) else 0
 
 
