@@ -113,5 +113,5 @@ class Rates:
 
 
 def kept_bytes(memory: int) -> int:
-    """Bytes of loaded chunks that a process which may take `memory` bytes keeps between tasks."""
+    """Return the bytes of loaded chunks that a process which may take `memory` bytes keeps between tasks."""
     return min(KEPT_MOST, int(KEPT_SHARE * memory))
