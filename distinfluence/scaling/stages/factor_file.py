@@ -76,7 +76,10 @@ def _factor_rows(file: str) -> "np.memmap[Any, Any] | None":
 def save_factors(file: str, start: int, factors: Array, fields: Mapping[str, Array]) -> None:
     """Write the factors' rows from `start`, then the fields in a file of their own, which says that both are there.
 
-    It has checksums of each row, and of each point's fields. Raises StoreError.
+    That file has checksums of each row, and of each point's fields.
+
+    Raises:
+        StoreError: A file cannot be written.
     """
     with scratch_errors(Path(file).parent, f"{factors.nbytes / 2**20:.0f} MiB of factors"):
         offset = np.load(file, mmap_mode="r", allow_pickle=False).offset
@@ -118,5 +121,5 @@ def _checksums(rows: Array) -> NDArray[np.float64]:
 
 
 def fields_file(file: str, start: int) -> Path:
-    """Where the fields of the test points from `start` are, if their factors have been made."""
+    """Return where the fields of the test points from `start` are, if their factors have been made."""
     return Path(file).with_name(f"fields-{start:09d}.npy")

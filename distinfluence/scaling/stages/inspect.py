@@ -98,7 +98,7 @@ def drawn_samples(executor: Executor, risk: SampleRisk, looked: Inspected) -> li
 
 
 def reasons_of(data: ChunkedData, failures: Failures) -> dict[int, str]:
-    """Why each chunk failed, with its samples."""
+    """Return why each chunk failed, with its samples."""
     reasons = {}
     for i, error in sorted(failures.items()):
         named = samples_of(i, data.starts[i], data.sizes[i])
