@@ -25,7 +25,7 @@ Chunk: TypeAlias = "ChunkSource | ArrayBatch"
 
 
 def samples_of(index: int, start: int, size: int) -> str:
-    """How errors name a chunk."""
+    """Return how errors name a chunk."""
     return f"chunk {index} (samples {start} to {start + size - 1})"
 
 
@@ -94,7 +94,7 @@ def load(chunk: Chunk) -> ArrayBatch:
 
 
 def memory_limit() -> int:
-    """Bytes that this process may take: its limit as a Dask worker, else what is free here."""
+    """Return the bytes that this process may take: its limit as a Dask worker, else what is free here."""
     try:
         limit = get_worker().memory_manager.memory_limit
     except ValueError:  # no worker

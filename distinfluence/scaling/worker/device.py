@@ -64,7 +64,7 @@ def device_memory(device: torch.device, read: Callable[[torch.device], tuple[int
 
 
 def smallest_device(client: Client, asked: str) -> int | None:
-    """`device_memory` of the worker that has least, where tasks are to compute on `asked`; None without GPUs."""
+    """Return the least `device_memory` of the workers, where tasks are to compute on `asked`; None without GPUs."""
     if asked == "cpu":
         return None
     found = client.run(_task_device_memory, asked, on_error="ignore")  # who lacks a GPU says so in its first task
@@ -77,7 +77,7 @@ def _task_device_memory(asked: str) -> int | None:
 
 
 def _number_in_job() -> int:
-    """Which of the processes of a batch job this one is: the last part of its worker's name. 0 anywhere else."""
+    """Return which process of a batch job this one is: the last part of its worker's name. 0 anywhere else."""
     if int(os.environ.get(PROCESSES) or 1) < 2:
         return 0
     try:
