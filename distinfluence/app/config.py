@@ -59,7 +59,10 @@ Referenced = Annotated[Reference, BeforeValidator(_expanded)]
 class ModelSection(Section):
     """The model: a factory and the checkpoint with its weights, written by `torch.save(model.state_dict(), …)`.
 
-    mixed_precision: what its passes run in where autocast does so; see `InfluenceFunctionModel.in_mixed_precision`.
+    Attributes:
+        factory: A callable that returns the module.
+        checkpoint: The file of the weights; None keeps the factory's own.
+        mixed_precision: What the passes run in where autocast does so; see `InfluenceFunctionModel.in_mixed_precision`.
     """
 
     factory: Referenced
@@ -68,7 +71,12 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Training and test data: callables that return arrays or a map-style data set, called on the workers."""
+    """Training and test data: callables that return arrays or a map-style data set, called on the workers.
+
+    Attributes:
+        train: Returns the training data.
+        test: Returns the test data.
+    """
 
     train: Referenced
     test: Referenced
@@ -77,7 +85,12 @@ class DataSection(Section):
 class ChunkSection(Section):
     """Samples in a chunk: a training chunk is a strip of the result, a test chunk is solved together.
 
-    panel: test points whose factors a worker holds at a time. What is left out is chosen by the plan.
+    The plan chooses what is omitted.
+
+    Attributes:
+        train: Training points in a chunk.
+        test: Test points in a chunk.
+        panel: Test points whose factors a worker holds at a time.
     """
 
     train: PositiveInt | None = None
@@ -143,11 +156,23 @@ FolderOrUrl = Annotated[Path | str, BeforeValidator(_folder_or_url)]
 class Job(Section):
     """A whole run.
 
-    method: `name` (a key of `METHODS`) and the parameters of that influence model. loss: a torch loss of (outputs,
-    targets) or an `Objective`. mode: up or perturbation. output: the folder of the result, or a URL that fsspec can
-    write to. certify: find the ends of the spectrum for error bounds (several passes). contributions, self_influence:
-    see `RunOptions`. scratch: a folder that every worker sees, beside the output if left out. device:
-    where tasks compute; auto takes a GPU on every worker that sees one.
+    Attributes:
+        model: The model.
+        loss: A torch loss of (outputs, targets), or an `Objective`.
+        data: Training and test data.
+        method: `name` (a key of `METHODS`) and the parameters of that influence model.
+        output: The folder of the result, or a URL that fsspec can write to.
+        mode: "up" or "perturbation".
+        chunks: Samples in a chunk.
+        cluster: Where the workers are.
+        solve: See `RunOptions`.
+        top_k: See `RunOptions`.
+        mantissa_bits: See `RunOptions`.
+        contributions: See `RunOptions`.
+        self_influence: See `RunOptions`.
+        certify: Whether to find the ends of the spectrum for error bounds, which takes several passes.
+        scratch: A folder that every worker sees; by default next to the output.
+        device: Where tasks compute; "auto" takes a GPU on every worker that sees one.
     """
 
     model: ModelSection
@@ -277,7 +302,7 @@ class Job(Section):
         )
 
     def cluster_spec(self) -> ClusterSpec:
-        """Where to run."""
+        """Return where to run."""
         return self.cluster.spec()
 
 

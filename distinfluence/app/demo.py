@@ -42,19 +42,19 @@ def build_model() -> nn.Module:
 
 
 def train_data() -> tuple[Tensor, Tensor]:
-    """Training digits [1500, 64], 0 to 1, and labels [1500], of which 75 are wrong."""
+    """Return training digits [1500, 64], 0 to 1, and labels [1500], of which 75 are wrong."""
     x, y = _digits()
     return x[:N_TRAIN], _with_flips(y[:N_TRAIN])
 
 
 def test_data() -> tuple[Tensor, Tensor]:
-    """Test digits [297, 64] and their labels, all right."""
+    """Return test digits [297, 64] and their labels, all right."""
     x, y = _digits()
     return x[N_TRAIN:], y[N_TRAIN:]
 
 
 def flipped_labels() -> NDArray[np.int64]:
-    """Which training labels are wrong, [75], sorted."""
+    """Return which training labels are wrong, [75], sorted."""
     order = np.random.default_rng(SEED).permutation(N_TRAIN)
     return np.sort(order[: round(FLIPPED_SHARE * N_TRAIN)])
 
@@ -96,9 +96,11 @@ def train_model(on_epoch: Callable[[], None] | None = None) -> nn.Module:
 
 
 def run_demo(folder: Path, workers: int) -> str:
-    """Train, run the job, and say what came out; files go to `folder`. Safe to repeat.
+    """Train, run the job, and say what came out; files go to `folder`. The call is safe to repeat.
 
-    Raises MissingDependencyError without scikit-learn or matplotlib, ForeignStoreError if `folder` holds other files.
+    Raises:
+        MissingDependencyError: scikit-learn or matplotlib is not installed.
+        ForeignStoreError: `folder` holds other files.
     """
     _require_matplotlib()
     progress = Progress()

@@ -64,10 +64,19 @@ def run_job(
     logs: Path | None = None,
     report: Path | None = None,
 ) -> InfluenceResult:
-    """Start or join the cluster, fit, compute, write; returns the result.
+    """Start or join the cluster, fit, compute and write.
 
-    existing: what to do with a result that is there. logs: a folder for a file of JSON lines by each worker. report: an
-    HTML file for Dask's performance report, which needs bokeh. Files of the run lie in `scratch` until it is complete.
+    Files of the run lie in `scratch` until the run is complete.
+
+    Args:
+        job: The job.
+        existing: What to do with a result that is there.
+        progress: What shows the progress; by default a new `Progress`.
+        logs: A folder for a file of JSON lines by each worker; None writes no such files.
+        report: An HTML file for Dask's performance report, which needs bokeh; None writes no report.
+
+    Returns:
+        The result.
     """
     progress = progress or Progress()
     options = job.options(existing)
@@ -98,7 +107,7 @@ def _run(job: Job, options: RunOptions, progress: Progress, logs: Path | None, r
 
 
 def begun_here(job: Job) -> bool:
-    """Whether the result of a job was begun by the batch job that this process runs in, at an earlier start of it."""
+    """Say whether an earlier start of the batch job that this process runs in began the result of a job."""
     try:
         recorded = open_influences(job.result).provenance.get("batch_job")
     except StoreError:  # there is none, or none of ours
@@ -108,7 +117,11 @@ def begun_here(job: Job) -> bool:
 
 @contextmanager
 def reported(file: Path | None) -> Iterator[None]:
-    """Have Dask write its performance report to a file. Raises MissingDependencyError without bokeh."""
+    """Have Dask write its performance report to a file.
+
+    Raises:
+        MissingDependencyError: bokeh is not installed.
+    """
     if file is None:
         yield
         return
@@ -119,11 +132,22 @@ def reported(file: Path | None) -> Iterator[None]:
 
 
 def run_part(job: Job, part: str, *, progress: Progress | None = None) -> InfluenceResult:
-    """Make a part of the job's strips in this process, beside other processes that make the others; no cluster.
+    """Make a part of the job's strips in this process, without a cluster; other processes make the other strips.
 
-    part: "K/N" for the K-th of N such processes, counted from 0. They share the fit and the factors through `scratch`,
-    and the last one finishes the result. Safe to repeat: what is there is not made again. Raises SettingError for
-    another `part`, and ConfigError unless `chunks` says all three sizes: they must be the same everywhere.
+    The processes share the fit and the factors through `scratch`, and the last one finishes the result. The call is
+    safe to repeat: what is there is not made again.
+
+    Args:
+        job: The job.
+        part: "K/N" for the K-th of N such processes, counted from 0.
+        progress: What shows the progress; by default a new `Progress`.
+
+    Returns:
+        The result.
+
+    Raises:
+        SettingError: `part` is not of this form.
+        ConfigError: `chunks` does not say all three sizes, which must be the same everywhere.
     """
     progress = progress or Progress()
     model, _ = job.influence_model()
@@ -196,9 +220,22 @@ def _as_begun(options: RunOptions, began: Mapping[str, Any] | None) -> RunOption
 def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verification:
     """Compare a random sample of the job's result with exact influences, computed here by another method.
 
-    The whole result is read first, and its checksums compared: raises CorruptStoreError, naming what is damaged. The
-    training data are loaded and swept in this process. Raises FingerprintError if the result was made with another
-    model or other data, and SettingError for a result of mode "perturbation".
+    The whole result is read first, and its checksums are compared. The training data are loaded and swept in this
+    process.
+
+    Args:
+        job: The job.
+        n_test: How many test points to draw.
+        n_train: How many training points to draw.
+        seed: Seed of the draw.
+
+    Returns:
+        How the entries compare.
+
+    Raises:
+        CorruptStoreError: The result is damaged; the message names what is.
+        FingerprintError: The result was made with another model or other data.
+        SettingError: The result has mode "perturbation".
     """
     asked, _ = job.influence_model()
     result = open_influences(job.result)
@@ -240,9 +277,18 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
 def require_same_inputs(
     result: InfluenceResult, model: InfluenceFunctionModel, data: Mapping[str, ChunkedData]
 ) -> dict[str, Inspected]:
-    """Pass if the result was made with this model, this objective and these data, which are looked at.
+    """Check that the result was made with this model, this objective and these data, which are looked at.
 
-    Raises FingerprintError naming what differs.
+    Args:
+        result: The result.
+        model: The influence model.
+        data: Name of the data in the result's provenance → the data.
+
+    Returns:
+        Name → the data that were looked at.
+
+    Raises:
+        FingerprintError: Something differs; the message names it.
     """
     context, quiet = LocalContext("verify", model), Progress(False)
     looked = {name: look(InProcess(), context, chunks, quiet, name) for name, chunks in data.items()}

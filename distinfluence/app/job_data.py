@@ -27,12 +27,23 @@ def annotate_job(
     render: str | None = None,
     classes: list[str] | None = None,
 ) -> list[str]:
-    """Store inputs and labels of the job's data with its result; returns what was stored, one line for each axis.
+    """Store inputs and labels of the job's data with its result.
 
-    The inputs are the first array of each sample, the labels the last one if it has one number per sample. kind: what
-    the inputs are; None stores labels only. shape: of one input, where it is stored flat. render: "module:callable"
-    that makes of one input what is shown, a text or an array. classes: names of the labels.
-    Raises FingerprintError if the result was made with other data, or what `annotate` raises.
+    The inputs are the first array of each sample, the labels the last array if it has one number per sample. Errors of
+    `annotate` are raised, too.
+
+    Args:
+        job: The job.
+        kind: What the inputs are; None stores labels only.
+        shape: Shape of one input, where it is stored flat.
+        render: "module:callable" that makes of one input what is shown, a text or an array.
+        classes: Names of the labels.
+
+    Returns:
+        What was stored, one line for each axis.
+
+    Raises:
+        FingerprintError: The result was made with other data.
     """
     result = open_influences(job.result)
     home = InThisProcess()

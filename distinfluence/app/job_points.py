@@ -28,8 +28,10 @@ Axis = Literal["test", "train"]
 class JobPoints:
     """Samples and labels of one axis of a job's data: a `browse.PointSource`.
 
-    data: the axis' samples. renderer: makes of one input what is shown; the input itself if None. stored: what
-    `annotate` stored, which labels and names of classes are taken from where it has them.
+    Args:
+        data: The samples of the axis.
+        renderer: Makes of one input what is shown; None shows the input itself.
+        stored: What `annotate` stored. Labels and names of classes are taken from it where it has them.
     """
 
     def __init__(self, data: ChunkedData, renderer: Renderer | None, stored: StoredPoints) -> None:
@@ -42,12 +44,12 @@ class JobPoints:
         self.range = stored.range
 
     def labels(self) -> NDArray[np.generic] | None:
-        """[n], the stored ones, or the last array of the data if it has one number per sample; else None."""
+        """Return the stored labels [n], or the last array of the data if it has one number per sample; else None."""
         stored = self._stored.labels()
         return self._own_labels if stored is None else stored
 
     def self_influence(self) -> NDArray[np.float32] | None:
-        """[n], as stored."""
+        """Return the stored self-influences [n]."""
         return self._stored.self_influence()
 
     def id_of(self, index: int) -> str | None:
@@ -95,8 +97,17 @@ class JobPoints:
 def points_of_job(path: Path, result: InfluenceResult, render: str | None, compared: bool) -> Mapping[Axis, JobPoints]:
     """Return the points of both axes, from the data that the job file at `path` names.
 
-    render: "module:callable", a `browse.Renderer`. compared: read all data once and make sure that they are those the
-    result was made with; without it only their number is compared. Raises FingerprintError, SettingError, ConfigError.
+    Args:
+        path: The job file.
+        result: The result of the job.
+        render: A `browse.Renderer` as "module:callable", or None.
+        compared: Whether to read all data once and make sure that the result was made with them. Otherwise only their
+            number is compared.
+
+    Raises:
+        FingerprintError: The result was made with other data.
+        SettingError: A setting is not valid.
+        ConfigError: The job file is not valid.
     """
     job = Job.read(path)
     home, cut = InThisProcess(), result.provenance.get("chunks")

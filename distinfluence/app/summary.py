@@ -10,7 +10,7 @@ from distinfluence.store import InfluenceResult
 
 
 def program() -> str:
-    """How to call this command from the shell: by name where that is found, else by its path."""
+    """Say how to call this command from the shell: by name where that is found, else by its path."""
     if shutil.which("distinfluence") is not None:
         return "distinfluence"
     beside = Path(sys.executable).with_name("distinfluence")

@@ -368,7 +368,7 @@ class InfluenceCalculator(ABC):
             return write_influences(output, fitted, request, self._scratch.kept, bars)
 
     def require_space(self, plan: Plan, path: str | Path, mantissa_bits: int = FLOAT32_BITS) -> None:
-        """Pass if the disks of `path` and of the scratch folder have room for what the plan will write.
+        """Check that the disks of `path` and of the scratch folder have room for what the plan will write.
 
         Args:
             plan: The plan of the run.
@@ -412,7 +412,7 @@ class InfluenceCalculator(ABC):
 
     @abstractmethod
     def _home(self) -> Home:
-        """Where data of the caller go."""
+        """Return where data of the caller go."""
 
     @abstractmethod
     def _everywhere(self, data: ChunkedData) -> ChunkedData:
@@ -424,11 +424,11 @@ class InfluenceCalculator(ABC):
 
     @abstractmethod
     def _unfitted_context(self) -> Context:
-        """Where tasks get the model from before it is fitted."""
+        """Return where tasks get the model from before it is fitted."""
 
     @abstractmethod
     def _fitted_context(self, context: Any, train: ChunkedData) -> Context:
-        """Where tasks get the fitted model from."""
+        """Return where tasks get the fitted model from."""
 
     @abstractmethod
     def _reducer(self, context: Any, data: ChunkedData, remarks: tuple[str, ...]) -> DaskReducer | SourceReducer:
@@ -436,7 +436,7 @@ class InfluenceCalculator(ABC):
 
     @abstractmethod
     def _machine(self) -> Machine:
-        """How many tasks run at a time, and the memory that each process may take."""
+        """Return how many tasks run at a time, and the memory that each process may take."""
 
 
 def _progress(progress: bool | Progress) -> Progress:

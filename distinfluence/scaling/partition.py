@@ -19,7 +19,10 @@ from distinfluence.scaling.scratch import scratch_errors
 class Partition:
     """Run number `part` of `parts`, counted from 0.
 
-    folder: for the lock, the same for all of them; None for a run that shares its result with no other.
+    Attributes:
+        part: Number of the run.
+        parts: Number of runs.
+        folder: Folder for the lock, the same for all runs; None for a run that shares its result with no other.
     """
 
     part: int

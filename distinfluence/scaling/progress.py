@@ -33,7 +33,7 @@ class Bar:
         self._bar = tqdm(desc=name, total=total, unit=f" {unit}", disable=not (show and sys.stderr.isatty()))
 
     def advance(self, n: int = 1) -> None:
-        """n more are done."""
+        """Count n more as done."""
         self.count += n
         self._bar.update(n)
         self._line()
@@ -45,7 +45,7 @@ class Bar:
         self._line()
 
     def close(self) -> None:
-        """End of the stage."""
+        """End the stage."""
         self._bar.close()
         if self._lines and self._printed != (self.count, self._note):
             self._print()

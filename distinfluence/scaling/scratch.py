@@ -28,7 +28,15 @@ from distinfluence.store.format.folder import FULL
 def scratch_errors(folder: Path, what: str) -> Iterator[None]:
     """Raise what the operating system says as StoreError; DiskFullError where nothing can be written any more.
 
-    what: is written, for the message. A RuntimeError counts too: torch has no other for a disk that is full.
+    A RuntimeError counts, too: torch raises no other error when a disk is full.
+
+    Args:
+        folder: The scratch folder.
+        what: What is written, for the message.
+
+    Raises:
+        StoreError: The operating system raised an error.
+        DiskFullError: The disk is full.
     """
     try:
         yield
@@ -47,7 +55,13 @@ def scratch_errors(folder: Path, what: str) -> Iterator[None]:
 def save_whole(path: Path, array: Array, *, sync: bool = False) -> None:
     """Write a .npy file under another name first, so that it is there whole or not at all.
 
-    sync: also after the power failed. Raises StoreError.
+    Args:
+        path: The file.
+        array: The array.
+        sync: Whether that must hold after a power failure, too.
+
+    Raises:
+        StoreError: The file cannot be written.
     """
     what = f"{format_bytes(array.nbytes)} to {path.name}"
     with scratch_errors(path.parent, what), appearing(path, sync=sync) as partial, partial.open("wb") as file:

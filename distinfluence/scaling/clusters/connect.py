@@ -111,7 +111,7 @@ class ClusterSpec:
 
 
 def planned_memory(spec: ClusterSpec) -> int | None:
-    """Bytes that each worker of a cluster will be given; None if only the workers themselves can say."""
+    """Return the bytes that each worker of a cluster will get; None if only the workers themselves can say."""
     if job_kind(spec.kind):
         return job_memory(spec.settings)
     if spec.kind != "local":
@@ -121,7 +121,7 @@ def planned_memory(spec: ClusterSpec) -> int | None:
 
 
 def planned_workers(spec: ClusterSpec) -> int | None:
-    """Worker processes that a cluster will have, however few have come by now; None if they are not ours to say."""
+    """Return how many worker processes a cluster will have, however few have come; None if that is not ours to say."""
     return spec.n_workers if spec.kind == "local" or job_kind(spec.kind) else None
 
 
@@ -152,7 +152,7 @@ def _raised_nowhere_else(record: logging.LogRecord) -> bool:
 
 
 def _quiet(_text: str) -> None:
-    """Where nobody wants to know."""
+    """Ignore what is announced."""
 
 
 @contextmanager

@@ -34,7 +34,7 @@ OURS = ("n_workers", "job_cls", "asynchronous", "loop")  # of dask-jobqueue's ar
 
 
 def job_kind(kind: str) -> bool:
-    """Whether a cluster of this kind is one of jobs: a key of `QUEUES`, or a dask-jobqueue class as module:Class."""
+    """Say whether this kind of cluster is one of jobs: a key of `QUEUES`, or a dask-jobqueue class as module:Class."""
     return kind in QUEUES or ":" in kind
 
 
@@ -64,7 +64,11 @@ def _interrupts_left_alone() -> Iterator[None]:
 
 
 def job_processes(settings: Mapping[str, object]) -> int:
-    """Worker processes of each job. Raises SettingError if the settings say no number of them."""
+    """Return the number of worker processes of each job.
+
+    Raises:
+        SettingError: `processes` is not a number of at least 1.
+    """
     given = settings.get("processes") or 1
     if not isinstance(given, int) or given < 1:
         raise SettingError(f"`processes` of the cluster must be a whole number of at least 1, got {given!r}.")
@@ -72,7 +76,7 @@ def job_processes(settings: Mapping[str, object]) -> int:
 
 
 def job_memory(settings: Mapping[str, object]) -> int | None:
-    """Bytes that each worker will be given, None where the settings leave that to dask-jobqueue's own files."""
+    """Return the bytes that each worker will get, None where the settings leave that to dask-jobqueue's own files."""
     given = {name.replace("-", "_"): value for name, value in settings.items()}
     if given.get("memory") is None:
         return None
@@ -83,14 +87,14 @@ def job_memory(settings: Mapping[str, object]) -> int | None:
 
 
 def is_slurm(cluster: Any) -> bool:
-    """Whether the jobs of a class of dask-jobqueue clusters go to SLURM."""
+    """Say whether the jobs of a class of dask-jobqueue clusters go to SLURM."""
     return str(cluster.job_cls.submit_command).endswith("sbatch")
 
 
 def job_arguments(
     cluster: Any, settings: Mapping[str, object], environment: Mapping[str, str], folder: Path
 ) -> dict[str, Any]:
-    """dask-jobqueue's arguments: the settings as given, and what makes its jobs fit for torch and for time limits."""
+    """Return dask-jobqueue's arguments: the settings, and what makes its jobs fit for torch and for time limits."""
     given: dict[str, Any] = {name.replace("-", "_"): value for name, value in settings.items()}
     section = f"jobqueue.{cluster.job_cls.config_name}"
     _check_names(given, cluster, section)
@@ -123,7 +127,7 @@ def job_arguments(
 
 
 def seconds_of_workers(cluster: Any, arguments: Mapping[str, Any]) -> float | None:
-    """Seconds that a worker of jobs with these arguments has, None if there is no end to them."""
+    """Return the seconds that a worker of jobs with these arguments has, None if they have no end."""
     walltime = arguments.get("walltime") or dask.config.get("jobqueue.slurm.walltime", None)
     return worker_seconds(arguments["worker_extra_args"], str(walltime) if is_slurm(cluster) and walltime else None)
 

@@ -157,7 +157,7 @@ def _scheduler(asked: Any, arguments: dict[str, Any], refusals: list[str], guard
 def _naming(asked: Any) -> Any:
     """Have the class of clusters give no job the name of an earlier one, of which too much is known.
 
-    Dask gives the last name out again, and the new job would count as one whose worker had come before.
+    Dask gives the last name out again. The new job would then count as one whose worker had come before.
     """
 
     class NamingCluster(asked):  # type: ignore[misc]  # dask-jobqueue has no types

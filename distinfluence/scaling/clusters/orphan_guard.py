@@ -24,8 +24,11 @@ ANSWER_SECONDS = 30.0
 class Guard:
     """The driver's end of the pipe.
 
-    cancel: the command that ends jobs by number. name: given, the jobs are SLURM's and all of this name are ended.
-    log: a file that says what the guard did, if it had to.
+    Args:
+        cancel: The command that ends jobs by number.
+        name: If given, the jobs belong to SLURM, and all jobs of this name are ended.
+        log: A file that says what the guard did, if it had to act.
+        environment: Environment variables of the guard process.
     """
 
     def __init__(self, cancel: Sequence[str], name: str | None, log: Path, environment: dict[str, str]) -> None:
@@ -79,7 +82,7 @@ def left_behind(parent: int) -> list[str] | None:
 
 
 def cancel_numbers(cancel: Sequence[str], numbers: Sequence[str]) -> bool:
-    """Whether the command that ends these jobs went well in the end."""
+    """Say whether the command that ends these jobs went well in the end."""
     for _ in range(3 if numbers else 0):
         if _run([*cancel, *numbers]) is not None:
             return True
@@ -88,7 +91,7 @@ def cancel_numbers(cancel: Sequence[str], numbers: Sequence[str]) -> bool:
 
 
 def cancel_name(cancel: Sequence[str], name: str) -> bool:
-    """Whether SLURM has no job of this name any more, twice in a row: one may have been on its way to it."""
+    """Say whether SLURM has no job of this name any more, twice in a row: one may have been on its way to it."""
     user, empty = str(os.getuid()), 0
     end = time.monotonic() + MOST_SECONDS
     while time.monotonic() < end:

@@ -29,7 +29,13 @@ PASSING = re.compile(r"timed out|unable to contact|temporarily|try again|communi
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job as squeue lists it. state: in SLURM's words; reason: why it waits; starts: when SLURM expects it to."""
+    """A job as squeue lists it.
+
+    Attributes:
+        state: The state in SLURM's words.
+        reason: Why the job waits.
+        starts: When SLURM expects it to start.
+    """
 
     state: str
     reason: str
@@ -40,7 +46,7 @@ class SlurmQueue:
     """Jobs of this user."""
 
     def look(self, numbers: Iterable[str]) -> Mapping[str, QueuedJob] | None:
-        """Those of these numbers, also if they ended in the last minutes; None if SLURM does not answer."""
+        """Return the jobs of these numbers, also if they ended in the last minutes; None if SLURM does not answer."""
         asked = ",".join(numbers)
         answer = _squeue("--states=all", "-j", asked, "-o", "%A|%T|%r|%S") if asked else ""
         if answer is None:
@@ -49,14 +55,17 @@ class SlurmQueue:
         return {number: QueuedJob(*rest) for number, *rest in rows}
 
     def named(self, name: str) -> list[str] | None:
-        """Numbers of the jobs of this name that are not over; None if SLURM does not answer."""
+        """Return the numbers of the jobs of this name that are not over; None if SLURM does not answer."""
         answer = _squeue("-n", name, "-o", "%A|%T")
         if answer is None:
             return None
         return [number for number, _, state in (line.partition("|") for line in answer.splitlines()) if state in THERE]
 
     def cancel_named(self, name: str) -> int:
-        """End all jobs of this name, also one that only now appears; how many there were. Gives up after some tries."""
+        """End all jobs of this name, also one that only now appears, and return how many there were.
+
+        After some tries it gives up.
+        """
         found: set[str] = set()
         if shutil.which("squeue") is None:
             return 0  # no answer, however often one asks
@@ -71,7 +80,7 @@ class SlurmQueue:
         return len(found)
 
     def explain(self, number: str) -> str:
-        """How a job ended, and the end of its log."""
+        """Say how a job ended, with the end of its log."""
         record = _answer("scontrol", "show", "job", number) or ""
         found = dict(re.findall(r"^\s*(StdErr|StdOut)=(.*)$", record, re.MULTILINE))
         found |= dict(re.findall(r"\b(JobState|Reason|ExitCode|NodeList)=(\S+)", record))
@@ -117,14 +126,15 @@ def was_requeued() -> bool:
 
 
 def batch_job() -> str | None:
-    """SLURM's number of the job that this process runs in, the same each time that it is started; None outside."""
+    """Return SLURM's number of the job that this process runs in, the same each time it is started; None outside."""
     return os.environ.get("SLURM_JOB_ID")
 
 
 def walltime_seconds(text: str) -> float | None:
-    """Seconds of a time limit as sbatch reads it ("30", "10:00", "01:00:00", "2-12"); None for one without end.
+    """Return the seconds of a time limit as sbatch reads it ("30", "10:00", "01:00:00", "2-12"); None without end.
 
-    Raises ValueError if it is none.
+    Raises:
+        ValueError: The text is not a time limit.
     """
     if text.strip().upper() in ("UNLIMITED", "INFINITE", "0"):
         return None
@@ -146,7 +156,8 @@ def _squeue(*options: str) -> str | None:
 def _answer(*command: str) -> str | None:
     """Run a command of SLURM: what it writes, None if it fails, nothing for numbers that SLURM has forgotten.
 
-    In a session of its own: Ctrl-C at a terminal would reach it too, just when it is to cancel jobs.
+    The output is empty for jobs so old that SLURM has forgotten their numbers. The command gets a session of its own:
+    Ctrl-C at a terminal would reach it too, just when it is to cancel jobs.
     """
     try:
         done = subprocess.run(

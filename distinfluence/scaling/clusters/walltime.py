@@ -13,7 +13,10 @@ TRIES = 3  # workers that a task may outlive
 
 
 def lifetime_arguments(walltime: str) -> list[str]:
-    """Workers leave before their job is killed, not all at once, so that they can hand over what others need."""
+    """Return arguments with which workers leave before their job is killed.
+
+    They do not leave all at once, so that they can hand over what others need.
+    """
     limit = _limit(walltime)
     if limit is None:
         return []
@@ -23,7 +26,7 @@ def lifetime_arguments(walltime: str) -> list[str]:
 
 
 def worker_seconds(worker_arguments: Sequence[str], walltime: str | None) -> float | None:
-    """Seconds until a worker leaves by itself or is killed, None if it has all the time that it wants."""
+    """Return the seconds until a worker leaves by itself or is killed, None if it has all the time that it wants."""
     for option, value in zip(worker_arguments, [*worker_arguments[1:], ""], strict=True):
         if option == "--lifetime" or option.startswith("--lifetime="):
             return float(parse_timedelta(option.partition("=")[2] or value, default="s"))
@@ -68,7 +71,7 @@ class LongTasks:
         return None
 
     def warning(self, now: float) -> str | None:
-        """Once, what may come of the longest task."""
+        """Return, once, what may come of the longest task."""
         longest = max((now - since for since in self._since.values()), default=0.0)
         if self._warned or longest < self.seconds / 2:
             return None

@@ -36,13 +36,17 @@ class BatchQueue(Protocol):
         """Return the jobs of these numbers; None if there is no answer."""
 
     def explain(self, number: str) -> str:
-        """How a job ended."""
+        """Say how a job ended."""
 
 
 class Arrivals(SchedulerPlugin):
-    """Names of the jobs whose workers came, as far as they are not forgotten. changed: set when one comes or goes.
+    """Names of the jobs whose workers came, as far as they are not forgotten.
 
-    A worker's name is that of its job, or with several processes in a job begins with it: either may be the job's.
+    A worker has the name of its job. With several processes in a job, its name begins with the job's.
+    Either may be the name of the job.
+
+    Args:
+        changed: Set when a worker comes or goes.
     """
 
     name = "distinfluence-arrivals"
@@ -65,7 +69,12 @@ class Arrivals(SchedulerPlugin):
 
 @dataclass(frozen=True)
 class Jobs:
-    """The jobs at one moment. numbers: job name → its number at the queue, None if it was refused."""
+    """The jobs at one moment.
+
+    Attributes:
+        numbers: Job name → its number at the queue; None if it was refused.
+        connected: Names of the jobs whose workers are connected.
+    """
 
     numbers: Mapping[str, str | None]
     connected: frozenset[str]
@@ -75,10 +84,15 @@ class Jobs:
 class Watchdog:
     """Keeps `workers` jobs of a dask-jobqueue cluster in the queue or running.
 
-    cluster: its scheduler must run in this process. queue: None for a scheduler whose queue is not looked at. workers:
-    None if Dask's adaptive scaling says how many. refusals: filled by the cluster's jobs when they cannot be submitted.
-    announce: told what people should know. worker_seconds: that a worker has, None without end. on_failure: called
-    once, when `failure` has been set.
+    Attributes:
+        cluster: The cluster; its scheduler must run in this process.
+        queue: The queue; None for a scheduler whose queue is not looked at.
+        workers: How many jobs to keep; None if Dask's adaptive scaling says how many.
+        refusals: Filled by the cluster's jobs when they cannot be submitted.
+        announce: Called with a text that people should read.
+        worker_seconds: Seconds that a worker has; None without end.
+        on_failure: Called once, when `failure` has been set.
+        failure: Why the run must end; None while it need not.
     """
 
     cluster: Any
@@ -126,11 +140,11 @@ class Watchdog:
             self._thread.join()
 
     def has_workers(self) -> bool:
-        """Whether one is connected now."""
+        """Say whether one is connected now."""
         return bool(self.cluster.scheduler.workers)
 
     def may_submit(self) -> bool:
-        """Whether it is time to, after jobs were refused or failed."""
+        """Say whether it is time to, after jobs were refused or failed."""
         return time.monotonic() >= self._not_before
 
     def _watch(self) -> None:

@@ -134,11 +134,23 @@ def chunked(
 ) -> ChunkedData:
     """Cut a data set into chunks.
 
-    x, y: tensors, NumPy, zarr or dask arrays with the samples along the first dimension; or as x alone a tuple or dict
-    of these, a map-style torch `Dataset`, a DataLoader that does not shuffle, a `Recipe` of any of these, or a
-    `ChunkedData`. home: where data of the caller go. chunk_size: samples in a chunk; if None, dask arrays and loaders
-    bring their own, other data are cut into `default_size`.
-    Raises ShapeError for lengths that differ, ChunkError for chunks that do not line up, EmptyDataError, DtypeError.
+    Args:
+        x: Tensors, NumPy, zarr or dask arrays with the samples along the first dimension. Without `y` also a tuple or
+            dict of these, a map-style torch `Dataset`, a DataLoader that does not shuffle, a `Recipe` of any of these,
+            or a `ChunkedData`.
+        y: The targets, in the same form, or None if `x` has them.
+        home: Where data of the caller go.
+        chunk_size: Samples in a chunk. If None, dask arrays and loaders bring their own.
+        default_size: Samples in a chunk of other data if `chunk_size` is None.
+
+    Returns:
+        The data set in chunks.
+
+    Raises:
+        ShapeError: The arrays have different lengths.
+        ChunkError: The chunks do not line up.
+        EmptyDataError: There are no samples.
+        DtypeError: The data have a type that is not supported.
     """
     if isinstance(x, ChunkedData):
         return x

@@ -156,13 +156,13 @@ class ModelRecipe:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, non-persistent buffers too; tied ones under each of their names."""
+    """Return all parameters and buffers by name, non-persistent buffers too; tied ones under each of their names."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: tensor.detach() for name, tensor in named}
 
 
 def fingerprint_module(module: nn.Module) -> str:
-    """sha256 of the module's parameters and buffers, by name, dtype, shape and value."""
+    """Return the sha256 of the module's parameters and buffers, by name, dtype, shape and value."""
     return fingerprint_arrays({name: _bits(tensor) for name, tensor in tensors_of(module).items()})
 
 
@@ -173,7 +173,11 @@ def _bits(tensor: Tensor) -> Array:
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """Name → tensor, memory-mapped. Raises RecipeError for a missing file or one with anything but tensors."""
+    """Read name → tensor from a checkpoint, memory-mapped.
+
+    Raises:
+        RecipeError: The file is missing, or holds anything but tensors.
+    """
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -193,8 +197,10 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Put tensors in place of the module's parameters and buffers without a copy; tied ones stay tied.
 
-    Buffers that are missing keep their value unless they have none; everything else must fit exactly: raises
-    RecipeError naming what is missing, unknown or of another shape.
+    Buffers that are missing keep their value unless they have none; everything else must fit exactly.
+
+    Raises:
+        RecipeError: The tensors do not fit; the message names what is missing, unknown or of another shape.
     """
     own = tensors_of(module)
     optional = {name for name, tensor in own.items() if not tensor.is_meta and not _is_parameter(module, name)}
@@ -241,7 +247,7 @@ def _is_parameter(module: nn.Module, name: str) -> bool:
 
 
 def _twin(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the tensor of that name is there under another name that it is tied to."""
+    """Say whether the tensor of that name is there under another name that it is tied to."""
     owner, attribute = _owner(module, name)
     mine = getattr(owner, attribute)
     for other in tensors:

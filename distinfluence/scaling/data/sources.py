@@ -125,7 +125,11 @@ class InThisProcess(Keys):
 class ChunkSource(ABC):
     """Samples start to stop, where they are.
 
-    key: the same for the same samples, within a run. sha256: of their arrays when they were looked at, "" before.
+    Attributes:
+        start: The first sample.
+        stop: One after the last sample.
+        key: The same for the same samples, within a run.
+        sha256: Fingerprint of the arrays when they were looked at, "" before.
     """
 
     start: int
@@ -197,14 +201,15 @@ def built_once(recipe: Recipe | bytes, key: str) -> Any:
 
 
 def built_bytes(source: "ChunkSource") -> int:
-    """Memory that this process took to build the data set of a chunk that it has loaded, about."""
+    """Return about how much memory this process took to build the data set of a chunk that it has loaded."""
     return _grown.get(source.key.partition("/")[0], 0) if isinstance(source, DatasetSource) else 0
 
 
 def recipe_length(recipe: Recipe, key: str) -> int:
     """Return the number of samples of what the recipe builds, which is kept under `key`.
 
-    Raises DtypeError if that is neither a data set nor arrays.
+    Raises:
+        DtypeError: The recipe builds neither a data set nor arrays.
     """
     built = built_once(recipe, key)
     if isinstance(built, IterableDataset) or not isinstance(built, (Dataset, Tensor, np.ndarray, Mapping, Sequence)):

@@ -38,11 +38,11 @@ class Agenda(ABC):
 
     @abstractmethod
     def _next(self, under_way: int, window: int) -> int | None:
-        """As `next`, but for tasks that are to be tried alone."""
+        """Return the same as `next`, except tasks that are to be tried alone."""
 
     @abstractmethod
     def call(self, index: int) -> Call:
-        """How a task is called."""
+        """Return how a task is called."""
 
     @abstractmethod
     def again(self, index: int, alone: bool = False) -> None:
@@ -53,7 +53,7 @@ class Agenda(ABC):
         """Take note of the workers that may be given tasks now; called at the start and every second."""
 
     def keeps(self, index: int) -> bool:
-        """Whether the result stays on the worker that made it."""
+        """Say whether the result stays on the worker that made it."""
         return False
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Agenda(ABC):
         """Take note that a task is done; what is kept is in the agenda's care from now on."""
 
     def kept(self) -> "dict[int, Future[Any]]":
-        """Results that are on workers and still needed."""
+        """Return the results that are on workers and still needed."""
         return {}
 
     def lost(self, index: int) -> list[int]:

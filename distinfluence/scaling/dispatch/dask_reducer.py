@@ -32,8 +32,14 @@ from distinfluence.scaling.worker.context import WorkerContext
 class DaskReducer(ChunkReducer):
     """Sums over chunks on the workers of a cluster.
 
-    risk: of the caller, for its dtype and device; the workers build their own from `context`. resources: that a worker
-    must have.
+    Args:
+        risk: The caller's risk, for its dtype and device; the workers build their own from `context`.
+        client: A client of the cluster.
+        context: Where tasks get the model from.
+        data: The data in chunks.
+        remarks: How the loss was understood.
+        folder: A folder that every worker sees, for the tensors of a pass.
+        resources: Resources that a worker must have; none by default.
     """
 
     def __init__(

@@ -33,8 +33,8 @@ TICK_SECONDS = 1.0  # between looks at the clock and the cluster while nothing a
 class Dispatcher:
     """The tasks of an agenda: which are under way and since when, which came back how often.
 
-    shared: values that tasks have in common; they are sent once, as tasks of their own, so that they survive the
-    workers that hold them. resources: that a worker must have. events: counts what happens.
+    The values in `shared`, which tasks have in common, are sent once. They are sent as tasks of their own, so that they
+    survive the workers that hold them. A worker must have `resources`. `events` counts what happens.
     """
 
     client: Client

@@ -46,8 +46,8 @@ class Executor(ABC):
     ) -> Iterator[tuple[int, Any]]:
         """Yield (number of the item, result) as results come, in any order.
 
-        failures: given, items that fail for good are put there by number and the others go on; left out, the first
-        one raises. What stops every task alike (a full disk, a lost scheduler) always raises.
+        If `failures` is given, items that fail for good are put there by number and the others go on. Otherwise the
+        first failure is raised. What stops every task alike (a full disk, a lost scheduler) is always raised.
         """
 
 
@@ -87,7 +87,10 @@ class InProcess(Executor):
 class OnCluster(Executor):
     """Tasks on the workers of a Dask cluster, a window of them at a time; see `dispatcher`.
 
-    resources: that a worker must have for these tasks, for instance {"GPU": 1}. slow_seconds: see SLOW_SECONDS.
+    Args:
+        client: A client of the cluster.
+        resources: Resources that a worker must have for these tasks, for instance {"GPU": 1}; none by default.
+        slow_seconds: By default SLOW_SECONDS, see there.
     """
 
     def __init__(
@@ -130,8 +133,13 @@ class WorkersSeen:
 def check_workers(client: Client, folder: str, timeout: float) -> WorkersSeen:
     """Look at every worker.
 
-    folder: a file in it must be visible to every worker. Raises ClusterError without workers after `timeout` seconds,
-    or if a worker does not see the folder.
+    Args:
+        client: A client of the cluster.
+        folder: A folder that every worker must see.
+        timeout: Seconds to wait for workers.
+
+    Raises:
+        ClusterError: There are no workers after `timeout` seconds, or a worker does not see the folder.
     """
     end = time.monotonic() + timeout
     seen: dict[str, tuple[str, int, bool, int]] = {}

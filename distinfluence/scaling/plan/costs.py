@@ -46,7 +46,7 @@ class Stage:
 
 
 def sweep_bytes(work: Problem, machine: Machine, rows: int, gradients: int) -> int:
-    """Bytes of work space of a pass that multiplies rows; one row is taken at once however many bytes it needs.
+    """Return the bytes that a pass which multiplies rows works in; one row is taken at once however large it is.
 
     Gradients of a micro-batch are there by parameter and as rows, and those before are not always given back by then.
     """
@@ -220,7 +220,7 @@ class _Run:
 
 
 def solving_bytes(work: Problem, rows: int) -> int:
-    """Bytes that a solve holds for `rows` right-hand sides."""
+    """Return the bytes that a solve holds for `rows` right-hand sides."""
     needed = int((work.demand.row_vectors + 2) * rows * work.row)
     beside = int((work.demand.beside_vectors + 2) * rows * work.row)
     return min(needed, work.demand.most_bytes + beside) if work.demand.most_bytes else needed

@@ -13,11 +13,19 @@ from distinfluence.scaling.plan.plan import Plan
 
 
 def require_space(plan: Plan, output: Path | None, scratch: Path, share_of_result: float = 1.0) -> None:
-    """Pass if the disks have room for what the plan will write. Raises DiskFullError, saying how much to free.
+    """Check that the disks have room for what the plan will write.
 
-    output: where the result will be, None if that is no folder; what lies there counts as room: a run that goes on
-    has written it already, one that overwrites deletes it. So do factors and fits in `scratch`. share_of_result: of
-    the plan's bytes, below 1 where values are rounded and compressed.
+    What lies at `output` counts as room: a run that goes on has written it already, and one that overwrites deletes it.
+    Factors and fits in `scratch` count as room, too.
+
+    Args:
+        plan: The plan of the run.
+        output: Where the result will be; None if that is not a folder.
+        scratch: The scratch folder.
+        share_of_result: Share of the plan's bytes, below 1 where values are rounded and compressed.
+
+    Raises:
+        DiskFullError: There is too little room. The message says how much to free.
     """
     needed: dict[int, list[tuple[str, Path, int, int]]] = {}
     places = [("scratch", scratch, plan.scratch_bytes)]
@@ -38,7 +46,7 @@ def require_space(plan: Plan, output: Path | None, scratch: Path, share_of_resul
 
 
 def bytes_in(folder: Path) -> int:
-    """Bytes that the files in a folder take on the disk; holes in them take none."""
+    """Return the bytes that the files in a folder take on the disk; holes in them take none."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:

@@ -38,7 +38,7 @@ TEST_CHUNK = 1024  # test points that are solved together, where memory allows
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do and need; `str()` is the table that is shown before it starts.
+    """Describes what a run will do and need; `str()` gives the table that is shown before it starts.
 
     Attributes:
         work: Sizes of the problem.

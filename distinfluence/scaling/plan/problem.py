@@ -9,14 +9,24 @@ KEPT_SHARE, KEPT_MOST = 0.125, 2**30  # of a worker's memory for loaded chunks t
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be computed.
+    """Describes what the run will compute.
 
-    n_test, n_train, n_fit: samples of the matrix's rows and columns, and of the fit. p: covered parameters; itemsize:
-    bytes of a number. train_bytes: of one training sample as it is loaded. model_bytes: parameters and buffers.
-    built_bytes: of data sets that every process builds for itself. by_gradients: whether the curvature is made of
-    gradients of single samples, some of which a process then keeps between passes.
-    entry: numbers in an entry of the matrix (1, or those of an input for mode "perturbation"). demand: of the method.
-    contributions: pairs at each end of a ranking that are taken apart; self_influence: whether those are made.
+    Attributes:
+        n_test: Test points, the rows of the matrix.
+        n_train: Training points, the columns of the matrix.
+        n_fit: Samples of the fit.
+        p: Covered parameters.
+        itemsize: Bytes of a number.
+        train_bytes: Bytes of one training sample as it is loaded.
+        model_bytes: Bytes of the model's parameters and buffers.
+        demand: What the method needs.
+        entry: Numbers in an entry of the matrix: 1, or the numbers of an input for mode "perturbation".
+        top_k: Training points at each end of a ranking.
+        over_data: Whether the method's solves make passes over the training data.
+        built_bytes: Bytes of data sets that every process builds for itself.
+        by_gradients: Whether the curvature is made of gradients of single samples; a process keeps some between passes.
+        contributions: Pairs at each end of a ranking that are split into contributions.
+        self_influence: Whether self-influences are computed.
     """
 
     n_test: int
@@ -103,5 +113,5 @@ class Rates:
 
 
 def kept_bytes(memory: int) -> int:
-    """Bytes of loaded chunks that a process which may take `memory` bytes keeps between tasks."""
+    """Return the bytes of loaded chunks that a process which may take `memory` bytes keeps between tasks."""
     return min(KEPT_MOST, int(KEPT_SHARE * memory))

@@ -46,7 +46,7 @@ def results_held(n_chunks: int, workers: int) -> int:
 
 
 def pass_tasks(n_chunks: int) -> int:
-    """Tasks of a pass over chunks on a cluster: the groups and their additions."""
+    """Return the number of tasks of a pass over chunks on a cluster: the groups and their additions."""
     level = tasks = min(n_chunks, GROUPS)
     while level > 1:
         tasks += level // FAN_IN + (level % FAN_IN > 1)

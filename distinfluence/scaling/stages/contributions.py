@@ -31,9 +31,13 @@ MOST_TESTS, MOST_TOKEN_POINTS = 64, 4  # test points, training points of sequenc
 
 @dataclass(frozen=True)
 class RankedPairs:
-    """Ranked pairs in the order of their training points. k: at each end of a ranking.
+    """Ranked pairs in the order of their training points.
 
-    tests, trains: [n], their points. places: [n], where each belongs in [2, n_test, k], flat.
+    Attributes:
+        tests: Test point of each pair, [n].
+        trains: Training point of each pair, [n].
+        places: Where each pair belongs in [2, n_test, k], flat, [n].
+        k: Pairs at each end of a ranking.
     """
 
     tests: NDArray[np.int64]
@@ -43,7 +47,7 @@ class RankedPairs:
 
     @classmethod
     def of(cls, writer: InfluenceWriter, k: int) -> "RankedPairs":
-        """Those of a finished result."""
+        """Return the pairs of a finished result."""
         k = min(k, writer.layout.k)
         trains = np.stack([ranking.indices for ranking in writer.rankings(k)]).astype(np.int64)
         tests = np.broadcast_to(np.arange(trains.shape[1])[:, np.newaxis], trains.shape).ravel()
@@ -102,7 +106,7 @@ def _gather(run: Run, pairs: RankedPairs, parts: Mapping[Path, slice]) -> None:
 
 
 def part_file(file: str, k: int, index: int) -> Path:
-    """Where what a task made of strip `index` lies."""
+    """Return the path of what a task made of strip `index`."""
     return Path(file).with_name(f"contributions-{k}-{index:06d}.npy")
 
 

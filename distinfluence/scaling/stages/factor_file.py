@@ -72,7 +72,10 @@ def _factor_rows(file: str) -> "np.memmap[Any, Any] | None":
 def save_factors(file: str, start: int, factors: Array, fields: Mapping[str, Array]) -> None:
     """Write the factors' rows from `start`, then the fields in a file of their own, which says that both are there.
 
-    It has checksums of each row, and of each point's fields. Raises StoreError.
+    That file has checksums of each row, and of each point's fields.
+
+    Raises:
+        StoreError: A file cannot be written.
     """
     with scratch_errors(Path(file).parent, f"{factors.nbytes / 2**20:.0f} MiB of factors"):
         offset = np.load(file, mmap_mode="r", allow_pickle=False).offset
@@ -90,7 +93,10 @@ def save_factors(file: str, start: int, factors: Array, fields: Mapping[str, Arr
 def saved_fields(file: str, start: int, check: bool = True) -> dict[str, Array] | None:
     """Return the fields that `save_factors` wrote for the rows from `start`; None if they are not as written.
 
-    check: read the rows, too, and give None if these are not.
+    Args:
+        file: The file of the factors.
+        start: The first row.
+        check: Whether to read the rows, too, and to return None if these have changed.
     """
     try:
         stored = np.load(fields_file(file, start), allow_pickle=False)
@@ -111,5 +117,5 @@ def _checksums(rows: Array) -> NDArray[np.float64]:
 
 
 def fields_file(file: str, start: int) -> Path:
-    """Where the fields of the test points from `start` are, if their factors have been made."""
+    """Return where the fields of the test points from `start` are, if their factors have been made."""
     return Path(file).with_name(f"fields-{start:09d}.npy")

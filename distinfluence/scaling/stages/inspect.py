@@ -33,7 +33,13 @@ from distinfluence.store.format.fingerprint import combine, fingerprint_arrays
 
 @dataclass(frozen=True)
 class Inspected:
-    """A data set that was looked at. data: with the fingerprint of each chunk; sha256: of it all, in these chunks."""
+    """A data set that was looked at.
+
+    Attributes:
+        data: The data, with the fingerprint of each chunk.
+        sha256: Fingerprint of the whole data set, in these chunks.
+        draw: Which samples were drawn.
+    """
 
     data: ChunkedData
     sha256: str
@@ -71,8 +77,9 @@ def look(executor: Executor, context: Context, data: ChunkedData, progress: Prog
 def drawn_samples(executor: Executor, risk: SampleRisk, looked: Inspected) -> list[Batch]:
     """Return the drawn samples, read once more, joined where their shapes allow and placed.
 
-    Raises NonDeterministicDataError where they are not what they were: the data set draws random numbers, or each
-    process builds another one.
+    Raises:
+        NonDeterministicDataError: The samples have changed: the data set draws random numbers, or each process builds
+            another one.
     """
     by_chunk: dict[int, list[int]] = {}
     for chunk, index in looked.draw.places:
@@ -91,7 +98,7 @@ def drawn_samples(executor: Executor, risk: SampleRisk, looked: Inspected) -> li
 
 
 def reasons_of(data: ChunkedData, failures: Failures) -> dict[int, str]:
-    """Why each chunk failed, with its samples."""
+    """Return why each chunk failed, with its samples."""
     reasons = {}
     for i, error in sorted(failures.items()):
         named = samples_of(i, data.starts[i], data.sizes[i])
@@ -108,7 +115,12 @@ def listed(reasons: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a chunk before any computation. sha256: of its arrays. draw: which samples may be drawn."""
+    """Holds what is known of a chunk before any computation.
+
+    Attributes:
+        sha256: Fingerprint of the chunk's arrays.
+        draw: Which samples may be drawn.
+    """
 
     sha256: str
     draw: Draw

@@ -56,8 +56,11 @@ def check_drawn(context: Context, samples: Sequence[ArrayBatch]) -> Checked:
 class Sample:
     """What is known of samples before anything is computed.
 
-    remarks: how the loss was understood. input_shape: of one floating-point input, or None. nbytes: of one sample.
-    built: bytes that the process took to build the data set.
+    Attributes:
+        remarks: How the loss was understood.
+        input_shape: Shape of one floating-point input, or None.
+        nbytes: Bytes of one sample.
+        built: Bytes that the process took to build the data set.
     """
 
     remarks: tuple[str, ...]

@@ -20,7 +20,14 @@ from distinfluence.store import InfluenceWriter
 class FittedRun:
     """What a fit leaves for the stages after it.
 
-    sha256: of the data that was fitted to; sample: what one of them is like; probe: what the model makes of some.
+    Attributes:
+        model: The fitted influence model.
+        context: Where tasks get the fitted model from.
+        executor: What runs the tasks.
+        train: The training data.
+        sha256: Fingerprint of the training data.
+        sample: What one of the training samples is like.
+        probe: What the model makes of some samples.
     """
 
     model: InfluenceFunctionModel
@@ -34,11 +41,15 @@ class FittedRun:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a run, beyond the fitted model.
+    """Holds what is asked of a run, in addition to the fitted model.
 
-    plan: chunk sizes, panel, and where is solved: "rows" solves each test chunk on one worker, which sweeps the
-    training set by itself; "data" solves here and spreads each sweep over the workers. partition: the part of the
-    strips to make, of runs that work on one result.
+    Attributes:
+        test: The test data.
+        columns: The training points of the matrix's columns.
+        plan: Chunk sizes, panel, and where the run solves: "rows" solves each test chunk on one worker, which sweeps
+            the training set by itself; "data" solves here and spreads each sweep over the workers.
+        options: The options of the run.
+        partition: The strips to make, where several runs work on one result.
     """
 
     test: ChunkedData

@@ -111,7 +111,8 @@ def _finish(run: Run) -> None:
 def _own_folder(named: Path, probe: Probe) -> Path:
     """Return the folder for the factors of a model; another one where that belongs to a different model.
 
-    Each names its model before it has factors, and is left alone by others: they may be at work.
+    Each folder names its model before it has factors. Folders of other models are left alone: their runs may
+    be at work.
     """
     number = 0
     while True:

@@ -22,7 +22,8 @@ from distinfluence.store import InfluenceWriter
 def write_strips(run: Run) -> None:
     """Write the strips that are left to this run, one task for each.
 
-    Raises ChunkFailedError when all others are written; those that failed are marked, and tried again on resume.
+    Raises:
+        ChunkFailedError: Strips failed; they are marked and tried again on resume. All other strips are written first.
     """
     columns, pending, failures = run.request.columns, run.pending, Failures()
     panels = Panels(run.factors, run.request.plan.chunks.panel)
@@ -48,7 +49,12 @@ def _quarantined(writer: InfluenceWriter, reasons: Mapping[int, str]) -> ChunkFa
 
 @dataclass(frozen=True)
 class Panels:
-    """The factors of all test points in a file. size: how many of its rows are in memory at a time."""
+    """The factors of all test points in a file.
+
+    Attributes:
+        file: The file.
+        size: How many rows of the file are in memory at a time.
+    """
 
     file: str
     size: int

@@ -25,7 +25,7 @@ Chunk: TypeAlias = "ChunkSource | ArrayBatch"
 
 
 def samples_of(index: int, start: int, size: int) -> str:
-    """How errors name a chunk."""
+    """Return how errors name a chunk."""
     return f"chunk {index} (samples {start} to {start + size - 1})"
 
 
@@ -47,8 +47,11 @@ _broadcasts: dict[tuple[tuple[str, ...], torch.device], list[torch.Tensor]] = {}
 def broadcast_tensors(files: tuple[str, ...], device: torch.device) -> list[torch.Tensor]:
     """Return the tensors that all chunks of a pass get: read, and put on the device, once in a process.
 
-    files: .npy files, of other names in each pass. Those of the pass before are dropped. To be called within a
-    `torch_task`, and only read.
+    Call this within a `torch_task`, and only read the tensors. The tensors of the pass before are dropped.
+
+    Args:
+        files: .npy files, with other names in each pass.
+        device: The device.
     """
     key = (files, device)
     if key not in _broadcasts:
@@ -85,7 +88,7 @@ def load(chunk: Chunk) -> ArrayBatch:
 
 
 def memory_limit() -> int:
-    """Bytes that this process may take: its limit as a Dask worker, else what is free here."""
+    """Return the bytes that this process may take: its limit as a Dask worker, else what is free here."""
     try:
         limit = get_worker().memory_manager.memory_limit
     except ValueError:  # no worker

@@ -49,8 +49,11 @@ class Context(Protocol):
 class LocalContext:
     """The caller's own influence model, for tasks that run in the caller's process.
 
-    travel: makes what goes in its place where tasks are sent away after all: a client that is active in this process
-    takes every `compute()` of a dask array to its cluster.
+    Attributes:
+        key: The same for the same fitted model.
+        model: The influence model.
+        travel: Makes the context that is sent instead where tasks leave this process after all: a client that is active
+            in this process takes every `compute()` of a dask array to its cluster.
     """
 
     key: str
@@ -75,9 +78,16 @@ def _arrived(context: "WorkerContext") -> "WorkerContext":
 class WorkerContext:
     """A model as a recipe, with the settings, the fitted state's files and the training set's chunks.
 
-    scratch: where its files are, None once it has travelled. unbound: the pickled influence model without its module.
-    state: array name → .npy file. n_threads: of torch, in a task. device: "auto", "cpu" or "cuda", see `task_device`:
-    what it comes to, and which GPU that is, is decided where the task runs.
+    Attributes:
+        key: The same for the same fitted model.
+        scratch: Where its files are; None once the context has travelled.
+        unbound: The pickled influence model without its module.
+        recipe: How to build the module.
+        device: "auto", "cpu" or "cuda", see `task_device`. The GPU is chosen where the task runs.
+        n_threads: Threads of torch in a task.
+        state: Array name → .npy file.
+        report: What the fit covered; None before the fit.
+        train: The training set's chunks; None before the fit.
     """
 
     key: str

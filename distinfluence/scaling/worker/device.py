@@ -24,7 +24,13 @@ def task_device(asked: str) -> torch.device:
     """Return the device of this process. asked: "auto" takes a GPU if the process sees one; else a type of device.
 
     Processes of one batch job take its GPUs in turn; every other process takes the first that CUDA_VISIBLE_DEVICES
-    lets it see. Raises ClusterError where "cuda" is asked for and there is none.
+    lets it see.
+
+    Args:
+        asked: A type of device; "auto" takes a GPU if the process sees one.
+
+    Raises:
+        ClusterError: The process sees no GPU although "cuda" is asked for.
     """
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,9 +46,11 @@ def task_device(asked: str) -> torch.device:
 
 
 def device_memory(device: torch.device, read: Callable[[torch.device], tuple[int, int]] | None = None) -> int | None:
-    """Bytes that this process may take on a GPU: what is free, and what it holds itself. None for the host.
+    """Return the bytes that this process may take on a GPU: what is free, and what it holds itself. None for the host.
 
-    read: gives (free, total) bytes of a device, torch's own unless given.
+    Args:
+        device: The device.
+        read: Returns (free, total) bytes of a device; by default torch's own function.
     """
     if device.type == "cpu":
         return None
@@ -52,7 +60,7 @@ def device_memory(device: torch.device, read: Callable[[torch.device], tuple[int
 
 
 def smallest_device(client: Client, asked: str) -> int | None:
-    """`device_memory` of the worker that has least, where tasks are to compute on `asked`; None without GPUs."""
+    """Return the least `device_memory` of the workers, where tasks are to compute on `asked`; None without GPUs."""
     if asked == "cpu":
         return None
     found = client.run(_task_device_memory, asked, on_error="ignore")  # who lacks a GPU says so in its first task
@@ -65,7 +73,7 @@ def _task_device_memory(asked: str) -> int | None:
 
 
 def _number_in_job() -> int:
-    """Which of the processes of a batch job this one is: the last part of its worker's name. 0 anywhere else."""
+    """Return which process of a batch job this one is: the last part of its worker's name. 0 anywhere else."""
     if int(os.environ.get(PROCESSES) or 1) < 2:
         return 0
     try:
