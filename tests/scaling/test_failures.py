@@ -195,24 +195,24 @@ def test_a_result_that_a_silent_worker_holds_keeps_back_no_other(
 ) -> None:
     """Dask fetches several results in one request, which ends when all their holders have answered."""
     (silent, pid), _ = sorted(own_cluster.run(os.getpid).items())
-    fetch, held, done = dispatcher.Dispatcher._fetch, set[str](), list[Any]()
+    fetch, holders, done = dispatcher.Dispatcher._fetch, list[str](), list[Any]()
 
     def fetch_at_once(self: dispatcher.Dispatcher, future: Any) -> None:
         done.append(future)
         if len(done) == 4:
-            held.update(*own_cluster.who_has(done).values())
+            holders.extend(address for addresses in own_cluster.who_has(done).values() for address in addresses)
             os.kill(pid, signal.SIGSTOP)
         for ready in done if len(done) == 4 else done[4:][-1:]:
             fetch(self, ready)
 
     monkeypatch.setattr(dispatcher.Dispatcher, "_fetch", fetch_at_once)
     with not_for_ever(pid):
-        on_cluster = OnCluster(own_cluster, slow_seconds=1.0)
+        on_cluster = OnCluster(own_cluster, slow_seconds=3.0)
         found = dict(on_cluster.run(sleeps, (), [(0.5, i) for i in range(4)]))
     assert found == {i: i for i in range(4)}
-    assert silent in held
-    assert len(held) == 2
-    assert on_cluster.events == {"submitted": 6, "backed up": 2}
+    lost = holders.count(silent)  # two, unless the machine is so busy that one worker was much faster
+    assert 0 < lost < 4
+    assert on_cluster.events == {"submitted": 4 + lost, "backed up": lost}
 
 
 def test_a_result_that_does_not_arrive_is_made_again_once(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_a_result_that_does_not_arrive_is_made_again_once(client: Client, monkey
         return await fetched(self, future)
 
     monkeypatch.setattr(dispatcher.Dispatcher, "_fetched", never_at_first)
-    on_cluster = OnCluster(client, slow_seconds=1.0)
+    on_cluster = OnCluster(client, slow_seconds=3.0)
     assert dict(on_cluster.run(max, (0,), [(i,) for i in range(4)])) == {i: i for i in range(4)}
     assert on_cluster.events == {"submitted": 5, "backed up": 1}
 
