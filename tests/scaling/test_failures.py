@@ -210,9 +210,10 @@ def test_a_result_that_a_silent_worker_holds_keeps_back_no_other(
         on_cluster = OnCluster(own_cluster, slow_seconds=3.0)
         found = dict(on_cluster.run(sleeps, (), [(0.5, i) for i in range(4)]))
     assert found == {i: i for i in range(4)}
-    lost = holders.count(silent)  # two, unless the machine is so busy that one worker was much faster
-    assert 0 < lost < 4
-    assert on_cluster.events == {"submitted": 4 + lost, "backed up": lost}
+    lost, again = holders.count(silent), on_cluster.events["backed up"]
+    assert silent in holders
+    assert lost <= again <= 4  # on a busy machine results of the other worker may be late, too; none is made thrice
+    assert on_cluster.events["submitted"] == 4 + again
 
 
 def test_a_result_that_does_not_arrive_is_made_again_once(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,9 @@ def test_a_result_that_does_not_arrive_is_made_again_once(client: Client, monkey
     monkeypatch.setattr(dispatcher.Dispatcher, "_fetched", never_at_first)
     on_cluster = OnCluster(client, slow_seconds=3.0)
     assert dict(on_cluster.run(max, (0,), [(i,) for i in range(4)])) == {i: i for i in range(4)}
-    assert on_cluster.events == {"submitted": 5, "backed up": 1}
+    again = on_cluster.events["backed up"]
+    assert 1 <= again <= 4  # on a busy machine others may be late, too; none is made thrice
+    assert on_cluster.events["submitted"] == 4 + again
 
 
 @pytest.mark.parametrize("state", ["holds", "is to make"])
