@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: written beside their place, synced if asked, then renamed."""
+"""Files and folders that are there whole or not at all: written next to their place, synced if asked, then renamed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ P = TypeVar("P", bound=Path)
 
 @contextlib.contextmanager
 def appearing(path: P, *, sync: bool = False) -> Iterator[P]:
-    """Yield a path beside `path` to write to; rename it to `path` at the end, or delete it if anything is raised.
+    """Yield a path next to `path` to write to; rename it to `path` at the end, or delete it if anything is raised.
 
     Args:
         path: The file or folder to make. A file that is there is replaced.

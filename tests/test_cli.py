@@ -119,6 +119,13 @@ def test_an_output_that_cannot_be_used_is_said_before_anything_runs(tmp_path: Pa
     assert (tmp_path / "influences.zarr" / "mine.txt").read_text() == "mine"
 
 
+def test_a_result_cannot_be_resumed_and_replaced_in_one_run(tmp_path: Path) -> None:
+    outcome = command("run", job_file(tmp_path), "--quiet", "--resume", "--overwrite")
+    assert outcome.exit_code == 2
+    assert "--resume" in outcome.output and "--overwrite" in outcome.output
+    assert not (tmp_path / "influences.zarr").exists()
+
+
 def test_errors_are_one_message_and_exit_status_1(tmp_path: Path) -> None:
     outcome = command("run", job_file(tmp_path, chunsk={}))
     assert outcome.exit_code == 1

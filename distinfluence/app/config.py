@@ -1,7 +1,7 @@
 """Job files: what to compute, checked before anything runs.
 
 A job file is YAML. Unknown keys are errors that suggest the right one; nothing in it is executed but the callables that
-it names, and nothing is unpickled. Relative paths and modules are looked up beside the file.
+it names, and nothing is unpickled. Relative paths and modules are looked up next to the file.
 """
 
 import difflib
@@ -261,7 +261,7 @@ class Job(Section):
 
     @property
     def scratch_folder(self) -> Path:
-        """Where the files of a run are: beside the result, unless the job names a folder."""
+        """Where the files of a run are: next to the result, unless the job names a folder."""
         if self.scratch is not None:
             return self.path(self.scratch)
         output = self.path(Path(self.output))
@@ -269,7 +269,7 @@ class Job(Section):
 
     @property
     def logs_folder(self) -> Path:
-        """Where clusters leave what their jobs print: beside the result, or in the scratch folder."""
+        """Where clusters leave what their jobs print: next to the result, or in the scratch folder."""
         if not isinstance(self.output, Path):
             return self.scratch_folder / "logs"
         output = self.path(self.output)

@@ -161,7 +161,7 @@ def _findings(result: InfluenceResult) -> list[str]:
 
 
 def trained_from(result: InfluenceResult) -> nn.Module:
-    """Return the model whose checkpoint lies beside the result."""
+    """Return the model whose checkpoint lies next to the result."""
     model = build_model()
     model.load_state_dict(torch.load(Path(result.path).parent / "model.pt", weights_only=True))
     return model

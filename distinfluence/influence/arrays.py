@@ -57,7 +57,7 @@ class _Way:
 
 
 class _SideStream(_Way):
-    """From a GPU into pinned memory, on a stream of its own, beside the one that computes."""
+    """From a GPU into pinned memory, on a stream of its own, next to the one that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)

@@ -123,7 +123,7 @@ def over_rows(
 
 
 def _gradients(risk: SampleRisk, value: Value, batch: Batch, what: str) -> SampleGradients:
-    seen: list[Tensor] = []  # the values beside the rows that the last call returned
+    seen: list[Tensor] = []  # the values next to the rows that the last call returned
 
     def vectorised(samples: Batch) -> Tensor:
         def one(parameters: Parameters, sample: Batch) -> Tensor:

@@ -415,7 +415,7 @@ def as_objective(loss: Loss | Objective) -> Objective:
 
 
 def _details(of: object) -> dict[str, object]:
-    """Its identity beside the name."""
+    """Its identity next to the name."""
     found = identity(of)
     if not isinstance(found, dict):
         return {}

@@ -118,7 +118,7 @@ class SampleRisk:
     def widened(self, tensor: Tensor) -> Tensor:
         """Return the tensor in the dtype that the risk is evaluated in, where that has more digits.
 
-        float32 beside a float64 module stays as it is unless float64 was asked for: mixing them is the caller's error.
+        float32 next to a float64 module stays as it is unless float64 was asked for: mixing them is the caller's error.
         """
         narrow = (torch.bfloat16, torch.float16) if self._asked_dtype is None else NARROW
         return tensor.to(self.dtype) if tensor.dtype in narrow else tensor

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from distinfluence.scaling.stages.lazy import LazyArrays
 
 TEST_CHUNK_SIZE = 1024  # test points that are solved together, where nobody says better
-SIGN_AND_EXPONENT = 9  # bits of a float32 beside its mantissa
+SIGN_AND_EXPONENT = 9  # Bits of a float32 that are not its mantissa.
 
 
 class InfluenceCalculator(ABC):

@@ -1,6 +1,6 @@
 """Progress of a run: a bar on a terminal, a line every few seconds elsewhere, and the seconds of each stage.
 
-A run that writes a result also leaves a sign of life beside it, see `distinfluence.store.run_state`.
+A run that writes a result also leaves a sign of life next to it, see `distinfluence.store.run_state`.
 """
 
 import sys

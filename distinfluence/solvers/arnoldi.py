@@ -346,7 +346,7 @@ class _Search:
         """One pass; before it, a thick restart where the basis would not hold another block."""
         lanczos = self._lanczos
         if lanczos.size + lanczos.next.shape[0] > self._most:
-            # half of what is beside the wanted ones speeds them up; with room for one block alone it would stand still
+            # half of the other vectors speeds the wanted ones up; with room for one block alone it would stand still
             half = self._rank + max(0, self._most - self._rank - self._block) // 2
             kept = max(self._rank, min(half, self._most - 2 * self._block))
             lanczos.restart(self._wanted(kept)[1])

@@ -10,7 +10,7 @@ DENSE_BYTES = 16  # for each entry of a matrix: itself and its factor in float64
 EIGEN_BYTES = 24  # more for each, where it is decomposed by eigenvalues: a singular one, or for many dampings
 DECOMPOSING = 32  # bytes for each entry of a factor in float64, its eigenvectors and work space
 SKETCHING = 8  # times what a Nyström sketch leaves, while it is made
-BESIDE_BASIS = 15.0  # blocks of rows beside a Krylov basis, or for conjugate gradients after it
+BESIDE_BASIS = 15.0  # blocks of rows in addition to a Krylov basis, or for conjugate gradients after it
 GROWING = 2  # times its limit is what a basis takes at most while it moves to a larger store
 
 
@@ -40,7 +40,7 @@ class Demand:
     fit_bytes: held while fitting, where the fit runs. state_bytes: held by each process that solves. row_vectors:
     vectors [p] that a solve holds at its peak for each right-hand side, itself, the solution and the results of
     products counted (`python -m tests.benchmarks.memory` measures them). most_bytes: a limit that the solver keeps to
-    by itself for what grows, 0 for none; beside_vectors: what it holds for each right-hand side beside that.
+    by itself for what grows, 0 for none; beside_vectors: what it holds for each right-hand side in addition to that.
     fit_passes, solve_passes: sweeps over the training data, a solve's for each test chunk. by_method: whether the
     passes are fixed by the method; else a usual number is given. fit_rows: vectors [p] that a pass of the fit
     multiplies at once. sum_bytes: of a matrix that a fit sums over the data.

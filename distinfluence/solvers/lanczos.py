@@ -67,7 +67,7 @@ class BlockLanczos:
         """Keep of the basis only the vectors with these coordinates, orthonormal columns [m, k] of `ritz`.
 
         The block that waits stays, and with it what their products miss: the space goes on growing as if it had held
-        nothing else. No pass, and no memory beside the basis.
+        nothing else. No pass, and no memory in addition to the basis.
         """
         kept = coordinates.shape[1]
         rotation = coordinates.T.to(self._storage.dtype)

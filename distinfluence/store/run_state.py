@@ -1,4 +1,4 @@
-"""What a run is doing, in a file beside its output, readable without its scheduler from the first moment to the last.
+"""What a run is doing, in a file next to its output, readable without its scheduler from the first moment to the last.
 
 The file has a name of its own (`.influences.zarr.run.json`), is replaced whole every few seconds, and goes when the run
 is complete: the result then says so itself. A run that was killed leaves it, with the time when it was last heard of.

@@ -149,6 +149,13 @@ class DataOperatorContract(OperatorContract):
         torch.testing.assert_close(operator.dense(), Reference(case).matrix(self.mode), **ROUNDING)
         torch.testing.assert_close(operator.dense(), Reference(case).matrix(self.mode), **ROUNDING)
 
+    def test_products_of_attention_are_linear_and_symmetric(self) -> None:
+        operator = self.of(build("attention"))
+        u, v = torch.randn(2, 3, operator.size, dtype=torch.float64)
+        along_u, along_v = operator.matmat(u), operator.matmat(v)
+        torch.testing.assert_close(operator.matmat(2.0 * u - 3.0 * v), 2.0 * along_u - 3.0 * along_v, **ROUNDING)
+        torch.testing.assert_close(along_u @ v.T, u @ along_v.T, **ROUNDING)
+
     def test_a_block_that_is_not_there_is_refused(self) -> None:
         with pytest.raises(ParameterBlockError, match="one of"):
             self.operator(self.of(build("mlp classification")).risk, "nothing")

@@ -229,9 +229,8 @@ def test_what_is_asked_for_beside_the_matrix_is_planned_as_stages_of_its_own() -
 def test_a_self_influence_that_cannot_be_held_is_refused_before_anything_is_computed() -> None:
     alone = Machine(1, 8 * GIB, 350 * 2**20, alone=True)
     work = replace(WORK, n_test=64, p=2_500_000, model_bytes=10_000_000)
-    asked = FixedSizes(
-        train=512, test=64, solve="data"
-    )  # the driver holds the solve, but for self-influences workers do
+    # the driver holds the solve, but for self-influences workers do
+    asked = FixedSizes(train=512, test=64, solve="data")
     assert make_plan(work, alone, asked)
     with pytest.raises(PlanError, match=r"'self-influence' needs .* most of it is the solve.* `test_chunk_size`"):
         make_plan(replace(work, self_influence=True), alone, asked)

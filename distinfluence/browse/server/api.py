@@ -32,7 +32,7 @@ MAX_POINTS, MAX_STRIPS = 2**27, 200_000
 MAX_LISTED = 500
 SHOWN_OF_SET = 12
 KEPT_SETS = 4
-WORST = 4  # test points of the largest loss that are shown beside the matrix
+WORST = 4  # test points of the largest loss that are shown next to the matrix
 MAX_CELL = 2**22  # entries that are read to find the largest one of a cell
 
 

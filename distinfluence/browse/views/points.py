@@ -1,4 +1,4 @@
-"""What is known of the points of a result beside the matrix: columns, labels, classes, samples."""
+"""What is known of the points of a result next to the matrix: columns, labels, classes, samples."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ WORKER_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHO
 PATIENCE: Mapping[str, object] = {
     # a long torch call may hold up a worker's heartbeat: that is no reason to give up on it
     "distributed.scheduler.worker-ttl": "15 minutes",
-    # workers that may die on a task, or beside it, before it is suspected
+    # workers that may die on a task, or next to it, before it is suspected
     "distributed.scheduler.allowed-failures": 10,
 }
 

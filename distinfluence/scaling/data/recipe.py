@@ -65,7 +65,7 @@ class Recipe:
         except ImportError as error:
             raise RecipeError(
                 f"`{self.target}`: cannot import {module_name!r} ({error}). Install it where the workers run, or put "
-                "the file beside the job file."
+                "the file next to the job file."
             ) from error
         for name in attribute.split("."):
             if not hasattr(found, name):
@@ -233,7 +233,7 @@ def _replace_everywhere(module: nn.Module, placed: Mapping[int, nn.Parameter | T
                 if old is not None and id(old) in placed:
                     store[attribute] = placed[id(old)]  # type: ignore[assignment]
         if isinstance(child, nn.RNNBase):
-            child._init_flat_weights()  # RNNs keep a list of their weights beside the registered ones
+            child._init_flat_weights()  # RNNs keep a list of their weights next to the registered ones
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

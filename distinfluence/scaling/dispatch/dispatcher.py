@@ -208,7 +208,7 @@ class Dispatcher:
         if self.failed[index] <= RETRIES:
             self.events["retried"] += 1
             self._forget(index)
-            # the task that workers died on was perhaps only beside the one that kills: alone, that will be seen
+            # the task that workers died on was perhaps only next to the one that kills: alone, that will be seen
             self.agenda.again(index, alone=isinstance(error, KilledWorker))
             return _AGAIN
         return killed(error) if isinstance(error, KilledWorker) else error

@@ -1,7 +1,7 @@
 """What a run will need, worked out before it starts: chunk sizes, memory by stage, passes, bytes on disk, time.
 
 A pure function of a few numbers. With b bytes a number, p parameters, m test points, n training points, and for a
-method its `Demand` (s bytes of state, v vectors for each right-hand side), a worker holds, beside a process with
+method its `Demand` (s bytes of state, v vectors for each right-hand side), a worker holds, besides a process with
 PyTorch, the model, a chunk of samples twice (as loaded, and as computed with), and data sets that it builds for itself:
 
 | stage | bytes |

@@ -1,6 +1,6 @@
 """What lies at a path: nothing, a result of ours, or something foreign that must not be touched.
 
-The only file that creates, replaces and deletes folders. A result appears whole (built beside its place, then renamed)
+The only file that creates, replaces and deletes folders. A result appears whole (built next to its place, then renamed)
 and only what distinfluence wrote is ever deleted.
 """
 

@@ -1,4 +1,4 @@
-"""What is known of the points beside the matrix: labels, names of classes, self-influences, and the samples themselves.
+"""What is known of the points next to the matrix: labels, class names, self-influences, and the samples themselves.
 
 They lie in the group `samples` of the result, one group per axis, as plain arrays: nothing of them is ever executed.
 Text is stored as its UTF-8 bytes, one after the other, with the offsets at which each begins.

@@ -1,4 +1,4 @@
-"""Rankings and entries as tables: columns of equal length, with what is known of the points beside each line."""
+"""Rankings and entries as tables: columns of equal length, with what is known of the points next to each line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Table = dict[str, NDArray[Any]]
 
 
 class KnownPoints:
-    """What is known of all points, read once, to stand beside the lines of tables."""
+    """What is known of all points, read once, to stand next to the lines of tables."""
 
     def __init__(self, result: ResultArrays) -> None:
         self._bound = result.read("error_bound").astype(np.float64)
