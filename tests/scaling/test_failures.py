@@ -229,8 +229,9 @@ def test_a_result_that_a_silent_worker_holds_keeps_back_no_other(
         found = dict(on_cluster.run(sleeps, (), [(0.5, i) for i in range(4)]))
     assert found == {i: i for i in range(4)}
     assert 0 < len(lost) < 4  # two each, unless one worker was much faster
-    assert [sent[index] for index in lost] == [2] * len(lost)
-    assert max(sent.values()) == 2  # on a busy machine a result of the other worker may be late, too
+    assert min(sent[index] for index in lost) >= 2
+    # Two with the cores to themselves. Three were seen where four busy processes shared two cores.
+    assert max(sent.values()) <= 4
 
 
 def test_a_result_that_does_not_arrive_is_made_again_once(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
