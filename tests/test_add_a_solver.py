@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from torch import nn
 
 from distinfluence import DirectInfluence, open_influences
+from distinfluence.app.yaml_file import to_yaml
 from distinfluence.influence.registry import METHODS
 from tests.processes import ROOT, finished
 from tests.test_cli import command
@@ -67,7 +67,7 @@ def test_the_recipe_runs_from_a_job_file_by_one_line(recipe: Path, monkeypatch: 
     from spectral import SpectralInfluence  # type: ignore[import-not-found]
 
     monkeypatch.setitem(METHODS, "spectral", SpectralInfluence)
-    (recipe / "job.yaml").write_text(yaml.safe_dump(JOB))
+    (recipe / "job.yaml").write_text(to_yaml(JOB))
     outcome = command("run", recipe / "job.yaml", "--quiet")
     assert outcome.exit_code == 0, outcome.output
     scores = open_influences(recipe / "spectral.zarr").influences[:]

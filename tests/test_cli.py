@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from click.testing import CliRunner, Result
 
 import distinfluence
 from distinfluence import open_influences
+from distinfluence.app.yaml_file import to_yaml
 from distinfluence.cli import STOPPING, _clean_errors, main
 from distinfluence.scaling import ClusterSpec, Progress, connected
 from distinfluence.store import InfluenceWriter, Layout
@@ -34,7 +34,7 @@ def command(*arguments: object) -> Result:
 
 def job_file(folder: Path, **changes: object) -> Path:
     path = folder / "job.yaml"
-    path.write_text(yaml.safe_dump(content(cluster={"kind": "local", "workers": 1}, **changes)))
+    path.write_text(to_yaml(content(cluster={"kind": "local", "workers": 1}, **changes)))
     return path
 
 
@@ -100,7 +100,7 @@ def test_a_job_joins_a_cluster_that_is_running_and_leaves_it_running(tmp_path: P
         assert client.scheduler is not None
         address = client.scheduler.address
         path = tmp_path / "job.yaml"
-        path.write_text(yaml.safe_dump(content(cluster={"kind": "address", "address": address})))
+        path.write_text(to_yaml(content(cluster={"kind": "address", "address": address})))
         assert command("run", path, "--quiet").exit_code == 0
         again = command("run", path, "--quiet")
         assert again.exit_code == 1

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from distinfluence import open_influences
 from distinfluence.app.config import Job
@@ -25,6 +24,7 @@ from distinfluence.app.demo import (
 from distinfluence.app.demo import (
     test_data as digits_for_testing,
 )
+from distinfluence.app.yaml_file import read_yaml
 from distinfluence.errors import ForeignStoreError
 from distinfluence.evaluate import mislabel_recall, net_harm
 from distinfluence.scaling import Progress
@@ -87,7 +87,7 @@ def test_the_demo_finds_flipped_labels_and_says_what_to_do_next(tmp_path: Path) 
 def test_the_demos_job_file_and_checkpoint_are_ordinary_ones(tmp_path: Path) -> None:
     prepare(tmp_path, workers=1, progress=Progress(show=False))
     job = Job.read(tmp_path / "job.yaml")
-    assert yaml.safe_load((tmp_path / "job.yaml").read_text()) == job_content(1)
+    assert dict(read_yaml(tmp_path / "job.yaml", "file").content) == job_content(1)
     model, _ = job.influence_model()
     trained = build_model()
     trained.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import click
 import pytest
-import yaml
 
 import distinfluence
 from distinfluence import EkfacInfluence, InfluenceResult
 from distinfluence.app.config import ClusterSection, Job
+from distinfluence.app.yaml_file import read_yaml
 from distinfluence.cli import main as command_line
 from distinfluence.scaling import InfluenceCalculator
 
@@ -153,7 +153,7 @@ YAML = [*blocks("yaml"), *((name_of(f), f.read_text()) for f in (ROOT / "deploy"
 def test_a_job_or_cluster_file_that_is_shown_is_taken(page: str, content: str, tmp_path: Path) -> None:
     file = tmp_path / "shown.yaml"
     file.write_text(content)
-    shown = yaml.safe_load(content)
+    shown = read_yaml(file, "file").content
     if "kind" in shown:
         ClusterSection.read(file).spec()
     elif "model" not in shown:  # lines of a cluster's settings

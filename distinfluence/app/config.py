@@ -4,16 +4,15 @@ A job file is YAML. Unknown keys are errors that suggest the right one; nothing 
 it names, and nothing is unpickled. Relative paths and modules are looked up next to the file.
 """
 
-import difflib
 import inspect
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,10 +20,13 @@ from pydantic import (
     JsonValue,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
-from distinfluence.errors import ConfigError, SettingError
+from distinfluence.app.mistakes import explain, misfit, suggestion
+from distinfluence.app.yaml_file import YamlFile, read_yaml
+from distinfluence.errors import ConfigError, DistinfluenceError, SettingError
 from distinfluence.influence import InfluenceFunctionModel, RelativeDamping
 from distinfluence.influence.registry import METHODS
 from distinfluence.model.objective import Loss, Objective
@@ -34,18 +36,34 @@ from distinfluence.store.format.folder import is_local_url
 
 
 class Section(BaseModel):
-    """A mapping of the job file; keys that it does not know are errors."""
+    """A mapping of the job file; keys that it does not know are errors, and so is a text where a number is needed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+def _text(value: object) -> object:
+    """Take a whole number as the text that was meant: a folder or a project may have a number for its name."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _target(value: str) -> str:
+    module, colon, name = value.partition(":")
+    if not (module and colon and name):
+        before, _, last = value.rpartition(".")
+        raise ValueError(
+            f"must name something as `module:name`, got {value!r}."
+            + (f" Did you mean `{before}:{last}`?" if before and not colon else " Write `my_module:my_function`.")
+        )
+    return value
+
+
 class Reference(Section):
     """Something importable, `module:name`, and what to call it with. In YAML a plain string is enough."""
 
-    target: str
+    target: Annotated[str, AfterValidator(_target)]
     arguments: dict[str, JsonValue] = {}
 
 
@@ -66,7 +84,7 @@ class ModelSection(Section):
     """
 
     factory: Referenced
-    checkpoint: Path | None = None
+    checkpoint: Annotated[Path | None, BeforeValidator(lambda value: _path(value))] = None
     mixed_precision: Literal["bfloat16", "float16"] | None = None
 
 
@@ -98,13 +116,18 @@ class ChunkSection(Section):
     panel: PositiveInt | None = None
 
 
+def _number_as_text(value: object) -> object:
+    """Take the number of bytes, or a part of the memory, as Dask does."""
+    return str(value) if isinstance(value, float) else _text(value)
+
+
 class ClusterSection(Section):
     """Where the workers are; see `ClusterSpec`. A file of its own holds the same keys."""
 
     kind: str = "local"
     workers: PositiveInt | None = None
     minimum: PositiveInt | None = None
-    memory_limit: str = "auto"
+    memory_limit: Annotated[str, BeforeValidator(_number_as_text)] = "auto"
     address: str = ""
     timeout: float | None = Field(default=None, gt=0)
     on_death: Literal["cancel", "leave"] = "cancel"
@@ -125,32 +148,42 @@ class ClusterSection(Section):
     @classmethod
     def read(cls, path: Path) -> "ClusterSection":
         """Read a YAML file. Raises ConfigError naming every key that is unknown or of the wrong kind."""
-        return _validated(cls, _yaml(path, "cluster file"), str(path), "cluster file")
+        return _validated(cls, read_yaml(path, "cluster file"), "cluster file")
 
 
-def _folder(value: Any) -> Any:
+def _path(value: object) -> object:
     """Take a path, also as a file:// URL; no other URL."""
+    value = _text(value)
     if isinstance(value, str) and is_local_url(value):
-        return value.partition("://")[2]
+        return Path(value.partition("://")[2])
     if isinstance(value, str) and "://" in value:
         raise ValueError(
-            f"must be a folder, got {value!r}. Name one that all workers see: files are mapped and locked there."
+            f"must be a file or folder, got {value!r}. Name one that all workers see: files are mapped and locked "
+            "there."
         )
-    return value
-
-
-def _folder_or_url(value: Any) -> Any:
-    """Take a URL as it is, anything else as a path."""
-    return value if isinstance(value, str) and "://" in value and not is_local_url(value) else _path(value)
-
-
-def _path(value: Any) -> Any:
-    value = _folder(value)
+    if isinstance(value, str) and not value:
+        raise ValueError("must be a path, got ''. Write one, or leave the key out.")
     return Path(value) if isinstance(value, str) else value
 
 
-Folder = Annotated[Path, BeforeValidator(_folder)]
-FolderOrUrl = Annotated[Path | str, BeforeValidator(_folder_or_url)]
+def _path_or_url(value: object) -> object:
+    """Take a URL as it is, anything else as a path."""
+    if isinstance(value, str) and "://" in value and not is_local_url(value):
+        return value
+    value = _path(value)
+    if not isinstance(value, Path):
+        raise ValueError(f"must be a folder or a URL, got {value!r}. Put a name in quotes.")
+    return value
+
+
+def _shown_pairs(value: object) -> object:
+    if not isinstance(value, int) or (value < 1 and value is not False):
+        raise ValueError(f"must be true, false or a whole number of at least 1, got {value!r}. Write one of these.")
+    return value
+
+
+Folder = Annotated[Path, BeforeValidator(_path)]
+FolderOrUrl = Annotated[Path | str, BeforeValidator(_path_or_url)]
 
 
 class Job(Section):
@@ -186,58 +219,86 @@ class Job(Section):
     solve: Literal["auto", "rows", "data"] = "auto"
     top_k: PositiveInt = 50
     mantissa_bits: Annotated[int, Field(ge=1, le=23)] = 23
-    contributions: bool | PositiveInt = False
+    contributions: Annotated[bool | int, BeforeValidator(_shown_pairs)] = False
     self_influence: bool = False
     certify: bool = False
     scratch: Folder | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     _folder: Path = Path()
+    _file: YamlFile = YamlFile("job", {})
 
     @classmethod
     def read(cls, path: Path) -> "Job":
         """Read a YAML file. Raises ConfigError naming every key that is unknown, missing or of the wrong kind."""
-        return cls.parse(_yaml(path, "job file"), path.resolve().parent, str(path))
+        return cls._checked(read_yaml(path, "job file"), path.resolve().parent)
 
     @classmethod
     def parse(cls, content: Mapping[str, object], folder: Path, name: str = "job") -> "Job":
         """Check a mapping. folder: where relative paths and modules are looked up."""
-        job = _validated(cls, content, name, "job file")
-        job._folder = folder
-        job.method_class()  # its name and keys are checked now, not after the data are loaded
+        return cls._checked(YamlFile(name, content), folder)
+
+    @classmethod
+    def _checked(cls, file: YamlFile, folder: Path) -> "Job":
+        job = _validated(cls, file, "job file")
+        job._folder, job._file = folder, file
         return job
 
     def on(self, cluster: ClusterSection) -> "Job":
         """Return the same job on another cluster."""
         return self.model_copy(update={"cluster": cluster})
 
+    @field_validator("method")
+    @classmethod
+    def _is_a_method(cls, method: dict[str, Any]) -> dict[str, Any]:
+        """Check its name and its keys now, not after the data are loaded."""
+        name = method.get("name")
+        if not isinstance(name, str) or name not in METHODS:
+            raise ValueError(f"`name` must be a method, got {name!r}.{suggestion(str(name), sorted(METHODS))}")
+        parameters = inspect.signature(METHODS[name]).parameters
+        known = [key for key in parameters if key not in ("model", "loss", "pre_conditioner", "h0")]
+        for key, value in method.items():
+            if key == "name":
+                continue
+            if key not in known:
+                raise ValueError(f"`{key}` is not a parameter of {name!r}.{suggestion(key, known)}")
+            if mistake := misfit(parameters[key].annotation, value):
+                raise ValueError(f"`{key}` {mistake}")
+        return method
+
     def method_class(self) -> type[InfluenceFunctionModel]:
-        """Return the influence model that `method` names. Raises ConfigError for an unknown name or parameter."""
-        name = str(self.method.get("name"))
-        if name not in METHODS:
-            raise ConfigError(f"`method.name` must name a method, got {name!r}.{_suggestion(name, sorted(METHODS))}")
-        known = [
-            p
-            for p in inspect.signature(METHODS[name]).parameters
-            if p not in ("model", "loss", "pre_conditioner", "h0")
-        ]
-        for key in self.method:
-            if key not in known and key != "name":
-                raise ConfigError(f"`method.{key}` is no parameter of {name!r}.{_suggestion(key, known)}")
-        return METHODS[name]
+        """Return the influence model that `method` names."""
+        return METHODS[self.method["name"]]
 
     def influence_model(self) -> tuple[InfluenceFunctionModel, ModelRecipe]:
         """Return the influence model with its module built here, and the recipe by which workers build theirs."""
         checkpoint = None if self.model.checkpoint is None else str(self.path(self.model.checkpoint))
         recipe = ModelRecipe(self.recipe(self.model.factory), checkpoint)
+        with self._mistakes_of("model"):
+            module = recipe.build()
+        with self._mistakes_of("loss"):
+            loss = self._loss()
         parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
-        if "hessian_regularization" in parameters:
-            parameters["hessian_regularization"] = _damping(parameters["hessian_regularization"])
-        try:
-            influence = self.method_class()(recipe.build(), loss=self._loss(), **parameters)
-        except TypeError as error:
-            raise ConfigError(f"`method` {self.method} does not fit: {error}. Correct its parameters.") from error
+        with self._mistakes_of("method"):
+            if "hessian_regularization" in parameters:
+                parameters["hessian_regularization"] = _damping(parameters["hessian_regularization"])
+            try:
+                influence = self.method_class()(module, loss=loss, **parameters)
+            except TypeError as error:
+                raise ConfigError(f"{self.method} does not fit: {error}. Correct its parameters.") from error
         mixed = self.model.mixed_precision
         return influence if mixed is None else influence.in_mixed_precision(getattr(torch, mixed)), recipe
+
+    @contextmanager
+    def _mistakes_of(self, key: str) -> Iterator[None]:
+        """Have errors say which key of which file they are about."""
+        try:
+            yield
+        except DistinfluenceError as error:
+            raise type(error)(f"{self._where(key)}: {error}") from error
+
+    def _where(self, key: str) -> str:
+        line = self._file.line((key,))
+        return f"`{self._file.name}`{'' if line is None else f', line {line}'}, `{key}`"
 
     def _loss(self) -> Loss | Objective:
         found = self.recipe(self.loss).resolve()
@@ -315,73 +376,11 @@ def _damping(value: Any) -> Any:
     return {block: _damping(own) for block, own in value.items()}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML reads 1e-4 as a text, because it has no dot."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
-def _yaml(path: Path, kind: str) -> Mapping[str, object]:
+def _validated(section: type[SectionT], file: YamlFile, kind: str) -> SectionT:
     try:
-        content = _Loader(path.read_text()).get_single_data()
-    except OSError as error:
-        raise ConfigError(f"`{path}` cannot be read: {error.strerror}. Pass the path of a {kind}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"`{path}` is no YAML: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"`{path}` is no text. Pass the path of a {kind}.") from error
-    if content is None:
-        raise ConfigError(f"`{path}` is empty. Pass the path of a {kind}.")
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"`{path}` must hold a mapping, got {type(content).__name__}. `distinfluence run --help` shows one."
-        )
-    return content
-
-
-def _validated(section: type[SectionT], content: Mapping[str, object], name: str, kind: str) -> SectionT:
-    try:
-        return section.model_validate(content)
+        return section.model_validate(file.content)
     except ValidationError as error:
-        lines = [_explain(section, problem, kind) for problem in error.errors()]
+        lines = [explain(section, problem, file, kind) for problem in error.errors()]
         raise ConfigError(
-            f"`{name}` has {len(lines)} mistake{'s' if len(lines) > 1 else ''}:\n  " + "\n  ".join(lines)
+            f"`{file.name}` has {len(lines)} mistake{'s' if len(lines) > 1 else ''}:\n  " + "\n  ".join(lines)
         ) from None
-
-
-def _explain(job: type[Section], problem: Any, kind: str) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return (
-            f"`{where}` is no key of a {kind}.{_suggestion(str(problem['loc'][-1]), _keys(job, problem['loc'][:-1]))}"
-        )
-    if problem["type"] == "missing":
-        return f"`{where}` is missing."
-    if problem["type"] == "value_error":
-        return f"`{where}`: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
-    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        keys = _keys(job, problem["loc"])
-        of = f" with keys among {', '.join(keys)}" if keys else ""
-        return f"`{where}` must be a mapping{of}, got {problem['input']!r}."
-    return f"`{where}`: {problem['msg']}, got {problem['input']!r}."
-
-
-def _keys(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        field = section.model_fields.get(str(part))
-        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not inner:
-            return []
-        section = inner[0]
-    return list(section.model_fields)
-
-
-def _suggestion(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    if close:
-        return f" Did you mean `{close[0]}`?"
-    return f" Known: {', '.join(known)}." if known else ""

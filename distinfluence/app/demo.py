@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from distinfluence.app.config import Job
 from distinfluence.app.job import run_job
 from distinfluence.app.job_data import annotate_job
 from distinfluence.app.summary import program, summary
+from distinfluence.app.yaml_file import to_yaml
 from distinfluence.errors import ForeignStoreError, MissingDependencyError
 from distinfluence.evaluate import mislabel_recall, net_harm
 from distinfluence.scaling import Progress
@@ -122,7 +122,7 @@ def prepare(folder: Path, workers: int, progress: Progress) -> None:
     with progress.stage("training", EPOCHS, "epochs") as bar:
         model = train_model(on_epoch=bar.advance)
     torch.save(model.state_dict(), folder / "model.pt")
-    (folder / "job.yaml").write_text(yaml.safe_dump(job_content(workers), sort_keys=False))
+    (folder / "job.yaml").write_text(to_yaml(job_content(workers)))
 
 
 def job_content(workers: int) -> dict[str, object]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from distinfluence.app.demo import prepare, train_data
 from distinfluence.app.demo import test_data as held_out
 from distinfluence.app.job_points import points_of_job
+from distinfluence.app.yaml_file import read_yaml, to_yaml
 from distinfluence.browse.export.html_report import write_report
 from distinfluence.browse.server.api import ResultApi
 from distinfluence.browse.views.rendering import draw
@@ -27,9 +27,9 @@ from tests.test_cli import command
 def job(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("job") / "demo"
     prepare(folder, 1, Progress(False))
-    content = yaml.safe_load((folder / "job.yaml").read_text())
+    content: dict[str, Any] = dict(read_yaml(folder / "job.yaml", "file").content)
     content["chunks"] = {"train": 500, "test": 297}  # as the result has them: a fingerprint of data is made of chunks
-    (folder / "job.yaml").write_text(yaml.safe_dump(content))
+    (folder / "job.yaml").write_text(to_yaml(content))
     shutil.copytree(digits, folder / "influences.zarr")
     shutil.rmtree(folder / "influences.zarr/samples")
     return folder / "job.yaml"
@@ -71,11 +71,11 @@ def test_what_cannot_be_stored_is_said(job: Path, options: list[str], said: str)
 
 
 def test_samples_of_other_data_are_refused(job: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load(job.read_text())
+    content: dict[str, Any] = dict(read_yaml(job, "file").content)
     content["data"]["train"] = "distinfluence.app.demo:test_data"
     content["output"] = str(job.parent / "influences.zarr")
     content["model"]["checkpoint"] = str(job.parent / "model.pt")
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "other.yaml").write_text(to_yaml(content))
     outcome = command("annotate", tmp_path / "other.yaml", "--kind", "image", "--shape", "8x8")
     assert outcome.exit_code == 1
     assert "was made with other" in outcome.output
@@ -140,17 +140,17 @@ def test_what_cannot_be_drawn_is_said_or_described(what: Any) -> None:
 
 
 def test_the_data_of_another_job_are_refused_unless_trusted(job: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load(job.read_text())
+    content: dict[str, Any] = dict(read_yaml(job, "file").content)
     content["output"] = str(job.parent / "influences.zarr")
     content["model"]["checkpoint"] = str(job.parent / "model.pt")
     content["data"]["train"] = "tests.browse.results:dimmed_train_data"
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "other.yaml").write_text(to_yaml(content))
     result = open_influences(job.parent / "influences.zarr")
     with pytest.raises(FingerprintError, match="was made with other"):
         points_of_job(tmp_path / "other.yaml", result, None, True)
     assert points_of_job(tmp_path / "other.yaml", result, None, False)["train"].sample(0) is not None
     content["data"]["train"] = "distinfluence.app.demo:test_data"
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "other.yaml").write_text(to_yaml(content))
     with pytest.raises(SettingError, match="297 samples"):
         points_of_job(tmp_path / "other.yaml", result, None, False)
 

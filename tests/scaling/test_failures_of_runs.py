@@ -16,10 +16,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
 from distributed import Client, Scheduler, Worker
 
 from distinfluence import ArnoldiInfluence, DaskInfluenceCalculator, ModelRecipe, Recipe, open_influences
+from distinfluence.app.yaml_file import to_yaml
 from distinfluence.scaling import LogToFolder
 from tests.forking import forking
 from tests.processes import finished, started
@@ -166,7 +166,7 @@ def test_a_run_killed_whole_goes_on_from_its_strips_to_the_same_bits(tmp_path: P
             cluster={"kind": "local", "workers": 1},
             output=f"{name}.zarr",
         )
-        path.write_text(yaml.safe_dump(described))
+        path.write_text(to_yaml(described))
         return path
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CHAOS_TAG": str(tmp_path)}

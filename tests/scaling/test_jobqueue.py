@@ -86,18 +86,23 @@ def test_what_the_file_says_goes_before_what_is_chosen_here(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"partition": "cpu"}, "`settings.partition` is no setting of dask-jobqueue's SLURMCluster. Known: account, "),
+        (
+            {"partition": "cpu"},
+            "`settings.partition` is not a setting of dask-jobqueue's SLURMCluster. Did you mean `q",
+        ),
         ({"wall-time": "1"}, "Did you mean `walltime`?"),
         ({"n_workers": 3}, "`settings.n_workers` of the cluster is set by distinfluence"),
-        ({"walltime": "two hours"}, "`walltime` of the cluster must be a time as sbatch reads it"),
+        ({"walltime": "two hours"}, "`settings.walltime` of the cluster must be a time as sbatch reads it"),
         ({"job-extra-directives": ["--job-name=x"]}, "`settings.job-extra-directives` must not name the jobs"),
-        ({"processes": "two"}, "`processes` of the cluster must be a whole number"),
+        ({"processes": "two"}, "`settings.processes` of the cluster must be a whole number"),
         ({"memory": None}, "You must specify how much cores and memory"),
     ],
 )
 def test_a_setting_that_is_none_is_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    spec = ClusterSpec("slurm", workers=1, settings={**BASE, **settings})
-    with pytest.raises(SettingError, match="`") as caught, connected(spec, folder=tmp_path):
+    with (
+        pytest.raises(SettingError, match="`") as caught,
+        connected(ClusterSpec("slurm", workers=1, settings={**BASE, **settings}), folder=tmp_path),
+    ):
         pass
     assert message in str(caught.value)
 

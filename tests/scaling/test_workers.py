@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
 from distinfluence import (
@@ -23,6 +22,7 @@ from distinfluence import (
     Recipe,
     SequentialInfluenceCalculator,
 )
+from distinfluence.app.yaml_file import to_yaml
 from distinfluence.errors import ClusterError, SettingError
 from distinfluence.scaling import ClusterSpec, LogToFolder
 from distinfluence.scaling.clusters.connect import planned_workers
@@ -150,7 +150,7 @@ def test_a_job_computes_on_the_device_that_the_worker_has_not_the_driver(tmp_pat
     log = tmp_path / "devices"
     factory = {"target": "tests.scaling.sources:model_that_finds_a_gpu", "arguments": {"log": str(log)}}
     values = content(model={"factory": factory}, cluster={"kind": "local", "workers": 1})
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "job.yaml").write_text(to_yaml(values))
     command = [sys.executable, "-m", "distinfluence", "run", str(tmp_path / "job.yaml"), "--quiet"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     finished(command, limit=300, env=environment, check=True)

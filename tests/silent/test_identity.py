@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from distributed import Client
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from distinfluence import (
     load_fit,
     save_fit,
 )
+from distinfluence.app.yaml_file import to_yaml
 from distinfluence.cli import main
 from distinfluence.errors import FingerprintError, RecipeError
 from distinfluence.influence.report import FitReport
@@ -286,10 +286,10 @@ def test_the_command_line_refuses_to_go_on_with_something_else(
         "output": "i.zarr",
         "cluster": {"workers": 1},
     }
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    (tmp_path / "job.yaml").write_text(to_yaml(job))
     assert command("run", tmp_path / "job.yaml") == 0
     CHANGES[name](job)
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    (tmp_path / "job.yaml").write_text(to_yaml(job))
     assert command("run", tmp_path / "job.yaml", "--resume") == 1
     said = capsys.readouterr().err
     assert "was begun with other inputs" in said

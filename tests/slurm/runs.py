@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from distinfluence import open_influences
+from distinfluence.app.yaml_file import read_yaml, to_yaml
 from tests.processes import finished, started
 from tests.reference import Reference
 from tests.slurm.host import SlurmHost
@@ -34,7 +34,7 @@ def cluster_file(
 
 def shipped(folder: Path, name: str, *, keys: Mapping[str, object], **settings: object) -> Path:
     """A cluster file of deploy/slurm, but for these keys and settings."""
-    content = yaml.safe_load((ROOT / "deploy" / "slurm" / name).read_text())
+    content: dict[str, Any] = dict(read_yaml(ROOT / "deploy" / "slurm" / name, "file").content)
     return written(folder / name, {**content, **keys, "settings": {**content["settings"], **settings}})
 
 
@@ -61,7 +61,7 @@ def assert_right(result: Path) -> None:
 
 
 def written(path: Path, values: Mapping[str, object]) -> Path:
-    path.write_text(yaml.safe_dump(dict(values)))
+    path.write_text(to_yaml(dict(values)))
     return path
 
 

@@ -1,5 +1,6 @@
 """Clusters by description: on this host, as jobs of a queue, or one that is running already."""
 
+import difflib
 import logging
 import os
 import signal
@@ -19,7 +20,14 @@ from tornado.ioloop import PeriodicCallback
 
 from distinfluence.errors import ClusterError, MissingDependencyError, SettingError
 from distinfluence.memory import free_bytes
-from distinfluence.scaling.clusters.job_settings import QUEUES, job_kind, job_memory, job_processes
+from distinfluence.scaling.clusters.job_settings import (
+    QUEUES,
+    bytes_of,
+    check_settings,
+    job_kind,
+    job_memory,
+    job_processes,
+)
 from distinfluence.scaling.clusters.jobqueue import job_cluster
 
 # Dask has its workers give memory back to the system at once, so that every large tensor costs page faults anew: ten
@@ -82,8 +90,10 @@ class ClusterSpec:
     def __post_init__(self) -> None:
         jobs = job_kind(self.kind)
         if self.kind not in KINDS and not jobs:
+            close = difflib.get_close_matches(str(self.kind), KINDS, n=1)
             raise SettingError(
                 f"`kind` of the cluster must be one of {list(KINDS)}, or a class as module:Class, got {self.kind!r}."
+                + (f" Did you mean {close[0]!r}?" if close else "")
             )
         if self.workers is not None and self.workers < 1:
             raise SettingError(f"`workers` must be at least 1, got {self.workers}.")
@@ -103,11 +113,23 @@ class ClusterSpec:
             )
         if self.settings and not (jobs or self.kind == "cuda"):
             raise SettingError(f"`settings` are for clusters of jobs and GPUs, got some for kind {self.kind!r}.")
+        if self.kind in QUEUES:
+            check_settings(self.kind, self.settings)
+        if self.memory_limit != "auto" and not _is_share(self.memory_limit):
+            bytes_of("memory_limit", str(self.memory_limit))
 
     @property
     def n_workers(self) -> int:
         """Worker processes, where they are started by us and their number is known before."""
         return (self.workers or LOCAL_WORKERS) * (job_processes(self.settings) if job_kind(self.kind) else 1)
+
+
+def _is_share(limit: str) -> bool:
+    """Say whether Dask reads a memory limit as a share of the host's memory; 0 is no limit."""
+    try:
+        return 0 <= float(limit) <= 1
+    except ValueError:
+        return False
 
 
 def planned_memory(spec: ClusterSpec) -> int | None:

@@ -7,7 +7,7 @@ import re
 import signal
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ QUEUES: Mapping[str, str] = {
     "slurm": "SLURMCluster",
 }
 OURS = ("n_workers", "job_cls", "asynchronous", "loop")  # of dask-jobqueue's arguments, set here
+
+# What dask-jobqueue's arguments must be. It writes them into a script as they are, so that a wrong one is silent there.
+TEXTS = frozenset(
+    {
+        *("account", "interface", "job_name", "local_directory", "log_directory", "memory", "name", "project"),
+        *("protocol", "python", "queue", "shared_temp_directory", "shebang", "walltime", "worker_command"),
+    }
+)
+LISTS = frozenset({"job_directives_skip", "job_extra_directives", "job_script_prologue", "worker_extra_args"})
+COUNTS = frozenset({"cores", "job_cpu", "processes"})
+SLURMS_WORDS = {"cpus_per_task": "cores", "mem": "memory", "partition": "queue", "time": "walltime"}
+LEAST_MEMORY = 2**20  # Bytes. A smaller number lacks its unit.
 
 
 def job_kind(kind: str) -> bool:
@@ -63,27 +75,101 @@ def _interrupts_left_alone() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
+def check_settings(kind: str, settings: Mapping[str, object]) -> None:
+    """Check the settings of a queue's jobs, as far as that is possible without the queue.
+
+    Args:
+        kind: A key of `QUEUES`. The names of settings are checked if dask-jobqueue is installed.
+        settings: The settings.
+
+    Raises:
+        SettingError: If a setting is unknown, or not what it must be.
+    """
+    with suppress(MissingDependencyError):
+        cluster = cluster_class(kind)
+        _check_names(settings_by_name(settings), cluster, f"jobqueue.{cluster.job_cls.config_name}")
+    job_memory(settings)
+    walltime = settings.get("walltime")
+    if kind == "slurm" and walltime is not None:
+        lifetime_arguments(str(walltime))
+
+
+def settings_by_name(settings: Mapping[str, object]) -> dict[str, Any]:
+    """Return settings under dask-jobqueue's names of arguments, numbers as texts where a text is meant.
+
+    Raises:
+        SettingError: A setting is not what it must be.
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        own = name.replace("-", "_")
+        if own in found:
+            raise SettingError(f"`settings.{own}` of the cluster is given twice, as {own.replace('_', '-')} and {own}.")
+        found[own] = _fitting(own, value)
+    return found
+
+
+def _fitting(name: str, value: object) -> object:
+    """Return a setting's value as dask-jobqueue takes it."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if value is None:
+        return None
+    if name in TEXTS:
+        if not number and not isinstance(value, str):
+            raise SettingError(f"`settings.{name}` of the cluster must be a text, got {value!r}. Put it in quotes.")
+        return str(value)  # a project may have a number for its name
+    if name in COUNTS and not (isinstance(value, int) and number and value >= 1):
+        remedy = "Remove the quotes." if isinstance(value, str) and value.isdecimal() else "Write such a number."
+        raise SettingError(
+            f"`settings.{name}` of the cluster must be a whole number of at least 1, got {value!r}. {remedy}"
+        )
+    return _texts(name, value) if name in LISTS else value
+
+
+def _texts(name: str, value: object) -> list[str]:
+    items = value if isinstance(value, list | tuple) else [None]
+    if not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
+        raise SettingError(
+            f'`settings.{name}` of the cluster must be a list of texts, got {value!r}. Write ["…", "…"].'
+        )
+    return [str(item) for item in items]
+
+
 def job_processes(settings: Mapping[str, object]) -> int:
     """Return the number of worker processes of each job.
 
     Raises:
-        SettingError: `processes` is not a number of at least 1.
+        SettingError: A setting is not what it must be.
     """
-    given = settings.get("processes") or 1
-    if not isinstance(given, int) or given < 1:
-        raise SettingError(f"`processes` of the cluster must be a whole number of at least 1, got {given!r}.")
-    return given
+    return int(settings_by_name(settings).get("processes") or 1)
 
 
 def job_memory(settings: Mapping[str, object]) -> int | None:
-    """Return the bytes that each worker will get, None where the settings leave that to dask-jobqueue's own files."""
-    given = {name.replace("-", "_"): value for name, value in settings.items()}
-    if given.get("memory") is None:
-        return None
+    """Return the bytes that each worker will get, None where the settings leave that to dask-jobqueue's own files.
+
+    Raises:
+        SettingError: A setting is not what it must be.
+    """
+    memory = settings_by_name(settings).get("memory")
+    return None if memory is None else bytes_of("settings.memory", memory) // job_processes(settings)
+
+
+def bytes_of(name: str, memory: str) -> int:
+    """Return the bytes that a text such as "16GB" says.
+
+    Raises:
+        SettingError: The text is not a number of bytes, or one so small that its unit is missing.
+    """
     try:
-        return int(parse_bytes(str(given["memory"])) // job_processes(settings))
+        found = int(parse_bytes(memory))
     except ValueError as error:
-        raise SettingError(f"`memory` of the cluster must be bytes such as '16GB', got {given['memory']!r}.") from error
+        raise SettingError(f"`{name}` of the cluster must be bytes such as '16GB', got {memory!r}.") from error
+    if found < LEAST_MEMORY:
+        raise SettingError(
+            f"`{name}` of the cluster must be bytes with their unit, got {memory!r}, which is {found} bytes. "
+            f"Did you mean '{memory.strip()}GB'?"
+        )
+    return found
 
 
 def is_slurm(cluster: Any) -> bool:
@@ -95,7 +181,7 @@ def job_arguments(
     cluster: Any, settings: Mapping[str, object], environment: Mapping[str, str], folder: Path
 ) -> dict[str, Any]:
     """Return dask-jobqueue's arguments: the settings, and what makes its jobs fit for torch and for time limits."""
-    given: dict[str, Any] = {name.replace("-", "_"): value for name, value in settings.items()}
+    given = settings_by_name(settings)
     section = f"jobqueue.{cluster.job_cls.config_name}"
     _check_names(given, cluster, section)
 
@@ -103,7 +189,7 @@ def job_arguments(
         configured = dask.config.get(f"{section}.{name.replace('_', '-')}", None)
         return given.get(name) if given.get(name) is not None else configured or default
 
-    given["processes"] = job_processes({"processes": chosen("processes", 1)})
+    given["processes"] = int(chosen("processes", 1))
     # one thread in each process, whatever number of cores the job asks for: they are for torch's own threads
     extra = ["--nthreads", "1", *map(str, chosen("worker_extra_args", []))]
     given["job_name"] = given.get("job_name") or given.pop("name", None) or "distinfluence"
@@ -174,8 +260,8 @@ def _check_names(given: Mapping[str, object], cluster: Any, section: str) -> Non
         if name in OURS:
             raise SettingError(f"`settings.{name}` of the cluster is set by distinfluence. Leave it out.")
         if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
+            close = difflib.get_close_matches(SLURMS_WORDS.get(name, name), sorted(known), n=1)
             raise SettingError(
-                f"`settings.{name}` is no setting of dask-jobqueue's {cluster.__name__}."
+                f"`settings.{name}` is not a setting of dask-jobqueue's {cluster.__name__}."
                 + (f" Did you mean `{close[0]}`?" if close else f" Known: {', '.join(sorted(known))}.")
             )

@@ -138,10 +138,10 @@ def walltime_seconds(text: str) -> float | None:
     """
     if text.strip().upper() in ("UNLIMITED", "INFINITE", "0"):
         return None
+    if not re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", text.strip()):
+        raise ValueError(text)
     days, dash, clock = text.strip().rpartition("-")
     parts = [int(part) for part in clock.split(":")]
-    if len(parts) > 3 or (dash and not days):
-        raise ValueError(text)
     if dash:  # D-H[:M[:S]]
         hours, minutes, seconds = [*parts, 0, 0][:3]
     else:  # M, M:S or H:M:S

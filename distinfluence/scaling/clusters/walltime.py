@@ -38,7 +38,8 @@ def _limit(walltime: str) -> float | None:
         return walltime_seconds(walltime)
     except ValueError:
         raise SettingError(
-            f"`walltime` of the cluster must be a time as sbatch reads it, such as '01:30:00', got {walltime!r}."
+            f"`settings.walltime` of the cluster must be a time as sbatch reads it, got {walltime!r}. Write "
+            "hours:minutes:seconds ('01:30:00'), days-hours ('2-12') or minutes ('90')."
         ) from None
 
 
