@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from distinfluence.app.mistakes import explain, misfit, suggestion
+from distinfluence.app.mistakes import explain, line_of, misfit, suggestion
 from distinfluence.app.yaml_file import YamlFile, read_yaml
 from distinfluence.errors import ConfigError, DistinfluenceError, SettingError
 from distinfluence.influence import InfluenceFunctionModel, RelativeDamping
@@ -33,6 +33,8 @@ from distinfluence.model.objective import Loss, Objective
 from distinfluence.scaling import ClusterSpec, ExistingResult, ModelRecipe, Recipe, RunOptions
 from distinfluence.scaling.clusters.slurm import batch_job
 from distinfluence.store.format.folder import is_local_url
+
+_DAMPING = "hessian_regularization"  # The parameter of a method that may also be a rule, or a mapping of blocks.
 
 
 class Section(BaseModel):
@@ -261,7 +263,8 @@ class Job(Section):
                 continue
             if key not in known:
                 raise ValueError(f"`{key}` is not a parameter of {name!r}.{suggestion(key, known)}")
-            if mistake := misfit(parameters[key].annotation, value):
+            annotation = float if isinstance(value, str | bool) and key == _DAMPING else parameters[key].annotation
+            if mistake := misfit(annotation, value):
                 raise ValueError(f"`{key}` {mistake}")
         return method
 
@@ -273,14 +276,14 @@ class Job(Section):
         """Return the influence model with its module built here, and the recipe by which workers build theirs."""
         checkpoint = None if self.model.checkpoint is None else str(self.path(self.model.checkpoint))
         recipe = ModelRecipe(self.recipe(self.model.factory), checkpoint)
-        with self._mistakes_of("model"):
+        with self.mistakes_of("model"):
             module = recipe.build()
-        with self._mistakes_of("loss"):
+        with self.mistakes_of("loss"):
             loss = self._loss()
         parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
-        with self._mistakes_of("method"):
-            if "hessian_regularization" in parameters:
-                parameters["hessian_regularization"] = _damping(parameters["hessian_regularization"])
+        with self.mistakes_of("method"):
+            if _DAMPING in parameters:
+                parameters[_DAMPING] = _damping(parameters[_DAMPING])
             try:
                 influence = self.method_class()(module, loss=loss, **parameters)
             except TypeError as error:
@@ -289,16 +292,14 @@ class Job(Section):
         return influence if mixed is None else influence.in_mixed_precision(getattr(torch, mixed)), recipe
 
     @contextmanager
-    def _mistakes_of(self, key: str) -> Iterator[None]:
+    def mistakes_of(self, *place: str) -> Iterator[None]:
         """Have errors say which key of which file they are about."""
         try:
             yield
         except DistinfluenceError as error:
-            raise type(error)(f"{self._where(key)}: {error}") from error
-
-    def _where(self, key: str) -> str:
-        line = self._file.line((key,))
-        return f"`{self._file.name}`{'' if line is None else f', line {line}'}, `{key}`"
+            line = line_of(self._file, place, str(error))
+            where = f"`{self._file.name}`{'' if line is None else f', line {line}'}, `{'.'.join(place)}`"
+            raise type(error)(f"{where}: {error}") from error
 
     def _loss(self) -> Loss | Objective:
         found = self.recipe(self.loss).resolve()

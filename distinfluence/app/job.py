@@ -186,10 +186,10 @@ def _computed(
 
 
 def _data(job: Job, calculator: InfluenceCalculator) -> tuple[ChunkedData, ChunkedData]:
-    return (
-        calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train),
-        calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test),
-    )
+    with job.mistakes_of("data", "train"):
+        train = calculator.chunked(job.recipe(job.data.train), chunk_size=job.chunks.train)
+    with job.mistakes_of("data", "test"):
+        return train, calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
 
 
 def plan_job(job: Job) -> Plan:

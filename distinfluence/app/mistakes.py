@@ -1,13 +1,14 @@
 """What to say of a mistake in a job or cluster file: the line, the key, what was expected, what came, what to do."""
 
 import difflib
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from distinfluence.app.yaml_file import YamlFile, plain_value
+from distinfluence.app.yaml_file import Place, YamlFile, plain_value
 
 _EXPECTED: Mapping[str, str] = {
     "int_type": "a whole number",
@@ -40,9 +41,18 @@ def explain(section: type[BaseModel], problem: Any, file: YamlFile, kind: str) -
         file: The file.
         kind: What the file is: "job file".
     """
-    place = problem["loc"]
-    where, line = ".".join(map(str, place)), file.line(place)
-    return ("" if line is None else f"line {line}: ") + _explained(section, problem, where, kind)
+    where = ".".join(map(str, problem["loc"]))
+    said = _explained(section, problem, where, kind)
+    line = line_of(file, problem["loc"], said.removeprefix(f"`{where}`: "))
+    return ("" if line is None else f"line {line}: ") + said
+
+
+def line_of(file: YamlFile, place: Place, said: str) -> int | None:
+    """Return the line of a section, or of the key in it that a message begins with; None if it has no line."""
+    found = re.match(r"`([\w.-]+)`", said)
+    keys = found[1].split(".") if found else []
+    dashed = (*place, *(key.replace("_", "-") for key in keys))
+    return file.lines.get(dashed) or file.line((*place, *keys))
 
 
 def _explained(section: type[BaseModel], problem: Any, where: str, kind: str) -> str:
@@ -103,7 +113,8 @@ def _is_number(text: str) -> bool:
 
 
 def _close(key: str, choices: str) -> str:
-    close = difflib.get_close_matches(key, [choice.strip("'") for choice in choices.split(", ")], n=1)
+    names = [choice.strip("'") for choice in choices.split(", ")]
+    close = ["cuda"] if key == "gpu" else difflib.get_close_matches(key, names, n=1)
     return f" Did you mean `{close[0]}`?" if close else " Write one of these."
 
 
