@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from distributed import performance_report
 
+from distinfluence.app.complete import complete_result, with_asked
 from distinfluence.app.config import Job
 from distinfluence.errors import (
     ConfigError,
@@ -32,6 +33,7 @@ from distinfluence.scaling import (
     ExistingResult,
     InfluenceCalculator,
     LogToFolder,
+    ModelRecipe,
     Plan,
     Progress,
     RunOptions,
@@ -82,11 +84,32 @@ def run_job(
     options = job.options(existing)
     options.check_path(job.result)
     with progress.beside(job.result):
-        return _run(job, options, progress, logs, report)
+        model, recipe = job.influence_model()
+        done = _already_complete(job, model, options, progress)
+        return _run(job, (model, recipe), options, progress, logs, report) if done is None else done
 
 
-def _run(job: Job, options: RunOptions, progress: Progress, logs: Path | None, report: Path | None) -> InfluenceResult:
-    model, recipe = job.influence_model()
+def _already_complete(
+    job: Job, model: InfluenceFunctionModel, options: RunOptions, progress: Progress
+) -> InfluenceResult | None:
+    """Return the result of a resumed run that has nothing to do."""
+    result = complete_result(job, model, options) if options.resumes else None
+    if result is not None:
+        progress.say(f"{result.path} is complete: nothing to do")
+        if job.scratch is None:  # of a run that was killed after its last strip
+            shutil.rmtree(job.scratch_folder, ignore_errors=True)
+    return result
+
+
+def _run(
+    job: Job,
+    built: tuple[InfluenceFunctionModel, ModelRecipe],
+    options: RunOptions,
+    progress: Progress,
+    logs: Path | None,
+    report: Path | None,
+) -> InfluenceResult:
+    model, recipe = built
     scratch = job.scratch_folder
     folder = job.logs_folder if logs is None else logs.resolve()
     with connected(job.cluster_spec(), folder=folder, announce=progress.say) as client, reported(report):
@@ -161,6 +184,9 @@ def run_part(job: Job, part: str, *, progress: Progress | None = None) -> Influe
             f"{job.chunks.model_dump(exclude_none=True)}. `distinfluence plan` proposes them."
         )
     with progress.beside(job.result, part):
+        done = _already_complete(job, model, options, progress)
+        if done is not None:
+            return done
         calculator = SequentialInfluenceCalculator(model.to(task_device(job.device)), scratch=scratch)
         result = _computed(job, calculator, options, progress, partition)
     if result.complete:
@@ -180,6 +206,7 @@ def _computed(
     calculator.require_space(plan, job.result, options.mantissa_bits)
     with partition.alone():  # one fits, the others find the fit
         calculator.fit(recut(train, plan.chunks.train), certify=job.certify, progress=progress)
+    options = with_asked(options, job, calculator.model, plan)
     options = replace(options, chunk_size=None, test_chunk_size=None, panel_size=plan.chunks.panel)
     test = recut(test, plan.chunks.test)
     return calculator.to_zarr(job.result, test, options=options, progress=progress, partition=partition)
