@@ -39,8 +39,8 @@ from ruamel.yaml.representer import SafeRepresenter
 from distinfluence.errors import ConfigError
 from distinfluence.store.format.fingerprint import Json
 
-MOST_BYTES = 2**20  # A longer file is not a job file, but data or a checkpoint.
-MOST_CHARACTERS = 2**22  # What the values of a file may come to once its aliases are replaced by what they name.
+MOST_BYTES = 2**18  # A longer file is not a job file, but data or a checkpoint.
+MOST_CHARACTERS = 2**20  # What the values of a file may come to once its aliases are replaced by what they name.
 MOST_LEVELS = 50  # Collections within collections.
 MOST_DIGITS = 400  # The longest numbers that are of use have as many.
 
@@ -204,7 +204,7 @@ def _text(path: Path, kind: str) -> str:
     except OSError as error:
         raise ConfigError(f"`{path}` cannot be read: {error.strerror}. Pass the path of a {kind}.") from error
     if len(content) > MOST_BYTES:
-        raise ConfigError(f"`{path}` is longer than {MOST_BYTES >> 20} MiB. Pass the path of a {kind}.")
+        raise ConfigError(f"`{path}` is longer than {MOST_BYTES >> 10} KiB. Pass the path of a {kind}.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

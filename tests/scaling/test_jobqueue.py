@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from distributed import Client
 
+from distinfluence.app.config import ClusterSection
+from distinfluence.app.yaml_file import to_yaml
 from distinfluence.errors import ClusterError, SettingError
 from distinfluence.scaling import ClusterSpec, connected
 from distinfluence.scaling.clusters import jobqueue, watchdog
 from distinfluence.scaling.clusters import orphan_guard as guard
-from distinfluence.scaling.clusters.job_settings import cluster_class, job_arguments
+from distinfluence.scaling.clusters.job_settings import cluster_class, job_arguments, seconds_of_workers
 from distinfluence.scaling.clusters.slurm import walltime_seconds, was_requeued
 from tests.processes import finished
 
@@ -81,6 +83,52 @@ def test_what_the_file_says_goes_before_what_is_chosen_here(tmp_path: Path) -> N
     assert re.search(r"#SBATCH -J mine-[0-9a-f]{8}$", own, re.MULTILINE)
     assert "--lifetime" not in script("slurm", tmp_path, walltime="UNLIMITED")
     assert "--lifetime" not in script("pbs", tmp_path, walltime="10:00:00")
+
+
+@pytest.mark.parametrize(
+    ("written", "lines"),
+    [
+        ("walltime: 4:00:00", ["-t 4:00:00"]),
+        ("walltime: 1:30", ["-t 1:30"]),
+        ("walltime: 2-12", ["-t 2-12"]),
+        ("walltime: 90", ["-t 90"]),  # minutes, as SLURM reads it
+        ("queue: on", ["-p on"]),
+        ("queue: 2026-01-31", ["-p 2026-01-31"]),
+        ("account: 0120", ["-A 0120"]),
+        ("account: 120", ["-A 120"]),
+        ("account: 1_000", ["-A 1_000"]),
+        ("memory: 16GiB", ["--mem=16G"]),
+        ("memory: 17179869184", ["--mem=16G"]),
+        ("job-extra-directives: [--time-min=1:30, --nice=7]", ["--time-min=1:30", "--nice=7"]),
+    ],
+)
+def test_what_a_cluster_file_says_reaches_the_script_as_it_was_meant(
+    written: str, lines: list[str], tmp_path: Path
+) -> None:
+    base = {name: value for name, value in BASE.items() if name != written.partition(":")[0]}
+    file = tmp_path / "cluster.yaml"
+    file.write_text(to_yaml({"kind": "slurm", "workers": 1, "settings": base}) + f"  {written}\n")
+    settings = ClusterSection.read(file).spec().settings
+    found = [line.removeprefix("#SBATCH ") for line in script("slurm", tmp_path, **settings).splitlines()]
+    assert set(lines) <= set(found)
+
+
+@pytest.mark.parametrize(("walltime", "lifetime"), [(90, "4320s"), ("90", "4320s"), ("1:30:00", "4320s"), (0, "")])
+def test_a_lifetime_is_that_of_the_walltime_as_slurm_reads_it(
+    walltime: int | str, lifetime: str, tmp_path: Path
+) -> None:
+    cluster = cluster_class("slurm")
+    arguments = job_arguments(cluster, {**BASE, "walltime": walltime}, {}, tmp_path)
+    assert seconds_of_workers(cluster, arguments) == (4320 if walltime else None)
+    assert (f"--lifetime {lifetime} " in script("slurm", tmp_path, walltime=walltime)) == bool(lifetime)
+
+
+@pytest.mark.parametrize(
+    "walltime", ["4h", "1:2:3:4", "1_0", "+4", "-4", "2-", "1:2:3-4", "٤", "", ":30", "4:00:00.5", "90 m", -1]
+)
+def test_a_walltime_that_slurm_does_not_read_is_refused(walltime: int | str) -> None:
+    with pytest.raises(SettingError, match="must be a time as sbatch reads it"):
+        ClusterSpec("slurm", workers=1, settings={**BASE, "walltime": walltime})
 
 
 @pytest.mark.parametrize(

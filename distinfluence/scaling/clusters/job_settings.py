@@ -104,7 +104,8 @@ def settings_by_name(settings: Mapping[str, object]) -> dict[str, Any]:
     for name, value in settings.items():
         own = name.replace("-", "_")
         if own in found:
-            raise SettingError(f"`settings.{own}` of the cluster is given twice, as {own.replace('_', '-')} and {own}.")
+            forms = f"{own.replace('_', '-')} and {own}"
+            raise SettingError(f"`settings.{own}` of the cluster is given twice, as {forms}. Remove one.")
         found[own] = _fitting(own, value)
     return found
 
