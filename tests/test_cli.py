@@ -83,7 +83,7 @@ def test_help_says_what_each_command_is_for() -> None:
     assert distinfluence.__version__ in command("--version").output
 
 
-def test_run_writes_the_influences_that_the_job_describes(tmp_path: Path) -> None:
+def test_run_writes_the_influences_that_the_job_describes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = command("run", job_file(tmp_path), "--quiet")
     assert outcome.exit_code == 0, outcome.output
     assert "6 of 6 rows converged" in outcome.output
@@ -93,6 +93,10 @@ def test_run_writes_the_influences_that_the_job_describes(tmp_path: Path) -> Non
     np.testing.assert_allclose(result[:], expected, rtol=1e-6, atol=1e-4)  # stored in float32
     assert result.provenance["job"]["method"] == {"name": "direct", "hessian_regularization": 0.01}
     assert not (tmp_path / ".influences.zarr.scratch").exists()
+    monkeypatch.setattr("distinfluence.app.job.connected", None)  # what workers made is known without them
+    again = command("run", tmp_path / "job.yaml", "--resume")
+    assert again.exit_code == 0, again.output
+    assert f"{tmp_path / 'influences.zarr'} is complete: nothing to do\n" in again.output
 
 
 def test_a_job_joins_a_cluster_that_is_running_and_leaves_it_running(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_paths_and_modules_are_looked_up_beside_the_file(tmp_path: Path) -> None
             {"output": "s3://bucket/i.zarr", "scratch": "x", "contributions": True},
             "`contributions` are written to folders alone",
         ),
+        ({"model": {"factory": {"target": "a:b", "arguments": {"x": float("inf")}}}}, "must be finite, got inf"),
         ({"scratch": "gs://bucket/x"}, "`scratch` must be a file or folder, got 'gs://bucket/x'."),
     ],
 )

@@ -26,12 +26,13 @@ from pydantic import (
 
 from distinfluence.app.mistakes import explain, line_of, misfit, suggestion
 from distinfluence.app.yaml_file import YamlFile, read_yaml
-from distinfluence.errors import ConfigError, DistinfluenceError, SettingError
+from distinfluence.errors import ClusterError, ConfigError, DistinfluenceError, SettingError
 from distinfluence.influence import InfluenceFunctionModel, RelativeDamping
 from distinfluence.influence.registry import METHODS
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.scaling import ClusterSpec, ExistingResult, ModelRecipe, Recipe, RunOptions
 from distinfluence.scaling.clusters.slurm import batch_job
+from distinfluence.store.format.fingerprint import to_json
 from distinfluence.store.format.folder import is_local_url
 
 _DAMPING = "hessian_regularization"  # The parameter of a method that may also be a rule, or a mapping of blocks.
@@ -243,6 +244,10 @@ class Job(Section):
     def _checked(cls, file: YamlFile, folder: Path) -> "Job":
         job = _validated(cls, file, "job file")
         job._folder, job._file = folder, file
+        try:
+            to_json(job.model_dump(mode="json"), "job")  # a result keeps it, and says so only once all is computed
+        except SettingError as error:
+            raise ConfigError(f"`{file.name}`: {error}") from error
         return job
 
     def on(self, cluster: ClusterSection) -> "Job":
@@ -296,6 +301,8 @@ class Job(Section):
         """Have errors say which key of which file they are about."""
         try:
             yield
+        except ClusterError:  # which says nothing of what the file says
+            raise
         except DistinfluenceError as error:
             line = line_of(self._file, place, str(error))
             where = f"`{self._file.name}`{'' if line is None else f', line {line}'}, `{'.'.join(place)}`"
