@@ -308,9 +308,17 @@ class SampleRisk:
         labels = self.objective.class_labels(placed)
         if labels is not None:
             if self._n_classes is None:
-                self._n_classes = self._outputs_of(_own_copy(placed, slice(CHECKED_SAMPLES))).shape[labels.axis]
+                self._n_classes = self._counted(placed, labels.axis)
             labels.check(self._n_classes)
         return placed
+
+    def _counted(self, batch: Batch, axis: int) -> int | None:
+        """How many classes the outputs have; None for a batch that the model cannot take, which `check` says."""
+        try:
+            shape = self._outputs_of(_own_copy(batch, slice(CHECKED_SAMPLES))).shape
+        except DistinfluenceError:
+            return None
+        return shape[axis] if axis < len(shape) else None
 
     def check_takes(self, batch: Batch) -> None:
         """Raise ShapeError, DtypeError or ModelError, at once, if the model cannot take a batch."""

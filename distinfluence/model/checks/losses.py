@@ -76,16 +76,18 @@ class ClassLabels:
         ignored = setting(loss, "ignore_index", -100)
         return cls(y, "y", ignored if isinstance(ignored, int) else None, averaged=averaged)
 
-    def check(self, n_classes: int) -> None:
+    def check(self, n_classes: int | None) -> None:
         """Pass if every label is a class or ignored.
 
         Args:
-            n_classes: The size of the outputs along `axis`.
+            n_classes: The size of the outputs along `axis`; None if it is not known, to check nothing.
 
         Raises:
             IndexRangeError: If a label is outside. The message names the labels and the samples.
             NonFiniteError: If a sample has no label that counts, and its loss is a mean over labels.
         """
+        if n_classes is None:
+            return
         rows = self.values.reshape(self.values.shape[0], -1)
         counted = torch.ones_like(rows, dtype=torch.bool) if self.ignored is None else rows != self.ignored
         outside = counted & ((rows < 0) | (rows >= n_classes))
