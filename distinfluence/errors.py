@@ -46,6 +46,14 @@ class DerivativeError(DistinfluenceError, ArithmeticError):
     """Derivatives do not match what the model or the loss computes."""
 
 
+class UnsupportedModelError(DistinfluenceError, TypeError):
+    """A model is wrapped, compiled, quantised or incomplete in a way that keeps it from being differentiated."""
+
+
+class ModelError(DistinfluenceError, RuntimeError):
+    """A model, a loss or an objective raised an error of its own, which is the cause of this one."""
+
+
 class LossError(DistinfluenceError, ValueError):
     """The loss cannot be written as one value per sample."""
 

@@ -9,6 +9,7 @@ from distinfluence.curvature import CurvatureOperator
 from distinfluence.curvature.base import SupportsEigenbasis, SupportsSampleGradients
 from distinfluence.errors import SettingError
 from distinfluence.model.blocks import ParameterBlocks
+from distinfluence.solvers.base import hold_plain, plain
 from distinfluence.solvers.spectrum import extreme_eigenvalues, mean_eigenvalue
 
 NAME = "hessian_regularization"
@@ -37,6 +38,7 @@ class RelativeDamping:
     of: Literal["mean", "largest"] = "mean"
 
     def __post_init__(self) -> None:
+        hold_plain(self)
         if not _is_number(self.fraction) or self.fraction <= 0:
             raise SettingError(f"`fraction` must be a finite number > 0, got {self.fraction!r}. Pass for instance 0.1.")
         if self.of not in ("mean", "largest"):
@@ -77,7 +79,7 @@ Regularization = float | RelativeDamping | Mapping[str, float | RelativeDamping]
 
 def damping_by_block(blocks: ParameterBlocks, values: Regularization) -> dict[str, float | RelativeDamping]:
     """One number or rule for each block. Raises SettingError for a missing or unknown block, or anything else."""
-    by_block: dict[str, float | RelativeDamping] = blocks.spread(values, NAME)
+    by_block: dict[str, float | RelativeDamping] = {k: plain(v) for k, v in blocks.spread(values, NAME).items()}
     for name, value in by_block.items():
         if not isinstance(value, RelativeDamping) and not (_is_number(value) and value >= 0):
             raise SettingError(

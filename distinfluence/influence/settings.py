@@ -10,7 +10,7 @@ from distinfluence.curvature.fisher_sums import MOST_EXACT, FisherKind, FisherVe
 from distinfluence.errors import SettingError
 from distinfluence.influence.damping import RelativeDamping
 from distinfluence.model.blocks import BlockStructure
-from distinfluence.solvers.base import check_count
+from distinfluence.solvers.base import check_count, hold_plain
 
 
 def checked_mode(mode: SecondOrderMode | str) -> SecondOrderMode:
@@ -81,6 +81,11 @@ class EkfacSettings:
     recognise: bool
 
     def __post_init__(self) -> None:
+        hold_plain(self)
+        for name in ("update_diagonal", "recognise"):
+            if not isinstance(getattr(self, name), bool):
+                got = type(getattr(self, name)).__name__
+                raise SettingError(f"`{name}` must be True or False, got {got}. Pass other arguments by their names.")
         _check_choice("fisher", self.fisher, ("auto", "exact", "sampled", "empirical"))
         _check_choice("weight_sharing", self.weight_sharing, ("expand", "reduce"))
         check_count("n_draws", self.n_draws)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.errors import DtypeError, EmptyDataError, NonFiniteError, ShapeError
+from distinfluence.model.checks.supported import check_tensor
 
 Batch: TypeAlias = "Tensor | tuple[Batch, ...] | dict[str, Batch]"
 
@@ -26,10 +27,10 @@ def as_batch(data: object, name: str = "batch") -> Batch:
         The batch.
 
     Raises:
-        DtypeError: If a leaf is not a tensor; names where it is.
+        DtypeError: If a leaf is not a dense tensor; names where it is.
     """
     if isinstance(data, Tensor):
-        return data
+        return check_tensor(data, name)
     if isinstance(data, Mapping):
         return {str(key): as_batch(value, f"{name}[{key!r}]") for key, value in data.items()}
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distinfluence.errors import DtypeError, EmptyDataError, NonFiniteError, ParameterBlockError, SettingError
+from distinfluence.model.checks.supported import check_model, untrained
 
 T = TypeVar("T")
 
@@ -62,17 +63,14 @@ class ParameterBlocks:
             EmptyDataError: If the model has no trainable parameters.
             ParameterBlockError: If parameter names are unknown, frozen or in two blocks.
             DtypeError: If `model` is not a module, or its parameters have a dtype that cannot be differentiated.
+            UnsupportedModelError: If `model` is of a kind that cannot be differentiated.
             NonFiniteError: If parameters have NaN or infinity.
         """
-        if not isinstance(model, nn.Module):
-            raise DtypeError(f"`model` must be a `torch.nn.Module`, got {type(model).__name__}. Pass the module.")
+        check_model(model)
         parameters = dict(model.named_parameters())
         trainable = {name: p for name, p in parameters.items() if p.requires_grad and p.numel() > 0}
         if not trainable:
-            raise EmptyDataError(
-                f"`model` must have at least one trainable parameter, got {len(parameters)} parameters, none with "
-                "`requires_grad`. Call `requires_grad_(True)` on the parameters that the influence should cover."
-            )
+            raise EmptyDataError(f"`model` must have at least one trainable parameter, got {untrained(model)}")
         names = _block_names(model, trainable, structure)
         covered = {name for group in names.values() for name in group}
         _check_parameters({name: trainable[name] for name in covered})

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from distinfluence.errors import LossError, SettingError, ShapeError
 from distinfluence.model.batch import Batch, describe
+from distinfluence.model.checks.losses import ClassLabels
 from distinfluence.model.objective import Forward, Objective
 from distinfluence.model.predictive import Categorical
 
@@ -77,6 +78,13 @@ class LanguageModelObjective(Objective):
                 "Subclass `Objective` to take the predictions out of it."
             )
         return logits[:, :-1] if self.shift else logits
+
+    @override
+    def class_labels(self, batch: Batch) -> ClassLabels | None:
+        own = batch[-1] if isinstance(batch, tuple) else batch.get(self.label_name) if isinstance(batch, dict) else None
+        if not isinstance(own, Tensor) or own.ndim != 2 or own.is_floating_point():
+            return None
+        return ClassLabels(self._labels(batch), self.label_name, self.ignore_index, axis=2)
 
     @override
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:

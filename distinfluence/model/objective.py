@@ -5,7 +5,6 @@ of another form (dicts as Hugging Face models take them) or to ask another quest
 """
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -14,8 +13,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from distinfluence.errors import DtypeError, LossError, ShapeError
-from distinfluence.model.batch import Batch, batch_length, describe, take
+from distinfluence.errors import DistinfluenceError, LossError, ShapeError
+from distinfluence.model.batch import Batch, describe
+from distinfluence.model.checks.losses import (
+    ClassLabels,
+    check_aligned,
+    check_returned,
+    innermost,
+    is_one_of,
+    parts,
+    reduction_remarks,
+    setting,
+)
+from distinfluence.model.checks.raised import of_loss, squeeze
 from distinfluence.model.identity.structure import identity
 from distinfluence.model.predictive import Categorical, Dense, Independent, Predictive
 
@@ -144,6 +154,17 @@ class Objective(ABC):
         assert isinstance(batch, tuple)
         return (inputs, *batch[1:])
 
+    def class_labels(self, batch: Batch) -> ClassLabels | None:
+        """Return the class labels of a batch, which are compared with the number of outputs before the loss sees them.
+
+        Args:
+            batch: The n samples.
+
+        Returns:
+            The labels; None, the default, for losses that take other targets.
+        """
+        return None
+
     def output_curvature(self, outputs: Tensor, batch: Batch) -> Callable[[Tensor], Tensor] | None:
         """Return the Hessian of each sample's loss in its outputs, in closed form.
 
@@ -240,13 +261,13 @@ class SupervisedObjective(Objective):
         if isinstance(loss, type):
             raise LossError(f"`loss` must be an instance, got the class {loss.__name__}. Pass `{loss.__name__}()`.")
         self.loss = loss
-        self.convex = _is_convex(loss)
+        self.convex = is_one_of(loss, (*CONVEX_MODULES, *CONVEX_FUNCTIONS))
         self._vmap = True
-        self._unreduced = _setting(loss, "reduction") == "none"
-        named = _innermost(loss)
-        weighted = _setting(loss, "weight") is not None and not isinstance(loss, PLAIN_WEIGHTS)
+        self._unreduced = setting(loss, "reduction") == "none"
+        named = innermost(loss)
+        weighted = setting(loss, "weight") is not None and not isinstance(loss, PLAIN_WEIGHTS)
         usual = "mean" if named in WEIGHTED_FUNCTIONS else None
-        if weighted and _setting(loss, "reduction", usual) == "mean":
+        if weighted and setting(loss, "reduction", usual) == "mean":
             raise LossError(
                 f"`loss` is {getattr(named, '__name__', type(loss).__name__)} with class weights and reduction 'mean', "
                 "which divides by the weights of the batch: a sample's loss then depends on the others. Use "
@@ -270,8 +291,8 @@ class SupervisedObjective(Objective):
         outputs = model(x)
         if not isinstance(outputs, Tensor):
             raise LossError(
-                f"`model` must return one tensor for a loss of (outputs, targets), got {type(outputs).__name__}. "
-                "Subclass `Objective` to take the predictions out of it."
+                f"`model` must return one tensor for a loss of (outputs, targets), got {parts(outputs)}. Subclass "
+                "`Objective` and take the predictions out of it in `outputs`."
             )
         return outputs
 
@@ -291,6 +312,11 @@ class SupervisedObjective(Objective):
             except RuntimeError:
                 pass  # a loss that vmap cannot take, in a process where `check` has not found it out
         return self._one_by_one(outputs, y)
+
+    @override
+    def class_labels(self, batch: Batch) -> ClassLabels | None:
+        y = batch[1] if isinstance(batch, tuple) and len(batch) == 2 else None
+        return ClassLabels.of(self.loss, y) if isinstance(y, Tensor) else None
 
     @override
     def output_curvature(self, outputs: Tensor, batch: Batch) -> Callable[[Tensor], Tensor] | None:
@@ -337,44 +363,35 @@ class SupervisedObjective(Objective):
                 f"`model` must return one row for each target, got outputs {tuple(outputs.shape)} for targets "
                 f"{tuple(y.shape)}. Return the samples along the first dimension."
             )
+        check_aligned(self.loss, outputs, y)
         whole = self._call(outputs, y)
         if self._unreduced:
             return ()
         one_by_one = self._one_by_one(outputs, y)
         self._vmap = torch.allclose(self.losses(outputs, batch), one_by_one)
-        return self._reduction(float(whole), one_by_one.double())
-
-    def _reduction(self, whole: float, one_by_one: Tensor) -> tuple[str, ...]:
-        if not math.isfinite(whole):
-            return ()  # said by the check of the losses themselves, with the samples
-        tolerance = 1e-4 * float(one_by_one.abs().mean()) + 1e-30  # float32 sums of a batch agree to about 1e-6
-        if one_by_one.numel() == 1 or abs(whole - float(one_by_one.mean())) <= tolerance:
-            return ()
-        if abs(whole - float(one_by_one.sum())) <= tolerance * one_by_one.numel():
-            return (
-                "the loss sums over the batch: influences refer to the mean over samples of the summed loss of each",
-            )
-        raise LossError(
-            f"`loss` of a batch is {whole:.6g}, neither the mean ({float(one_by_one.mean()):.6g}) nor the sum "
-            f"({float(one_by_one.sum()):.6g}) of the losses of its samples. Subclass `Objective` and return one loss "
-            "per sample."
-        )
+        return reduction_remarks(float(whole), one_by_one.double(), squeeze(outputs, y))
 
     def _call(self, outputs: Tensor, y: Tensor) -> Tensor:
         try:
-            return self.loss(outputs, y.clone())
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise DtypeError(
-                f"`loss` cannot take outputs {outputs.dtype} {list(outputs.shape)} with targets `y` {y.dtype} "
-                f"{list(y.shape)}: {str(error).rstrip('.')}. Convert the targets to the dtype and shape that the loss "
-                "expects."
-            ) from error
+            value = self.loss(outputs, y.clone())
+        except (DistinfluenceError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise of_loss(error, outputs, y) from error
+        returned = check_returned(value, "loss")
+        if returned.numel() != 1 and not self._unreduced:
+            raise LossError(
+                f"`loss` must return one number for a batch, its mean or its sum, got shape {tuple(returned.shape)}. "
+                "Return its mean, or subclass `Objective` and return one loss per sample."
+            )
+        return returned
 
     def _one_by_one(self, outputs: Tensor, y: Tensor) -> Tensor:
         return torch.stack([self._one(outputs[i : i + 1], y[i : i + 1]) for i in range(y.shape[0])])
 
     def _one(self, outputs: Tensor, y: Tensor) -> Tensor:
-        value = self.loss(outputs, y.clone())  # a loss may work in place; the targets are the user's
+        # a loss may work in place; the targets are the user's
+        value = check_returned(self.loss(outputs, y.clone()), "loss")
         if value.numel() != 1:
             raise LossError(
                 f"`loss` must return one number for a batch of one, got shape {tuple(value.shape)}. "
@@ -383,30 +400,13 @@ class SupervisedObjective(Objective):
         return value.reshape(())
 
     def _whole(self, outputs: Tensor, y: Tensor) -> Tensor:
-        values = self.loss(outputs, y.clone())
+        values = check_returned(self.loss(outputs, y.clone()), "loss")
         if values.shape != y.shape[:1]:
             raise LossError(
                 f"`loss` with reduction='none' must return one value per sample, [{y.shape[0]}], got "
                 f"{tuple(values.shape)}. Use reduction='mean', or reduce all dimensions but the first."
             )
         return values
-
-
-def _innermost(loss: Any) -> Any:
-    return _innermost(loss.func) if isinstance(loss, functools.partial) else loss
-
-
-def _setting(loss: Any, name: str, default: object = None) -> object:
-    """Return an attribute of a loss, or the argument of a `functools.partial`."""
-    if isinstance(loss, functools.partial):
-        return loss.keywords[name] if name in loss.keywords else _setting(loss.func, name, default)
-    return getattr(loss, name, default)
-
-
-def _is_convex(loss: Loss) -> bool:
-    if isinstance(loss, functools.partial):
-        return _is_convex(loss.func)
-    return type(loss) in CONVEX_MODULES or any(loss is function for function in CONVEX_FUNCTIONS)
 
 
 def as_objective(loss: Loss | Objective) -> Objective:
@@ -429,22 +429,3 @@ def _pair(batch: Batch) -> tuple[Tensor, Tensor]:
         f"`batch` must be a pair (x, y) for a loss of (outputs, targets), got {describe(batch)}. "
         "Subclass `Objective` for batches of another form."
     )
-
-
-def check_independence(objective: Objective, model: Forward, batch: Batch, losses: Tensor) -> None:
-    """Raise LossError if a sample's loss depends on the rest of its batch. losses: [n] of the whole batch."""
-    n = min(batch_length(batch), 3)
-    if losses.shape[0] <= 1:
-        return
-    for index in range(n):
-        sample = take(batch, index, index + 1)
-        alone = float(objective.losses(objective.outputs(model, sample), sample)[0])
-        together = float(losses[index])
-        # another batch size takes other kernels: they agree to rounding, which a deep network grows to about √eps
-        tolerance = 10 * float(torch.finfo(losses.dtype).eps) ** 0.5
-        if not math.isclose(alone, together, rel_tol=tolerance, abs_tol=tolerance / 10):
-            raise LossError(
-                f"`model` gives a sample the loss {alone:.6g} alone and {together:.6g} within its batch. "
-                "Influence needs losses that do not depend on the other samples: call `model.eval()`, and reduce the "
-                "loss sample by sample."
-            )

@@ -6,7 +6,7 @@ stay as found. Everything that differentiates goes through `losses` and `measure
 """
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,19 +16,20 @@ from torch.func import functional_call
 
 from distinfluence.errors import (
     DistinfluenceError,
-    DtypeError,
     InPlaceError,
     LossError,
     NonDeterministicModelError,
-    NonFiniteError,
     NotFittedError,
     ShapeError,
 )
 from distinfluence.model.alternatives import Alternatives
-from distinfluence.model.batch import Batch, as_batch, batch_length, check_batch, describe, leaves, map_batch
+from distinfluence.model.batch import Batch, as_batch, batch_length, check_batch, leaves, map_batch
 from distinfluence.model.blocks import ParameterBlocks
 from distinfluence.model.checkpointing import without_checkpointing
-from distinfluence.model.objective import Forward, Objective, check_independence
+from distinfluence.model.checks.dependence import check_differentiable, check_independence, check_unwritten
+from distinfluence.model.checks.losses import check_losses, check_returned, parts
+from distinfluence.model.checks.raised import of_model, told
+from distinfluence.model.objective import Forward, Objective
 from distinfluence.model.padding import HeldPadding
 from distinfluence.model.precision import NARROW, widened_outputs
 from distinfluence.model.untouched import (
@@ -100,6 +101,7 @@ class SampleRisk:
         self.kept_rows = KeptRows()
         self._recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
         self.found: dict[str, Any] = {}  # what has been found out about the model, for the next chunk
+        self._n_classes: int | None = None  # the outputs that class labels count, once one is known
         self._restricted: dict[str, SampleRisk] = {}
         self._in_double: SampleRisk | None = None
 
@@ -302,19 +304,35 @@ class SampleRisk:
         formed = as_batch(batch)
         check_batch(formed)
         with torch.inference_mode(False):
-            return map_batch(lambda tensor: recordable(self.widened(tensor.to(self.device))), formed)
+            placed = map_batch(lambda tensor: recordable(self.widened(tensor.to(self.device))), formed)
+        labels = self.objective.class_labels(placed)
+        if labels is not None:
+            if self._n_classes is None:
+                self._n_classes = self._counted(placed, labels.axis)
+            labels.check(self._n_classes)
+        return placed
+
+    def _counted(self, batch: Batch, axis: int) -> int | None:
+        """How many classes the outputs have; None for a batch that the model cannot take, which `check` says."""
+        try:
+            shape = self._outputs_of(_own_copy(batch, slice(CHECKED_SAMPLES))).shape
+        except DistinfluenceError:
+            return None
+        return shape[axis] if axis < len(shape) else None
 
     def check_takes(self, batch: Batch) -> None:
-        """Raise ShapeError or DtypeError, at once, if the model cannot take a batch."""
-        few = _own_copy(batch, slice(CHECKED_SAMPLES))
+        """Raise ShapeError, DtypeError or ModelError, at once, if the model cannot take a batch."""
+        self._outputs_of(_own_copy(batch, slice(CHECKED_SAMPLES)))
+
+    def _outputs_of(self, few: Batch) -> Tensor:
         with untouched_randomness(), double_differentiable(), self.in_own_precision():
-            self._first_outputs(few)
+            return self._first_outputs(few)
 
     def check(self, batch: Batch) -> tuple[str, ...]:
         """Evaluate the model on some samples and raise where influence would be meaningless.
 
-        Raises InPlaceError, LossError, NonFiniteError, NonDeterministicModelError or ShapeError. Returns remarks for
-        the report.
+        Raises InPlaceError, LossError, ModelError, NonFiniteError, NonDeterministicModelError or ShapeError. Returns
+        remarks for the report.
         """
         stride = -(-batch_length(batch) // CHECKED_SAMPLES)  # from all over the batch: data may be sorted by class
         few = _own_copy(batch, slice(None, None, stride))  # the objective may write to it
@@ -323,8 +341,8 @@ class SampleRisk:
             outputs = self._first_outputs(few)
             forward = self.forward(self.parameters)
             remarks = self.objective.check(outputs, few)
-            losses = self.objective.losses(outputs, few)
-            self._check_losses(losses, few, stride)
+            with told("objective.losses", few):
+                losses = check_losses(self.objective.losses(outputs, few), batch_length(few), stride)
             again = self.losses(self.parameters, few)
             if not torch.allclose(losses, again, rtol=float(torch.finfo(losses.dtype).eps) ** 0.5):
                 raise NonDeterministicModelError(
@@ -332,22 +350,18 @@ class SampleRisk:
                     "random numbers out of `forward`."
                 )
             check_independence(self.objective, forward, few, losses)
-            measured = self.measurements(self.parameters, few)
+            with told("objective.measurements", few):
+                measured = check_returned(self.measurements(self.parameters, few), "objective.measurements")
+            tensors = self.parameters, self._constants
+            check_differentiable(self.losses, tensors, few, "loss")
+            check_differentiable(self.measurements, tensors, few, "objective.measurements")
             if measured.shape != losses.shape:
                 raise ShapeError(
                     f"`objective.measurements` must return one value per sample, [{losses.shape[0]}], got "
                     f"{tuple(measured.shape)}."
                 )
-        self._check_untouched(few, before)
+        check_unwritten(few, before)
         return self.remarks + remarks
-
-    def _check_untouched(self, batch: Batch, before: Sequence[int]) -> None:
-        written = [name for (name, t), version in zip(leaves(batch), before, strict=True) if t._version != version]
-        if written:
-            raise InPlaceError(
-                f"`objective` must leave its batch as it is, got writes to {written}: it is called with your data. "
-                "Work on a copy of the tensor."
-            )
 
     def _first_outputs(self, batch: Batch) -> Tensor:
         """Compute outputs from copies of all parameters. Raises InPlaceError for writes to any but known ones."""
@@ -372,26 +386,16 @@ class SampleRisk:
 
     def _taken(self, forward: Forward, batch: Batch) -> Tensor:
         try:
-            return self.objective.outputs(forward, batch)
-        except DistinfluenceError:
+            outputs = self.objective.outputs(forward, batch)
+        except (DistinfluenceError, MemoryError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-            shape = isinstance(error, IndexError) or any(word in str(error) for word in ("shape", "size", "dimension"))
-            raise (ShapeError if shape else DtypeError)(
-                f"`model` ({self.dtype}) cannot take this batch ({describe(batch)}): {str(error).rstrip('.')}. "
-                "Pass batches of the shape and dtype that the model was trained with."
-            ) from error
-
-    def _check_losses(self, losses: Tensor, batch: Batch, stride: int) -> None:
-        n = batch_length(batch)
-        if losses.shape != (n,):
-            raise LossError(f"`objective.losses` must return one loss per sample, [{n}], got {tuple(losses.shape)}.")
-        if not torch.isfinite(losses).all():
-            bad = ((~torch.isfinite(losses)).nonzero().flatten() * stride).tolist()
-            raise NonFiniteError(
-                f"`loss` must be finite, got NaN or infinity for samples {bad} of this batch. "
-                "Look at these samples and at the model's outputs for them."
+        except Exception as error:
+            raise of_model(error, batch, self.dtype) from error
+        if not isinstance(outputs, Tensor):
+            raise LossError(
+                f"`objective.outputs` must return one tensor, got {parts(outputs)}. Take the predictions out of it."
             )
+        return outputs
 
 
 def _own_copy(batch: Batch, some: slice) -> Batch:

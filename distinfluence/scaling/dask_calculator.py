@@ -16,11 +16,19 @@ from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.data.recipe import ModelRecipe, Recipe, fingerprint_module
 from distinfluence.scaling.data.sources import Keys, NpyLeaf, recipe_length, spill
 from distinfluence.scaling.dispatch.dask_reducer import DaskReducer
-from distinfluence.scaling.dispatch.executor import Executor, OnCluster, check_resources, check_workers, worker_memory
+from distinfluence.scaling.dispatch.executor import (
+    Executor,
+    OnCluster,
+    check_client,
+    check_resources,
+    check_workers,
+    worker_memory,
+)
 from distinfluence.scaling.plan.problem import Machine
 from distinfluence.scaling.stages.materialise import stored
 from distinfluence.scaling.worker.context import WorkerContext, fitted_travelling, travelling
 from distinfluence.scaling.worker.device import check_device, smallest_device
+from distinfluence.solvers.base import check_count
 
 
 class DaskInfluenceCalculator(InfluenceCalculator):
@@ -42,8 +50,10 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         workers: Processes to plan for, where more will come than are there now.
 
     Raises:
-        ClusterError: Without workers, without the resources, or if workers do not see `scratch`.
+        ClusterError: If the client is closed or asynchronous. Without workers, without the resources, or if workers do
+            not see `scratch`.
         RecipeError: If `recipe` builds another model.
+        SettingError: If `workers` is not a whole number above 0.
     """
 
     def __init__(
@@ -62,11 +72,14 @@ class DaskInfluenceCalculator(InfluenceCalculator):
             raise ClusterError(
                 f"`client` must be a distributed.Client, got {type(client).__name__}. Make one with `Client(cluster)`."
             )
+        check_client(client)
         super().__init__(model, scratch)
         self.client = client
         self._resources = dict(resources or {})
         self._device = None if device is None else check_device(device)
-        self._workers = workers or 1
+        if workers is not None:
+            check_count("workers", workers)
+        self._workers = int(workers or 1)
         check_resources(client, self._resources)
         self._there = OnWorkers(client, self._scratch.folder)
         self._seen = check_workers(client, str(self._scratch.folder), timeout)
@@ -103,6 +116,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         return stored(data, self._scratch.folder, self._executor())
 
     def _executor(self) -> Executor:
+        check_client(self.client)  # it may have been closed since
         return OnCluster(self.client, resources=self._resources)
 
     def _unfitted_context(self) -> WorkerContext:

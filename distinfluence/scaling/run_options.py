@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from distinfluence.errors import SettingError
 from distinfluence.influence.scores import InfluenceMode, influence_mode
+from distinfluence.solvers.base import check_count, hold_plain
 from distinfluence.store.format.folder import place_of
 from distinfluence.store.format.layout import FLOAT32_BITS
 from distinfluence.store.format.remote import RemoteFolder
@@ -66,7 +67,8 @@ class RunOptions:
         attributes: JSON values to keep in the result.
 
     Raises:
-        SettingError: If `mode`, `panel_size`, `solve`, `contributions` or `existing` is not one of the values above.
+        SettingError: If `mode`, a size of chunks or panels, `solve`, `contributions` or `existing` is not one of the
+            values above.
     """
 
     mode: InfluenceMode | str = InfluenceMode.UP
@@ -82,14 +84,16 @@ class RunOptions:
     attributes: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        hold_plain(self)
+        for name in ("chunk_size", "test_chunk_size", "panel_size"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         object.__setattr__(self, "mode", influence_mode(self.mode))
         if self.existing not in list(ExistingResult):
             raise SettingError(f"`existing` must be one of {[*map(str, ExistingResult)]}, got {self.existing!r}.")
         object.__setattr__(self, "existing", ExistingResult(self.existing))
         if self.solve not in STRATEGIES:
             raise SettingError(f"`solve` must be one of {list(STRATEGIES)}, got {self.solve!r}. Choose one of these.")
-        if self.panel_size is not None and (not isinstance(self.panel_size, int) or self.panel_size < 1):
-            raise SettingError(f"`panel_size` must be a whole number of test points ≥ 1, got {self.panel_size!r}.")
         if not isinstance(self.contributions, int) or self.contributions < 0:
             raise SettingError(f"`contributions` must be True, False or how many, got {self.contributions!r}.")
         if self.contributions and self.mode is not InfluenceMode.UP:

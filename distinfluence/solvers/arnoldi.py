@@ -151,6 +151,7 @@ class Arnoldi(Solver[Eigenpairs]):
     residual_rows: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_damping(self.damping)
         check_count("rank_estimate", self.rank_estimate)
         check_tolerance("tol", self.tol)

@@ -66,6 +66,7 @@ class Auto(Solver[AutoState]):
     memory: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_damping(self.damping)
         if self.rtol is not None:
             check_tolerance("rtol", self.rtol)

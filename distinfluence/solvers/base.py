@@ -8,9 +8,9 @@ Solvers touch the curvature only through `curvature.base` and know neither model
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -127,6 +127,10 @@ class Solver(ABC, Generic[StateT]):
     """Solves (A + λI) x = rhs for each row. Subclasses are frozen dataclasses; `StateT` is what their `fit` returns."""
 
     damping: float
+
+    def __post_init__(self) -> None:
+        """Hold Python's numbers, whatever kind of numbers were given. Subclasses check them after that."""
+        hold_plain(self)
 
     @property
     def solves_over_data(self) -> bool:
@@ -344,6 +348,19 @@ def check_rhs(rhs: Tensor, operator: CurvatureOperator, name: str = "rhs") -> No
         )
 
 
+def plain(value: Any) -> Any:
+    """Return a number of NumPy, or a tensor or array [] of one number, as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)) else value
+
+
+def hold_plain(settings: Any) -> None:
+    """Put Python's own numbers into the fields of a frozen dataclass: they are written as JSON, and compared."""
+    for own in fields(settings):
+        value = getattr(settings, own.name)
+        if (number := plain(value)) is not value:
+            object.__setattr__(settings, own.name, number)
+
+
 def check_damping(damping: float) -> None:
     """Pass if `damping` is a finite number ≥ 0.
 
@@ -353,14 +370,16 @@ def check_damping(damping: float) -> None:
     Raises:
         SettingError: If it is not.
     """
+    damping = plain(damping)
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < math.inf:
         raise SettingError(f"`damping` must be a finite number ≥ 0, got {damping!r}. Pass the λ of A + λI.")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise SettingError unless the value is a whole number of at least `least`."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SettingError(f"`{name}` must be a whole number ≥ {least}, got {value!r}.")
+        raise SettingError(f"`{name}` must be a whole number ≥ {least}, got {value!r}. Pass for instance {least}.")
 
 
 def check_residual_rows(value: object) -> None:
@@ -388,6 +407,7 @@ def check_tolerance(name: str, value: float) -> None:
     Raises:
         SettingError: If it is not.
     """
+    value = plain(value)
     limit = 1.0 if name == "rtol" else math.inf
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < limit:
         raise SettingError(

@@ -123,6 +123,7 @@ class Direct(Solver[Factorisation]):
     eigen: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_damping(self.damping)
         check_tolerance("rtol", self.rtol)
 

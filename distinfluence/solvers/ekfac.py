@@ -79,6 +79,7 @@ class Ekfac(Solver[EigenbasisState]):
     rtol: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_damping(self.damping)
         if self.rtol is not None:
             check_tolerance("rtol", self.rtol)

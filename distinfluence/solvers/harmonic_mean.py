@@ -52,6 +52,7 @@ class InverseHarmonicMean(Solver[SolverState]):
     residual_rows: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_damping(self.damping)
         check_tolerance("rtol", self.rtol)
         check_residual_rows(self.residual_rows)

@@ -98,6 +98,7 @@ class IterativeSolver(Solver[DampedT]):
     maxiter: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_damping(self.damping)
         check_stopping(self.rtol, self.atol)
         if self.maxiter is not None and (type(self.maxiter) is not int or self.maxiter < 1):  # a bool is none

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator
-from distinfluence.solvers.base import check_count
+from distinfluence.solvers.base import check_count, hold_plain
 from distinfluence.solvers.spectrum import rademacher
 
 FLOOR = 1e-3  # of the mean of |diagonal|: what an estimate below it is lifted to
@@ -69,6 +69,7 @@ class JacobiPreConditioner:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        hold_plain(self)
         check_count("num_samples_estimator", self.num_samples_estimator)
 
     def fit(self, operator: CurvatureOperator, damping: float) -> Diagonal:

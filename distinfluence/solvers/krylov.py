@@ -73,6 +73,7 @@ class BlockKrylov(Solver[SolverState]):
     basis_bytes: int = BASIS_BYTES
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_damping(self.damping)
         check_stopping(self.rtol, self.atol)
         if self.maxiter is not None:

@@ -99,6 +99,7 @@ class LiSSA(Solver[LissaState]):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_damping(self.damping)
         check_count("maxiter", self.maxiter)
         check_tolerance("rtol", self.rtol)

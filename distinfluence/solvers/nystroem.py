@@ -261,6 +261,7 @@ class NystroemSketch(Solver[NystroemState]):
     residual_rows: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_damping(self.damping)
         check_count("rank", self.rank)
         check_count("seed", self.seed, least=0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator, SupportsGaussNewton
-from distinfluence.solvers.base import check_count
+from distinfluence.solvers.base import check_count, hold_plain
 from distinfluence.solvers.nystroem import LowRank, approximation_error, extend, low_rank, sketched
 
 ENOUGH = 10.0  # times λ is an error ‖A − Â‖ that an adaptive rank is content with: condition numbers of about 10
@@ -104,6 +104,7 @@ class NystroemPreConditioner:
     max_rank: int = 1000
 
     def __post_init__(self) -> None:
+        hold_plain(self)
         check_count("rank", self.rank)
         check_count("max_rank", self.max_rank, self.rank if self.adaptive else 1)
 

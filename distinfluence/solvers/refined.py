@@ -57,6 +57,7 @@ class Refined(Solver[Refinement]):
     maxiter: int = 20
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tolerance("rtol", self.rtol)
         check_count("maxiter", self.maxiter)
 

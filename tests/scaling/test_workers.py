@@ -1,5 +1,6 @@
 """What workers are asked for, what they write down, and how much work and traffic a run is."""
 
+import asyncio
 import json
 import os
 import sys
@@ -39,6 +40,25 @@ from tests.zoo import Case, build
 @pytest.fixture(scope="module")
 def case() -> Case:
     return build("mlp classification")
+
+
+def test_a_client_that_cannot_be_used_is_told_at_once(client: Client, case: Case) -> None:
+    with Client(client.scheduler.address) as other:
+        open_still = DaskInfluenceCalculator(direct(case), other)
+    with pytest.raises(ClusterError, match=r"`client` must be open, got one that is closed.*`Client\(cluster\)`"):
+        DaskInfluenceCalculator(direct(case), other)
+    with pytest.raises(ClusterError, match="`client` must be open"):  # closed since
+        open_still.fit(*case.train)
+
+    async def pass_it() -> None:
+        async with Client(client.scheduler.address, asynchronous=True) as of_a_loop:
+            with pytest.raises(ClusterError, match=r"`client` must be synchronous.*`Client\(address\)`"):
+                DaskInfluenceCalculator(direct(case), of_a_loop)
+
+    asyncio.run(pass_it())
+    for workers in (0, True, 1.5):
+        with pytest.raises(SettingError, match="`workers` must be a whole number ≥ 1"):
+            DaskInfluenceCalculator(direct(case), client, workers=workers)  # type: ignore[arg-type]
 
 
 def direct(case: Case) -> DirectInfluence:

@@ -154,7 +154,7 @@ def chunked(
     """
     if isinstance(x, ChunkedData):
         return x
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ChunkError(f"`chunk_size` must be a whole number of samples ≥ 1, got {chunk_size!r}.")
     data = x if y is None else (x, y)
     if isinstance(data, Recipe):

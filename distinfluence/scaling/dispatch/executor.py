@@ -130,6 +130,17 @@ class WorkersSeen:
     process: int
 
 
+def check_client(client: Client) -> None:
+    """Raise ClusterError for a client that nothing can be submitted with from here."""
+    if client.asynchronous:
+        raise ClusterError(
+            "`client` must be synchronous, got one that was made with asynchronous=True, or is used in its own event "
+            "loop. Make one with `Client(address)` in a thread without a running loop."
+        )
+    if client.status in ("closed", "closing"):
+        raise ClusterError(f"`client` must be open, got one that is {client.status}. Make another: `Client(cluster)`.")
+
+
 def check_workers(client: Client, folder: str, timeout: float) -> WorkersSeen:
     """Look at every worker.
 
