@@ -1,7 +1,7 @@
 """Every script of examples/ finds what it says that it finds.
 
-Their `main` runs in this process, which has torch already. Scripts that start processes themselves, or say what they
-import, run as a user runs them.
+Their `main` runs in this process, which has torch already. Scripts that start processes themselves run as a user runs
+them, but for what is imported already (`tests.preloaded`); one that says what it imports, in a fresh interpreter.
 """
 
 import ast
@@ -62,9 +62,9 @@ def run(name: str, out: Path) -> Outcome:
     return Outcome(dataclasses.asdict(found), printed.getvalue())
 
 
-def run_apart(name: str, out: Path) -> Outcome:
+def run_apart(name: str, out: Path, python: object = sys.executable) -> Outcome:
     """The script's `main`, in a process of its own."""
-    done = finished([sys.executable, "-c", RUN, EXAMPLES / f"{name}.py", out], env=environment(), check=True)
+    done = finished([python, "-c", RUN, EXAMPLES / f"{name}.py", out], env=environment(), check=True)
     printed, _, findings = done.stdout.rstrip("\n").rpartition("\n")
     return Outcome(json.loads(findings), printed)
 
@@ -129,17 +129,17 @@ def test_one_fit_serves_every_damping(tmp_path: Path) -> None:
     assert is_picture(tmp_path / "dampings.png")
 
 
-def test_clusters_give_the_same_bits(tmp_path: Path) -> None:
+def test_clusters_give_the_same_bits(tmp_path: Path, python: Path) -> None:
     script = EXAMPLES / "on_a_cluster.py"  # as a user calls it: workers read the file again
-    done = finished([sys.executable, script, "--out", tmp_path], env=environment(), check=True)
+    done = finished([python, script, "--out", tmp_path], env=environment(), check=True)
     assert "All bits are equal." in done.stdout
     here, joined = (open_influences(tmp_path / f"{kind}.zarr") for kind in ("local", "address"))
     assert here.complete
     np.testing.assert_array_equal(here[:], joined[:])
 
 
-def test_a_run_that_is_killed_twice_loses_no_strip(tmp_path: Path) -> None:
-    found = run_apart("killed_and_resumed", tmp_path).findings
+def test_a_run_that_is_killed_twice_loses_no_strip(tmp_path: Path, python: Path) -> None:
+    found = run_apart("killed_and_resumed", tmp_path, python).findings
     first, second = found["strips_at_kills"]
     assert 0 < first < second < found["n_strips"]
     assert found["remade"] == 0
