@@ -7,15 +7,16 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Only wheels, so that no set-up needs a compiler; compiled to bytecode afterwards, by every core.
+# Only wheels, so that no set-up needs a compiler; compiled to bytecode afterwards, by every core, but for other packages'
+# own tests and the models of transformers, half of all code, of which next to nothing is ever imported.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --only-binary :all: -c constraints.txt
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib
 PYTEST := $(BIN)/python -m pytest --durations=60 --max-worker-restart 2
 
 # Tests start hundreds of interpreters; each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test soak wheel-test tutorial-test slurm-test lint format browser slurm docs bench clean
+.PHONY: help install demo test pytest soak wheel-test tutorial-test slurm-test lint format browser slurm docs bench clean
 
 help: ## Say what can be made.
 	@echo 'distinfluence: influence functions of PyTorch models. Needs Python 3.11 or newer; the rest installs into $(VENV).'
@@ -27,7 +28,9 @@ install: $(VENV)/.dev ## Set up .venv for development.
 demo: $(VENV)/.demo ## Install what the demo needs and find mislabelled digits (the result: distinfluence-demo/).
 	@$(BIN)/distinfluence demo
 
-test: lint ## Install everything for development, then lint, check types and run the tests.
+test: lint pytest ## Install everything for development, then lint, check types and run the tests (-j 2: side by side).
+
+pytest: $(VENV)/.dev
 	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --junitxml=build/tests.xml
 
 slurm-test: $(VENV)/.dev ## Run the tests that need SLURM, each process on a SLURM of its own; installs it on Debian, as root.

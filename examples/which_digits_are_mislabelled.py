@@ -97,7 +97,7 @@ def draw(path: Path, x: Tensor, y: Tensor, scores: dict[str, NDArray[np.float64]
     grid = figure.subplots(len(scores), SHOWN)
     for row, (name, values) in enumerate(scores.items()):
         for axes, i in zip(grid[row], np.argsort(-values)[:SHOWN].tolist(), strict=True):
-            axes.imshow(x[i].reshape(8, 8), cmap="gray_r")
+            axes.imshow(x[i].reshape(8, 8).numpy(), cmap="gray_r")
             axes.set_title(f"“{int(y[i])}”", color="tab:red" if i in wrong else "black", fontsize=9)
             axes.set(xticks=[], yticks=[])
         grid[row, 0].set_ylabel(name, fontsize=9)

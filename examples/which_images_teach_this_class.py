@@ -129,7 +129,7 @@ def draw(path: Path, x: Tensor, y: Tensor, order: np.ndarray) -> None:
     grid = figure.subplots(len(rows), 12)
     for line, (name, images) in zip(grid, rows.items(), strict=True):
         for axes, i in zip(line, images.tolist(), strict=True):
-            axes.imshow(x[i, 0], cmap="gray_r")
+            axes.imshow(x[i, 0].numpy(), cmap="gray_r")
             axes.set_title(int(y[i]), fontsize=9)
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=9)

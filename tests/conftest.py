@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.forking import forked_workers
+from tests.preloaded import Preloaded
 
 # A torchvision that another package brings may be built for another torch than the one installed here; transformers
 # imports it wherever it finds it. No test needs it.
@@ -70,3 +72,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _workers_start_at_once() -> Iterator[None]:
     with forked_workers():
         yield
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Path]:
+    """The program that commands are called with where a fresh interpreter would add nothing; see `tests.preloaded`."""
+    server = Preloaded(os.environ)
+    yield server.python
+    server.stop()

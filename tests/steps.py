@@ -43,7 +43,7 @@ SET_UP = ("packages", "environment")
 STEPS = (
     Step("packages", ("make", "browser", "slurm"), 900),
     Step("environment", ("make", "install"), 1200),
-    Step("test", ("make", "test"), 1200, SET_UP),
+    Step("test", ("make", "-j", "2", "test"), 1200, SET_UP),
     # They mostly wait for the queue, so that the smaller steps have the cores meanwhile.
     Step("slurm-test", ("make", "slurm-test"), 1200, SET_UP, ("test",)),
     Step("docs", ("make", "docs"), 600, SET_UP, ("test",)),

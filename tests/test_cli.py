@@ -199,7 +199,7 @@ def test_top_lists_the_most_helpful_and_the_most_harmful(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_or_termination_stops_cleanly_and_the_run_can_be_resumed(
-    sent: signal.Signals, tmp_path: Path
+    sent: signal.Signals, tmp_path: Path, python: Path
 ) -> None:
     path = job_file(
         tmp_path,
@@ -207,7 +207,9 @@ def test_an_interrupt_or_termination_stops_cleanly_and_the_run_can_be_resumed(
         chunks={"train": 1},
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "distinfluence", "run", path]
+    # a terminal's signal goes to a group of processes, which those of `python` are not
+    program = sys.executable if sent is signal.SIGINT else python
+    line = [program, "-m", "distinfluence", "run", path]
     with started(line, stderr=subprocess.PIPE, env=environment) as process:
         status = tmp_path / "influences.zarr" / "strip_status" / "c"
         deadline = time.monotonic() + 120

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +61,10 @@ def missing_words(readme: str, printed: str) -> list[str]:
     return [line for line in shown if line.strip() not in came]
 
 
-def test_the_demo_finds_flipped_labels_and_says_what_to_do_next(tmp_path: Path) -> None:
+def test_the_demo_finds_flipped_labels_and_says_what_to_do_next(tmp_path: Path, python: Path) -> None:
     folder = tmp_path / "demo"
     outcome = finished(
-        [sys.executable, "-m", "distinfluence", "demo", "--output", folder],
+        [python, "-m", "distinfluence", "demo", "--output", folder],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
     )

@@ -1,10 +1,18 @@
-"""Every script of examples/ runs as a user runs it, and finds what it says that it finds."""
+"""Every script of examples/ finds what it says that it finds.
+
+Their `main` runs in this process, which has torch already. Scripts that start processes themselves run as a user runs
+them, but for what is imported already (`tests.preloaded`); one that says what it imports, in a fresh interpreter.
+"""
 
 import ast
+import contextlib
+import dataclasses
+import io
 import json
 import math
 import os
 import re
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray
 
 from distinfluence import open_influences
@@ -21,11 +30,10 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
-# what a user of the script would type, but that its findings are printed as JSON at the end; torchvision: see conftest
+# what a user of the script would type, but that its findings are printed as JSON at the end
 RUN = """
 import dataclasses, json, runpy, sys
 from pathlib import Path
-sys.modules.setdefault("torchvision", None)
 found = runpy.run_path(sys.argv[1])["main"](Path(sys.argv[2]))
 print()
 print(json.dumps(dataclasses.asdict(found) | {"modules": [m for m in sys.modules if "." not in m]}))
@@ -46,8 +54,17 @@ def environment() -> dict[str, str]:
 
 
 def run(name: str, out: Path) -> Outcome:
+    """The script's `main`, in this process."""
+    printed = io.StringIO()
+    script = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=name)
+    with torch.random.fork_rng(), contextlib.redirect_stdout(printed):
+        found = script["main"](out)
+    return Outcome(dataclasses.asdict(found), printed.getvalue())
+
+
+def run_apart(name: str, out: Path, python: object = sys.executable) -> Outcome:
     """The script's `main`, in a process of its own."""
-    done = finished([sys.executable, "-c", RUN, EXAMPLES / f"{name}.py", out], env=environment(), check=True)
+    done = finished([python, "-c", RUN, EXAMPLES / f"{name}.py", out], env=environment(), check=True)
     printed, _, findings = done.stdout.rstrip("\n").rpartition("\n")
     return Outcome(json.loads(findings), printed)
 
@@ -112,17 +129,17 @@ def test_one_fit_serves_every_damping(tmp_path: Path) -> None:
     assert is_picture(tmp_path / "dampings.png")
 
 
-def test_clusters_give_the_same_bits(tmp_path: Path) -> None:
+def test_clusters_give_the_same_bits(tmp_path: Path, python: Path) -> None:
     script = EXAMPLES / "on_a_cluster.py"  # as a user calls it: workers read the file again
-    done = finished([sys.executable, script, "--out", tmp_path], env=environment(), check=True)
+    done = finished([python, script, "--out", tmp_path], env=environment(), check=True)
     assert "All bits are equal." in done.stdout
     here, joined = (open_influences(tmp_path / f"{kind}.zarr") for kind in ("local", "address"))
     assert here.complete
     np.testing.assert_array_equal(here[:], joined[:])
 
 
-def test_a_run_that_is_killed_twice_loses_no_strip(tmp_path: Path) -> None:
-    found = run("killed_and_resumed", tmp_path).findings
+def test_a_run_that_is_killed_twice_loses_no_strip(tmp_path: Path, python: Path) -> None:
+    found = run_apart("killed_and_resumed", tmp_path, python).findings
     first, second = found["strips_at_kills"]
     assert 0 < first < second < found["n_strips"]
     assert found["remade"] == 0
@@ -132,7 +149,7 @@ def test_a_run_that_is_killed_twice_loses_no_strip(tmp_path: Path) -> None:
 
 
 def test_a_result_is_read_without_distinfluence(tmp_path: Path) -> None:
-    found = run("read_with_xarray_alone", tmp_path).findings
+    found = run_apart("read_with_xarray_alone", tmp_path).findings
     assert "distinfluence" not in found["modules"]
     assert "torch" not in found["modules"]
     result = open_influences(tmp_path / "digits.zarr")
@@ -147,7 +164,7 @@ def test_a_result_is_read_without_distinfluence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_run_here_and_told_of_in_the_lists(name: str) -> None:
     tests = (ROOT / "tests" / "test_examples.py").read_text()
-    assert f'run("{name}"' in tests or f'EXAMPLES / "{name}.py"' in tests
+    assert f'run("{name}"' in tests or f'run_apart("{name}"' in tests or f'EXAMPLES / "{name}.py"' in tests
     assert f"`{name}.py`" in (EXAMPLES / "README.md").read_text()
     assert f"{name}.py" in (ROOT / "docs" / "examples.md").read_text()
 

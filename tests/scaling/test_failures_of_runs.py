@@ -157,7 +157,7 @@ def written_or_ended(output: Path, enough: int, process: "subprocess.Popen[str]"
 
 
 @pytest.mark.chaos
-def test_a_run_killed_whole_goes_on_from_its_strips_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_killed_whole_goes_on_from_its_strips_to_the_same_bits(tmp_path: Path, python: Path) -> None:
     def job(name: str) -> Path:
         path = tmp_path / f"{name}.yaml"
         described = content(
@@ -171,8 +171,8 @@ def test_a_run_killed_whole_goes_on_from_its_strips_to_the_same_bits(tmp_path: P
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CHAOS_TAG": str(tmp_path)}
 
-    def command(path: Path) -> list[object]:
-        return [sys.executable, "-m", "distinfluence", "run", path, "--resume", "--quiet"]
+    def command(path: Path, program: object = sys.executable) -> list[object]:  # a group of real processes is killed
+        return [program, "-m", "distinfluence", "run", path, "--resume", "--quiet"]
 
     path, output = job("killed"), tmp_path / "killed.zarr"
     chance = random.Random(SEED + 1)
@@ -190,9 +190,9 @@ def test_a_run_killed_whole_goes_on_from_its_strips_to_the_same_bits(tmp_path: P
         now = marks(output)
         assert seen.items() <= now.items()  # what was whole was left as it was
         seen = now
-    finished(command(path), limit=DEADLINE, env=environment, check=True)
+    finished(command(path, python), limit=DEADLINE, env=environment, check=True)
     assert seen.items() <= marks(output).items()
-    finished(command(job("quiet")), limit=DEADLINE, env=environment, check=True)
+    finished(command(job("quiet"), python), limit=DEADLINE, env=environment, check=True)
     wait_for(lambda: not left_running(str(tmp_path)))
     result, quiet = open_influences(output), open_influences(tmp_path / "quiet.zarr")
     assert result.complete

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,12 +165,12 @@ def test_error_bounds_hold_for_rounded_values(case: Case, tmp_path: Path) -> Non
     assert (difference > np.asarray(fine.error_bound)[:, None] * norms).any()
 
 
-def test_a_job_computes_on_the_device_that_the_worker_has_not_the_driver(tmp_path: Path) -> None:
+def test_a_job_computes_on_the_device_that_the_worker_has_not_the_driver(tmp_path: Path, python: Path) -> None:
     log = tmp_path / "devices"
     factory = {"target": "tests.scaling.sources:model_that_finds_a_gpu", "arguments": {"log": str(log)}}
     values = content(model={"factory": factory}, cluster={"kind": "local", "workers": 1})
     (tmp_path / "job.yaml").write_text(to_yaml(values))
-    command = [sys.executable, "-m", "distinfluence", "run", str(tmp_path / "job.yaml"), "--quiet"]
+    command = [python, "-m", "distinfluence", "run", tmp_path / "job.yaml", "--quiet"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     finished(command, limit=300, env=environment, check=True)
     assert set(log.read_text().split()) == {"cuda:0"}

@@ -1,5 +1,12 @@
-"""Runs from the command line, as a user calls it, over worker jobs."""
+"""Runs from the command line, as a user calls it, over worker jobs.
 
+Their `python` is that of `tests.preloaded`, in drivers, jobs and scripts alike. Runs that go their whole way in real
+interpreters: see tests/slurm/test_digits.py.
+"""
+
+import atexit
+import functools
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +20,7 @@ import numpy as np
 
 from distinfluence import open_influences
 from distinfluence.app.yaml_file import read_yaml, to_yaml
+from tests.preloaded import Preloaded
 from tests.processes import finished, started
 from tests.reference import Reference
 from tests.slurm.host import SlurmHost
@@ -66,17 +74,24 @@ def written(path: Path, values: Mapping[str, object]) -> Path:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "distinfluence", *map(str, arguments)]
+    return ["python", "-m", "distinfluence", *map(str, arguments)]
 
 
-def environment(slurm: SlurmHost) -> dict[str, str]:
-    """Of a shell on a login node; dask-jobqueue's own files stay out of the home folder."""
-    return {
-        **slurm.environment,
-        "PYTHONPATH": str(ROOT),
-        "DASK_CONFIG": str(slurm.root / "dask"),
-        "PATH": f"{Path(sys.executable).parent}:{slurm.environment['PATH']}",
-    }
+REAL = Path(sys.executable).parent  # The folder whose `python` is a fresh interpreter.
+
+
+def environment(slurm: SlurmHost, path: Path | None = None) -> dict[str, str]:
+    """Of a shell on a login node; dask-jobqueue's own files stay out of the home folder. path: goes first."""
+    own = {"PYTHONPATH": str(ROOT), "DASK_CONFIG": str(slurm.root / "dask")}
+    folders = [*([] if path is None else [path]), _preloaded(slurm.root).parent, REAL]
+    return {**slurm.environment, **own, "PATH": ":".join([*map(str, folders), slurm.environment["PATH"]])}
+
+
+@functools.cache
+def _preloaded(root: Path) -> Path:
+    server = Preloaded({**os.environ, "PYTHONPATH": str(ROOT), "DASK_CONFIG": str(root / "dask")})
+    atexit.register(server.stop)
+    return server.python
 
 
 def run_to_its_end(slurm: SlurmHost, *arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -87,10 +102,9 @@ def run_to_its_end(slurm: SlurmHost, *arguments: object) -> "subprocess.Complete
 @contextmanager
 def running(slurm: SlurmHost, *arguments: object, path: Path | None = None) -> Iterator["subprocess.Popen[str]"]:
     """A command of ours, under way; ended if the test leaves it behind. path: a folder of programs that go first."""
-    env = environment(slurm)
     with started(
         command(*arguments),
-        env=env if path is None else {**env, "PATH": f"{path}:{env['PATH']}"},
+        env=environment(slurm, path),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         # a shell has what it runs in the background ignore Ctrl-C, these tests included

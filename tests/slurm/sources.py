@@ -1,4 +1,4 @@
-"""A model for jobs that take their time, named as `tests.slurm.sources:…`, so that workers build it for themselves."""
+"""A model for jobs that take their time, and data, as `tests.slurm.sources:…`: workers build them for themselves."""
 
 import os
 import time
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from distinfluence.app import demo
 from tests.zoo import build
 
 
@@ -38,3 +39,9 @@ def slow_model(seconds: float, folder: str, log: str = "") -> nn.Module:
         with Path(log).open("a") as file:
             file.write(f"{os.environ.get('SLURMD_NODENAME')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
     return SlowGradients(build("mlp classification").model, seconds, Path(folder))
+
+
+def some_digits() -> tuple[Tensor, Tensor]:
+    """A fifth of the test digits."""
+    x, y = demo.test_data()
+    return x[:60], y[:60]

@@ -14,6 +14,7 @@ from tests.processes import finished
 from tests.slurm.conftest import queue
 from tests.slurm.host import SlurmHost
 from tests.slurm.runs import (
+    REAL,
     cluster_file,
     command,
     end_of,
@@ -34,7 +35,8 @@ def test_the_digits_by_each_way_through_the_queue_give_the_local_result_bit_for_
     slurm: SlurmHost, tmp_path: Path
 ) -> None:
     torch.save(train_model().state_dict(), tmp_path / "model.pt")
-    digits = {**job_content(1), "solve": "rows", "chunks": {"train": 250, "test": 75, "panel": 297}}
+    data = {"train": "distinfluence.app.demo:train_data", "test": "tests.slurm.sources:some_digits"}
+    digits = {**job_content(1), "data": data, "solve": "rows", "chunks": {"train": 250, "test": 15, "panel": 60}}
     jobs = {}
     for name in ("local", "run", "driver", "allocation", "array"):
         (tmp_path / name).mkdir()
@@ -43,7 +45,7 @@ def test_the_digits_by_each_way_through_the_queue_give_the_local_result_bit_for_
     # as a worker with one core: one thread, and so the same order of every sum
     finished(
         command("run", jobs["local"], "--quiet"),
-        env=environment(slurm),
+        env=environment(slurm, REAL),
         check=True,
         limit=350,  # it shares its core with other tests
         preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
@@ -56,7 +58,7 @@ def test_the_digits_by_each_way_through_the_queue_give_the_local_result_bit_for_
     )
     driver = submitted(slurm, tmp_path / "driver", "driver.sbatch", jobs["driver"], cluster_file(tmp_path / "driver"))
     workers = shipped(tmp_path, "cpu.yaml", keys={"workers": 4}, cores=1, memory="2GB")
-    with running(slurm, "run", jobs["run"], "--cluster", workers) as process:
+    with running(slurm, "run", jobs["run"], "--cluster", workers, path=REAL) as process:
         assert "waiting for workers, 4 jobs" in end_of(process)
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
 
