@@ -25,9 +25,10 @@ from distinfluence.errors import (
     ShapeError,
 )
 from distinfluence.model.alternatives import Alternatives
-from distinfluence.model.batch import Batch, as_batch, batch_length, check_batch, describe, leaves, map_batch
+from distinfluence.model.batch import Batch, batch_length, check_batch, describe, leaves, map_batch
 from distinfluence.model.blocks import ParameterBlocks
 from distinfluence.model.checkpointing import without_checkpointing
+from distinfluence.model.data.collate import batch_of
 from distinfluence.model.objective import Forward, Objective, check_independence
 from distinfluence.model.padding import HeldPadding
 from distinfluence.model.precision import NARROW, widened_outputs
@@ -299,7 +300,7 @@ class SampleRisk:
 
     def place(self, batch: object) -> Batch:
         """Put the batch in one form, on the risk's device, checked: shapes, length, NaN and infinity."""
-        formed = as_batch(batch)
+        formed = batch_of(batch, "batch")
         check_batch(formed)
         with torch.inference_mode(False):
             return map_batch(lambda tensor: recordable(self.widened(tensor.to(self.device))), formed)
