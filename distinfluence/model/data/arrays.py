@@ -49,7 +49,7 @@ def is_number(value: object) -> bool:
 
 def holds_numbers(value: object) -> bool:
     """Return whether this is a list of Python's numbers, or of such lists."""
-    return type(value) is list and all(isinstance(v, (bool, int, float)) or holds_numbers(v) for v in value)
+    return type(value) is list and (all(type(v) in (bool, int, float) for v in value) or all(map(holds_numbers, value)))
 
 
 def tensor_of_list(values: list[Any], name: str) -> Tensor:

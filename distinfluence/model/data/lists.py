@@ -45,6 +45,7 @@ def of_list(data: Sequence[Any], name: str) -> Samples:
             f"`{name}` must be samples or batches, got a list of numbers. Convert it with `torch.tensor`, and pass "
             "inputs and targets as one `(x, y)` tuple."
         )
+    _check_no_pair(data, name)
     usual = Counter(kinds).most_common(1)[0][0]
     odd = next((number for number, kind in enumerate(kinds) if kind != kinds[0]), None)
     if odd is not None:
@@ -60,7 +61,6 @@ def of_list(data: Sequence[Any], name: str) -> Samples:
         )
     if usual == SAMPLE:
         return Fetched(data, name)
-    _check_no_pair(data, name)
     return Pieces([batch_of(entry, f"{name}[{number}]") for number, entry in enumerate(data)], name)
 
 
