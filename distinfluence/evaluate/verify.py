@@ -17,7 +17,7 @@ from distinfluence.curvature import SupportsDouble
 from distinfluence.errors import ShapeError
 from distinfluence.influence import DirectInfluence, InfluenceFunctionModel, KrylovInfluence
 from distinfluence.influence.bounds import LowerBound, error_bounds, lower_bound
-from distinfluence.model.batch import Batch, as_batch, batch_length, map_batch
+from distinfluence.model.batch import Batch, batch_length, map_batch
 from distinfluence.model.gradients import loss_gradients, measurement_gradients
 from distinfluence.solvers import BlockCG, BlockKrylov, Direct, Solution, Solver
 
@@ -137,8 +137,8 @@ def verify_entries(
         The influences next to exact ones.
     """
     risk = model.risk.in_double()
-    right = measurement_gradients(risk, risk.place(as_batch(tests))).rows
-    left = loss_gradients(risk, risk.place(as_batch(trains)))
+    right = measurement_gradients(risk, risk.place(tests)).rows
+    left = loss_gradients(risk, risk.place(trains))
     exact = torch.zeros(right.shape[0], left.rows.shape[0], dtype=torch.float64)
     solutions, rhs, bounds = dict[str, Solution](), dict[str, Tensor](), dict[str, LowerBound | None]()
     methods = dict[str, None]()

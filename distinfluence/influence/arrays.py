@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distinfluence.errors import DtypeError
 from distinfluence.model.batch import Batch
+from distinfluence.model.data.arrays import tensor_of
+from distinfluence.model.data.tree import map_leaves, named_leaves
 
 Array: TypeAlias = NDArray[np.generic]
 ArrayBatch: TypeAlias = "Array | tuple[ArrayBatch, ...] | dict[str, ArrayBatch]"
@@ -82,38 +83,21 @@ def to_tensor(array: Array) -> Tensor:
     Raises:
         DtypeError: If the array holds anything but numbers.
     """
-    array = np.asarray(array)
-    if array.dtype.kind not in "biufc":
-        raise DtypeError(f"`data` must hold numbers, got dtype {array.dtype}. Encode strings and objects as numbers.")
-    if array.dtype.byteorder == ">":
-        array = array.astype(array.dtype.newbyteorder("="))
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    return tensor_of(np.asarray(array))
 
 
 def to_numpy_batch(batch: Batch) -> ArrayBatch:
     """Return the same batch with arrays in place of tensors."""
-    if isinstance(batch, Tensor):
-        return to_numpy(batch)
-    if isinstance(batch, dict):
-        return {key: to_numpy_batch(value) for key, value in batch.items()}
-    return tuple(to_numpy_batch(value) for value in batch)
+    arrays: ArrayBatch = map_leaves(to_numpy, batch)
+    return arrays
 
 
 def to_tensor_batch(batch: ArrayBatch) -> Batch:
     """Return the same batch with tensors in place of arrays."""
-    if isinstance(batch, dict):
-        return {key: to_tensor_batch(value) for key, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(to_tensor_batch(value) for value in batch)
-    return to_tensor(batch)
+    tensors: Batch = map_leaves(to_tensor, batch)
+    return tensors
 
 
 def named_arrays(batch: ArrayBatch, name: str = "batch") -> dict[str, Array]:
     """Every array of the batch under the name by which a user would reach it."""
-    if isinstance(batch, dict):
-        parts = [named_arrays(value, f"{name}[{key!r}]") for key, value in batch.items()]
-    elif isinstance(batch, tuple):
-        parts = [named_arrays(value, f"{name}[{index}]") for index, value in enumerate(batch)]
-    else:
-        return {name: batch}
-    return {key: array for part in parts for key, array in part.items()}
+    return dict(named_leaves(batch, name))

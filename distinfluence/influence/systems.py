@@ -20,8 +20,9 @@ from distinfluence.influence.fitted import Curvature, Fitted
 from distinfluence.influence.report import FitReport, SolveReport
 from distinfluence.influence.scores import Scorer
 from distinfluence.influence.settings import check_precision, checked_mode, common_settings
-from distinfluence.model.batch import Batch, as_batch
+from distinfluence.model.batch import Batch
 from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlocks
+from distinfluence.model.data.door import whole
 from distinfluence.model.identity.probe import Checked
 from distinfluence.model.objective import Loss, Objective, as_objective
 from distinfluence.model.reducer import ChunkReducer, LocalReducer
@@ -341,7 +342,7 @@ class CurvatureSystems:
         """ "rigorous", "heuristic" or "none": what error bounds the solves of this fit carry."""
         return self._fitted().kind_of_bound
 
-    def place(self, x: object, y: Tensor | None = None) -> Batch:
+    def place(self, x: object, y: object | None = None) -> Batch:
         """Check a batch and move it to the model's device.
 
         Args:
@@ -357,7 +358,7 @@ class CurvatureSystems:
         """
         check_mode(self.risk.module)
         self.risk.check_unchanged()
-        return self.risk.place(as_batch(x if y is None else (x, y)))
+        return self.risk.place(whole(x, y))
 
     def to(self, device: torch.device | str) -> Self:
         """Compute on another device from now on, with the fitted state. The user's model stays where it is.

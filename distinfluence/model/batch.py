@@ -1,7 +1,7 @@
-"""Batches: what a data loader yields, in one form.
+"""Batches: samples in one form.
 
 A batch is a tensor, a tuple of batches, or a dict of batches; every tensor in it has the samples along its first
-dimension. Lists become tuples and other mappings (Hugging Face's `BatchEncoding`) become dicts.
+dimension. `model.data` makes them of what users bring.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,63 +10,57 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from distinfluence.errors import DtypeError, EmptyDataError, NonFiniteError, ShapeError
-from distinfluence.model.checks.supported import check_tensor
+from distinfluence.errors import EmptyDataError, NonFiniteError, ShapeError
+from distinfluence.model.data.tree import map_leaves, named_leaves, same_form
 
 Batch: TypeAlias = "Tensor | tuple[Batch, ...] | dict[str, Batch]"
 
-
-def as_batch(data: object, name: str = "batch") -> Batch:
-    """Return the same tensors as a `Batch`.
-
-    Args:
-        data: A tensor, or a tuple, list or dict of tensors.
-        name: What to call the data in errors.
-
-    Returns:
-        The batch.
-
-    Raises:
-        DtypeError: If a leaf is not a dense tensor; names where it is.
-    """
-    if isinstance(data, Tensor):
-        return check_tensor(data, name)
-    if isinstance(data, Mapping):
-        return {str(key): as_batch(value, f"{name}[{key!r}]") for key, value in data.items()}
-    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
-        return tuple(as_batch(value, f"{name}[{index}]") for index, value in enumerate(data))
-    raise DtypeError(
-        f"`{name}` must be a tensor, or a tuple or dict of tensors, got {type(data).__name__}. "
-        "Convert arrays with `torch.as_tensor`, and leave everything else out, for instance in a `collate_fn`."
-    )
+NAMED = 5  # items of a collection that a message names
 
 
 def leaves(batch: Batch, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the batch with the name by which a user would reach it."""
-    if isinstance(batch, Tensor):
-        yield name, batch
-    elif isinstance(batch, dict):
-        for key, value in batch.items():
-            yield from leaves(value, f"{name}[{key!r}]")
-    else:
-        for index, value in enumerate(batch):
-            yield from leaves(value, f"{name}[{index}]")
+    return named_leaves(batch, name)
 
 
 def map_batch(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     """Return a batch of the same form with `function` applied to every tensor."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, dict):
-        return {key: map_batch(function, value) for key, value in batch.items()}
-    return tuple(map_batch(function, value) for value in batch)
+    mapped: Batch = map_leaves(function, batch)
+    return mapped
 
 
-def batch_length(batch: Batch) -> int:
+def some(items: Mapping[str, object] | Sequence[object]) -> str:
+    """Return the first items for an error message, and how many more there are."""
+    parts = [f"{key}: {value}" for key, value in items.items()] if isinstance(items, Mapping) else list(map(str, items))
+    more = f", … and {len(parts) - NAMED} more" if len(parts) > NAMED else ""
+    return ", ".join(parts[:NAMED]) + more
+
+
+def common_length(lengths: Mapping[str, int]) -> int:
+    """Return the number of samples. lengths: name → length of each array.
+
+    Raises:
+        ShapeError: The lengths differ.
+        EmptyDataError: There are no arrays.
+    """
+    if not lengths:
+        raise EmptyDataError("`x` must hold at least one array, got none. Pass the samples.")
+    first, length = next(iter(lengths.items()))
+    other = next((name for name, own in lengths.items() if own != length), None)
+    if other is not None:
+        raise ShapeError(
+            f"`{first}` and `{other}` must have as many samples, got {some(lengths)}. Pass inputs and targets of the "
+            "same samples."
+        )
+    return length
+
+
+def batch_length(batch: Batch, name: str = "batch") -> int:
     """Return the number of samples.
 
     Args:
         batch: Tensors with the samples along their first dimension.
+        name: What to call the batch in errors.
 
     Returns:
         The number of samples.
@@ -76,26 +70,35 @@ def batch_length(batch: Batch) -> int:
         EmptyDataError: If there are no tensors or no samples.
     """
     lengths: dict[str, int] = {}
-    for name, tensor in leaves(batch):
+    for own, tensor in leaves(batch, name):
         if tensor.ndim == 0:
-            raise ShapeError(f"`{name}` must have the samples along its first dimension, got a scalar.")
-        lengths[name] = tensor.shape[0]
-    if not lengths:
-        raise EmptyDataError("`batch` must hold at least one tensor, got none. Pass the samples.")
-    if len(set(lengths.values())) > 1:
-        raise ShapeError(
-            f"`batch` must have as many samples in every tensor, got {lengths}. "
-            "Pass inputs and targets of the same samples."
-        )
-    length = next(iter(lengths.values()))
+            raise ShapeError(
+                f"`{own}` must have the samples along its first dimension, got a scalar. Pass batches of samples."
+            )
+        lengths[own] = tensor.shape[0]
+    length = common_length(lengths)
     if length == 0:
-        raise EmptyDataError("`batch` must hold at least one sample, got zero. Pass a data set that isn't empty.")
+        raise EmptyDataError(f"`{name}` must hold at least one sample, got zero. Pass a data set that isn't empty.")
     return length
 
 
 def take(batch: Batch, start: int, stop: int) -> Batch:
     """Return samples start to stop (exclusive), as views."""
     return map_batch(lambda tensor: tensor[start:stop], batch)
+
+
+def alike(a: Batch, b: Batch) -> bool:
+    """Return whether two batches can be joined: the same form, dtypes, and shapes of a sample."""
+    if not same_form(a, b):
+        return False
+    pairs = zip(leaves(a), leaves(b), strict=True)
+    return all(own.dtype == other.dtype and own.shape[1:] == other.shape[1:] for (_, own), (_, other) in pairs)
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Return the samples of batches that are alike as one batch."""
+    whole: Batch = parts[0] if len(parts) == 1 else map_leaves(lambda *tensors: torch.cat(tensors), *parts)
+    return whole
 
 
 def nbytes(batch: Batch) -> int:

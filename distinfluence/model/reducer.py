@@ -7,20 +7,19 @@ scaling layer has one that runs the same kernels on Dask workers.
 
 import copy
 import itertools
-import random
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from distinfluence.errors import EmptyDataError, NonDeterministicDataError, ShapeError
-from distinfluence.model.batch import Batch, as_batch, batch_length, map_batch, nbytes, take
+from distinfluence.model.batch import Batch, alike, batch_length, joined, map_batch, nbytes, take
 from distinfluence.model.counter_random import sample_keys
+from distinfluence.model.data.datasets import Fetched
+from distinfluence.model.data.door import opened
+from distinfluence.model.data.samples import Samples, untouched_generators
 from distinfluence.model.identity.draw import Draw, Place, grouped, sample_of
 from distinfluence.model.identity.probe import Checked
 from distinfluence.model.sample_risk import CHECKED_SAMPLES, SampleRisk
@@ -115,24 +114,24 @@ class LoopReducer(ChunkReducer):
 
 
 class LocalReducer(LoopReducer):
-    """Chunks from a loader: a DataLoader, an iterable of batches, or one (x, y) batch.
+    """Chunks of what `model.data` opens: arrays, a data set, a loader, or batches.
 
-    Batches are collated and checked once and stay on the device between passes, up to KEPT_BYTES; beyond, the loader is
-    run through again for each pass. Small ones are put together for sums, of which a fixed cost for each batch would be
-    the larger part; `one` still takes the loader's own. Raises EmptyDataError for a loader without samples,
-    NonDeterministicDataError for one that gives other values when it is read again, and whatever `SampleRisk.check`
+    Batches are collated and checked once and stay on the device between passes, up to KEPT_BYTES; beyond, the data are
+    read again for each pass. Small ones are put together for sums, of which a fixed cost for each batch would be
+    the larger part; `one` still takes the batches as they come. Raises EmptyDataError for data without samples,
+    NonDeterministicDataError for data that give other values when it is read again, and whatever `SampleRisk.check`
     raises for samples from all over the data.
     """
 
     def __init__(self, risk: SampleRisk, data: object) -> None:
         super().__init__(risk)
         risk.ways.timed = True  # one process does all of every sum
-        self._loader = as_loader(data)
+        self._samples = opened(data, name="data")
         self._kept: list[Batch] | None = []
         self._together: list[Batch] = []  # the same samples in fewer, larger batches
         self._running: Iterator[Batch] | None = None
         self._next = 0
-        check_repeatable(self._loader)
+        check_repeatable(self._samples)
         self._read_twice = False
         self.chunk_sizes = self._first_pass()
         ragged = (self._first,) if len(self.drawn) > 1 else ()  # some may be alone with their shape
@@ -144,7 +143,7 @@ class LocalReducer(LoopReducer):
         sizes: list[int] = []
         kept_bytes = 0
         draw, samples = Draw(), dict[Place, Batch]()
-        for data in read(self._loader):
+        for data in self._samples.batches():
             batch = self.risk.place(data)
             if not sizes:
                 self.risk.check_takes(batch)
@@ -165,7 +164,7 @@ class LocalReducer(LoopReducer):
         return tuple(sizes)
 
     def to(self, risk: SampleRisk) -> "LocalReducer":
-        """Return the same loader; batches that were kept move along."""
+        """Return the same data; batches that were kept move along."""
         other = copy.copy(self)
         other.risk = risk
         if self._kept is not None:
@@ -189,7 +188,7 @@ class LocalReducer(LoopReducer):
             yield from self._together
         else:
             n_samples, again = 0, Draw()
-            for data in read(self._loader):
+            for data in self._samples.batches():
                 batch = self.risk.place(data)
                 n_samples += batch_length(batch)
                 if not self._read_twice:
@@ -211,36 +210,19 @@ OTHER_VALUES = (
 )
 
 
-def check_repeatable(loader: object) -> None:
-    """Read some samples of a loader's map-style data set twice. Raises NonDeterministicDataError where they differ."""
-    data: Any = getattr(loader, "dataset", None)
-    if not isinstance(loader, DataLoader) or isinstance(data, (IterableDataset, TensorDataset)):
+def check_repeatable(samples: Samples) -> None:
+    """Read some samples of a map-style data set twice. Raises NonDeterministicDataError where they differ."""
+    if not isinstance(samples, Fetched) or not samples.is_read_here:
         return
-    if loader.num_workers or loader.batch_size is None or not hasattr(data, "__len__"):
-        return  # a data set that is opened here first may not be opened again where it is read
-    n = len(data)
+    n = len(samples)
     with untouched_generators():
-        for index in sorted({i * n // READ_TWICE for i in range(READ_TWICE)}) if n else ():
+        for index in sorted({i * n // READ_TWICE for i in range(READ_TWICE)}):
             try:
-                first, second = (as_batch(loader.collate_fn([data[index]])) for _ in range(2))
-            except Exception:  # its samples have other names, or some cannot be read and its sampler leaves them out
+                first, second = (samples.read(index, index + 1) for _ in range(2))
+            except Exception:  # a collate function that takes several samples only; what is wrong is said in the pass
                 return
             if not torch.equal(sample_keys(first), sample_keys(second)):
                 raise NonDeterministicDataError(OTHER_VALUES.format(what=f"`data` (sample {index})"))
-
-
-@contextmanager
-def untouched_generators() -> Iterator[None]:
-    """Restore the random state of torch, NumPy's global generator and Python's afterwards."""
-    numpy: Any = sys.modules.get("numpy")
-    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        if numpy:
-            numpy.random.set_state(before[2])
 
 
 def together(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -251,77 +233,20 @@ def together(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     groups: list[list[Batch]] = []
     for batch in batches:
         last = groups[-1] if groups else None
-        if last is not None and _alike(last[0], batch):
+        if last is not None and alike(last[0], batch):
             n = sum(map(batch_length, last)) + batch_length(batch)
             if n <= JOINED_SAMPLES and sum(map(nbytes, last)) + nbytes(batch) <= JOINED_BYTES:
                 last.append(batch)
                 continue
         groups.append([batch])
-    joined = [group[0] if len(group) == 1 else _joined(group) for group in groups]
+    wholes = [joined(group) for group in groups]
     views: list[Batch] = []
-    for whole, group in zip(joined, groups, strict=True):
+    for whole, group in zip(wholes, groups, strict=True):
         starts = itertools.accumulate(map(batch_length, group), initial=0)
         views += [take(whole, start, start + batch_length(batch)) for start, batch in zip(starts, group, strict=False)]
-    return joined, views
-
-
-def _alike(a: Batch, b: Batch) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and a.shape[1:] == b.shape[1:]
-    if isinstance(a, dict) and isinstance(b, dict):
-        return list(a) == list(b) and all(_alike(a[key], b[key]) for key in a)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_alike, a, b))
-    return False
-
-
-def _joined(parts: list[Batch]) -> Batch:
-    first = parts[0]
-    if isinstance(first, dict):
-        return {key: _joined([part[key] for part in parts if isinstance(part, dict)]) for key in first}
-    if isinstance(first, tuple):
-        return tuple(_joined([part[i] for part in parts if isinstance(part, tuple)]) for i in range(len(first)))
-    return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    return wholes, views
 
 
 def add(total: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Element-wise sum of two results; the first may be empty, and is used up."""
     return tuple(a.add_(b) for a, b in zip(total, part, strict=True)) if total else tuple(t.clone() for t in part)
-
-
-def read(loader: Iterable[object]) -> Iterator[object]:
-    """Yield the loader's batches; what it draws from torch's CPU generator (seeds, shuffling) is drawn from a copy."""
-    its_own = torch.get_rng_state()
-    iterator: Iterator[object] | None = None
-    while True:
-        callers = torch.get_rng_state()
-        torch.set_rng_state(its_own)
-        try:
-            iterator = iter(loader) if iterator is None else iterator
-            data = next(iterator)
-        except StopIteration:
-            return
-        finally:
-            its_own = torch.get_rng_state()
-            torch.set_rng_state(callers)
-        yield data
-
-
-def as_loader(data: object) -> Iterable[object]:
-    """Something that can be iterated again and again for batches.
-
-    A tensor, an (x, y) pair of tensors or a dict of tensors is one batch. A shuffled DataLoader is read once in the
-    order of its first pass where the batches are kept. Raises ShapeError for a one-shot iterator.
-    """
-    if isinstance(data, DataLoader):
-        return data
-    if isinstance(data, (Mapping, torch.Tensor)) or (
-        isinstance(data, (tuple, list)) and len(data) > 0 and all(isinstance(part, torch.Tensor) for part in data)
-    ):
-        return [data]
-    if isinstance(data, Iterator) or not isinstance(data, (Sequence, Iterable)):
-        raise ShapeError(
-            f"`data` must be a DataLoader, an (x, y) pair of tensors, or a list of batches, got {type(data).__name__}. "
-            "It is read several times: wrap a generator in a list."
-        )
-    return data

@@ -23,12 +23,13 @@ from distinfluence.errors import (
     ShapeError,
 )
 from distinfluence.model.alternatives import Alternatives
-from distinfluence.model.batch import Batch, as_batch, batch_length, check_batch, leaves, map_batch
+from distinfluence.model.batch import Batch, batch_length, check_batch, leaves, map_batch
 from distinfluence.model.blocks import ParameterBlocks
 from distinfluence.model.checkpointing import without_checkpointing
 from distinfluence.model.checks.dependence import check_differentiable, check_independence, check_unwritten
 from distinfluence.model.checks.losses import check_losses, check_returned, parts
 from distinfluence.model.checks.raised import of_model, told
+from distinfluence.model.data.collate import batch_of
 from distinfluence.model.objective import Forward, Objective
 from distinfluence.model.padding import HeldPadding
 from distinfluence.model.precision import NARROW, widened_outputs
@@ -301,7 +302,7 @@ class SampleRisk:
 
     def place(self, batch: object) -> Batch:
         """Put the batch in one form, on the risk's device, checked: shapes, length, NaN and infinity."""
-        formed = as_batch(batch)
+        formed = batch_of(batch, "batch")
         check_batch(formed)
         with torch.inference_mode(False):
             placed = map_batch(lambda tensor: recordable(self.widened(tensor.to(self.device))), formed)

@@ -14,7 +14,7 @@ from distinfluence.model.identity.probe import Checked, probed
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.data.recipe import ModelRecipe, Recipe, fingerprint_module
-from distinfluence.scaling.data.sources import Keys, NpyLeaf, recipe_length, spill
+from distinfluence.scaling.data.sources import Keys, NpyLeaf, Size, recipe_size, spill
 from distinfluence.scaling.dispatch.dask_reducer import DaskReducer
 from distinfluence.scaling.dispatch.executor import (
     Executor,
@@ -146,6 +146,7 @@ class OnWorkers(Keys):
         """Write the array to a file in the scratch folder."""
         return spill(array, self._folder)
 
-    def length(self, recipe: Recipe, key: str) -> int:
+    def size(self, recipe: Recipe, key: str) -> Size:
         """Asked of a worker, which builds it."""
-        return int(self._client.submit(recipe_length, recipe, key, pure=False).result())
+        size: Size = self._client.submit(recipe_size, recipe, key, pure=False).result()
+        return size

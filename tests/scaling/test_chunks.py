@@ -11,7 +11,7 @@ import torch
 import zarr
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from distinfluence.errors import ChunkError, DtypeError, EmptyDataError, RecipeError, ShapeError
+from distinfluence.errors import ChunkError, DtypeError, EmptyDataError, RecipeError, SettingError, ShapeError
 from distinfluence.influence.arrays import ArrayBatch
 from distinfluence.scaling import Recipe
 from distinfluence.scaling.data.chunks import ChunkedData, chunked
@@ -48,6 +48,7 @@ KINDS: dict[str, Callable[[Path], tuple[object, object | None]]] = {
     "a map-style data set": lambda _: (sources.Samples(), None),
     "a tensor data set": lambda _: (TensorDataset(*sources.train()), None),
     "a loader": lambda _: (DataLoader(TensorDataset(*sources.train()), batch_size=5), None),
+    "a loader that shuffles": lambda _: (DataLoader(sources.Samples(), batch_size=5, shuffle=True), None),
     "a loader with its own collate": lambda _: (
         DataLoader(sources.Samples(), batch_size=5, collate_fn=stack),
         None,
@@ -114,15 +115,14 @@ class Stream(IterableDataset[int]):
         (da.from_array(X)[da.from_array(X)[:, 0] > 0], da.from_array(Y), ChunkError, "compute_chunk_sizes"),
         (X[:0], Y[:0], EmptyDataError, "at least one sample"),
         (np.zeros(()), None, ShapeError, "scalar"),
-        ("digits", None, DtypeError, "Recipe"),
+        ("digits", None, DtypeError, "got str. Load the file"),
         (Stream(), None, DtypeError, "map-style"),
-        (DataLoader(sources.Samples(), shuffle=True), None, ChunkError, "shuffle=False"),
-        (DataLoader(sources.Samples(), batch_size=5, drop_last=True), None, ChunkError, "drop_last"),
+        (DataLoader(sources.Samples(), batch_size=5, drop_last=True), None, SettingError, "leaves out 3 at each pass"),
         (Recipe("tests.scaling.sources:nothing"), None, RecipeError, "has no 'nothing'"),
         (Recipe("no_such_module:x"), None, RecipeError, "cannot import"),
         (Recipe("tests.scaling.sources"), None, RecipeError, "module:name"),
         (Recipe("tests.scaling.sources:train", {"n": 3}), None, RecipeError, "cannot be called"),
-        (Recipe("os:getpid"), None, DtypeError, "map-style data set, or arrays"),
+        (Recipe("os:getpid"), None, DtypeError, "`os:getpid` must be arrays.*got int"),
     ],
 )
 def test_what_cannot_be_cut_says_why(x: object, y: object, error: type[Exception], message: str) -> None:
@@ -130,9 +130,29 @@ def test_what_cannot_be_cut_says_why(x: object, y: object, error: type[Exception
         cut(x, y)
 
 
-def test_a_chunk_size_must_be_a_positive_number() -> None:
+@pytest.mark.parametrize("chunk_size", [0, True, 2.0, "5"])
+def test_a_chunk_size_must_be_a_positive_number(chunk_size: Any) -> None:
     with pytest.raises(ChunkError, match=r"chunk_size.*≥ 1"):
-        cut(X, Y, chunk_size=0)
+        cut(X, Y, chunk_size=chunk_size)
+    assert cut(X, Y, chunk_size=np.int64(5)).sizes == (5, 5, 5, 5, 3)  # type: ignore[arg-type]
+
+
+def test_batches_are_kept_in_chunks_of_one_size() -> None:
+    """One after the other, cut and joined as they come; those of other shapes stay themselves."""
+
+    def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        x, y = sources.train()
+        return [(x[a:b], y[a:b]) for a, b in ((0, 4), (4, 15), (15, 16), (16, 23))]
+
+    assert cut(batches()).sizes == (4, 4, 4, 4, 4, 3)
+    data = cut(batches(), chunk_size=10)
+    assert data.sizes == (10, 10, 3)
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in loaded(data)]), X)
+    np.testing.assert_array_equal(np.concatenate([y for _, y in loaded(data)]), Y)
+    ragged = [(torch.ones(4, width), torch.ones(4)) for width in (2, 3, 3)]
+    assert cut(ragged).sizes == (4, 4, 4)
+    with pytest.raises(ChunkError, match="several shapes.*Omit `chunk_size`"):
+        cut(ragged, chunk_size=5)
 
 
 def test_a_data_set_that_carries_its_samples_is_refused_with_the_remedy() -> None:

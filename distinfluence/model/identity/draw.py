@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from distinfluence.model.batch import Batch, leaves, map_batch
+from distinfluence.model.batch import Batch, joined, leaves, map_batch
 from distinfluence.model.counter_random import mixed, sample_keys
 
 N_SAMPLES = 16
@@ -107,18 +107,8 @@ def grouped(samples: Sequence[Batch]) -> list[Batch]:
         form = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in leaves(sample))
         groups.setdefault(form, []).append(sample)
     ordered = sorted(groups.values(), key=len, reverse=True)
-    return [_joined(group) for group in ordered]
-
-
-def _joined(parts: Sequence[Batch]) -> Batch:
     with torch.inference_mode(False):
-        return _cat(parts)
-
-
-def _cat(parts: Sequence[Batch]) -> Batch:
-    columns = [[tensor for _, tensor in leaves(part)] for part in parts]
-    joined = iter([torch.cat(list(column)) for column in zip(*columns, strict=True)])
-    return map_batch(lambda _: next(joined), parts[0])
+        return [joined(group) for group in ordered]
 
 
 def sample_of(batch: Batch, index: int) -> Batch:

@@ -6,23 +6,27 @@ arrays and data sets given as a `Recipe` are never read by the caller at all.
 """
 
 import itertools
-import sys
+import operator
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import cloudpickle
 import dask
 import numpy as np
 from dask.delayed import Delayed
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset, default_collate
 
-from distinfluence.errors import ChunkError, DtypeError, EmptyDataError, RecipeError, ShapeError
-from distinfluence.influence.arrays import Array, ArrayBatch
+from distinfluence.errors import ChunkError, EmptyDataError, RecipeError, SettingError
+from distinfluence.influence.arrays import ArrayBatch, to_numpy
+from distinfluence.model.batch import Batch, alike, batch_length, joined, take
+from distinfluence.model.data.arrays import Arrays, is_dask_array
+from distinfluence.model.data.datasets import Fetched
+from distinfluence.model.data.door import opened
+from distinfluence.model.data.samples import Pieces, Samples
+from distinfluence.model.data.tree import map_leaves, named_leaves
 from distinfluence.scaling.data.recipe import Recipe
-from distinfluence.scaling.data.sources import ArraySource, ChunkSource, DatasetSource, Home, common_length, leaf_tree
+from distinfluence.scaling.data.sources import ArraySource, ChunkSource, DatasetSource, Home, kept_leaf
 
 CHUNK_SIZE = 256  # samples, where nobody says better
 
@@ -107,26 +111,14 @@ def take_samples(data: ChunkedData, index: NDArray[np.int64]) -> ArrayBatch:
         taken(data.sources[chunk].load(), index[chunk_of == chunk] - data.starts[chunk])
         for chunk in np.unique(chunk_of).tolist()
     ]
-    return _joined(parts)
+    whole: ArrayBatch = map_leaves(lambda *arrays: np.concatenate(arrays), *parts)
+    return whole
 
 
 def taken(batch: ArrayBatch, index: NDArray[np.int64]) -> ArrayBatch:
     """Return the samples of a batch with these indices."""
-    if isinstance(batch, dict):
-        return {key: taken(value, index) for key, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(taken(value, index) for value in batch)
-    chosen: Array = np.asarray(batch)[index]
+    chosen: ArrayBatch = map_leaves(lambda array: np.asarray(array)[index], batch)
     return chosen
-
-
-def _joined(parts: list[ArrayBatch]) -> ArrayBatch:
-    first = parts[0]
-    if isinstance(first, dict):
-        return {key: _joined([part[key] for part in parts if isinstance(part, dict)]) for key in first}
-    if isinstance(first, tuple):
-        return tuple(_joined([part[i] for part in parts if isinstance(part, tuple)]) for i in range(len(first)))
-    return np.concatenate([np.asarray(part) for part in parts])
 
 
 def chunked(
@@ -135,151 +127,125 @@ def chunked(
     """Cut a data set into chunks.
 
     Args:
-        x: Tensors, NumPy, zarr or dask arrays with the samples along the first dimension. Without `y` also a tuple or
-            dict of these, a map-style torch `Dataset`, a DataLoader that does not shuffle, a `Recipe` of any of these,
-            or a `ChunkedData`.
-        y: The targets, in the same form, or None if `x` has them.
+        x: Whatever `distinfluence.model.data.door.opened` takes, a `Recipe` that builds it, or a `ChunkedData`.
+        y: The targets, arrays of as many samples, or None if `x` has them.
         home: Where data of the caller go.
-        chunk_size: Samples in a chunk. If None, dask arrays and loaders bring their own.
+        chunk_size: Samples in a chunk. If None, dask arrays, loaders and lists of batches bring their own.
         default_size: Samples in a chunk of other data if `chunk_size` is None.
 
     Returns:
         The data set in chunks.
 
     Raises:
-        ShapeError: The arrays have different lengths.
         ChunkError: The chunks do not line up.
-        EmptyDataError: There are no samples.
-        DtypeError: The data have a type that is not supported.
+        DistinfluenceError: What `opened` raises.
     """
+    if isinstance(x, (ChunkedData, Recipe)) and y is not None:
+        raise SettingError(f"`y` must be None where `x` is a `{type(x).__name__}`, which has the targets. Omit it.")
     if isinstance(x, ChunkedData):
         return x
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ChunkError(f"`chunk_size` must be a whole number of samples ≥ 1, got {chunk_size!r}.")
-    data = x if y is None else (x, y)
-    if isinstance(data, Recipe):
-        return _of_recipe(data, home, chunk_size or default_size)
-    if isinstance(data, DataLoader):
-        return _of_loader(data, home, chunk_size, default_size)
-    if isinstance(data, TensorDataset):
-        data = data.tensors
-    if isinstance(data, Dataset):
-        return _of_dataset(data, None, chunk_size or default_size)
-    if _any_dask(data):
-        return _of_dask(data, chunk_size)
-    leaves = leaf_tree(data, home, "data")
+    size = None if chunk_size is None else _checked(chunk_size)
+    if isinstance(x, Recipe):
+        return _of_recipe(x, home, size, default_size)
+    samples = opened(x, y)
+    if samples.is_stream or isinstance(samples, Pieces):
+        return _of_batches(samples, home, size)
+    if isinstance(samples, Fetched) and isinstance(samples.data, list):
+        samples = opened(samples.read(0, len(samples)))
+    if isinstance(samples, Arrays) and any(is_dask_array(leaf) for _, leaf in named_leaves(samples.tree, "x")):
+        return _of_dask(samples, size)
+    cut = size or (default_size if samples.sizes is None else max(samples.sizes))
     key = uuid.uuid4().hex
-    return _cut(
-        common_length(leaves), chunk_size or default_size, lambda a, b: ArraySource(leaves, a, b, f"{key}/{a}-{b}")
-    )
+    if isinstance(samples, Arrays):
+        tree, order = samples.tree, samples.order
+        leaves = map_leaves(lambda leaf: kept_leaf(leaf if order is None else leaf[order], home), tree)
+        return _cut(len(samples), cut, lambda a, b: ArraySource(leaves, a, b, f"{key}/{a}-{b}"))
+    assert isinstance(samples, Fetched)
+    pickled = _pickled(samples)
+    return _cut(len(samples), cut, lambda a, b: DatasetSource(pickled, a, b, f"{key}/{a}-{b}"))
+
+
+def _checked(chunk_size: object) -> int:
+    """Return a chunk size. Raises ChunkError unless it is a positive whole number, of Python or NumPy."""
+    try:
+        size = 0 if isinstance(chunk_size, bool) else operator.index(chunk_size)  # type: ignore[arg-type]
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise ChunkError(f"`chunk_size` must be a whole number of samples ≥ 1, got {chunk_size!r}.")
+    return size
 
 
 def _cut(n: int, chunk_size: int, source: Callable[[int, int], ChunkSource]) -> ChunkedData:
-    if n == 0:
-        raise EmptyDataError("`x` must hold at least one sample, got none. Pass a data set that isn't empty.")
     size = min(chunk_size, n)
     edges = [*range(0, n, size), n]
     ranges = list(itertools.pairwise(edges))
     return ChunkedData(tuple(b - a for a, b in ranges), tuple(source(a, b) for a, b in ranges))
 
 
-def _of_recipe(recipe: Recipe, home: Home, chunk_size: int) -> ChunkedData:
+def _of_recipe(recipe: Recipe, home: Home, chunk_size: int | None, default_size: int) -> ChunkedData:
     key = home.key(recipe)
-    return _cut(home.length(recipe, key), chunk_size, lambda a, b: DatasetSource(recipe, None, a, b, f"{key}/{a}-{b}"))
+    size = home.size(recipe, key)
+    cut = chunk_size or size.batch or default_size
+    return _cut(size.n, cut, lambda a, b: DatasetSource(recipe, a, b, f"{key}/{a}-{b}"))
 
 
-def _of_loader(loader: "DataLoader[Any]", home: Home, chunk_size: int | None, default_size: int) -> ChunkedData:
-    if loader.batch_sampler is not None and not isinstance(loader.sampler, SequentialSampler):
-        raise ChunkError(
-            f"`x` must be a DataLoader in a fixed order, got one with {type(loader.sampler).__name__}: its samples "
-            "would have no numbers. Pass shuffle=False."
-        )
-    if loader.drop_last:
-        raise ChunkError("`x` must be a DataLoader over all samples, got drop_last=True. Pass drop_last=False.")
-    size = chunk_size or loader.batch_size or default_size
-    data = loader.dataset
-    if isinstance(data, TensorDataset) and loader.collate_fn is default_collate:
-        return chunked(data.tensors, None, home, size)
-    return _of_dataset(data, None if loader.collate_fn is default_collate else loader.collate_fn, size)
-
-
-def _of_dataset(data: "Dataset[Any]", collate: Callable[..., object] | None, chunk_size: int) -> ChunkedData:
-    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
-        raise DtypeError(
-            f"`x` must be a map-style data set, got {type(data).__name__}. Give it `__len__` and `__getitem__`."
-        )
-    pickled = bytes(cloudpickle.dumps(data))
+def _pickled(samples: Fetched) -> bytes:
+    pickled = bytes(cloudpickle.dumps(samples.travelling()))
     if len(pickled) > DATASET_BYTES:
         raise RecipeError(
-            f"`x` is a {type(data).__name__} of {len(pickled) / 2**20:.0f} MiB, too much to go with the tasks. Pass "
-            "`Recipe('module:callable')`, so that each worker builds it, or its arrays."
+            f"`x` is a {type(samples.data).__name__} of {len(pickled) / 2**20:.0f} MiB, too much to go with the tasks. "
+            "Pass `Recipe('module:callable')`, so that each worker builds it, or its arrays."
         )
-    fixed_collate = None if collate is None else bytes(cloudpickle.dumps(collate))
-    key = uuid.uuid4().hex
-    return _cut(len(data), chunk_size, lambda a, b: DatasetSource(pickled, fixed_collate, a, b, f"{key}/{a}-{b}"))
+    return pickled
 
 
-def is_dask_array(data: object) -> bool:
-    """Return whether this is a dask array, which only a process that has imported `dask.array` can hold.
-
-    Workers and runs of other data do not import it: that takes almost a second of CPU where xarray is installed.
-    """
-    module = sys.modules.get("dask.array")
-    return module is not None and isinstance(data, module.Array)
-
-
-def _any_dask(data: object) -> bool:
-    if isinstance(data, Mapping):
-        return any(_any_dask(value) for value in data.values())
-    if isinstance(data, (tuple, list)):
-        return any(_any_dask(value) for value in data)
-    return is_dask_array(data)
+def _of_batches(samples: Samples, home: Home, chunk_size: int | None) -> ChunkedData:
+    """Read batches once and keep them chunk by chunk."""
+    key, sizes = uuid.uuid4().hex, list[int]()
+    sources: list[ChunkSource] = []
+    for batch in _regrouped(samples, chunk_size):
+        sizes.append(batch_length(batch))
+        leaves = map_leaves(lambda tensor: home.keep(to_numpy(tensor)), batch)
+        sources.append(ArraySource(leaves, 0, sizes[-1], f"{key}/{len(sources)}"))
+    if not sizes:
+        raise EmptyDataError(f"`{samples.name}` must hold at least one sample, got none. Pass data that are not empty.")
+    return ChunkedData(tuple(sizes), tuple(sources))
 
 
-def _of_dask(data: object, chunk_size: int | None) -> ChunkedData:
-    columns = dict(_dask_columns(data, "data"))
-    for name, array in columns.items():
-        if any(np.isnan(size) for size in array.chunks[0]):
-            raise ChunkError(f"`{name}` must have known chunk sizes. Call `compute_chunk_sizes()` on it.")
-    chunks = {name: tuple(int(size) for size in array.chunks[0]) for name, array in columns.items()}
-    lengths = {name: sum(sizes) for name, sizes in chunks.items()}
-    if len(set(lengths.values())) > 1:
-        raise ShapeError(f"`x` and `y` must have as many samples, got {lengths}. Pass inputs and targets that match.")
-    if len(set(chunks.values())) > 1:
-        raise ChunkError(
-            f"`x` and `y` must have the same chunks along the samples, got {chunks}. "
-            "Call `y.rechunk({0: x.chunks[0]})`."
-        )
-    sizes = next(iter(chunks.values()))
-    if 0 in sizes:
-        raise EmptyDataError(f"`x` must have samples in every chunk, got chunks {sizes}.")
+def _regrouped(samples: Samples, chunk_size: int | None) -> Iterator[Batch]:
+    """Yield batches of one size, by default the first one's; those of other shapes stay as they come."""
+    size, held = chunk_size, list[Batch]()
+    for batch in samples.batches():
+        size = size or batch_length(batch)
+        if held and not alike(held[0], batch):
+            if chunk_size is not None:
+                raise ChunkError(
+                    f"`{samples.name}` has batches of samples of several shapes, which cannot be cut into chunks of "
+                    f"{chunk_size}. Omit `chunk_size`, or pad all samples to one length."
+                )
+            yield joined(held)
+            held = []
+        held.append(batch)
+        whole, start = joined(held), 0
+        while batch_length(whole) - start >= size:
+            yield take(whole, start, start + size)
+            start += size
+            if start == batch_length(whole):
+                break
+        held = [take(whole, start, batch_length(whole))] if start < batch_length(whole) else []
+    if held:
+        yield joined(held)
+
+
+def _of_dask(samples: Arrays, chunk_size: int | None) -> ChunkedData:
+    tree, sizes = samples.tree, samples.sizes
+    assert sizes is not None
     if chunk_size is not None and set(sizes) != {chunk_size}:
-        columns = {name: array.rechunk({0: chunk_size}) for name, array in columns.items()}
-        sizes = tuple(int(size) for size in next(iter(columns.values())).chunks[0])
-    blocks = {
-        name: array.rechunk(dict.fromkeys(range(1, array.ndim), -1)).to_delayed().reshape(-1)
-        for name, array in columns.items()
-    }
-    parts = tuple(dask.delayed(_regroup(data, blocks, index, "data")) for index in range(len(sizes)))
-    return ChunkedData(sizes, parts)
-
-
-def _dask_columns(data: object, name: str) -> list[tuple[str, Any]]:
-    if isinstance(data, Mapping):
-        return [pair for key, value in data.items() for pair in _dask_columns(value, f"{name}[{key!r}]")]
-    if isinstance(data, (tuple, list)):
-        return [pair for index, value in enumerate(data) for pair in _dask_columns(value, f"{name}[{index}]")]
-    if not is_dask_array(data):
-        raise ChunkError(
-            f"`{name}` must be a dask array as the others are, got {type(data).__name__}. Call "
-            "`dask.array.from_array(…, chunks=…)` with the same chunks along the samples."
-        )
-    return [(name, data)]
-
-
-def _regroup(data: object, blocks: Mapping[str, Any], index: int, name: str) -> object:
-    if isinstance(data, Mapping):
-        return {key: _regroup(value, blocks, index, f"{name}[{key!r}]") for key, value in data.items()}
-    if isinstance(data, (tuple, list)):
-        return tuple(_regroup(value, blocks, index, f"{name}[{i}]") for i, value in enumerate(data))
-    return blocks[name][index]
+        tree = map_leaves(lambda array: array.rechunk({0: chunk_size}), tree)
+        sizes = tuple(min(chunk_size, len(samples) - start) for start in range(0, len(samples), chunk_size))
+    blocks = map_leaves(
+        lambda array: array.rechunk(dict.fromkeys(range(1, array.ndim), -1)).to_delayed().reshape(-1), tree
+    )
+    parts = [dask.delayed(map_leaves(lambda own, i=index: own[i], blocks)) for index in range(len(sizes))]
+    return ChunkedData(sizes, tuple(parts))

@@ -6,21 +6,21 @@ A `ChunkSource` is a few hundred bytes that travel with a task; `load` reads its
 import uuid
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import cloudpickle
+import dask
 import numpy as np
 import zarr
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from distinfluence.errors import DtypeError, EmptyDataError, ShapeError
 from distinfluence.influence.arrays import Array, ArrayBatch, to_numpy, to_numpy_batch
 from distinfluence.memory import process_bytes
-from distinfluence.model.batch import as_batch
+from distinfluence.model.data.door import opened
+from distinfluence.model.data.samples import Samples
+from distinfluence.model.data.tree import map_leaves
 from distinfluence.scaling.data.recipe import Recipe
 from distinfluence.scaling.scratch import save_whole
 
@@ -92,8 +92,8 @@ class Home(Protocol):
     def keep(self, array: Array) -> Leaf:
         """Put an array of the caller's process where every task can read it."""
 
-    def length(self, recipe: Recipe, key: str) -> int:
-        """Return the length of what the recipe builds, found where tasks run; `key`: under which it is kept there."""
+    def size(self, recipe: Recipe, key: str) -> "Size":
+        """Return how much the recipe builds, found where tasks run; `key`: under which it is kept there."""
 
     def key(self, recipe: Recipe) -> str:
         """Return a key, the same for the same recipe as long as this home lasts: it is built once in each process."""
@@ -117,9 +117,9 @@ class InThisProcess(Keys):
         """Return the array itself."""
         return MemoryLeaf(array)
 
-    def length(self, recipe: Recipe, key: str) -> int:
+    def size(self, recipe: Recipe, key: str) -> "Size":
         """Build it here."""
-        return recipe_length(recipe, key)
+        return recipe_size(recipe, key)
 
 
 class ChunkSource(ABC):
@@ -154,22 +154,15 @@ class ArraySource(ChunkSource):
 
     def load(self) -> ArrayBatch:
         """Read the range of each array."""
-        return self._read(self.leaves)
-
-    def _read(self, tree: LeafTree) -> ArrayBatch:
-        if isinstance(tree, dict):
-            return {name: self._read(leaf) for name, leaf in tree.items()}
-        if isinstance(tree, tuple):
-            return tuple(self._read(leaf) for leaf in tree)
-        return tree.read(self.start, self.stop)
+        arrays: ArrayBatch = map_leaves(lambda leaf: leaf.read(self.start, self.stop), self.leaves)
+        return arrays
 
 
 @dataclass(frozen=True)
 class DatasetSource(ChunkSource):
-    """A range of samples of a map-style data set, or of arrays, that each process builds once for itself."""
+    """A range of the samples that a recipe builds, or that travel as a pickle; each process opens them once."""
 
     recipe: Recipe | bytes
-    collate: bytes | None
     start: int
     stop: int
     key: str
@@ -177,22 +170,24 @@ class DatasetSource(ChunkSource):
 
     def load(self) -> ArrayBatch:
         """Collate the samples, or slice the arrays."""
-        data = built_once(self.recipe, self.key.partition("/")[0])
-        if not isinstance(data, Dataset):
-            return ArraySource(leaf_tree(data, InThisProcess(), "data"), self.start, self.stop, self.key).load()
-        collate = default_collate if self.collate is None else cloudpickle.loads(self.collate)
-        return to_numpy_batch(as_batch(collate([data[index] for index in range(self.start, self.stop)])))
+        samples = built_once(self.recipe, self.key.partition("/")[0])
+        with dask.config.set(scheduler="synchronous"):  # a task that waits for tasks would stop its worker
+            return to_numpy_batch(samples.read(self.start, self.stop))
 
 
-_data_sets: OrderedDict[str, Any] = OrderedDict()
+_data_sets: OrderedDict[str, Samples] = OrderedDict()
 _grown: dict[str, int] = {}  # by how much the process did when it built them
 
 
-def built_once(recipe: Recipe | bytes, key: str) -> Any:
-    """Return what the recipe (or the pickled data set) builds, kept under `key`."""
+def built_once(recipe: Recipe | bytes, key: str) -> Samples:
+    """Return the samples that the recipe (or the pickle) builds, kept under `key`; a stream is read into memory."""
     if key not in _data_sets:
         before = process_bytes()
-        _data_sets[key] = cloudpickle.loads(recipe) if isinstance(recipe, bytes) else recipe.build()
+        if isinstance(recipe, bytes):
+            _data_sets[key] = cloudpickle.loads(recipe)
+        else:
+            with dask.config.set(scheduler="synchronous"):
+                _data_sets[key] = opened(recipe.build(), name=recipe.target).fixed()
         _grown[key] = max(0, process_bytes() - before)
         while len(_data_sets) > KEPT_DATA_SETS:
             oldest, _ = _data_sets.popitem(last=False)
@@ -205,21 +200,18 @@ def built_bytes(source: "ChunkSource") -> int:
     return _grown.get(source.key.partition("/")[0], 0) if isinstance(source, DatasetSource) else 0
 
 
-def recipe_length(recipe: Recipe, key: str) -> int:
-    """Return the number of samples of what the recipe builds, which is kept under `key`.
+@dataclass(frozen=True)
+class Size:
+    """How much data a recipe builds. n: samples; batch: the largest batch that they come in, None if there are none."""
 
-    Raises:
-        DtypeError: The recipe builds neither a data set nor arrays.
-    """
-    built = built_once(recipe, key)
-    if isinstance(built, IterableDataset) or not isinstance(built, (Dataset, Tensor, np.ndarray, Mapping, Sequence)):
-        raise DtypeError(
-            f"`{recipe.target}` must return a map-style data set, or arrays, got {type(built).__name__}. "
-            "Give the data set `__len__` and `__getitem__`."
-        )
-    if isinstance(built, Dataset):
-        return len(built)  # type: ignore[arg-type]
-    return common_length(leaf_tree(built, InThisProcess(), "data"))
+    n: int
+    batch: int | None
+
+
+def recipe_size(recipe: Recipe, key: str) -> Size:
+    """Return how much the recipe builds, which is kept under `key`. Raises what `opened` raises."""
+    samples = built_once(recipe, key)
+    return Size(len(samples), None if samples.sizes is None else max(samples.sizes))
 
 
 def spill(array: Array, folder: Path) -> NpyLeaf:
@@ -229,41 +221,11 @@ def spill(array: Array, folder: Path) -> NpyLeaf:
     return NpyLeaf(str(path), array.shape)
 
 
-def leaf_tree(data: object, home: Home, name: str) -> LeafTree:
-    """Return the arrays of a data set where every task can read them, in the form of the data."""
-    if isinstance(data, Mapping):
-        return {str(key): leaf_tree(value, home, f"{name}[{key!r}]") for key, value in data.items()}
-    if isinstance(data, (tuple, list)):
-        return tuple(leaf_tree(value, home, f"{name}[{index}]") for index, value in enumerate(data))
-    if isinstance(data, Tensor):
-        return home.keep(to_numpy(data))
-    if isinstance(data, np.ndarray):
-        return home.keep(data)
-    if isinstance(data, zarr.Array):
-        shared = not isinstance(data.store, zarr.storage.MemoryStore)
-        return ZarrLeaf(data) if shared else home.keep(np.asarray(data[:]))
-    raise DtypeError(
-        f"`{name}` must be a tensor, a NumPy, zarr or dask array, a data set, a DataLoader or a `Recipe`, got "
-        f"{type(data).__name__}. Convert it to an array first."
-    )
-
-
-def common_length(tree: LeafTree) -> int:
-    """Return the number of samples. Raises ShapeError where arrays disagree, EmptyDataError where there are none."""
-    lengths = dict(leaf_lengths(tree, "data"))
-    if len(set(lengths.values())) > 1:
-        raise ShapeError(f"`x` and `y` must have as many samples, got {lengths}. Pass inputs and targets that match.")
-    if not lengths:
-        raise EmptyDataError("`x` must hold at least one array, got none. Pass the samples.")
-    return next(iter(lengths.values()))
-
-
-def leaf_lengths(tree: LeafTree, name: str) -> list[tuple[str, int]]:
-    """Return the length of each array, with the name by which a user would reach it."""
-    if isinstance(tree, dict):
-        return [pair for key, value in tree.items() for pair in leaf_lengths(value, f"{name}[{key!r}]")]
-    if isinstance(tree, tuple):
-        return [pair for index, value in enumerate(tree) for pair in leaf_lengths(value, f"{name}[{index}]")]
-    if not tree.shape:
-        raise ShapeError(f"`{name}` must have the samples along its first dimension, got a scalar.")
-    return [(name, tree.shape[0])]
+def kept_leaf(array: Any, home: Home) -> Leaf:
+    """Return an array where every task can read it."""
+    if isinstance(array, Tensor):
+        return home.keep(to_numpy(array))
+    if isinstance(array, zarr.Array):
+        shared = not isinstance(array.store, zarr.storage.MemoryStore)
+        return ZarrLeaf(array) if shared else home.keep(np.asarray(array[:]))
+    return home.keep(array)

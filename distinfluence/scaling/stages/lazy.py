@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from distinfluence.errors import ShapeError
 from distinfluence.influence.arrays import Array, to_numpy, to_tensor, to_tensor_batch
 from distinfluence.influence.scores import InfluenceMode
-from distinfluence.scaling.data.chunks import ChunkedData, is_dask_array
+from distinfluence.model.data.arrays import is_dask_array
+from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.stages.factor_file import factor_fields
 from distinfluence.scaling.stages.request import FittedRun
 from distinfluence.scaling.worker.cache import Chunk, load

@@ -1,0 +1,440 @@
+"""One door for data: the same samples for influence models, calculators and job files, or the same refusal."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import torch
+import zarr
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from distinfluence import DirectInfluence, Objective, Recipe, SequentialInfluenceCalculator
+from distinfluence.errors import (
+    ChunkError,
+    DistinfluenceError,
+    DtypeError,
+    EmptyDataError,
+    NonDeterministicDataError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
+)
+from distinfluence.model.batch import Batch
+from distinfluence.model.identity.probe import Checked
+from distinfluence.model.objective import Forward
+from distinfluence.scaling.data.chunks import recut
+
+N = 60
+ALL = list(range(N))
+SOME = ALL[7:27] + ALL[40:]  # 40 of 60
+DAMPING = 0.1
+X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(N) * 7 % 3 % 2
+X_TEST, Y_TEST = X[:2] + 0.5, torch.tensor([1, 0])
+
+
+class Cross(Objective):
+    """Cross-entropy, of (x, y) or of a dict of both."""
+
+    def outputs(self, model: Forward, batch: Batch) -> Tensor:
+        outputs: Tensor = model(batch["x"] if isinstance(batch, dict) else batch[0])
+        return outputs
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        targets = batch["y"] if isinstance(batch, dict) else batch[1]
+        assert isinstance(targets, Tensor)
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Linear(3, 2)
+
+
+class Quick(DirectInfluence):
+    """Derivatives are checked once: they are not what is tested here."""
+
+    def check(self, drawn: Sequence[Batch]) -> Checked:
+        return checked()
+
+
+@functools.cache
+def checked() -> Checked:
+    return DirectInfluence(network(), Cross(), DAMPING).check([(X[:16], Y[:16])])
+
+
+def influence() -> DirectInfluence:
+    return Quick(network(), Cross(), DAMPING)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def dense(indices: Sequence[int]) -> Tensor:
+    """Influences [2, n] in float64, by plain autograd: the Hessian of the mean loss of these samples, and gradients."""
+    flat = nn.utils.parameters_to_vector(network().parameters()).detach().double()
+    x, y = X[indices].double(), Y[list(indices)]
+
+    def losses(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(x @ theta[:6].view(2, 3).T + theta[6:], y, reduction="none")
+
+    functional = torch.autograd.functional
+    hessian: Tensor = functional.hessian(lambda t: losses(t, x, y).mean(), flat)  # type: ignore[no-untyped-call, assignment]
+    rows = [
+        functional.jacobian(lambda t, a=a, b=b: losses(t, a.double(), b), flat)  # type: ignore[no-untyped-call, misc]
+        for a, b in ((X_TEST, Y_TEST), (x, y))
+    ]
+    return rows[0] @ torch.linalg.solve(hessian + DAMPING * torch.eye(8).double(), rows[1].T)
+
+
+class Pairs(Dataset[tuple[Tensor, Tensor]]):
+    """A torch data set, sample by sample."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index], Y[index]
+
+
+class Duck:
+    """What has a length and elements, and is no torch data set."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        if not 0 <= index < N:
+            raise IndexError(index)
+        return {"x": X[index].numpy(), "y": int(Y[index])}
+
+
+class Streamed(IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(X, Y, strict=True)
+
+
+class InBatches(IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(X.split(25), Y.split(25), strict=True)
+
+
+class Again:
+    """Gives batches whenever it is iterated; neither a list nor a loader."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(InBatches())
+
+
+class Half(DataLoader[Any]):
+    """A loader that does not do what its sampler says."""
+
+    def __iter__(self) -> Any:
+        return iter([(X[:30], Y[:30])])
+
+
+class Taken(Dataset[Any]):
+    """A data set that is asked for whole batches."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: Any) -> Any:
+        return X[index], Y[index]
+
+
+def stack(samples: list[Any]) -> tuple[Tensor, Tensor]:
+    x, y = zip(*samples, strict=True)
+    return torch.stack(x), torch.stack(y)
+
+
+def without_the_first(samples: list[Any]) -> tuple[Tensor, Tensor]:
+    return stack(samples[1:])
+
+
+def rows() -> list[dict[str, Any]]:
+    return [{"x": x, "y": y} for x, y in zip(X.tolist(), Y.tolist(), strict=True)]
+
+
+def hugging_face(**more: list[Any]) -> Any:
+    return datasets.Dataset.from_dict({"x": X.tolist(), "y": Y.tolist(), **more})
+
+
+def frame(**columns: Any) -> pd.DataFrame:
+    return pd.DataFrame(X.numpy(), columns=["a", "b", "c"]).assign(**columns)
+
+
+def on_disk(folder: Path) -> Any:
+    arrays = []
+    for name, tensor in (("x", X), ("y", Y)):
+        array = zarr.create_array(str(folder / name), shape=tensor.shape, dtype=tensor.numpy().dtype, overwrite=True)
+        array[:] = tensor.numpy()
+        arrays.append(array)
+    return tuple(arrays)
+
+
+def memory_mapped(folder: Path) -> Any:
+    for name, tensor in (("x", X), ("y", Y)):
+        np.save(folder / f"{name}.npy", tensor.numpy())
+    return tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("x", "y"))
+
+
+def loader(data: Any = None, **settings: Any) -> DataLoader[Any]:
+    return DataLoader(Pairs() if data is None else data, **{"batch_size": 25, **settings})
+
+
+def over(data: Any, indices: list[int]) -> DataLoader[Any]:
+    return DataLoader(data, batch_sampler=BatchSampler(SubsetRandomSampler(indices), 32, False))
+
+
+DIST = {"num_replicas": 1, "rank": 0}
+
+TAKEN: dict[str, tuple[list[int], Callable[[Path], Any]]] = {
+    "tensors": (ALL, lambda _: (X, Y)),
+    "a list of labels": (ALL, lambda _: (X, Y.tolist())),
+    "NumPy": (ALL, lambda _: (X.numpy(), Y.numpy())),
+    "NumPy, backwards": (ALL[::-1], lambda _: (X.numpy()[::-1], Y.numpy()[::-1])),
+    "NumPy, big-endian": (ALL, lambda _: (X.numpy().astype(">f4"), Y.numpy().astype(">i8"))),
+    "NumPy, memory-mapped": (ALL, memory_mapped),
+    "pandas": (ALL, lambda _: (frame(), pd.Series(Y.numpy()))),
+    "pandas, nullable": (ALL, lambda _: (frame().astype("Float32"), pd.Series(Y.numpy()).astype("Int64"))),
+    "dask": (ALL, lambda _: (da.from_array(X.numpy(), chunks=(25, 2)), da.from_array(Y.numpy(), chunks=25))),
+    "zarr": (ALL, on_disk),
+    "a dict of tensors": (ALL, lambda _: {"x": X, "y": Y}),
+    "a dict of a frame and a series": (ALL, lambda _: {"x": frame(), "y": pd.Series(Y.numpy())}),
+    "samples": (ALL, lambda _: list(Pairs())),
+    "samples of Python numbers": (ALL, lambda _: rows()),
+    "samples in lists": (ALL, lambda _: [[x, y] for x, y in zip(X.tolist(), Y.tolist(), strict=True)]),
+    "batches": (ALL, lambda _: list(loader())),
+    "batches of other sizes": (ALL, lambda _: [(X[:9], Y[:9]), (X[9:40], Y[9:40]), (X[40:], Y[40:])]),
+    "dicts of batches": (ALL, lambda _: [{"x": X[:25], "y": Y[:25]}, {"x": X[25:].numpy(), "y": Y[25:].numpy()}]),
+    "one batch in a list": (ALL, lambda _: [(X, Y)]),
+    "a tensor data set": (ALL, lambda _: TensorDataset(X, Y)),
+    "a torch data set": (ALL, lambda _: Pairs()),
+    "a subset": (SOME, lambda _: Subset(Pairs(), SOME)),
+    "a concatenation": (SOME * 2, lambda _: ConcatDataset([Subset(Pairs(), SOME)] * 2)),
+    "Hugging Face": (ALL, lambda _: hugging_face()),
+    "Hugging Face, torch": (ALL, lambda _: hugging_face().with_format("torch")),
+    "Hugging Face, columns": (
+        ALL,
+        lambda _: hugging_face(text=["a"] * N).with_format("torch", columns=["x", "y"]),
+    ),
+    "a duck": (ALL, lambda _: Duck()),
+    "a loader": (ALL, lambda _: loader()),
+    "a loader over tensors": (ALL, lambda _: loader(TensorDataset(X, Y))),
+    "a loader over Hugging Face": (ALL, lambda _: loader(hugging_face())),
+    "a loader that shuffles": (ALL, lambda _: loader(shuffle=True)),
+    "a loader with a generator": (
+        ALL,
+        lambda _: loader(TensorDataset(X, Y), shuffle=True, generator=torch.Generator().manual_seed(3)),
+    ),
+    "a subset sampler": (SOME, lambda _: loader(sampler=SubsetRandomSampler(SOME[::-1]))),
+    "a batch sampler over a subset": (SOME, lambda _: over(Pairs(), SOME)),
+    "a batch sampler over a subset of tensors": (SOME, lambda _: over(TensorDataset(X, Y), SOME)),
+    "a sampler with repetitions": ([5, 3, 3, *ALL], lambda _: loader(sampler=[5, 3, 3, *ALL])),
+    "three samples that shuffle": ([2, 4, 9], lambda _: loader(sampler=SubsetRandomSampler([9, 2, 4]))),
+    "drop_last that drops nothing": (ALL, lambda _: loader(batch_size=20, drop_last=True)),
+    "all of a distributed sampler": (ALL, lambda _: loader(sampler=DistributedSampler(Pairs(), **DIST, shuffle=False))),
+    "a loader over a stream": (ALL, lambda _: loader(Streamed())),
+    "a loader over a stream of batches": (ALL, lambda _: loader(InBatches(), batch_size=None)),
+    "a loader that asks for batches": (
+        SOME,
+        lambda _: loader(Taken(), batch_size=None, sampler=BatchSampler(SubsetRandomSampler(SOME), 20, False)),
+    ),
+    "a loader with its own collate": (ALL, lambda _: loader(collate_fn=stack)),
+    "a loader with a worker": (SOME, lambda _: loader(sampler=SOME, num_workers=1)),
+    "a loader of another class": (ALL[:30], lambda _: Half(Pairs())),
+    "anything that gives batches": (ALL, lambda _: Again()),
+}
+
+
+class Words(Pairs):
+    def __getitem__(self, index: int) -> Any:
+        return {"x": X[index], "y": Y[index], "text": "a"}
+
+
+class Ragged(Pairs):
+    def __getitem__(self, index: int) -> Any:
+        return X[index, : 2 + index % 2], Y[index]
+
+
+class Holes(Pairs):
+    def __getitem__(self, index: int) -> Any:
+        return X[index], None if index == 4 else Y[index]
+
+
+class Sized:
+    def __getitem__(self, index: int) -> Any:
+        return X[index], Y[index]
+
+
+WEIGHTED = WeightedRandomSampler([1.0] * N, N)
+PART = DistributedSampler(Pairs(), num_replicas=2, rank=0)
+MANY = [(torch.ones(1 + i % 2), torch.ones(1 + i % 2)) for i in range(340)]
+
+REFUSED: dict[str, tuple[type[DistinfluenceError], str, Callable[[Path], Any]]] = {
+    "weighted": (
+        NonDeterministicDataError,
+        "WeightedRandomSampler draws others.*Subset",
+        lambda _: loader(sampler=WEIGHTED),
+    ),
+    "replacement": (
+        NonDeterministicDataError,
+        "RandomSampler draws others",
+        lambda _: loader(sampler=RandomSampler(Pairs(), replacement=True)),
+    ),
+    "drop_last": (SettingError, "leaves out 10 at each pass.*drop_last=False", lambda _: loader(drop_last=True)),
+    "shuffled drop_last": (SettingError, "leaves out 10", lambda _: loader(drop_last=True, shuffle=True)),
+    "distributed": (SettingError, "DistributedSampler: it visits one part of 2", lambda _: loader(sampler=PART)),
+    "endless": (ShapeError, "a DataLoader that ends", lambda _: loader(sampler=iter(int, 1))),
+    "collate that drops": (
+        ShapeError,
+        "keeps every sample, got 59 of 60",
+        lambda _: loader(batch_size=N, collate_fn=without_the_first),
+    ),
+    "a bare stream": (DtypeError, r"got Streamed.*DataLoader\(…, batch_size", lambda _: Streamed()),
+    "a stream of samples": (ShapeError, "got a scalar", lambda _: loader(Streamed(), batch_size=None)),
+    "a generator": (DtypeError, "got generator.*wrap a generator in a list", lambda _: (pair for pair in Pairs())),
+    "strings": (DtypeError, r"\['text'\]` must hold numbers, got str.*remove_columns", lambda _: Words()),
+    "strings of Hugging Face": (
+        DtypeError,
+        r"\['text'\]` must hold numbers, got str.*set_format",
+        lambda _: hugging_face(text=["a"] * N),
+    ),
+    "None": (DtypeError, r"\[1\]` must hold numbers, got NoneType", lambda _: Holes()),
+    "ragged": (ShapeError, r"\[0\]` must have one shape.*\[2\] and \[3\].*collate_fn", lambda _: Ragged()),
+    "arrow": (DtypeError, "format 'arrow'.*with_format", lambda _: hugging_face().with_format("arrow")),
+    "splits": (DtypeError, r"collection.*\['train'\]", lambda _: datasets.DatasetDict({"train": hugging_face()})),
+    "streaming": (DtypeError, "got IterableDataset.*DataLoader", lambda _: hugging_face().to_iterable_dataset()),
+    "no length": (DtypeError, "got Sized.*__len__", lambda _: Sized()),
+    "a list of inputs and targets": (ShapeError, r"tuple, `\(x, y\)`", lambda _: [X, Y]),
+    "a list of two matrices": (ShapeError, r"tuple, `\(x, y\)`", lambda _: [X, X[:, :2]]),
+    "either": (ShapeError, "could be either", lambda _: [{"x": X[i], "y": X[i]} for i in range(4)]),
+    "vectors": (ShapeError, "could be either", lambda _: [X[0], X[1]]),
+    "mixed": (ShapeError, r"a batch in `x\[0\]` and a sample in `x\[1\]`", lambda _: [(X, Y), (X[0], Y[0])]),
+    "numbers": (DtypeError, "a list of numbers", lambda _: [1.0, 2.0]),
+    "lists of numbers": (DtypeError, "a list of numbers", lambda _: X.tolist()),
+    "names": (DtypeError, r"`x\[0\]` must be arrays.*got str", lambda _: ["a", "b"]),
+    "nothing": (EmptyDataError, "at least one sample", lambda _: []),
+    "no rows": (EmptyDataError, "at least one sample", lambda _: (X[:0], Y[:0])),
+    "lengths": (
+        ShapeError,
+        r"`x\[0\]` and `x\[1\]`.*as many samples, got x\[0\]: 60, x\[1\]: 59",
+        lambda _: (X, Y[1:]),
+    ),
+    "680 lengths": (ShapeError, r"as many samples.*… and 675 more", lambda _: tuple(MANY)),
+    "a scalar": (ShapeError, "got a scalar", lambda _: (X, torch.tensor(1))),
+    "strings in NumPy": (DtypeError, "got dtype <U1", lambda _: (X.numpy(), np.array(["a"] * N))),
+    "objects in NumPy": (DtypeError, "got dtype object", lambda _: (np.array([None] * N), Y.numpy())),
+    "masked": (DtypeError, "must not be masked", lambda _: (np.ma.masked_less(X.numpy(), 0), Y.numpy())),
+    "sparse": (DtypeError, r"got csr_matrix.*toarray", lambda _: (scipy.sparse.csr_matrix(X.numpy()), Y)),
+    "a sparse tensor": (DtypeError, r"to_dense", lambda _: (X.to_sparse(), Y)),
+    "words in pandas": (
+        DtypeError,
+        r"'d' \((object|str).*'e' \(category.*drop them",
+        lambda _: (frame(d=["a"] * N, e=pd.Categorical(["a"] * N)), Y),
+    ),
+    "dates in pandas": (DtypeError, r"'d' \(datetime64", lambda _: (frame(d=pd.Timestamp("2020-01-01")), Y)),
+    "gaps in pandas": (
+        NonFiniteError,
+        r"samples \[0\]",
+        lambda _: (frame().astype("Float32").replace(X[0, 0].item(), pd.NA), Y),
+    ),
+    "another index": (ShapeError, "same index.*reset_index", lambda _: (frame(), pd.Series(Y.numpy())[::-1])),
+    "groups": (DtypeError, "got DataFrameGroupBy.*DataFrame", lambda _: frame().groupby("a")),
+    "dask and NumPy": (ChunkError, "from_array", lambda _: (da.from_array(X.numpy()), Y.numpy())),
+    "dask chunks": (
+        ChunkError,
+        "same chunks.*rechunk",
+        lambda _: (da.from_array(X.numpy(), 5), da.from_array(Y.numpy(), 6)),
+    ),
+    "a path": (DtypeError, "Load the file", lambda folder: folder),
+    "a model": (DtypeError, "got Linear.*not data", lambda _: network()),
+    "a function": (DtypeError, "got function.*Call it", lambda _: network),
+    "a loader in a tuple": (DtypeError, "got DataLoader.*alone", lambda _: (loader(), Y)),
+}
+
+
+def built(kind: str, folder: str) -> Any:
+    """What a job's callable returns."""
+    return (TAKEN[kind][1] if kind in TAKEN else REFUSED[kind][2])(Path(folder))
+
+
+def in_memory(data: Any, **_: Any) -> Tensor:
+    model = influence().fit(data)
+    return model.influences(X_TEST, Y_TEST, *(data if isinstance(data, tuple) else (data,)))
+
+
+def by_calculator(data: Any, **_: Any) -> Tensor:
+    calculator = SequentialInfluenceCalculator(influence())
+    calculator.fit(*(data if isinstance(data, tuple) else (data,)))
+    return torch.as_tensor(calculator.influences(X_TEST, Y_TEST).compute(scheduler="synchronous"))
+
+
+def by_job(data: Any, *, kind: str, folder: Path, size: int = 16) -> Tensor:
+    """As `run_job` does, without its cluster and its plan."""
+    calculator = SequentialInfluenceCalculator(influence())
+    train = calculator.chunked(Recipe(f"{__name__}:built", {"kind": kind, "folder": str(folder)}))
+    calculator.fit(recut(train, size))
+    return torch.as_tensor(calculator.influences(X_TEST, Y_TEST).compute(scheduler="synchronous"))
+
+
+DOORS = (in_memory, by_calculator, by_job)
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_every_kind_of_data_gives_the_same_scores_at_every_door(kind: str, tmp_path: Path) -> None:
+    indices, make = TAKEN[kind]
+    expected = dense(indices)
+    for door in DOORS:
+        found = door(make(tmp_path), kind=kind, folder=tmp_path)
+        assert found.shape == expected.shape, door
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5, msg=door.__name__)  # float32
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_refused_is_refused_alike_at_every_door(kind: str, tmp_path: Path) -> None:
+    error, pattern, make = REFUSED[kind]
+    said = set()
+    for door in (in_memory_whole, by_calculator_whole, by_job):
+        with pytest.raises(error) as caught:
+            door(make(tmp_path), kind=kind, folder=tmp_path, size=N)
+        message = re.sub(r"^chunk 0 \(samples 0 to \d+\): ", "", str(caught.value))
+        said.add(re.sub(rf"\b(data|{re.escape(__name__)}:built)(?=[`\[])", "x", message))
+    (message,) = said
+    assert re.search(pattern, message), message
+    assert len(message) < 500
+
+
+def in_memory_whole(data: Any, **_: Any) -> None:
+    influence().fit(data)
+
+
+def by_calculator_whole(data: Any, **_: Any) -> None:
+    SequentialInfluenceCalculator(influence()).fit(data)
