@@ -31,7 +31,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def passes(model: InfluenceFunctionModel, case: Case) -> tuple[int, int]:
     """Made by a fit in ragged batches, and planned."""
-    planned = model.demand().fit_passes
+    planned = model.demand().fit.passes
     x, y = case.train
     model.fit([(x[start : start + 7], y[start : start + 7]) for start in range(0, len(x), 7)])
     return model.reducer.passes, planned
