@@ -37,7 +37,7 @@ class AutoInfluence(InfluenceFunctionModel):
     >>> data = torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)
     >>> influence = AutoInfluence(model, torch.nn.MSELoss(), 0.1).fit(data)
     >>> influence.fit_report.remarks[0].partition(";")[0]
-    'chose Direct for 256 rows of 1 parameters (under 1 s, 0.1 MiB)'
+    'chose Direct for 1024 rows of 1 parameters (under 1 s, 0.1 MiB)'
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class AutoInfluence(InfluenceFunctionModel):
         hessian_regularization: Regularization = 0.0,
         rtol: float | None = None,
         *,
-        rows: int = 256,
+        rows: int = 1024,
         memory: int | None = None,
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode | str = SecondOrderMode.GGN,

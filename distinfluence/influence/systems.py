@@ -6,6 +6,7 @@ They are made by a fit, solved for rows, moved between devices, and kept without
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -121,7 +122,8 @@ class CurvatureSystems:
         """
         operators = self._operators(Unread(self.risk, n_samples, sample_flops))
         blocks = tuple(System.of(operator) for operator in operators.values())
-        return self._template.demand(Systems(blocks, self.risk.dtype, self.risk.device))
+        demand = self._template.demand(Systems(blocks, self.risk.dtype, self.risk.device))
+        return replace(demand, solve=replace(demand.solve, blocks=len(blocks)))
 
     def _common_settings(self) -> dict[str, object]:
         damping = None if self._fit is None and self._rules() else self.damping

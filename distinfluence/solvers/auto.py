@@ -7,11 +7,11 @@ the choice depends on sizes alone, and a plan and a fit of the same job choose t
 |---|---|---|---|---|
 | dense factorisation | p | p³/3 + 4·k·p² | 24·p² bytes | |
 | multi-shift block Krylov | k·m + k | 4·k²·m²·p | 40·k vectors | |
-| block conjugate gradients, Nyström preconditioner | k·m + k + 60 | 20·k²·m·p | 12·k + 120 vectors | |
+| block conjugate gradients, Nyström preconditioner | 0.8·k·m + k + 60 | 16·k²·m·p | 12·k + 120 vectors | |
 | Chebyshev semi-iteration | 4·k·m + k + 60 | | 10·k vectors | A is semi-definite |
 
-with m passes for the tolerance (15 for 1e-7), and at most p / k of the block methods. The fastest candidate that fits
-into memory is chosen; where none fits, the one that needs least.
+with m passes for the tolerance: 15 for 1e-7, for the block methods times √(64/k) and at most p / k. The fastest
+candidate that fits into memory is chosen; where none fits, the one that needs least.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ CG_BLOCKS = 12  # blocks of rows that conjugate gradients hold
 CHEBYSHEV_BLOCKS = 10  # and Chebyshev semi-iteration
 DENSE_FIT_BYTES = 24  # for each entry of a matrix while it is factorised by Cholesky
 SHARE = 0.5  # of the free memory that a solver may take
-FLOPS = 2e10  # in a second: of products, and of other matrices, on one core of a CPU
+FLOPS = 4e10  # in a second: of products, and of other matrices, on one core of a CPU
 FLOPS_ON_GPU = 5e12
 PASS_SECONDS = 2e-3  # that a pass takes however little there is to do
 
@@ -85,7 +85,7 @@ class Auto(Solver[AutoState]):
 
     damping: float
     rtol: float | None = 1e-7
-    rows: int = 256
+    rows: int = 1024
     memory: int | None = None
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class Auto(Solver[AutoState]):
     def demand(self, systems: Systems) -> Demand:
         # of the solver that a fit will choose for each block
         each = [replace(systems, blocks=(block,)) for block in systems.blocks]
-        return each_block(systems, [self._built(*self._best(own)).demand(own) for own in each])
+        return each_block(systems, [self.built(*self._best(own)).demand(own) for own in each])
 
     def _memory(self, device: torch.device) -> int:
         return self.memory or int(SHARE * free_bytes(device))
@@ -131,7 +131,7 @@ class Auto(Solver[AutoState]):
             if name != kind
         )
         rows = f"{self.rows} row{'s' if self.rows > 1 else ''} of {operator.size} parameters"
-        return self._built(kind, memory), f"chose {kind} for {rows} ({estimates[kind]}); rejected {said}"
+        return self.built(kind, memory), f"chose {kind} for {rows} ({estimates[kind]}); rejected {said}"
 
     def estimates(self, systems: Systems) -> dict[str, Estimate]:
         """Estimate what each candidate takes for a system.
@@ -154,7 +154,7 @@ class Auto(Solver[AutoState]):
         if block.positive_semidefinite:
             needed["Chebyshev"] = CHEBYSHEV_BLOCKS * together * vector
         return {
-            kind: Estimate(kind, _seconds(self._built(kind).demand(systems), systems, together, n_solves), nbytes)
+            kind: Estimate(kind, _seconds(self.built(kind).demand(systems), systems, together, n_solves), nbytes)
             for kind, nbytes in needed.items()
         }
 
@@ -165,7 +165,16 @@ class Auto(Solver[AutoState]):
         best = min(fitting, key=lambda one: one.seconds) if fitting else min(estimates, key=lambda one: one.nbytes)
         return best.kind, memory
 
-    def _built(self, kind: str, memory: int = 2**31) -> Solver[Any]:
+    def built(self, kind: str, memory: int = 2**31) -> Solver[Any]:
+        """Make a candidate.
+
+        Args:
+            kind: The name of its class.
+            memory: The bytes that it may take.
+
+        Returns:
+            The solver.
+        """
         if kind == "Direct":
             return Direct(self.damping)
         if kind == "BlockKrylov":
@@ -199,7 +208,7 @@ class Auto(Solver[AutoState]):
     @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> AutoState:
         kind, why = (bytes(arrays[name].tolist()).decode() for name in ("auto_kind", "auto_why"))
-        solver = self._built(kind, int(arrays["auto_memory"]))
+        solver = self.built(kind, int(arrays["auto_memory"]))
         return AutoState(operator, solver.restore(operator, arrays), solver, why)
 
 

@@ -52,7 +52,7 @@ class BlockCG(ConjugateSolver):
     @override
     def _solving(self, steps: int, rank: int, size: int) -> SolveWork:
         work = super()._solving(steps, rank, size)
-        return replace(work, exhausts=True, step_flops=STEP_FLOPS * size)
+        return replace(work, block=True, step_flops=STEP_FLOPS * size)
 
     def _inner(self, state: CgState, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
         result = Steps.none(rhs)

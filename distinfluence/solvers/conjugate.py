@@ -9,7 +9,16 @@ from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator, PlannedWork
 from distinfluence.solvers.base import row_norms
-from distinfluence.solvers.demand import SKETCHING, Demand, SolveWork, System, Systems, usual_steps
+from distinfluence.solvers.demand import (
+    PRECONDITIONED_STEPS,
+    SKETCHING,
+    USUAL_STEPS,
+    Demand,
+    SolveWork,
+    System,
+    Systems,
+    usual_steps,
+)
 from distinfluence.solvers.iterative import DampedState, IterativeSolver, Steps
 from distinfluence.solvers.preconditioner import (
     FittedPreconditioner,
@@ -53,12 +62,13 @@ class ConjugateSolver(IterativeSolver[CgState]):
         # solutions, residuals, directions, their images, and copies while blocks are made orthonormal
         rank = getattr(self.preconditioner, "rank", 0) or 0
         state = rank * systems.vector_bytes
+        steps = USUAL_STEPS if self.preconditioner is None else PRECONDITIONED_STEPS
         return Demand(
             SKETCHING * state,
             state,
             self._row_vectors(),
             fit=sum((self._preconditioning(block) for block in systems.blocks), PlannedWork()),
-            solve=self._solving(usual_steps(self.rtol, systems.dtype), rank, sum(systems.sizes)),
+            solve=self._solving(usual_steps(self.rtol, systems.dtype, steps), rank, sum(systems.sizes)),
             fit_rows=max(1, rank),
         )
 

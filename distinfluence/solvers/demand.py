@@ -9,7 +9,9 @@ import torch
 from distinfluence.curvature.base import CurvatureOperator, PlannedWork
 
 USUAL_STEPS = 15  # of an iterative solve to 1e-7, where only the matrix knows
+PRECONDITIONED_STEPS = 12  # with a preconditioner
 USUAL_RTOL = 1e-7
+USUAL_ROWS, FEW_ROWS = 64, 4  # that the steps are meant for; steps go with the square root of the rows, down to a few
 SEARCH_STEPS = 15  # of a search for eigenvalues, where only the matrix knows
 USUAL_BASIS = 30  # steps that a Krylov basis is prepared for
 DENSE_BYTES = 16  # for each entry of a matrix: itself and its factor in float64, whatever the model's dtype
@@ -67,35 +69,39 @@ class Systems:
 
 @dataclass(frozen=True)
 class SolveWork:
-    """The work of a solve for k rows.
+    """The work of a solve for k rows, block by block.
 
     steps: passes over the training data that multiply all k rows. measured: rows of one more pass, for residuals; None
-    for all of them, 0 for no such pass. batches: products with a single chunk. exhausts: whether the method ends when
-    its search space, k wider with each pass, is the whole space. row_flops: beside the products, for each row;
-    step_flops: for each pair of rows in each pass; basis_flops: for each pair of rows and pair of passes, where a basis
-    is kept orthogonal.
+    for all of them, 0 for no such pass. batches: products with a single chunk. block: whether all rows share a search
+    space, so that more rows need fewer steps, and none more than span the whole space. row_flops: beside the products,
+    for each row; step_flops: for each pair of rows in each pass; basis_flops: for each pair of rows and pair of passes,
+    where a basis is kept orthogonal. blocks: that are solved one after the other, of which the flops are the sum.
     """
 
     steps: int = USUAL_STEPS
     measured: int | None = None
     batches: int = 0
-    exhausts: bool = False
+    block: bool = False
     row_flops: float = 0.0
     step_flops: float = 0.0
     basis_flops: float = 0.0
+    blocks: int = 1
 
     def steps_for(self, rows: int, size: int) -> int:
         """Return the steps for so many rows; size: p of the largest block."""
-        return min(self.steps, -(-size // max(1, rows))) if self.exhausts else self.steps
+        if not self.block:
+            return self.steps
+        fewer = round(self.steps * math.sqrt(USUAL_ROWS / max(rows, FEW_ROWS)))
+        return min(max(2, fewer), -(-size // max(1, rows)))
 
     def passes_for(self, rows: int, size: int) -> int:
         """Return the passes of a solve for so many rows."""
-        return self.steps_for(rows, size) + (self.measured != 0)
+        return self.blocks * (self.steps_for(rows, size) + (self.measured != 0))
 
     def rows_for(self, rows: int, size: int) -> int:
         """Return the rows that all passes of a solve multiply together."""
         measured = rows if self.measured is None else min(rows, self.measured)
-        return self.steps_for(rows, size) * rows + measured
+        return self.blocks * (self.steps_for(rows, size) * rows + measured)
 
     def flops_for(self, rows: int, size: int) -> float:
         """Return the flops beside the products."""

@@ -83,7 +83,7 @@ class BlockKrylov(Solver[SolverState]):
     def demand(self, systems: Systems) -> Demand:
         # a block of the basis and one of its images for each step, up to `basis_bytes`
         most, steps = GROWING * self.basis_bytes, usual_steps(self.rtol, systems.dtype)
-        work = SolveWork(steps, exhausts=True, basis_flops=4.0 * sum(systems.sizes))
+        work = SolveWork(steps, block=True, basis_flops=4.0 * sum(systems.sizes))
         return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=most, solve=work, beside_vectors=BESIDE_BASIS)
 
     @override

@@ -12,6 +12,9 @@ from distinfluence.scaling.plan.tree_shape import GROUPS, pass_tasks, results_he
 
 ON_HOST = frozenset({"an idle process", "PyTorch at work", "data sets", "kept chunks"})  # what no GPU holds
 TORCH_BYTES = 96 * 2**20  # that a process grows by at its first derivative: code that PyTorch loads when it needs it
+STAGE_SECONDS = 0.1  # of a stage that has next to nothing to do: files, tasks, reports
+STORED_BYTES = 1e8  # of a fit that are stored in a second
+DOUBLE = 2.5  # times as long take the flops of a fit, in float64 and not all of them products of matrices
 FACTOR_BYTES = 256 * 2**20  # of factors that are taken apart at once
 
 
@@ -139,12 +142,13 @@ class _Run:
         if self.rates is None:
             return None
         n, rates = self.work.n_fit, self.rates
-        over_data = n * (work.rows / rates.products + work.derivatives / rates.gradients)
+        over_data = STAGE_SECONDS * workers + n * (work.rows / rates.products + work.derivatives / rates.gradients)
         over_data += work.passes * self.fit_chunks * rates.fixed
-        return over_data / workers + work.flops / rates.flops
+        return over_data / workers + DOUBLE * work.flops / rates.flops
 
     def fit(self) -> Stage:
         demand, work = self.work.demand, self.work.demand.fit
+        seconds = self.work_seconds(work, self.at_work)
         making = {
             "products": max(
                 sweep_bytes(self.work, self.machine, demand.fit_rows, self.gradients),
@@ -158,7 +162,7 @@ class _Run:
             work.passes,
             self.always | (making if work.passes else {}),
             self.work_flops(work.rows, work.derivatives, work.flops),
-            self.work_seconds(work, self.at_work),
+            None if seconds is None else seconds + demand.state_bytes / STORED_BYTES,
             work.rows,
         )
 
@@ -167,8 +171,9 @@ class _Run:
         solve, largest = self.work.demand.solve, self.work.largest_block
         if not self.work.over_data:
             return PlannedWork(flops=groups * solve.flops_for(rows, largest))
-        passes = groups * (solve.passes_for(rows, largest) + ceil(solve.batches, self.fit_chunks))
-        products = groups * (solve.rows_for(rows, largest) + rows * ceil(solve.batches, self.fit_chunks))
+        epochs = solve.blocks * ceil(solve.batches, self.fit_chunks)
+        passes = groups * (solve.passes_for(rows, largest) + epochs)
+        products = groups * (solve.rows_for(rows, largest) + rows * epochs)
         return PlannedWork(passes, products, flops=groups * solve.flops_for(rows, largest))
 
     def factors(self) -> Stage:
@@ -197,7 +202,7 @@ class _Run:
         seconds = None
         if self.rates is not None:
             alone = panels * work.n_train / self.rates.gradients + product_flops / self.rates.flops
-            seconds = alone / self.machine.workers
+            seconds = STAGE_SECONDS + alone / self.machine.workers
         parts = {
             "kept chunks": work.kept(work.n_train, self.machine.kept),
             "the fitted state": work.demand.state_bytes,
