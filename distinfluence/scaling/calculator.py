@@ -188,7 +188,8 @@ class InfluenceCalculator(ABC):
         problem = self._problem(train.n_samples, train, test, samples, options)
         rates = None
         if calibrate:
-            ((_, rates),) = self._executor().run(measure_rates, (context,), [(train.chunks[0],)])
+            sharing = 1 if machine is None else machine.workers  # of another machine, measured here
+            ((_, rates),) = self._executor().run(measure_rates, (context,), [(train.chunks[0], sharing)])
         return make_plan(problem, machine or self._machine(), sizes, rates)
 
     def _problem(

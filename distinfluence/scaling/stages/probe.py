@@ -1,7 +1,8 @@
 """The model is evaluated on a few samples, checked, compared and timed, before anything is computed."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,7 +45,8 @@ def require_same_probe(recorded: Mapping[str, Any], here: Probe, path: object) -
 RATE_SAMPLES, RATE_ROWS = 32, 8  # of a calibration at first
 MOST_RATE_SAMPLES, MOST_RATE_ROWS = 256, 32  # of one that takes as many as a pass does
 CLOCK = time.perf_counter  # seconds; benchmarks count the processor's instead
-RATE_SECONDS = 0.5  # that a product of so many may take
+RATE_SECONDS = 0.5  # that a product of so many may take, and repeated calls
+MOST_REPEATS = 7
 
 
 def check_drawn(context: Context, samples: Sequence[ArrayBatch]) -> Checked:
@@ -103,13 +105,13 @@ def check_model(context: Context, chunk: Chunk) -> Sample:
         return Sample(remarks, shape, nbytes, built, flops)
 
 
-def measure_rates(context: Context, chunk: Chunk) -> Rates:
+def measure_rates(context: Context, chunk: Chunk, sharing: int = 1) -> Rates:
     """Time gradients, products and a GEMM: on a few samples, then on as many as a pass takes where that is quick.
 
     Of a large model the first look is the only one. Small ones take most of their time for calls of Python, so that few
-    samples and rows say little about many.
+    samples and rows say little about many. sharing: processes that this one's threads are planned for.
     """
-    with torch_task(context) as model:
+    with torch_task(context) as model, _share_of_threads(sharing):
         whole = model.place(to_tensor_batch(load(chunk)))
         few, n_rows, risk = take(whole, 0, min(batch_length(whole), RATE_SAMPLES)), RATE_ROWS, model.risk
         products = _products(model, few, n_rows)
@@ -133,6 +135,17 @@ def measure_rates(context: Context, chunk: Chunk) -> Rates:
         )
 
 
+@contextmanager
+def _share_of_threads(sharing: int) -> Iterator[None]:
+    """Compute with a share of the threads, as each of so many workers on this machine would."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // sharing))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _products(model: InfluenceFunctionModel, batch: Batch, n_rows: int) -> Callable[[], torch.Tensor]:
     """Return what multiplies so many rows with the curvature of a batch."""
     risk = model.risk
@@ -142,10 +155,15 @@ def _products(model: InfluenceFunctionModel, batch: Batch, n_rows: int) -> Calla
 
 
 def _seconds(call: Callable[[], torch.Tensor]) -> float:
-    """Time two calls after one to warm up, for the shorter one; a call that takes long only once."""
+    """Time calls after one to warm up, for the shortest: others may be interrupted by what else the machine does."""
     call()
-    first = _timed(call)
-    return min(first, _timed(call)) if first < RATE_SECONDS else first
+    shortest = spent = _timed(call)
+    for _ in range(MOST_REPEATS - 1):
+        if spent >= RATE_SECONDS:
+            break
+        seconds = _timed(call)
+        shortest, spent = min(shortest, seconds), spent + seconds
+    return shortest
 
 
 def _timed(call: Callable[[], torch.Tensor]) -> float:
