@@ -6,6 +6,7 @@ from enum import StrEnum
 from distinfluence.curvature.base import (
     CurvatureOperator,
     MatrixOperator,
+    PlannedWork,
     SupportsBatches,
     SupportsDouble,
     SupportsEigenbasis,
@@ -27,6 +28,7 @@ __all__ = [
     "HessianOperator",
     "KroneckerOperator",
     "MatrixOperator",
+    "PlannedWork",
     "SecondOrderMode",
     "SupportsBatches",
     "SupportsDouble",

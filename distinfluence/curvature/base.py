@@ -33,6 +33,32 @@ class Work:
     batches: int = 0
 
 
+@dataclass(frozen=True)
+class PlannedWork:
+    """Work that is counted before it is done, for plans.
+
+    Attributes:
+        passes: Passes over the data.
+        rows: Products of a row with the matrix, in all passes together.
+        derivatives: Gradients or forward derivatives of every sample, in addition to the products.
+        flops: Floating-point operations in addition to both.
+    """
+
+    passes: int = 0
+    rows: int = 0
+    derivatives: int = 0
+    flops: float = 0.0
+
+    def __add__(self, other: "PlannedWork") -> "PlannedWork":
+        """Add other work."""
+        return PlannedWork(
+            self.passes + other.passes,
+            self.rows + other.rows,
+            self.derivatives + other.derivatives,
+            self.flops + other.flops,
+        )
+
+
 @runtime_checkable
 class SupportsBatches(Protocol):
     """An operator that is a mean over mini-batches, for stochastic solvers.
@@ -182,13 +208,27 @@ class CurvatureOperator(ABC):
     def _product(self, rows: Tensor) -> Tensor:
         """rows [k, p], k > 0 → rows · A [k, p]."""
 
+    @property
+    def product_flops(self) -> float:
+        """Floating-point operations of the product with one row."""
+        return 2.0 * self.size**2
+
+    @property
+    def dense_work(self) -> PlannedWork:
+        """The work of `dense`, before it is done."""
+        return PlannedWork(-(-self.size // self._columns_at_once), self.size)
+
+    @property
+    def _columns_at_once(self) -> int:
+        return max(1, IDENTITY_BYTES // (self.size * self.dtype.itemsize))
+
     def dense(self) -> Tensor:
         """Compute the whole matrix; costs p products, in as few passes as memory allows.
 
         Returns:
             A, [p, p] in float64, symmetrised.
         """
-        step = max(1, IDENTITY_BYTES // (self.size * self.dtype.itemsize))
+        step = self._columns_at_once
         matrix = torch.empty(self.size, self.size, dtype=torch.float64, device=self.device)
         for start in range(0, self.size, step):
             stop = min(start + step, self.size)

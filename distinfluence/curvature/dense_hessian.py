@@ -84,6 +84,20 @@ def _chain(risk: SampleRisk, layout: LayerLayout, batch: Batch) -> list[Unit] | 
     return by_use if all(use.input is not None and use.input.ndim == 2 for use in uses) else None
 
 
+def linear_outputs(risk: SampleRisk) -> int:
+    """Sum of the widths of the linear layers that the covered parameters belong to; 0 where some belong to others.
+
+    Guesses from the modules alone what `_chain` finds in a forward pass.
+    """
+    parameters = dict(risk.module.named_parameters())
+    covered = [id(parameters[name]) for name in risk.blocks.shapes]
+    layers = [module for module in risk.module.modules() if type(module) is torch.nn.Linear]
+    owned = [id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)]
+    if any(owned.count(parameter) != 1 for parameter in covered):
+        return 0
+    return sum(layer.out_features for layer in layers if id(layer.weight) in covered)
+
+
 def _of_samples(
     risk: SampleRisk, layout: LayerLayout, units: Sequence[Unit], batch: Batch, total: Tensor | None
 ) -> Tensor:

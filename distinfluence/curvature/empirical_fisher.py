@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from distinfluence.curvature.base import PlannedWork
 from distinfluence.curvature.over_data import DataOperator
 from distinfluence.model.batch import Batch
 from distinfluence.model.gradients import loss_gradients, micro_batches
@@ -115,6 +117,16 @@ class EmpiricalFisherOperator(DataOperator):
 
     kernel = EmpiricalFisherProduct
     positive_semidefinite = True
+
+    @property
+    @override
+    def product_flops(self) -> float:
+        return 4.0 * self.size * self.risk.n_samples  # two GEMMs on the gradients, which all rows share
+
+    @property
+    @override
+    def dense_work(self) -> PlannedWork:
+        return PlannedWork(1, 0, 1, 2.0 * self.risk.n_samples * self.size**2)
 
     def inverse_harmonic_mean(self, rows: Tensor, damping: float) -> Tensor:
         """Multiply rows with (1/N) Σ_j (g_j g_jᵀ + λI)⁻¹; one pass.

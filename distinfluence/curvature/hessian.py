@@ -5,13 +5,15 @@ Hessian"), vectorised over the rows: about 1.5 gradients' work a row, one pass o
 general; kinks (ReLU) count as flat.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp
+from typing_extensions import override
 
-from distinfluence.curvature.dense_hessian import DenseHessian
+from distinfluence.curvature.base import PlannedWork
+from distinfluence.curvature.dense_hessian import DenseHessian, linear_outputs
 from distinfluence.curvature.empirical_fisher import EmpiricalFisherProduct
 from distinfluence.curvature.ggn import GGNOperator, GGNProduct
 from distinfluence.curvature.over_data import (
@@ -72,6 +74,16 @@ class HessianOperator(DataOperator):
     """
 
     kernel = HessianProduct
+
+    @property
+    @override
+    def dense_work(self) -> PlannedWork:
+        # as far as the model's modules say whether it is a chain of linear layers
+        sample = self.risk.sample.restrict(self.block)
+        outputs = linear_outputs(sample)
+        if outputs:
+            return PlannedWork(2, 2, outputs, float(self.risk.n_samples) * self.size**2)
+        return replace(super().dense_work, passes=1 + super().dense_work.passes)
 
     def dense(self) -> Tensor:
         """Compute the whole matrix: for linear layers from derivatives by their outputs, otherwise column by column.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.errors import NonFiniteError, ParameterBlockError, UnsupportedOperatorError
@@ -47,6 +48,12 @@ class DataOperator(CurvatureOperator):
         sample = risk.sample.restrict(block)
         self._double = double
         super().__init__(sample.size, torch.float64 if double else sample.dtype, sample.device)
+
+    @property
+    @override
+    def product_flops(self) -> float:
+        # a forward derivative and a reverse one of each sample, about six times the flops of its outputs
+        return 6.0 * max(2.0 * self.size, self.risk.reducer.sample_flops) * self.risk.n_samples
 
     @property
     def n_batches(self) -> int:

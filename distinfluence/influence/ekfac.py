@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from distinfluence.curvature import KroneckerOperator, SecondOrderMode
-from distinfluence.curvature.base import CurvatureOperator
+from distinfluence.curvature.base import CurvatureOperator, PlannedWork
 from distinfluence.curvature.fisher_sums import FisherKind, LayoutOf
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.kronecker import BlockDamped, Eigenbasis, KroneckerInverse, fitted_bases
@@ -38,7 +38,7 @@ from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.risk import EmpiricalRisk
 from distinfluence.solvers.base import Outcome, check_rhs, relative_residuals, row_norms, rtol_for
 from distinfluence.solvers.cg import CG
-from distinfluence.solvers.demand import DECOMPOSING, Demand
+from distinfluence.solvers.demand import DECOMPOSING, EIGEN_FLOPS, USUAL_SAMPLES, Demand, SolveWork
 from distinfluence.solvers.ekfac import Ekfac, inverse_values
 
 APPROXIMATE = (
@@ -138,17 +138,23 @@ class EkfacInfluence(InfluenceFunctionModel):
         return self.second_order_mode if self.solves_over_data else None
 
     @override
-    def demand(self) -> Demand:
+    def demand(self, n_samples: int = USUAL_SAMPLES, sample_flops: float = 0.0) -> Demand:
         # Two factors for each weight matrix, in float64 in the fit, and what the largest takes to be decomposed.
         squares, largest, p = 0, 0, self.risk.size
+        cubes = row_flops = 0.0
         for shape in self.risk.blocks.shapes.values():
             sides = (shape[0], shape.numel() // shape[0] + 1) if len(shape) > 1 else (1, 1)
             squares += sum(side * side for side in sides)
+            cubes += sum(EIGEN_FLOPS * side**3 for side in sides)
+            row_flops += 4.0 * sides[0] * sides[1] * sum(sides)
             largest = max(largest, *sides)
         state = squares * self.risk.dtype.itemsize + 8 * p  # eigenvectors, and eigenvalues in float64
         fit = 8 * squares + DECOMPOSING * largest**2 + 8 * p
-        solve = 0 if not self.solves_over_data else max(1, self._ekfac.cg_iterations + 1)
-        return Demand(fit, state, 5.0, 0, 2 if self._ekfac.update_diagonal else 1, solve, True, sum_bytes=state)
+        passes, steps = 2 if self._ekfac.update_diagonal else 1, self._ekfac.cg_iterations
+        vectors = self._ekfac.vectors_guessed(sum(shape[:1]))
+        work = PlannedWork(passes, derivatives=passes * vectors, flops=cubes)
+        solve = SolveWork(steps, None if steps else self._ekfac.residual_rows, row_flops=row_flops)
+        return Demand(fit, state, 5.0, 0, work, solve, True, sum_bytes=state)
 
     @override
     def settings(self) -> dict[str, object]:

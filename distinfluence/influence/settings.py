@@ -94,6 +94,13 @@ class EkfacSettings:
         if self.query_energy is not None and not 0 < self.query_energy <= 1:
             raise SettingError(f"`query_energy` must be above 0 and at most 1, or None, got {self.query_energy!r}.")
 
+    def vectors_guessed(self, width: int) -> int:
+        """Return the reverse derivatives of a sample before its outputs are known. width: outputs of the last layer."""
+        if self.fisher == "empirical":
+            return 1
+        exact = self.fisher == "exact" or (self.fisher == "auto" and width <= MOST_EXACT)
+        return width if exact else self.n_draws
+
     def vectors(self, n_vectors: int) -> FisherVectors:
         """Return the Fisher matrix's vectors. n_vectors: for the exact one; below 0 if the distribution is unknown."""
         kind = self.fisher

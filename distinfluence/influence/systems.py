@@ -6,6 +6,7 @@ They are made by a fit, solved for rows, moved between devices, and kept without
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -25,12 +26,12 @@ from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlock
 from distinfluence.model.data.door import whole
 from distinfluence.model.identity.probe import Checked
 from distinfluence.model.objective import Loss, Objective, as_objective
-from distinfluence.model.reducer import ChunkReducer, LocalReducer
-from distinfluence.model.risk import EmpiricalRisk
+from distinfluence.model.reducer import ChunkReducer, LocalReducer, Unread
+from distinfluence.model.risk import EmpiricalRisk, forward_flops
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.model.untouched import check_mode
 from distinfluence.solvers.base import Solver
-from distinfluence.solvers.demand import Demand, Systems
+from distinfluence.solvers.demand import USUAL_SAMPLES, Demand, System, Systems
 from distinfluence.solvers.spectrum import Extremes
 
 
@@ -110,16 +111,20 @@ class CurvatureSystems:
         """
         return self.unbound().settings()
 
-    def demand(self) -> Demand:
+    def demand(self, n_samples: int = USUAL_SAMPLES, sample_flops: float = 0.0) -> Demand:
         """Return what a fit and a solve will need, before anything is computed.
 
+        Args:
+            n_samples: The samples of the fit.
+            sample_flops: The flops of the model's outputs for one sample; 0 if they were not counted.
+
         Returns:
-            Bytes and passes over the training data.
+            Bytes, passes over the training data, and other work.
         """
-        # a dense Hessian is compared with products; the sketch of one, which may be indefinite, is seen from both sides
-        looks = len(self.risk.blocks.names) * (2 if self.second_order_mode is SecondOrderMode.HESSIAN else 1)
-        sizes = tuple(self.risk.blocks.sizes)
-        return self._template.demand(Systems(sizes, self.risk.dtype.itemsize, looks, self.risk.device))
+        operators = self._operators(Unread(self.risk, n_samples, sample_flops))
+        blocks = tuple(System.of(operator) for operator in operators.values())
+        demand = self._template.demand(Systems(blocks, self.risk.dtype, self.risk.device))
+        return replace(demand, solve=replace(demand.solve, blocks=len(blocks)))
 
     def _common_settings(self) -> dict[str, object]:
         damping = None if self._fit is None and self._rules() else self.damping
@@ -213,6 +218,8 @@ class CurvatureSystems:
         if reducer.drawn and (reducer.checked is None or reducer.checked.products != self._products):
             reducer.checked = self.check(reducer.drawn)
             reducer.remarks = tuple(dict.fromkeys((*reducer.remarks, *reducer.checked.remarks)))
+        if not reducer.sample_flops and reducer.drawn:
+            reducer.sample_flops = forward_flops(self.risk, reducer.drawn[0])
         begun, curvature = (start, reducer.passes), self._curvature(reducer)
         solvers = self._solvers(resolved(self._asked, curvature.operators))
         self._fit = Fitted.of(self.risk, reducer, str(self.second_order_mode), curvature, solvers, begun)
@@ -299,12 +306,14 @@ class CurvatureSystems:
 
     def _curvature(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor] | None = None) -> Curvature:
         """Return the blocks' matrices over the training data, and the scorer. arrays: `state_arrays` of a fit."""
+        return Curvature(self._operators(reducer), Scorer(self.risk))
+
+    def _operators(self, reducer: ChunkReducer) -> dict[str, CurvatureOperator]:
         risk = EmpiricalRisk.over(reducer)
         operator = operator_class(self.second_order_mode)
         # one block over everything needs no restriction: its products are the whole matrix
         names = list(self.risk.blocks.names)
-        operators = {block: operator(risk, block if len(names) > 1 else None) for block in names}
-        return Curvature(operators, Scorer(self.risk))
+        return {block: operator(risk, block if len(names) > 1 else None) for block in names}
 
     def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
         """Apply (A + λI)⁻¹ to each row.

@@ -44,8 +44,9 @@ class ChunkReducer(ABC):
     drawn: samples from all over the data, joined where their shapes allow, for checks; digest: of all samples' content,
     whatever their order; checked: what the checks of derivatives found, None before.
     random_access: whether `one` costs the same for any index; else 0, 1, 2, … again and again is cheap.
-    remarks: how the loss was understood, for reports. passes: sweeps over the data so far; on_pass: called at the start
-    of each, for progress bars.
+    sample_flops: of the outputs of one sample, 0 where they were not counted. remarks: how the loss was understood, for
+    reports. passes: sweeps over the data so far. For progress bars, on_pass is called at the start of each pass, and
+    on_samples with what is done of it in words, empty at its end.
     """
 
     risk: SampleRisk
@@ -56,13 +57,20 @@ class ChunkReducer(ABC):
     checked: Checked | None = None
     random_access: bool = True
     remarks: tuple[str, ...]
+    sample_flops: float = 0.0
     passes: int = 0
     on_pass: Callable[[], None] | None = None
+    on_samples: Callable[[str], None] | None = None
 
     def _begin_pass(self) -> None:
         self.passes += 1
         if self.on_pass is not None:
             self.on_pass()
+
+    def _did(self, n: int) -> None:
+        """Say that n samples of this pass are done."""
+        if self.on_samples is not None:
+            self.on_samples(f"{n} of {self.n_samples} samples" if n < self.n_samples else "")
 
     @abstractmethod
     def sum(self, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
@@ -79,6 +87,30 @@ class ChunkReducer(ABC):
     @abstractmethod
     def one(self, index: int, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
         """kernel(risk, chunk, *broadcast) of one chunk, for stochastic methods; no pass."""
+
+
+class Unread(ChunkReducer):
+    """As many samples in one chunk, of which nothing is read: for operators that are asked for their cost alone."""
+
+    def __init__(self, risk: SampleRisk, n_samples: int, sample_flops: float) -> None:
+        self.risk, self.n_samples, self.sample_flops = risk, n_samples, sample_flops
+        self.chunk_sizes, self.remarks = (n_samples,), ()
+
+    def sum(self, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """Refuse: there are no data."""
+        raise NotImplementedError
+
+    def to(self, risk: SampleRisk) -> "Unread":
+        """Return as many samples for a risk on another device."""
+        return Unread(risk, self.n_samples, self.sample_flops)
+
+    def map(self, kernel: Kernel, *broadcast: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Refuse: there are no data."""
+        raise NotImplementedError
+
+    def one(self, index: int, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
+        """Refuse: there are no data."""
+        raise NotImplementedError
 
 
 class LoopReducer(ChunkReducer):
@@ -101,8 +133,11 @@ class LoopReducer(ChunkReducer):
     def map(self, kernel: Kernel, *broadcast: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """One chunk at a time."""
         self._begin_pass()
+        done = 0
         for batch in self.batches():
             yield kernel(self.risk, batch, *broadcast)
+            done += batch_length(batch)
+            self._did(done)
 
     @abstractmethod
     def batch(self, index: int) -> Batch:

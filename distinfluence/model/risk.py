@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from distinfluence.model.batch import Batch
+from distinfluence.model.batch import Batch, take
 from distinfluence.model.blocks import BlockMode, BlockStructure, ParameterBlocks
 from distinfluence.model.gradients import SampleGradients, loss_gradients, micro_batches
 from distinfluence.model.objective import Loss, Objective, as_objective
@@ -117,3 +118,18 @@ class EmpiricalRisk:
             raise TypeError("`sample_gradients` needs a local reducer. Use the calculator's `gradients`.")
         for batch in self.reducer.batches():
             yield loss_gradients(self.sample, batch)
+
+
+def forward_flops(risk: SampleRisk, batch: Batch) -> float:
+    """Count the products of matrices and the convolutions of a forward pass of the batch's first sample.
+
+    0 where the model cannot be watched.
+    """
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            risk.outputs(risk.parameters, take(batch, 0, 1))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model does that cannot be watched
+        return 0.0
+    return float(counter.get_total_flops())

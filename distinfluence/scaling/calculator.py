@@ -109,11 +109,12 @@ class InfluenceCalculator(ABC):
         drawn = drawn_samples(executor, self.model.risk, looked)
         checked = self._checked(context, drawn)
         reducer = self._reducer(context, data, checked.remarks)
-        reducer.checked, reducer.digest = checked, looked.draw.digest
+        reducer.checked, reducer.digest, reducer.sample_flops = checked, looked.draw.digest, sample.flops
         with bars.stage("fit", None, "passes") as bar:
             reducer.on_pass = bar.advance
+            reducer.on_samples = lambda done: bar.note(done and f"{done} of the last")
             self._fit_or_load(reducer, sha256, certify, bars)
-            reducer.on_pass = None
+            reducer.on_pass = reducer.on_samples = None
         self._fitted = FittedRun(
             self.model, self._fitted_context(context, data), executor, data, sha256, sample, checked.probe
         )
@@ -188,7 +189,8 @@ class InfluenceCalculator(ABC):
         problem = self._problem(train.n_samples, train, test, samples, options)
         rates = None
         if calibrate:
-            ((_, rates),) = self._executor().run(measure_rates, (context,), [(train.chunks[0],)])
+            sharing = 1 if machine is None else machine.workers  # of another machine, measured here
+            ((_, rates),) = self._executor().run(measure_rates, (context,), [(train.chunks[0], sharing)])
         return make_plan(problem, machine or self._machine(), sizes, rates)
 
     def _problem(
@@ -209,7 +211,9 @@ class InfluenceCalculator(ABC):
             itemsize=self.model.risk.dtype.itemsize,
             train_bytes=samples[0].nbytes,
             model_bytes=sum(t.nbytes for t in (*module.parameters(), *module.buffers())),
-            demand=self.model.demand(),
+            demand=self.model.demand(n_fit, samples[0].flops),
+            forward_flops=samples[0].flops,
+            block_size=max(self.model.risk.blocks.sizes),
             entry=math.prod(samples[0].entry_shape(options.mode)),
             top_k=options.top_k,
             over_data=self.model.solves_over_data,

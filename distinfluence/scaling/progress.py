@@ -18,6 +18,7 @@ from distinfluence.store.format.remote import RemoteFolder
 from distinfluence.store.run_state import HEARTBEAT_SECONDS, RunState, manifest_file, pace_of, write_state
 
 LINE_SECONDS = 10.0
+NOTE_SECONDS = 0.1  # Between two notes that a terminal shows.
 
 
 class Bar:
@@ -29,6 +30,7 @@ class Bar:
         self._note = ""
         self._printed: tuple[int, str] | None = None
         self._start = self._last = time.monotonic()
+        self._noted = -NOTE_SECONDS
         self._lines = show and not sys.stderr.isatty()
         self._bar = tqdm(desc=name, total=total, unit=f" {unit}", disable=not (show and sys.stderr.isatty()))
 
@@ -41,11 +43,14 @@ class Bar:
     def note(self, text: str) -> None:
         """Show a word next to the bar, such as the number of passes."""
         self._note = text
-        self._bar.set_postfix_str(text)
+        if time.monotonic() - self._noted >= NOTE_SECONDS:
+            self._noted = time.monotonic()
+            self._bar.set_postfix_str(text)
         self._line()
 
     def close(self) -> None:
         """End the stage."""
+        self._bar.set_postfix_str(self._note, refresh=False)
         self._bar.close()
         if self._lines and self._printed != (self.count, self._note):
             self._print()

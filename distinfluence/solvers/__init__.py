@@ -27,6 +27,7 @@ from distinfluence.solvers.preconditioner import (
     FittedPreconditioner,
     Preconditioner,
     SupportsDamping,
+    SupportsDemand,
     SupportsStorage,
 )
 from distinfluence.solvers.quadrature import Brackets, quadratic_forms
@@ -58,6 +59,7 @@ __all__ = [
     "Solver",
     "SolverState",
     "SupportsDamping",
+    "SupportsDemand",
     "SupportsStorage",
     "approximation",
     "check_damping",

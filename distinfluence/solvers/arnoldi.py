@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distinfluence.curvature.base import CurvatureOperator
+from distinfluence.curvature.base import CurvatureOperator, PlannedWork
 from distinfluence.errors import NonFiniteError, SettingError
 from distinfluence.solvers.base import (
     Outcome,
@@ -33,7 +33,7 @@ from distinfluence.solvers.base import (
     check_tolerance,
     row_norms,
 )
-from distinfluence.solvers.demand import GROWING, USUAL_STEPS, Demand, Systems
+from distinfluence.solvers.demand import GROWING, Demand, SolveWork, Systems, search_work
 from distinfluence.solvers.lanczos import BlockLanczos
 from distinfluence.solvers.spectrum import random_rows
 
@@ -209,7 +209,10 @@ class Arnoldi(Solver[Eigenpairs]):
         state = self.rank_estimate * systems.vector_bytes
         basis = self.most_basis(sum(systems.sizes), systems.itemsize) * systems.vector_bytes
         rows, block = 5.0 + self.complement, self.block(self.rank_estimate)
-        return Demand(GROWING * basis + state, state, rows, 0, USUAL_STEPS, int(self.solves_over_data), False, block)
+        fit = sum((search_work(size, block) for size in systems.sizes), PlannedWork())
+        row_flops = (8.0 if self.complement else 4.0) * self.rank_estimate * sum(systems.sizes)
+        solve = SolveWork(0, self.residual_rows, row_flops=row_flops)
+        return Demand(GROWING * basis + state, state, rows, 0, fit, solve, False, block)
 
     @override
     def fit(self, operator: CurvatureOperator) -> Eigenpairs:

@@ -1,11 +1,17 @@
-"""Choosing a solver by size, memory and what is known of the matrix, and saying which and why.
+"""Choosing a solver by its estimated time and memory, and saying which, why, and what was rejected.
 
-| where | method |
-|---|---|
-| p ≤ 10,000 and 24·p² bytes fit | dense factorisation |
-| rows × 40 vectors fit | multi-shift block Krylov |
-| rows × 8 vectors fit, or A may be indefinite | block conjugate gradients, with a Nyström preconditioner |
-| else | Chebyshev semi-iteration |
+The time of a candidate is counted, not measured: products with A and other flops at the usual rate of one CPU core. So
+the choice depends on sizes alone, and a plan and a fit of the same job choose the same. For k rows of p parameters:
+
+| method | products | other flops | memory | candidate if |
+|---|---|---|---|---|
+| dense factorisation | p | p³/3 + 4·k·p² | 24·p² bytes | |
+| multi-shift block Krylov | k·m + k | 4·k²·m²·p | 40·k vectors | |
+| block conjugate gradients, Nyström preconditioner | 0.8·k·m + k + 60 | 16·k²·m·p | 12·k + 120 vectors | |
+| Chebyshev semi-iteration | 4·k·m + k + 60 | | 10·k vectors | A is semi-definite |
+
+with m passes for the tolerance: 15 for 1e-7, for the block methods times √(64/k) and at most p / k. The fastest
+candidate that fits into memory is chosen; where none fits, the one that needs least.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,15 +28,32 @@ from distinfluence.memory import free_bytes
 from distinfluence.solvers.base import Solution, Solver, WrappedState, check_count, check_damping, check_tolerance
 from distinfluence.solvers.block_cg import BlockCG
 from distinfluence.solvers.chebyshev import Chebyshev
-from distinfluence.solvers.demand import Demand, Systems
+from distinfluence.solvers.demand import Demand, System, Systems, each_block
 from distinfluence.solvers.direct import Direct
 from distinfluence.solvers.krylov import BlockKrylov
 from distinfluence.solvers.nystroem_preconditioner import NystroemPreConditioner
 
-DIRECT_SIZE = 10_000  # parameters; the work of a dense factorisation grows with their cube
+TOGETHER = 1024  # rows that are solved together at most
 KRYLOV_STEPS = 40  # blocks that a basis is expected to need at most
 CG_BLOCKS = 12  # blocks of rows that conjugate gradients hold
+CHEBYSHEV_BLOCKS = 10  # and Chebyshev semi-iteration
+DENSE_FIT_BYTES = 24  # for each entry of a matrix while it is factorised by Cholesky
 SHARE = 0.5  # of the free memory that a solver may take
+FLOPS = 4e10  # in a second: of products, and of other matrices, on one core of a CPU
+FLOPS_ON_GPU = 5e12
+PASS_SECONDS = 2e-3  # that a pass takes however little there is to do
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a candidate will take for the rows of all solves. kind: name of its class."""
+
+    kind: str
+    seconds: float
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{about(self.seconds)}, {size_of(self.nbytes)}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +76,7 @@ class Auto(Solver[AutoState]):
     Args:
         damping: λ ≥ 0.
         rtol: The relative tolerance, as the iterations mean it.
-        rows: About how many right-hand sides are solved for together.
+        rows: About how many right-hand sides there will be in all.
         memory: The bytes that the solver may take; half of what is free if None.
 
     Raises:
@@ -78,10 +101,9 @@ class Auto(Solver[AutoState]):
 
     @override
     def demand(self, systems: Systems) -> Demand:
-        # a dense factorisation for few parameters; else a Krylov basis as large as `memory` allows
-        if max(systems.sizes) <= DIRECT_SIZE:
-            return self._built("Direct").demand(systems)
-        return self._built("BlockKrylov", self._memory(systems.device)).demand(systems)
+        # of the solver that a fit will choose for each block
+        each = [replace(systems, blocks=(block,)) for block in systems.blocks]
+        return each_block(systems, [self.built(*self._best(own)).demand(own) for own in each])
 
     def _memory(self, device: torch.device) -> int:
         return self.memory or int(SHARE * free_bytes(device))
@@ -99,28 +121,61 @@ class Auto(Solver[AutoState]):
             operator: The curvature A.
 
         Returns:
-            The solver, and a sentence that says why.
+            The solver, and a sentence that says which, why, and what was rejected.
         """
-        p, vector = operator.size, operator.size * operator.dtype.itemsize
-        memory = self._memory(operator.device)
-        rows = min(self.rows, p)
-        gib = memory / 2**30
-        if p <= DIRECT_SIZE and 24 * p * p <= memory:
-            return self._built("Direct"), f"chose Direct: {p} parameters are few enough for a dense factorisation"
-        if rows * KRYLOV_STEPS * vector <= memory:
-            return self._built("BlockKrylov", memory), (
-                f"chose BlockKrylov: a basis of {rows} × {KRYLOV_STEPS} vectors of {p} fits into {gib:.1f} GiB"
-            )
-        if rows * CG_BLOCKS * vector <= memory or not operator.positive_semidefinite:
-            return self._built("BlockCG"), (
-                f"chose BlockCG with a Nyström preconditioner: a Krylov basis for {rows} rows of {p} does not fit into "
-                f"{gib:.1f} GiB"
-            )
-        return self._built("Chebyshev"), (
-            f"chose Chebyshev: {CG_BLOCKS} blocks of {rows} rows of {p} do not fit into {gib:.1f} GiB"
+        systems = Systems((System.of(operator),), operator.dtype, operator.device)
+        kind, memory = self._best(systems)
+        estimates = self.estimates(systems)
+        said = "; ".join(
+            f"{other.kind}: {other}{'' if other.nbytes <= memory else ' (too much)'}"
+            for name, other in estimates.items()
+            if name != kind
         )
+        rows = f"{self.rows} row{'s' if self.rows > 1 else ''} of {operator.size} parameters"
+        return self.built(kind, memory), f"chose {kind} for {rows} ({estimates[kind]}); rejected {said}"
 
-    def _built(self, kind: str, memory: int = 2**31) -> Solver[Any]:
+    def estimates(self, systems: Systems) -> dict[str, Estimate]:
+        """Estimate what each candidate takes for a system.
+
+        Args:
+            systems: One system.
+
+        Returns:
+            The candidate's name → time and memory.
+        """
+        (block,) = systems.blocks
+        together = min(self.rows, TOGETHER)
+        vector, n_solves = systems.vector_bytes, -(-self.rows // together)
+        independent = min(together, block.size)
+        needed = {
+            "Direct": DENSE_FIT_BYTES * block.size**2,
+            "BlockKrylov": min(independent * KRYLOV_STEPS, 2 * block.size + together * KRYLOV_STEPS // 2) * vector,
+            "BlockCG": (independent * CG_BLOCKS + 2 * NystroemPreConditioner().rank) * vector,
+        }
+        if block.positive_semidefinite:
+            needed["Chebyshev"] = CHEBYSHEV_BLOCKS * together * vector
+        return {
+            kind: Estimate(kind, _seconds(self.built(kind).demand(systems), systems, together, n_solves), nbytes)
+            for kind, nbytes in needed.items()
+        }
+
+    def _best(self, systems: Systems) -> tuple[str, int]:
+        """Return the name of the solver to take, and the bytes that it may take."""
+        memory, estimates = self._memory(systems.device), self.estimates(systems).values()
+        fitting = [one for one in estimates if one.nbytes <= memory]
+        best = min(fitting, key=lambda one: one.seconds) if fitting else min(estimates, key=lambda one: one.nbytes)
+        return best.kind, memory
+
+    def built(self, kind: str, memory: int = 2**31) -> Solver[Any]:
+        """Make a candidate.
+
+        Args:
+            kind: The name of its class.
+            memory: The bytes that it may take.
+
+        Returns:
+            The solver.
+        """
         if kind == "Direct":
             return Direct(self.damping)
         if kind == "BlockKrylov":
@@ -154,5 +209,30 @@ class Auto(Solver[AutoState]):
     @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> AutoState:
         kind, why = (bytes(arrays[name].tolist()).decode() for name in ("auto_kind", "auto_why"))
-        solver = self._built(kind, int(arrays["auto_memory"]))
+        solver = self.built(kind, int(arrays["auto_memory"]))
         return AutoState(operator, solver.restore(operator, arrays), solver, why)
+
+
+def _seconds(demand: Demand, systems: Systems, rows: int, n_solves: int) -> float:
+    """Return about how long a fit and the solves take, for one system."""
+    (block,), flops = systems.blocks, FLOPS if systems.device.type == "cpu" else FLOPS_ON_GPU
+    fit, solve = demand.fit, demand.solve
+    products = fit.rows + n_solves * solve.rows_for(rows, block.size)
+    passes = fit.passes + n_solves * solve.passes_for(rows, block.size)
+    derivatives = block.product_flops * fit.derivatives / 2
+    other = fit.flops + n_solves * solve.flops_for(rows, block.size)
+    return (block.product_flops * products + derivatives + other) / flops + PASS_SECONDS * passes
+
+
+def about(seconds: float) -> str:
+    """Return an estimated time in words, to the digits that it is worth."""
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 120:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.0f} h"
+
+
+def size_of(nbytes: int) -> str:
+    """Return bytes in words."""
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 / 10 else f"{max(0.1, nbytes / 2**20):.1f} MiB"

@@ -6,7 +6,7 @@ all directions: far fewer passes than rows on their own. Reference: Ji & Li (201
 gradient method", BIT 57, Algorithm 2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from typing_extensions import override
 
 from distinfluence.solvers.base import row_norms
 from distinfluence.solvers.conjugate import CgState, ConjugateSolver, DriftWatch
+from distinfluence.solvers.demand import SolveWork
 from distinfluence.solvers.iterative import Steps
+
+STEP_FLOPS = 20.0  # for each pair of rows and parameter in a step: directions made orthonormal, and updates
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class BlockCG(ConjugateSolver):
     @override
     def _row_vectors(self) -> float:
         return 12.0
+
+    @override
+    def _solving(self, steps: int, rank: int, size: int) -> SolveWork:
+        work = super()._solving(steps, rank, size)
+        return replace(work, block=True, step_flops=STEP_FLOPS * size)
 
     def _inner(self, state: CgState, rhs: Tensor, threshold: Tensor, budget: Tensor) -> Steps:
         result = Steps.none(rhs)

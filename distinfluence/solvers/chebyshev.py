@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distinfluence.curvature.base import CurvatureOperator
+from distinfluence.curvature.base import CurvatureOperator, PlannedWork
 from distinfluence.solvers.base import row_norms
-from distinfluence.solvers.demand import USUAL_STEPS, Demand, Systems
+from distinfluence.solvers.demand import Demand, SolveWork, Systems, search_work, usual_steps
 from distinfluence.solvers.iterative import MOST_ITERATIONS, DampedState, IterativeSolver, Steps
-from distinfluence.solvers.spectrum import Extremes, extreme_eigenvalues
+from distinfluence.solvers.spectrum import BLOCK, Extremes, extreme_eigenvalues
 
 SAFETY = 1.02  # times the upper end: beyond the interval polynomials grow, and Lanczos sees ends from inside
 NARROW = 8.0  # by which the lower end is divided, where residuals take longer than it says
+CHEBYSHEV_STEPS = 60  # of a solve to 1e-7, where only the matrix knows
 SWEEPS = 10  # intervals that are tried before the true residuals are looked at
 GREW = 2.0  # of a residual at the end of a sweep: an eigenvalue lies outside
 GROWTH = 1e3  # of a residual within a sweep: it is that eigenvalue's eigenvector, to a thousandth
@@ -126,7 +127,10 @@ class Chebyshev(IterativeSolver[Interval]):
 
     @override
     def demand(self, systems: Systems) -> Demand:
-        return Demand(row_vectors=10.0, fit_passes=USUAL_STEPS)  # Lanczos for the ends of the spectrum first
+        # Lanczos for the ends of the spectrum first; more steps than of conjugate gradients, but nothing else
+        fit = sum((search_work(block.size, BLOCK) for block in systems.blocks), PlannedWork())
+        solve = SolveWork(usual_steps(self.rtol, systems.dtype, CHEBYSHEV_STEPS))
+        return Demand(row_vectors=10.0, fit=fit, solve=solve, fit_rows=BLOCK)
 
     @override
     def fit(self, operator: CurvatureOperator) -> Interval:

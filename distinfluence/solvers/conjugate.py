@@ -7,14 +7,24 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distinfluence.curvature.base import CurvatureOperator
+from distinfluence.curvature.base import CurvatureOperator, PlannedWork
 from distinfluence.solvers.base import row_norms
-from distinfluence.solvers.demand import SKETCHING, Demand, Systems
+from distinfluence.solvers.demand import (
+    PRECONDITIONED_STEPS,
+    SKETCHING,
+    USUAL_STEPS,
+    Demand,
+    SolveWork,
+    System,
+    Systems,
+    usual_steps,
+)
 from distinfluence.solvers.iterative import DampedState, IterativeSolver, Steps
 from distinfluence.solvers.preconditioner import (
     FittedPreconditioner,
     Preconditioner,
     SupportsDamping,
+    SupportsDemand,
     SupportsStorage,
 )
 
@@ -50,8 +60,29 @@ class ConjugateSolver(IterativeSolver[CgState]):
     @override
     def demand(self, systems: Systems) -> Demand:
         # solutions, residuals, directions, their images, and copies while blocks are made orthonormal
-        state = (getattr(self.preconditioner, "rank", 0) or 0) * systems.vector_bytes
-        return Demand(SKETCHING * state, state, self._row_vectors(), fit_passes=int(self.preconditioner is not None))
+        rank = getattr(self.preconditioner, "rank", 0) or 0
+        state = rank * systems.vector_bytes
+        steps = USUAL_STEPS if self.preconditioner is None else PRECONDITIONED_STEPS
+        return Demand(
+            SKETCHING * state,
+            state,
+            self._row_vectors(),
+            fit=sum((self._preconditioning(block) for block in systems.blocks), PlannedWork()),
+            solve=self._solving(usual_steps(self.rtol, systems.dtype, steps), rank, sum(systems.sizes)),
+            fit_rows=max(1, rank),
+        )
+
+    def _preconditioning(self, block: System) -> PlannedWork:
+        """Return the work of fitting the preconditioner; a pass where it does not say."""
+        if self.preconditioner is None:
+            return PlannedWork()
+        if isinstance(self.preconditioner, SupportsDemand):
+            return PlannedWork(*self.preconditioner.demand(block.size))
+        return PlannedWork(1, 1)
+
+    def _solving(self, steps: int, rank: int, size: int) -> SolveWork:
+        """Return the work of a solve. size: p over all blocks."""
+        return SolveWork(steps, row_flops=4.0 * rank * size * steps)
 
     @override
     def fit(self, operator: CurvatureOperator) -> CgState:

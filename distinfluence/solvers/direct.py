@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distinfluence.curvature.base import CurvatureOperator, MatrixOperator
+from distinfluence.curvature.base import CurvatureOperator, MatrixOperator, PlannedWork
 from distinfluence.errors import NonFiniteError
 from distinfluence.solvers.base import (
     Outcome,
@@ -27,7 +27,7 @@ from distinfluence.solvers.base import (
     check_tolerance,
     row_norms,
 )
-from distinfluence.solvers.demand import DENSE_BYTES, EIGEN_BYTES, Demand, Systems
+from distinfluence.solvers.demand import DENSE_BYTES, EIGEN_BYTES, EIGEN_FLOPS, Demand, SolveWork, Systems
 from distinfluence.solvers.spectrum import extreme_eigenvalues
 
 EIGEN_PAYS = 16  # dampings from which one eigendecomposition is cheaper than a Cholesky factor for each
@@ -137,8 +137,17 @@ class Direct(Solver[Factorisation]):
         # matrix and factor of each block, and of the largest one what eigenvalues take, in float64
         largest = max(systems.sizes) ** 2
         state = DENSE_BYTES * sum(size * size for size in systems.sizes)
-        sum_bytes = systems.itemsize * largest
-        return Demand(state + EIGEN_BYTES * largest, state, 10.0, 0, systems.looks, 0, True, sum_bytes=sum_bytes)
+        factorising = (EIGEN_FLOPS if self.eigen else 1 / 3) * sum(float(size) ** 3 for size in systems.sizes)
+        making = sum((block.dense for block in systems.blocks), PlannedWork(flops=factorising))
+        return Demand(
+            state + EIGEN_BYTES * largest,
+            state,
+            row_vectors=10.0,
+            fit=making,
+            solve=SolveWork(0, 0, row_flops=4.0 * sum(float(size) ** 2 for size in systems.sizes)),
+            by_method=True,
+            sum_bytes=systems.itemsize * largest,
+        )
 
     @override
     def fit(self, operator: CurvatureOperator) -> Factorisation:

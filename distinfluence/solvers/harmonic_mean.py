@@ -25,7 +25,7 @@ from distinfluence.solvers.base import (
     check_rhs,
     check_tolerance,
 )
-from distinfluence.solvers.demand import Demand, Systems
+from distinfluence.solvers.demand import Demand, SolveWork, Systems
 
 ROUGH = (
     "DataInf averages the inverses of the samples' matrices, which is not the inverse of their average: residuals "
@@ -65,7 +65,7 @@ class InverseHarmonicMean(Solver[SolverState]):
     @override
     def demand(self, systems: Systems) -> Demand:
         # no fit; a pass for the factors and one for the residual
-        return Demand(row_vectors=7.0, solve_passes=1 + (self.residual_rows != 0), by_method=True)
+        return Demand(row_vectors=7.0, solve=SolveWork(1, self.residual_rows), by_method=True)
 
     @override
     def fit(self, operator: CurvatureOperator) -> SolverState:

@@ -88,6 +88,17 @@ class JacobiPreConditioner:
         low = estimate < floor
         return Diagonal(torch.where(low, floor, estimate), damping, int(low.sum()))
 
+    def demand(self, size: int) -> tuple[int, int]:
+        """Return the work of a fit: one pass.
+
+        Args:
+            size: p.
+
+        Returns:
+            Passes over the data, and rows that all of them multiply together.
+        """
+        return 1, self.num_samples_estimator
+
     def arrays(self, fitted: Diagonal) -> dict[str, Tensor]:
         """Return what must be kept of a fit.
 

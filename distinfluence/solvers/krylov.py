@@ -32,7 +32,7 @@ from distinfluence.solvers.base import (
     rtol_for,
 )
 from distinfluence.solvers.block_cg import BlockCG
-from distinfluence.solvers.demand import BESIDE_BASIS, GROWING, USUAL_BASIS, Demand, Systems
+from distinfluence.solvers.demand import BESIDE_BASIS, GROWING, USUAL_BASIS, Demand, SolveWork, Systems, usual_steps
 from distinfluence.solvers.lanczos import BlockLanczos
 
 BASIS_BYTES = 2 * 2**30  # of the basis, before block conjugate gradients go on without one
@@ -83,8 +83,9 @@ class BlockKrylov(Solver[SolverState]):
     @override
     def demand(self, systems: Systems) -> Demand:
         # a block of the basis and one of its images for each step, up to `basis_bytes`
-        most = GROWING * self.basis_bytes
-        return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=most, beside_vectors=BESIDE_BASIS)
+        most, steps = GROWING * self.basis_bytes, usual_steps(self.rtol, systems.dtype)
+        work = SolveWork(steps, block=True, basis_flops=4.0 * sum(systems.sizes))
+        return Demand(row_vectors=2.0 * USUAL_BASIS, most_bytes=most, solve=work, beside_vectors=BESIDE_BASIS)
 
     @override
     def fit(self, operator: CurvatureOperator) -> SolverState:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distinfluence.curvature.base import CurvatureOperator, SupportsBatches
+from distinfluence.curvature.base import CurvatureOperator, PlannedWork, SupportsBatches
 from distinfluence.errors import SettingError, ShapeError
 from distinfluence.solvers.base import (
     Outcome,
@@ -39,8 +39,8 @@ from distinfluence.solvers.base import (
     row_norms,
 )
 from distinfluence.solvers.block_cg import orthonormal_rows
-from distinfluence.solvers.demand import Demand, Systems
-from distinfluence.solvers.spectrum import extreme_eigenvalues, random_rows
+from distinfluence.solvers.demand import Demand, SolveWork, Systems, search_work
+from distinfluence.solvers.spectrum import BLOCK, extreme_eigenvalues, random_rows
 
 SAFETY = 1.1  # times the largest eigenvalue is the scale that is found where none is given
 LANCZOS = 10  # passes to find that eigenvalue
@@ -112,7 +112,11 @@ class LiSSA(Solver[LissaState]):
 
     @override
     def demand(self, systems: Systems) -> Demand:
-        return Demand(row_vectors=8.0 if self.full_batch else 13.0)  # averages are held too on mini-batches
+        # averages are held too on mini-batches; as many steps as are allowed, and a pass for the residuals
+        sizes = systems.sizes if self.scale is None else ()
+        fit = sum((search_work(size, BLOCK, LANCZOS) for size in sizes), PlannedWork())
+        solve = SolveWork(self.maxiter) if self.full_batch else SolveWork(0, batches=self.maxiter)
+        return Demand(row_vectors=8.0 if self.full_batch else 13.0, fit=fit, solve=solve)
 
     @override
     def fit(self, operator: CurvatureOperator) -> LissaState:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distinfluence.curvature.base import CurvatureOperator
+from distinfluence.curvature.base import CurvatureOperator, PlannedWork
 from distinfluence.errors import NonFiniteError
 from distinfluence.solvers.base import (
     Outcome,
@@ -32,10 +32,11 @@ from distinfluence.solvers.base import (
     check_tolerance,
 )
 from distinfluence.solvers.block_cg import orthonormal_rows
-from distinfluence.solvers.demand import SKETCHING, Demand, Systems
+from distinfluence.solvers.demand import SKETCHING, Demand, SolveWork, Systems
 from distinfluence.solvers.spectrum import random_rows
 
 COLUMNS = 2**18  # of Ω and Y that are widened to float64 at once
+ESTIMATE_PASSES = 5  # of an estimate of ‖A − Â‖, where nobody says better
 PROBES = 4  # rows of the power iteration for ‖A − Â‖: more than one, as one may miss the direction
 
 ON_ITS_RANGE = "Without damping, the sketch is inverted on its own range, and what lies outside is lost."
@@ -173,7 +174,9 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def approximation_error(operator: CurvatureOperator, found: LowRank, *, passes: int = 5, seed: int = 1) -> float:
+def approximation_error(
+    operator: CurvatureOperator, found: LowRank, *, passes: int = ESTIMATE_PASSES, seed: int = 1
+) -> float:
     """Estimate ‖A − Â‖ by power iterations with a block of PROBES rows, from below; a pass for each (Algorithm E.2)."""
     rows = orthonormal_rows(random_rows(operator, min(PROBES, operator.size), seed))
     error = 0.0
@@ -278,7 +281,14 @@ class NystroemSketch(Solver[NystroemState]):
     def demand(self, systems: Systems) -> Demand:
         # the sketch, its image and their orthonormal basis; passes for the sketch, one for the residual
         state = self.rank * systems.vector_bytes
-        return Demand(SKETCHING * state, state, 5.0, 0, systems.looks, int(self.solves_over_data), True, self.rank)
+        fit = PlannedWork()
+        for block in systems.blocks:
+            looks, rank = 1 if block.positive_semidefinite else 2, min(self.rank, block.size)
+            probes = self.estimate_error * min(PROBES, block.size)
+            flops = 16.0 * rank**2 * block.size
+            fit += PlannedWork(looks + self.estimate_error, looks * rank + probes, flops=flops)
+        solve = SolveWork(0, self.residual_rows, row_flops=4.0 * self.rank * sum(systems.sizes))
+        return Demand(SKETCHING * state, state, 5.0, 0, fit, solve, True, self.rank)
 
     @override
     def fit(self, operator: CurvatureOperator) -> NystroemState:

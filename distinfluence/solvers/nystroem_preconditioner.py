@@ -16,7 +16,15 @@ from torch import Tensor
 
 from distinfluence.curvature.base import CurvatureOperator, SupportsGaussNewton
 from distinfluence.solvers.base import check_count, hold_plain
-from distinfluence.solvers.nystroem import LowRank, approximation_error, extend, low_rank, sketched
+from distinfluence.solvers.nystroem import (
+    ESTIMATE_PASSES,
+    PROBES,
+    LowRank,
+    approximation_error,
+    extend,
+    low_rank,
+    sketched,
+)
 
 ENOUGH = 10.0  # times λ is an error ‖A − Â‖ that an adaptive rank is content with: condition numbers of about 10
 
@@ -130,6 +138,18 @@ class NystroemPreConditioner:
             sketch = extend(target, sketch, rank)
             found = low_rank(target, sketch)
         return NystroemInverse(found, damping, error, relative)
+
+    def demand(self, size: int) -> tuple[int, int]:
+        """Return the work of a fit: one pass, for a matrix that is positive semi-definite; adaptive, the first try.
+
+        Args:
+            size: p.
+
+        Returns:
+            Passes over the data, and rows that all of them multiply together.
+        """
+        estimate = (ESTIMATE_PASSES, ESTIMATE_PASSES * min(PROBES, size)) if self.adaptive else (0, 0)
+        return 1 + estimate[0], min(self.rank, size) + estimate[1]
 
     def arrays(self, fitted: NystroemInverse) -> dict[str, Tensor]:
         """Return what must be kept of a fit.

@@ -56,6 +56,21 @@ class SupportsDamping(Protocol):
 
 
 @runtime_checkable
+class SupportsDemand(Protocol):
+    """A preconditioner that knows the work of its fit beforehand."""
+
+    def demand(self, size: int) -> tuple[int, int]:
+        """Return the work of a fit.
+
+        Args:
+            size: p.
+
+        Returns:
+            Passes over the data, and rows that all of them multiply together.
+        """
+
+
+@runtime_checkable
 class SupportsStorage(Protocol):
     """A preconditioner whose fit can be stored: else every process that restores a model fits it again."""
 

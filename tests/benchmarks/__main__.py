@@ -51,6 +51,7 @@ class Bench:
 BENCHES = (
     Bench("importing", "importing", 2),
     Bench("passes", "passes", 5),
+    Bench("plans", "plans", 5),
     Bench("lds", "lds", 5),
     Bench("reading", "reading", 5, ("--memmap",)),
     Bench("scale", "scale", 15),

@@ -245,6 +245,17 @@ def test_a_reducer_sums_over_joined_batches_and_gives_out_the_loaders_own() -> N
     assert reducer.passes == 1
 
 
+def test_a_reducer_says_how_far_a_pass_is() -> None:
+    case = build("mlp regression")
+    x, y = (torch.cat([tensor] * 120) for tensor in case.train)  # more than are put together
+    batches = [(x[i : i + 1000], y[i : i + 1000]) for i in range(0, 2_500, 1000)]
+    reducer = EmpiricalRisk(case.model, case.loss, batches).reducer
+    said: list[str] = []
+    reducer.on_pass, reducer.on_samples = lambda: said.append("begun"), said.append
+    reducer.sum(InputSum())
+    assert said == ["begun", f"2000 of {reducer.n_samples} samples", ""]
+
+
 class InputSum:
     def __call__(self, risk: Any, batch: Any, *broadcast: Tensor) -> tuple[Tensor, ...]:
         return (batch[0].sum(dim=0),)

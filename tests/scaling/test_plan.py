@@ -10,13 +10,15 @@ from distributed import Client
 from torch import nn
 
 from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence, SequentialInfluenceCalculator
+from distinfluence.curvature import PlannedWork
 from distinfluence.errors import PlanError, SettingError
 from distinfluence.influence.checks.products import check_bytes
 from distinfluence.scaling import Machine, make_plan
+from distinfluence.scaling.plan.costs import STAGE_SECONDS
 from distinfluence.scaling.plan.problem import FixedSizes, Problem, Rates
 from distinfluence.scaling.plan.tree_shape import pass_tasks, results_held
 from distinfluence.scaling.worker.device import device_memory, smallest_device
-from distinfluence.solvers.demand import Demand
+from distinfluence.solvers.demand import Demand, SolveWork
 from tests.zoo import build
 
 GIB = 2**30
@@ -79,13 +81,14 @@ def test_sizes_that_are_asked_for_stay() -> None:
     assert (plan.chunks.train, plan.chunks.test, plan.chunks.panel, plan.solve) == (500, 10, 100, "rows")
     assert plan.n_solves == 100
     assert plan.n_panels == 10
-    assert plan.stages[1].passes == 100 * Demand().solve_passes
+    assert plan.stages[1].passes == 100 * (Demand().solve.steps + 1)
+    assert plan.stages[1].products == 1_000 * (Demand().solve.steps + 1)
 
 
 def test_a_row_is_multiplied_whole_however_long_it_is() -> None:
     huge = Machine(workers=2, memory=16_384 * GIB, process=350 * 2**20)
     for rows, at_once in ((1, 1), (24, 24), (100, 32)):
-        demand = Demand(fit_passes=1, fit_rows=rows, by_method=True)
+        demand = Demand(fit=PlannedWork(1, rows), fit_rows=rows, by_method=True)
         for p in (1_000_000, 1_000_000_000):
             work = replace(WORK, n_test=8, n_train=1_000, n_fit=1_000, p=p, demand=demand)
             products = make_plan(work, huge).stages[0].parts["products"]
@@ -101,7 +104,7 @@ def test_a_row_is_multiplied_whole_however_long_it_is() -> None:
 
 
 def test_a_pass_is_a_few_hundred_tasks_and_its_partial_sums_are_counted() -> None:
-    sketch = Demand(fit_passes=1, fit_rows=100, by_method=True, solve_passes=10)
+    sketch = Demand(fit=PlannedWork(1, 100), fit_rows=100, by_method=True, solve=SolveWork(10, 0))
     plan = make_plan(replace(WORK, demand=sketch), MACHINE, FixedSizes(train=250, test=8, solve="data"))
     assert plan.n_strips == 4_000
     assert plan.stages[0].tasks == 4_000 + pass_tasks(4_000)
@@ -110,7 +113,7 @@ def test_a_pass_is_a_few_hundred_tasks_and_its_partial_sums_are_counted() -> Non
     held = 3 + results_held(4_000, MACHINE.workers)  # and two in the making, and the broadcast rows
     assert plan.stages[0].parts["sums"] == held * 100 * plan.work.row
     assert plan.stages[1].parts["sums"] == held * 8 * plan.work.row
-    matrix = replace(WORK, p=1_000, demand=Demand(fit_passes=1, sum_bytes=4 * 1_000**2))
+    matrix = replace(WORK, p=1_000, demand=Demand(fit=PlannedWork(1), sum_bytes=4 * 1_000**2))
     matrix_plan = make_plan(matrix, MACHINE, FixedSizes(train=250))
     assert matrix_plan.stages[0].parts["sums"] == (held - 1) * 4 * 1_000**2 + 4 * 1_000
     alone = make_plan(matrix, replace(MACHINE, workers=1, alone=True))
@@ -121,8 +124,9 @@ def test_times_are_given_where_something_was_measured() -> None:
     assert make_plan(WORK, MACHINE).seconds is None
     slow = make_plan(WORK, MACHINE, rates=Rates(gradients=1e3, products=1e3, flops=1e11))
     fast = make_plan(WORK, MACHINE, rates=Rates(gradients=2e3, products=2e3, flops=2e11))
-    assert fast.seconds is not None
-    assert slow.seconds == pytest.approx(2 * fast.seconds)
+    assert fast.seconds is not None and slow.seconds is not None
+    fixed = 3 * STAGE_SECONDS
+    assert slow.seconds - fixed == pytest.approx(2 * (fast.seconds - fixed))
 
 
 def test_bytes_on_disk_are_those_of_the_result(tmp_path: Path) -> None:
@@ -144,12 +148,12 @@ def test_methods_say_what_they_need() -> None:
     loss = nn.CrossEntropyLoss()
     direct = DirectInfluence(model, loss, 0.1).demand()
     assert direct.state_bytes == 16 * 105**2  # float64, whatever the model has
-    assert direct.solve_passes == 0
+    assert direct.solve.passes_for(10, 105) == 0
     assert direct.by_method
     assert CgInfluence(model, loss, 0.1).demand().state_bytes == 0
     ekfac = EkfacInfluence(model, True, 0.1).demand()
-    assert ekfac.fit_passes == 2
-    assert ekfac.solve_passes == 0
+    assert ekfac.fit.passes == 2
+    assert ekfac.solve.passes_for(10, 105) == 0
     assert ekfac.state_bytes == 4 * (5**2 + 21**2 + 1 + 1) + 8 * 105  # eigenvectors, and eigenvalues in float64
 
 
@@ -215,7 +219,7 @@ def test_what_is_asked_for_beside_the_matrix_is_planned_as_stages_of_its_own() -
     assert (own.name, apart.name) == ("self-influence", "contributions")
     full, rest = divmod(WORK.n_train, 512)
     assert own.tasks == apart.tasks == plan.n_strips
-    assert own.passes == WORK.demand.solve_passes * (2 * full + -(-rest // 256))
+    assert own.passes == (WORK.demand.solve.steps + 1) * (2 * full + -(-rest // 256))
     assert own.parts["the solve"] == plain.stages[1].parts.get("the solve", own.parts["the solve"])
     assert own.seconds is not None and apart.seconds is not None and plain.seconds is not None
     assert own.seconds > 0 and apart.seconds > 0

@@ -88,6 +88,23 @@ def test_few_results_are_held_whatever_the_order_in_which_tasks_end(n_workers: i
     assert tree.kept() == {}
 
 
+def test_a_sum_says_how_many_samples_are_done_and_counts_none_twice() -> None:
+    told: list[int] = []
+    tree = Tree([(i,) for i in range(3)], {}, [10, 10, 5], told.append)
+    tree.see(["a"])
+    ended: list[int] = []
+    while tree.total not in ended:
+        index = tree.next(0, 1)
+        assert index is not None
+        tree.call(index)
+        tree.finished(index, Done(str(index)))
+        ended.append(index)
+        if len(ended) == 1:
+            tree.lost(index)
+    assert len(ended) == 5  # three groups, the first one again, and their sum
+    assert told == [10, 20, 25]
+
+
 def test_results_that_cannot_be_had_are_made_again_from_the_chunks_if_need_be() -> None:
     tree = Tree([(i,) for i in range(16)], {})
     tree.see(["a"])

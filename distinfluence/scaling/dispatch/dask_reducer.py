@@ -66,7 +66,8 @@ class DaskReducer(ChunkReducer):
     def sum(self, kernel: Kernel, *broadcast: Tensor) -> tuple[Tensor, ...]:
         """Σ over chunks; one task for each group of chunks and a tree of additions."""
         self._begin_pass()
-        tree = Tree([(self._chunks(group),) for group in self._groups], self._homes)
+        sizes = [sum(self.chunk_sizes[i] for i in group) for group in self._groups]
+        tree = Tree([(self._chunks(group),) for group in self._groups], self._homes, sizes, self._did)
         with self._broadcast(kernel, broadcast) as files:
             ((_, total),) = self.executor.follow(tree, (self._context, kernel, files))
         self._homes = tree.homes

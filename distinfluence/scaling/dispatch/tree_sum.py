@@ -6,7 +6,7 @@ as they are there, before further groups are begun, so that a worker holds few: 
 """
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distributed import Future
@@ -20,10 +20,19 @@ class Tree(Agenda):
     """The groups of a sum and their additions. `total` is the number of the last one, whose result is fetched.
 
     arguments: of the task of each group, after what all share. before: group → the worker that had it in the last pass.
+    sizes: samples of each group. told: called with the samples that are done, whenever a group is.
     """
 
-    def __init__(self, arguments: Sequence[tuple[object, ...]], before: dict[int, str]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[tuple[object, ...]],
+        before: dict[int, str],
+        sizes: Sequence[int] = (),
+        told: Callable[[int], None] | None = None,
+    ) -> None:
         super().__init__()
+        self._sizes, self._told = dict(enumerate(sizes)), told
+        self._done = 0
         self._arguments = arguments
         self.homes = dict(before)
         self._inputs: dict[int, list[int]] = {}
@@ -97,6 +106,9 @@ class Tree(Agenda):
     def finished(self, index: int, future: "Future[Any]") -> None:
         """Hold the result until it is added; let go of those that it was made of."""
         self._at.pop(index, None)
+        if self._told is not None and index in self._sizes:
+            self._done += self._sizes.pop(index)  # a group that is made again was counted
+            self._told(self._done)
         for i in self._inputs.get(index, ()):
             self._made.pop(i).release()
         if self.keeps(index):

@@ -1,8 +1,9 @@
-"""What each stage of a run takes: tasks, passes, bytes of a worker, flops, time. The formulae are those of `plan`."""
+"""What each stage of a run takes: tasks, passes, products, bytes, flops, time. The formulae are those of `plan`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distinfluence.curvature import PlannedWork
 from distinfluence.influence.checks.products import check_bytes
 from distinfluence.model.gradients import rows_at_once, samples_at_once
 from distinfluence.model.sample_risk import KEPT_ROW_BYTES
@@ -11,6 +12,9 @@ from distinfluence.scaling.plan.tree_shape import GROUPS, pass_tasks, results_he
 
 ON_HOST = frozenset({"an idle process", "PyTorch at work", "data sets", "kept chunks"})  # what no GPU holds
 TORCH_BYTES = 96 * 2**20  # that a process grows by at its first derivative: code that PyTorch loads when it needs it
+STAGE_SECONDS = 0.1  # of a stage that has next to nothing to do: files, tasks, reports
+STORED_BYTES = 1e8  # of a fit that are stored in a second
+DOUBLE = 2.5  # times as long take the flops of a fit, in float64 and not all of them products of matrices
 FACTOR_BYTES = 256 * 2**20  # of factors that are taken apart at once
 
 
@@ -25,6 +29,7 @@ class Stage:
         parts: Bytes that a worker holds at the peak, by what they are for.
         flops: Floating-point operations of a worker, as far as they are counted.
         seconds: Estimated time; None where nothing was measured.
+        products: Products of a row with the curvature over all samples, in all passes together.
     """
 
     name: str
@@ -33,6 +38,7 @@ class Stage:
     parts: Mapping[str, int]
     flops: float = 0.0
     seconds: float | None = None
+    products: int = 0
 
     @property
     def bytes(self) -> int:
@@ -127,14 +133,22 @@ class _Run:
         results = 2 if self.machine.alone else 2 + results_held(self.fit_chunks, self.machine.workers)
         return rows * self.work.row + results * max(rows * self.work.row, matrix)
 
-    def product_flops(self, passes: int, rows: int = 1) -> float:
-        return 12.0 * self.work.p * self.work.n_fit * passes * rows
+    def work_flops(self, rows: int, derivatives: int = 0, other: float = 0.0) -> float:
+        """Flops of products with the curvature, of derivatives of every sample, and of what is not over data."""
+        return self.work.sample_flops * self.work.n_fit * (6.0 * rows + 3.0 * derivatives) + other
 
-    def product_seconds(self, passes: int, rows: int, workers: int) -> float | None:
-        return None if self.rates is None else self.work.n_fit / self.rates.products * passes * rows / workers
+    def work_seconds(self, work: PlannedWork, workers: int) -> float | None:
+        """Time of passes over the data on some workers, and of what one process does by itself."""
+        if self.rates is None:
+            return None
+        n, rates = self.work.n_fit, self.rates
+        over_data = STAGE_SECONDS * workers + n * (work.rows / rates.products + work.derivatives / rates.gradients)
+        over_data += work.passes * self.fit_chunks * rates.fixed
+        return over_data / workers + DOUBLE * work.flops / rates.flops
 
     def fit(self) -> Stage:
-        demand = self.work.demand
+        demand, work = self.work.demand, self.work.demand.fit
+        seconds = self.work_seconds(work, self.at_work)
         making = {
             "products": max(
                 sweep_bytes(self.work, self.machine, demand.fit_rows, self.gradients),
@@ -144,17 +158,28 @@ class _Run:
         }
         return Stage(
             "fit",
-            self.fit_chunks + demand.fit_passes * self.pass_tasks,
-            demand.fit_passes,
-            self.always | (making if demand.fit_passes else {}),
-            self.product_flops(demand.fit_passes),
-            self.product_seconds(demand.fit_passes, 1, self.at_work),
+            self.fit_chunks + work.passes * self.pass_tasks,
+            work.passes,
+            self.always | (making if work.passes else {}),
+            self.work_flops(work.rows, work.derivatives, work.flops),
+            None if seconds is None else seconds + demand.state_bytes / STORED_BYTES,
+            work.rows,
         )
+
+    def solves(self, groups: int, rows: int) -> PlannedWork:
+        """Return the work of so many solves for so many rows each."""
+        solve, largest = self.work.demand.solve, self.work.largest_block
+        if not self.work.over_data:
+            return PlannedWork(flops=groups * solve.flops_for(rows, largest))
+        epochs = solve.blocks * ceil(solve.batches, self.fit_chunks)
+        passes = groups * (solve.passes_for(rows, largest) + epochs)
+        products = groups * (solve.rows_for(rows, largest) + rows * epochs)
+        return PlannedWork(passes, products, flops=groups * solve.flops_for(rows, largest))
 
     def factors(self) -> Stage:
         work, rows = self.work, self.chunks.test
         n_solves, by_rows = ceil(work.n_test, rows), self.solve == "rows"
-        sweeps = work.demand.solve_passes * n_solves if work.over_data else 0
+        solving = self.solves(n_solves, ceil(work.n_test, n_solves))
         here = {  # the solve itself is the driver's
             "products": sweep_bytes(work, self.machine, rows, self.gradients) if work.over_data else 0,
             "test gradients": 2 * rows * work.row,
@@ -162,11 +187,12 @@ class _Run:
         }
         return Stage(
             "factors",
-            n_solves if by_rows else n_solves + sweeps * self.pass_tasks,
-            sweeps,
+            n_solves if by_rows else n_solves + solving.passes * self.pass_tasks,
+            solving.passes,
             self.always | (self.solving(rows) if by_rows else here),
-            self.product_flops(sweeps, rows),
-            self.product_seconds(sweeps, rows, min(self.machine.workers, n_solves) if by_rows else self.at_work),
+            self.work_flops(solving.rows, 0, solving.flops),
+            self.work_seconds(solving, min(self.machine.workers, n_solves) if by_rows else self.at_work),
+            solving.rows,
         )
 
     def strips(self) -> Stage:
@@ -176,7 +202,7 @@ class _Run:
         seconds = None
         if self.rates is not None:
             alone = panels * work.n_train / self.rates.gradients + product_flops / self.rates.flops
-            seconds = alone / self.machine.workers
+            seconds = STAGE_SECONDS + alone / self.machine.workers
         parts = {
             "kept chunks": work.kept(work.n_train, self.machine.kept),
             "the fitted state": work.demand.state_bytes,
@@ -185,7 +211,7 @@ class _Run:
             "gradients": 2 * self.gradients,
             "a strip": entries * (2 * b + 4) + (8 * entries if work.entry == 1 else 0),
         }
-        flops = product_flops + 6.0 * work.p * work.n_train * panels
+        flops = product_flops + 3.0 * work.sample_flops * work.n_train * panels
         return Stage("strips", self.n_strips, panels, self.always | parts, flops, seconds)
 
     def self_influence(self) -> Stage | None:
@@ -195,11 +221,11 @@ class _Run:
             return None
         full, rest = divmod(work.n_train, self.chunks.train)
         groups = full * ceil(self.chunks.train, group) + ceil(rest, group)
-        sweeps = work.demand.solve_passes * groups if work.over_data else 0
+        solving = self.solves(groups, group)
         parts = self.always | self.solving(group)
-        workers = min(self.machine.workers, self.n_strips)
-        seconds = self.product_seconds(sweeps, group, workers)
-        return Stage("self-influence", self.n_strips, sweeps, parts, self.product_flops(sweeps, group), seconds)
+        flops = self.work_flops(solving.rows, 0, solving.flops)
+        seconds = self.work_seconds(solving, min(self.machine.workers, self.n_strips))
+        return Stage("self-influence", self.n_strips, solving.passes, parts, flops, seconds, solving.rows)
 
     def contributions(self) -> Stage | None:
         """Gradients of ranked points once more, and their products by layer; see `taking_apart`."""
@@ -215,7 +241,7 @@ class _Run:
             "factors of some": min(work.n_test * work.row, max(FACTOR_BYTES, work.row)),
             "gradients": 2 * self.gradients,
         }
-        flops = product_flops + 6.0 * work.p * points
+        flops = product_flops + 3.0 * work.sample_flops * points
         return Stage("contributions", min(self.n_strips, pairs), 1, self.always | parts, flops, seconds)
 
 

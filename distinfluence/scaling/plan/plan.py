@@ -92,14 +92,14 @@ class Plan:
             f"  chunks: {chunks.train} training points in each of {_count(self.n_strips, 'strip')}, {chunks.test} test "
             f"points in each of {_count(self.n_solves, 'solve')} (by {self.solve}), factors in "
             f"{_count(self.n_panels, 'panel')} of {chunks.panel}",
-            f"  {'stage':<15}{'tasks':>9}{'passes':>9}{'a worker holds':>18}{'flops':>10}{'about':>10}",
+            f"  {'stage':<15}{'tasks':>9}{'passes':>9}{'products':>10}{'a worker holds':>18}{'flops':>10}{'about':>10}",
         ]
         for stage in self.stages:
             seconds = "" if stage.seconds is None else _time(stage.seconds)
             flops = f"{stage.flops:.1e}" if stage.flops else ""
             lines.append(
-                f"  {stage.name:<15}{stage.tasks:>9}{stage.passes:>9}{format_bytes(stage.bytes):>18}"
-                f"{flops:>10}{seconds:>10}"
+                f"  {stage.name:<15}{stage.tasks:>9}{stage.passes:>9}{stage.products or '':>10}"
+                f"{format_bytes(stage.bytes):>18}{flops:>10}{seconds:>10}"
             )
         lines.append(
             f"  on disk: {format_bytes(self.disk_bytes)} for the result, "
@@ -187,9 +187,11 @@ def _test_chunk(work: Problem, machine: Machine) -> int:
 
 def _remarks(work: Problem, chunks: Chunks) -> tuple[str, ...]:
     remarks = []
+    passes = work.demand.solve.passes_for(chunks.test, work.largest_block)
     if not work.demand.by_method and work.over_data:
         remarks.append(
-            f"passes of the factors are a usual number ({work.demand.solve_passes} a solve): the matrix decides."
+            f"passes and products are usual numbers ({passes} passes a solve): the matrix decides, within a factor of "
+            "three as a rule."
         )
     panels = ceil(work.n_test, chunks.panel)
     if panels > 1:

@@ -27,6 +27,8 @@ class Problem:
         by_gradients: Whether the curvature is made of gradients of single samples; a process keeps some between passes.
         contributions: Pairs at each end of a ranking that are split into contributions.
         self_influence: Whether self-influences are computed.
+        forward_flops: Flops of the model's outputs for one sample; 0 if they were not counted.
+        block_size: Parameters of the largest block of the curvature; all of them if 0.
     """
 
     n_test: int
@@ -44,6 +46,18 @@ class Problem:
     by_gradients: bool = False
     contributions: int = 0
     self_influence: bool = False
+    forward_flops: float = 0.0
+    block_size: int = 0
+
+    @property
+    def sample_flops(self) -> float:
+        """Flops of the model's outputs for one sample: as counted, and two for each parameter at least."""
+        return max(2.0 * self.p, self.forward_flops)
+
+    @property
+    def largest_block(self) -> int:
+        """Parameters of the largest block."""
+        return self.block_size or self.p
 
     def kept(self, n: int, most: int) -> int:
         """Bytes of loaded chunks of n samples that a process keeps; none where they are views of a built data set."""
@@ -105,11 +119,15 @@ class FixedSizes:
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured speeds of one process: sample gradients, and sample · row products, in a second; flops of a GEMM."""
+    """Measured speeds of one process: sample gradients, and sample · row products, in a second; flops of a GEMM.
+
+    fixed: seconds that a pass takes for each chunk, however few samples and rows there are.
+    """
 
     gradients: float
     products: float
     flops: float
+    fixed: float = 0.0
 
 
 def kept_bytes(memory: int) -> int:

@@ -128,6 +128,7 @@ def _solve_here(run: Run, waiting: Sequence[int], failed: Failures, note: Callab
     reducer = model.reducer
     before = reducer.passes
     reducer.on_pass = lambda: note(f"{reducer.passes - before} passes")
+    reducer.on_samples = lambda done: note(f"{reducer.passes - before} passes{done and f', {done} of the last'}")
     items = [(test.chunks[i], i, test.starts[i], test.sizes[i]) for i in waiting]
     try:
         for position, sides in run.fitted.executor.run(chunk_right_hand_sides, (run.fitted.context,), items, failed):
@@ -137,7 +138,7 @@ def _solve_here(run: Run, waiting: Sequence[int], failed: Failures, note: Callab
             save_factors(run.factors, test.starts[waiting[position]], np.asarray(to_numpy(factors)), fields)
             yield waiting[position], fields
     finally:
-        reducer.on_pass = None
+        reducer.on_pass = reducer.on_samples = None
 
 
 def solve_chunk(context: Context, chunk: Chunk, file: str, index: int, start: int, size: int) -> dict[str, Array]:
