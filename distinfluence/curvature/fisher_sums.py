@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distinfluence.errors import LossError
 from distinfluence.layers.layout import MOST_DENSE, LayerLayout, Record, layout_of, unit_rows
-from distinfluence.layers.scores import rotated
+from distinfluence.layers.queries import rotated
 from distinfluence.layers.units import Sides, Unit, outer_sides
 from distinfluence.model.batch import Batch, batch_length, take
 from distinfluence.model.counter_random import Uniform, sample_keys

@@ -27,9 +27,7 @@ from distinfluence.influence.report import SolveReport
 from distinfluence.influence.self_influence import SelfInfluences
 from distinfluence.influence.settings import EkfacSettings
 from distinfluence.layers.layout import MOST_DENSE, LayerLayout
-from distinfluence.layers.scores import (
-    QueryFactors,
-)
+from distinfluence.layers.queries import UnitQueries
 from distinfluence.layers.units import Unit
 from distinfluence.model.batch import Batch
 from distinfluence.model.blocks import BlockMode, ParameterBlocks
@@ -341,7 +339,7 @@ class EkfacInfluence(InfluenceFunctionModel):
     def _between(self, tests: Batch, trains: Batch) -> Tensor:
         return self._layers.tile_of_queries(self._coordinates(tests), trains).values
 
-    def _coordinates(self, batch: Batch) -> QueryFactors:
+    def _coordinates(self, batch: Batch) -> Sequence[UnitQueries]:
         """Return the batch as queries, unit by unit: as outer products in the eigenbasis, or as factors."""
         bases = {basis.unit.parameters: basis for basis in self._bases()}
         units = self.layout.units
@@ -406,7 +404,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         Returns:
             ‖M − M̃‖ / ‖M‖ of each query's factor, [n_test].
         """
-        return self._layers.queries(self._layers.checked(factors)).relative_error
+        return self._layers.error(self._layers.checked(factors))
 
     @override
     def state_arrays(self) -> dict[str, Tensor]:

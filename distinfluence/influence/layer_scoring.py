@@ -16,8 +16,10 @@ from distinfluence.curvature.kronecker import Eigenbasis
 from distinfluence.curvature.queries import joined_queries, query_of
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.scores import InfluenceMode, Scorer, Tile, influence_mode, layer_tile, scores_by_block
+from distinfluence.layers.gradients import layer_gradients, sample_gradients
 from distinfluence.layers.layout import LayerLayout
-from distinfluence.layers.scores import QueryFactors, RankOne, layer_gradients, layer_scores, recorded, token_scores
+from distinfluence.layers.queries import LowRank, RankOne, UnitQueries, unit_queries
+from distinfluence.layers.scores import layer_scores, token_scores
 from distinfluence.model.batch import Batch
 from distinfluence.model.gradients import SampleGradients
 from distinfluence.model.objective import Objective
@@ -37,7 +39,9 @@ class LayerScorer(Scorer):
         super().__init__(risk)
         self.layout = layout
         self._energy = energy
-        self._queries: tuple[Tensor, QueryFactors] | None = None  # those of the last call, since strips share them
+        self._queries: tuple[Tensor, Sequence[UnitQueries]] | None = (
+            None  # those of the last call, since strips share them
+        )
 
     @property
     def measures_loss(self) -> bool:
@@ -46,7 +50,7 @@ class LayerScorer(Scorer):
 
     @override
     def loss_gradients(self, batch: Batch) -> SampleGradients:
-        return SampleGradients(*layer_gradients(self.risk, self.layout, batch))
+        return SampleGradients(*sample_gradients(self.risk, self.layout, batch))
 
     @override
     def measurement_gradients(self, batch: Batch) -> SampleGradients:
@@ -58,7 +62,7 @@ class LayerScorer(Scorer):
             return super().tile(factors, batch, mode)
         return self.tile_of_queries(self.queries(factors), batch)
 
-    def tile_of_queries(self, queries: QueryFactors, batch: Batch) -> Tile:
+    def tile_of_queries(self, queries: Sequence[UnitQueries], batch: Batch) -> Tile:
         """Return the influences of the batch's samples on these queries, with losses and gradient norms."""
         return layer_tile(layer_scores(self.risk, self.layout, queries, batch))
 
@@ -66,12 +70,10 @@ class LayerScorer(Scorer):
     def by_block(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str) -> "OrderedDict[str, Tensor]":
         if influence_mode(mode) is not InfluenceMode.UP:
             return super().by_block(factors, batch, mode)
-        parts = list(layer_scores(self.risk, self.layout, self.queries(factors), batch))  # one pass for all blocks
-        by_unit = [torch.cat(scores, dim=1) for scores in zip(*(part.by_unit for part in parts), strict=True)]
-        blocks: dict[str, Tensor] = {}
-        for unit, scores in zip(self.layout.units, by_unit, strict=True):
-            blocks[unit.block] = blocks[unit.block] + scores if unit.block in blocks else scores
-        return OrderedDict((block, blocks[block]) for block in self.risk.blocks.names)
+        # one pass for all blocks
+        parts = list(layer_scores(self.risk, self.layout, self.queries(factors), batch, apart=True))
+        blocks = self.risk.blocks.names
+        return OrderedDict((block, torch.cat([part.by_block[block] for part in parts], dim=1)) for block in blocks)
 
     def by_token(self, factors: Tensor, batch: Batch) -> Tensor:
         """Return the influences by position of the batch's samples, [n_test, n, T], from factors [n_test, p].
@@ -79,17 +81,24 @@ class LayerScorer(Scorer):
         Raises:
             UnsupportedOperatorError: If the layers do not share the same positions.
         """
-        return token_scores(self.risk, self.layout, QueryFactors.of(self.risk, self.layout, factors), batch)
+        return token_scores(self.risk, self.layout, factors.to(self.risk.dtype), batch)
 
-    def queries(self, factors: Tensor) -> QueryFactors:
+    def queries(self, factors: Tensor) -> Sequence[UnitQueries]:
         """Return the factors [n_test, p] unit by unit, compressed if asked."""
         if self._queries is None or self._queries[0] is not factors:
-            self._queries = factors, QueryFactors.of(self.risk, self.layout, factors, self._energy)
+            tensors = self.risk.blocks.unflatten(factors.to(self.risk.dtype))
+            self._queries = factors, [unit_queries(unit, tensors, self._energy) for unit in self.layout.units]
         return self._queries[1]
+
+    def error(self, factors: Tensor) -> Tensor:
+        """Return ‖M − M̃‖ / ‖M‖ of each of the factors M [n_test, p], for what compression leaves of them: [n_test]."""
+        whole = factors.double().square().sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        lost = [unit.lost for unit in self.queries(factors) if isinstance(unit, LowRank)]
+        return (sum(lost, torch.zeros_like(whole)) / whole) ** 0.5
 
     def queries_in(
         self, bases: Sequence[Eigenbasis], inverses: Sequence[Callable[[Tensor], Tensor]], batch: Batch, separate: bool
-    ) -> QueryFactors:
+    ) -> Sequence[UnitQueries]:
         """Return the batch's samples as queries, unit by unit: as outer products in the eigenbasis, or as factors.
 
         Args:
@@ -98,13 +107,12 @@ class LayerScorer(Scorer):
             batch: The samples.
             separate: Whether to look for weights that are separable.
         """
-        parts: list[list[Tensor | RankOne]] = [[] for _ in self.layout.units]
-        for samples, record in recorded(self.risk, self.layout, batch):
-            deltas = record.of_losses()
-            for unit, basis, inverse, made in zip(self.layout.units, bases, inverses, parts, strict=True):
-                made.append(query_of(self.risk, unit, basis, inverse, record, deltas, samples))
-        whole = tuple(joined_queries(made, self.risk.dtype, separate=separate) for made in parts)
-        return QueryFactors(whole, (None,) * len(whole), torch.zeros(0, dtype=torch.float64))
+        parts: list[list[Tensor | RankOne]] = [[] for _ in bases]
+        for gradients in layer_gradients(self.risk, self.layout, batch):
+            for basis, inverse, made in zip(bases, inverses, parts, strict=True):
+                made.append(query_of(basis, inverse, gradients))
+        joined = zip(bases, parts, strict=True)
+        return [joined_queries(basis, made, self.risk.blocks.shapes, separate=separate) for basis, made in joined]
 
 
 @runtime_checkable

@@ -15,7 +15,8 @@ from torch import Tensor
 from distinfluence.errors import NonFiniteError, SettingError, ShapeError
 from distinfluence.influence.checks.mixed import check_mixed
 from distinfluence.layers.layout import layout_of
-from distinfluence.layers.scores import LayerScores, scores_of_factors
+from distinfluence.layers.queries import unit_queries
+from distinfluence.layers.scores import LayerScores, layer_scores
 from distinfluence.model.batch import Batch, batch_length, take
 from distinfluence.model.gradients import (
     SampleGradients,
@@ -95,10 +96,10 @@ def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode
 
 
 def layer_tile(parts: Iterable[LayerScores]) -> Tile:
-    """Return the sums over units of the scores of a batch's micro-batches."""
+    """Put the scores of a batch's micro-batches together, with all blocks in one."""
     done = list(parts)
     return Tile(
-        torch.cat([torch.stack(part.by_unit).sum(dim=0) for part in done], dim=1),
+        torch.cat([part.by_block[""] for part in done], dim=1),
         torch.cat([part.losses for part in done]),
         torch.cat([part.gradient_norms for part in done]),
     )
@@ -124,7 +125,9 @@ def _by_layers(risk: SampleRisk, factors: Tensor, batch: Batch) -> Tile | None:
     if layout is None:
         return None
     try:
-        tile = layer_tile(scores_of_factors(risk, layout, factors, batch))
+        tensors = risk.blocks.unflatten(factors)
+        queries = [unit_queries(unit, tensors) for unit in layout.units]
+        tile = layer_tile(layer_scores(risk, layout, queries, batch))
     except (torch.OutOfMemoryError, NonFiniteError):
         raise
     except (RuntimeError, ValueError, IndexError):  # a layout that is not this batch's, shapes that do not go together

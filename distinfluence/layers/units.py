@@ -9,7 +9,7 @@ vectors in output space, n samples, T positions and g groups; V is 1 for what do
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,8 +87,9 @@ class Unit:
         """name → [k, *shape] → [k, g, o, i]."""
         g, o, _ = self.shape
         if self.treatment in ("dense", "diagonal"):
-            flat = torch.cat([tensors[name].flatten(1) for name in self.parameters], dim=1)
-            return flat.reshape(flat.shape[0], 1, 1, -1)
+            rows = [tensors[name].flatten(1) for name in self.parameters]
+            row = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)  # not copied where it is one
+            return row.reshape(-1, 1, 1, row.shape[1])
         weight = tensors[self.parameters[0]]
         k = weight.shape[0]
         weight = weight.transpose(1, 2) if self.transposed else weight
@@ -105,12 +106,12 @@ class Unit:
             return {name: part.reshape(k, *shapes[name]) for name, part in zip(self.parameters, parts, strict=True)}
         name, weight = self.parameters[0], matrix[..., :-1] if self.has_bias else matrix
         if self.transposed:
-            found = {name: weight.reshape(k, *shapes[name][::-1]).transpose(1, 2)}
+            tensors = {name: weight.reshape(k, *shapes[name][::-1]).transpose(1, 2)}
         else:
-            found = {name: weight.reshape(k, *shapes[name])}
+            tensors = {name: weight.reshape(k, *shapes[name])}
         if self.has_bias:
-            found[self.parameters[1]] = matrix[..., -1].reshape(k, *shapes[self.parameters[1]])
-        return found
+            tensors[self.parameters[1]] = matrix[..., -1].reshape(k, *shapes[self.parameters[1]])
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -248,18 +249,27 @@ def pointwise_rows(
     unit: Unit, uses: Sequence[Use], infos: Sequence[UseInfo], deltas: Sequence[Tensor], n: int
 ) -> Tensor:
     """Gradients [V, n, d] of parameters that are multiplied with or added to activations; deltas as `outer_sides`."""
-    found: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    for name, number in _terms(unit, uses):
+        use, z = uses[number], _gradient_by(name, uses[number], deltas[number])
+        row = _reduced(z, _spans(use), infos[number].output, n)
+        if name == use.bias and use.bias_rows is not None:  # a part of a packed bias, alone in its unit
+            row = F.pad(row, (use.bias_rows[0], unit.shape[2] - use.bias_rows[1]))
+        rows[name] = rows[name] + row if name in rows else row
+    return torch.cat([rows[name] for name in unit.parameters], dim=2)
+
+
+def _terms(unit: Unit, uses: Sequence[Use]) -> Iterator[tuple[str, int]]:
+    """Yield (name, number of the use) for each use of a parameter of the unit."""
     for number in unit.uses:
-        use, info, delta = uses[number], infos[number], deltas[number]
-        for name in (use.weight, use.bias):
-            if name not in unit.parameters:
-                continue
-            times = use.input if name == use.weight else None
-            own = _reduced(delta if times is None else delta * times, _spans(use), info.output, n)
-            if name == use.bias and use.bias_rows is not None:  # a part of a packed bias, alone in its unit
-                own = F.pad(own, (use.bias_rows[0], unit.shape[2] - use.bias_rows[1]))
-            found[name] = found[name] + own if name in found else own
-    return torch.cat([found[name] for name in unit.parameters], dim=2)
+        for name in (uses[number].weight, uses[number].bias):
+            if name is not None and name in unit.parameters:
+                yield name, number
+
+
+def _gradient_by(name: str, use: Use, delta: Tensor) -> Tensor:
+    """Gradients by what the use makes of the parameter, before they are summed: [..., *output]."""
+    return delta if name != use.weight or use.input is None else delta * use.input
 
 
 def _spans(use: Use) -> tuple[int, ...]:
@@ -282,23 +292,18 @@ def position_scores(
     unit: Unit, m: Tensor, uses: Sequence[Use], infos: Sequence[UseInfo], deltas: Sequence[Tensor], n: int
 ) -> Tensor:
     """⟨M, gradient⟩ of a unit of `pointwise_rows`, by position: M [q, 1, 1, d] → [q, n, T], T 1 without any."""
-    sizes: dict[str, int] = {}
-    for number in unit.uses:
-        use = uses[number]
-        for name in (use.weight, use.bias):
-            if name in unit.parameters:
-                sizes[name] = math.prod(_spans(use)) if use.bias_rows is None else unit.shape[2]
-    own = dict(zip(unit.parameters, m.flatten(1).split([sizes[name] for name in unit.parameters], dim=1), strict=True))
+    sizes = {
+        name: math.prod(_spans(uses[number])) if uses[number].bias_rows is None else unit.shape[2]
+        for name, number in _terms(unit, uses)
+    }
+    split = m.flatten(1).split([sizes[name] for name in unit.parameters], dim=1)
+    factors = dict(zip(unit.parameters, split, strict=True))
     total: Tensor | None = None
-    for number in unit.uses:
-        use, info, delta = uses[number], infos[number], deltas[number][0]
-        for name in (use.weight, use.bias):
-            if name not in own:
-                continue
-            factor = own[name] if use.bias_rows is None else own[name][:, slice(*use.bias_rows)]
-            z = delta if name != use.weight or use.input is None else delta * use.input
-            part = _contracted_by_position(info.output.front(z, n), _spans(use), info.output, z.ndim, factor)
-            total = part if total is None else total + part
+    for name, number in _terms(unit, uses):
+        use, axis, z = uses[number], infos[number].output, _gradient_by(name, uses[number], deltas[number][0])
+        factor = factors[name] if use.bias_rows is None else factors[name][:, slice(*use.bias_rows)]
+        scores = _contracted_by_position(axis.front(z, n), _spans(use), axis, z.ndim, factor)
+        total = scores if total is None else total + scores
     assert total is not None
     return total
 

@@ -26,7 +26,7 @@ from distinfluence.curvature import KroneckerOperator
 from distinfluence.errors import DecompositionError, LayoutError, NonFiniteError, NotFittedError, SettingError
 from distinfluence.evaluate import verify_entries
 from distinfluence.layers.layout import LayerLayout, Record, layout_of
-from distinfluence.layers.scores import RankOne
+from distinfluence.layers.queries import LowRank, RankOne
 from distinfluence.model.reducer import LocalReducer
 from tests.layers.networks import network
 from tests.reference import Reference
@@ -238,10 +238,11 @@ def test_low_rank_scores_are_those_of_the_truncated_factors() -> None:
     assert float(influence.query_error(factors).max()) > 0.01  # or nothing would be compared
     found = influence.influences_from_factors(factors, x, y)
     prepared = influence._layers.queries(factors)
-    parts: dict[str, Tensor] = {}
-    for unit, whole, own in zip(influence.layout.units, prepared.matrices, prepared.low_rank, strict=True):
-        parts |= unit.tensors(whole if own is None else own[0] @ own[1].transpose(2, 3), influence.risk.blocks.shapes)
-    assert prepared.low_rank[0] is not None
+    parts = influence.risk.blocks.unflatten(factors)
+    for unit, own in zip(influence.layout.units, prepared, strict=True):
+        if isinstance(own, LowRank):
+            parts |= unit.tensors(own.u @ own.v.transpose(2, 3), influence.risk.blocks.shapes)
+    assert isinstance(prepared[0], LowRank)
     truncated = influence.risk.blocks.flatten(parts, n_leading=1)
     torch.testing.assert_close(found, truncated @ Reference(case).gradients((x, y)).T)
 
@@ -251,7 +252,7 @@ def test_scores_of_kfac_separate_into_few_products() -> None:
     model = nn.Sequential(nn.Linear(200, 160), nn.Tanh(), nn.Linear(160, 3)).double()
     x, y = torch.randn(40, 200).double(), torch.randint(3, (40,))
     influence = EkfacInfluence(model, False, RelativeDamping(0.1)).fit((x, y))
-    query = influence._coordinates(influence.place(x[:4], y[:4])).matrices[0]
+    query = influence._coordinates(influence.place(x[:4], y[:4]))[0]
     assert isinstance(query, RankOne) and query.separated is not None
     assert query.separated[0].shape[2] < 160 * 201 / (2 * (160 + 201))
     found = influence.influences(x[:4], y[:4], x, y)

@@ -9,7 +9,7 @@ from torch import nn
 from distinfluence import EkfacInfluence, KrylovInfluence
 from distinfluence.influence import scores
 from distinfluence.influence.scores import tile_of
-from distinfluence.layers import scores as layer_scores
+from distinfluence.layers import queries
 from distinfluence.layers.layout import layout_of
 from distinfluence.model.batch import batch_length
 from distinfluence.model.blocks import ParameterBlocks
@@ -48,8 +48,8 @@ def factors_for(risk: SampleRisk, q: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", [*NETWORKS, *BUILDERS])
 def test_scores_and_norms_are_those_of_whole_gradients(name: str, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if few:  # one query, or two samples' matrices, at a time
-        monkeypatch.setattr(layer_scores, "SCORE_BYTES", 1)
-        monkeypatch.setattr(layer_scores, "samples_at_once", lambda row, on_cpu: 2)
+        monkeypatch.setattr(queries, "SCORE_BYTES", 1)
+        monkeypatch.setattr(queries, "samples_at_once", lambda row, on_cpu: 2)
     case = case_of(name)
     risk = risk_of(case)
     factors, gradients = factors_for(risk, 7), Reference(case).gradients(case.train)
