@@ -219,6 +219,23 @@ def _data(job: Job, calculator: InfluenceCalculator) -> tuple[ChunkedData, Chunk
         return train, calculator.chunked(job.recipe(job.data.test), chunk_size=job.chunks.test)
 
 
+def data_of(job: Job, cut: Mapping[str, Any]) -> dict[str, ChunkedData]:
+    """Return a job's data in this process, in the chunks that its result was made with.
+
+    Args:
+        job: The job.
+        cut: The chunks, from the provenance of the result.
+
+    Returns:
+        "train_data" and "test_data" → the data.
+    """
+    home = InThisProcess()
+    return {
+        "train_data": chunked(job.recipe(job.data.train), None, home, cut["train"]),
+        "test_data": chunked(job.recipe(job.data.test), None, home, cut["test"][0]),
+    }
+
+
 def plan_job(job: Job) -> Plan:
     """Plan what `run_job` will do and need, with times by a calibration in this process; no worker is started."""
     model, _ = job.influence_model()
@@ -284,11 +301,8 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
             block_structure=solver["block_structure"],
             second_order_mode=solver["second_order_mode"],
         )
-    home = InThisProcess()
-    cut = result.provenance["chunks"]
-    train = chunked(job.recipe(job.data.train), None, home, cut["train"])
-    test = chunked(job.recipe(job.data.test), None, home, cut["test"][0])
-    looked = require_same_inputs(result, model, {"train_data": train, "test_data": test})["train_data"]
+    data = data_of(job, result.provenance["chunks"])
+    looked = require_same_inputs(result, model, data)["train_data"]
     reducer = SourceReducer(model.risk, looked.data)
     reducer.drawn, reducer.digest = tuple(drawn_samples(InProcess(), model.risk, looked)), looked.draw.digest
     reducer.checked = model.check(reducer.drawn)
@@ -296,7 +310,9 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
     model.fit(reducer)
     rows, columns = sampled(result.shape, n_test, n_train, seed)
     given = np.asarray(result.influences.oindex[rows, columns], dtype=np.float64)
-    tests, trains = (to_tensor_batch(take_samples(d, i)) for d, i in ((test, rows), (train, columns)))
+    tests, trains = (
+        to_tensor_batch(take_samples(d, i)) for d, i in ((data["test_data"], rows), (data["train_data"], columns))
+    )
     bounds = result.error_bound[rows].astype(np.float64)
     return verify_entries(given, model, rows, columns, tests, trains, bounds, solver["method"])
 

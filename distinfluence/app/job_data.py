@@ -7,12 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.app.config import Job, Reference
-from distinfluence.app.job import require_same_inputs
+from distinfluence.app.job import data_of, require_same_inputs
 from distinfluence.errors import SettingError
 from distinfluence.influence.arrays import Array, ArrayBatch, named_arrays
+from distinfluence.model.data.tree import map_leaves
 from distinfluence.scaling import ChunkedData
-from distinfluence.scaling.data.chunks import chunked
-from distinfluence.scaling.data.sources import InThisProcess
 from distinfluence.store import annotate, open_influences
 
 Kind = Literal["image", "text", "table"]
@@ -46,12 +45,7 @@ def annotate_job(
         FingerprintError: The result was made with other data.
     """
     result = open_influences(job.result)
-    home = InThisProcess()
-    cut = result.provenance["chunks"]
-    data = {
-        "train_data": chunked(job.recipe(job.data.train), None, home, cut["train"]),
-        "test_data": chunked(job.recipe(job.data.test), None, home, cut["test"][0]),
-    }
+    data = data_of(job, result.provenance["chunks"])
     require_same_inputs(result, job.influence_model()[0], data)
     renderer = None if render is None else _renderer(job, render)
     said = []
@@ -79,24 +73,27 @@ def _inputs_and_labels(
     labels: list[Array] = []
     for source in data.sources:
         batch = source.load()
-        leaves = list(named_arrays(batch).values())
         if wanted:
-            inputs.extend(_shown(batch[0] if isinstance(batch, tuple) else batch, leaves[0], renderer, shape))
-        last = np.asarray(leaves[-1])
-        if len(leaves) > 1 and last.ndim == 1 and last.dtype.kind in "fiub":
-            labels.append(last)
+            leaf = next(iter(named_arrays(batch).values()))
+            inputs.extend(_shown(batch[0] if isinstance(batch, tuple) else batch, leaf, renderer, shape))
+        own = labels_of(batch)
+        if own is not None:
+            labels.append(own)
     return (inputs or None), (np.concatenate(labels) if labels else None)
 
 
 def _shown(first: ArrayBatch, leaf: Array, renderer: Renderer | None, shape: tuple[int, ...] | None) -> list[Any]:
     if renderer is None:
         return [np.asarray(sample) if shape is None else np.asarray(sample).reshape(shape) for sample in leaf]
-    return [renderer(_sample(first, i)) for i in range(len(leaf))]
+    return [renderer(sample_at(first, i)) for i in range(len(leaf))]
 
 
-def _sample(batch: ArrayBatch, i: int) -> Any:
-    if isinstance(batch, dict):
-        return {key: _sample(value, i) for key, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(_sample(value, i) for value in batch)
-    return np.asarray(batch)[i]
+def sample_at(batch: ArrayBatch, index: int) -> Any:
+    """Return one sample of a batch, as the data set has it."""
+    return map_leaves(lambda array: np.asarray(array)[index], batch)
+
+
+def labels_of(batch: ArrayBatch) -> Array | None:
+    """Return the last array of a batch if it has one number per sample and is not the only one."""
+    *others, last = map(np.asarray, named_arrays(batch).values())
+    return last if others and last.ndim == 1 and last.dtype.kind in "fiub" else None

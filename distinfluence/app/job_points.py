@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.app.config import Job, Reference
-from distinfluence.app.job import require_same_inputs
+from distinfluence.app.job import data_of, require_same_inputs
+from distinfluence.app.job_data import labels_of, sample_at
 from distinfluence.browse.views.rendering import Drawable, Renderer
 from distinfluence.errors import SettingError
 from distinfluence.influence.arrays import Array, ArrayBatch, named_arrays
 from distinfluence.scaling import ChunkedData
-from distinfluence.scaling.data.chunks import chunked
-from distinfluence.scaling.data.sources import ArraySource, DatasetSource, InThisProcess
+from distinfluence.scaling.data.sources import ArraySource, DatasetSource
 from distinfluence.store import InfluenceResult, Sample, StoredPoints
 
 Axis = Literal["test", "train"]
@@ -70,7 +70,7 @@ class JobPoints:
             batch = self._load(index, index + 1)
             first = batch[0] if isinstance(batch, tuple) else batch
             if self._renderer is not None:
-                return self._renderer(_only(first))
+                return self._renderer(sample_at(first, 0))
         own: NDArray[np.generic] = np.asarray(next(iter(named_arrays(batch).values()))[0])
         return own
 
@@ -79,11 +79,10 @@ class JobPoints:
         found: list[Array] = []
         with self._lock:
             for source in self._data.sources:
-                leaves = list(named_arrays(source.load()).values())
-                last = np.asarray(leaves[-1])
-                if len(leaves) < 2 or last.ndim != 1 or last.dtype.kind not in "fiub":
+                own = labels_of(source.load())
+                if own is None:
                     return None
-                found.append(last)
+                found.append(own)
         return np.concatenate(found)
 
     def _load(self, start: int, stop: int) -> ArrayBatch:
@@ -110,25 +109,22 @@ def points_of_job(path: Path, result: InfluenceResult, render: str | None, compa
         ConfigError: The job file is not valid.
     """
     job = Job.read(path)
-    home, cut = InThisProcess(), result.provenance.get("chunks")
+    cut = result.provenance.get("chunks")
     if not isinstance(cut, Mapping):
         raise SettingError(f"`--job` is for results that a run made; {result.path} does not say how it was cut.")
-    data = {
-        "train": chunked(job.recipe(job.data.train), None, home, cut["train"]),
-        "test": chunked(job.recipe(job.data.test), None, home, cut["test"][0]),
-    }
+    data = data_of(job, cut)
     for axis, n in (("test", result.shape[0]), ("train", result.shape[1])):
-        if data[axis].n_samples != n:
+        if data[f"{axis}_data"].n_samples != n:
             raise SettingError(
-                f"the {axis} data of {path} are {data[axis].n_samples} samples, {result.path} has {n}. Take the job "
-                "that made it."
+                f"the {axis} data of {path} are {data[f'{axis}_data'].n_samples} samples, {result.path} has {n}. Take the "
+                "job that made it."
             )
     if compared:
-        require_same_inputs(result, job.influence_model()[0], {f"{axis}_data": own for axis, own in data.items()})
+        require_same_inputs(result, job.influence_model()[0], data)
     renderer = None if render is None else _renderer(job, render)
     return {
-        "test": JobPoints(data["test"], renderer, result.points("test")),
-        "train": JobPoints(data["train"], renderer, result.points("train")),
+        "test": JobPoints(data["test_data"], renderer, result.points("test")),
+        "train": JobPoints(data["train_data"], renderer, result.points("train")),
     }
 
 
@@ -137,12 +133,3 @@ def _renderer(job: Job, target: str) -> Renderer:
     if not isinstance(found, Renderer):
         raise SettingError(f"`render` {target!r} must name a callable, got {type(found).__name__}.")
     return found
-
-
-def _only(batch: ArrayBatch) -> object:
-    """Return the one sample of a batch of one, as the data set has it."""
-    if isinstance(batch, dict):
-        return {key: _only(value) for key, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(_only(value) for value in batch)
-    return np.asarray(batch)[0]

@@ -105,9 +105,9 @@ class ArnoldiInfluence(InfluenceFunctionModel):
     def influences_by_block(
         self,
         x_test: object,
-        y_test: Tensor | None = None,
+        y_test: object | None = None,
         x: object | None = None,
-        y: Tensor | None = None,
+        y: object | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> ByBlock:
         refused = x is None and y is not None  # by the general way, with its error

@@ -46,20 +46,20 @@ class InfluenceFunctionModel(CurvatureSystems):
 
     @overload
     def influence_factors(
-        self, x: object, y: Tensor | None = ..., *, return_report: Literal[False] = ...
+        self, x: object, y: object | None = ..., *, return_report: Literal[False] = ...
     ) -> Tensor: ...
     @overload
     def influence_factors(
-        self, x: object, y: Tensor | None = ..., *, return_report: Literal[True]
+        self, x: object, y: object | None = ..., *, return_report: Literal[True]
     ) -> tuple[Tensor, SolveReport]: ...
     def influence_factors(
-        self, x: object, y: Tensor | None = None, *, return_report: bool = False
+        self, x: object, y: object | None = None, *, return_report: bool = False
     ) -> Tensor | tuple[Tensor, SolveReport]:
         """Return (A + λI)⁻¹ ∇θ m for each test sample.
 
         Args:
-            x: The inputs [n, ...], or a whole batch (tuple, dict).
-            y: The targets [n, ...]; None where `x` is the whole batch.
+            x: The inputs [n, ...], or data that have the targets, as for `fit`.
+            y: The targets [n, ...]; None where `x` has them.
             return_report: Whether to return how far the solve of each row got.
 
         Returns:
@@ -72,12 +72,12 @@ class InfluenceFunctionModel(CurvatureSystems):
         factors, report = self.solve(gradients.rows)
         return (factors, report) if return_report else factors
 
-    def influence_factors_by_block(self, x: object, y: Tensor | None = None) -> "OrderedDict[str, Tensor]":
+    def influence_factors_by_block(self, x: object, y: object | None = None) -> "OrderedDict[str, Tensor]":
         """Return the factors of each block.
 
         Args:
-            x: The inputs [n, ...], or a whole batch (tuple, dict).
-            y: The targets [n, ...]; None where `x` is the whole batch.
+            x: The inputs [n, ...], or data that have the targets, as for `fit`.
+            y: The targets [n, ...]; None where `x` has them.
 
         Returns:
             Block → factors [n_test, p_block].
@@ -86,7 +86,7 @@ class InfluenceFunctionModel(CurvatureSystems):
         return OrderedDict((block, factors[:, columns]) for block, columns in self.risk.blocks.columns.items())
 
     def self_influences(
-        self, x: object, y: Tensor | None = None, *, rtol: float = 1e-3, maxiter: int = 500
+        self, x: object, y: object | None = None, *, rtol: float = 1e-3, maxiter: int = 500
     ) -> SelfInfluences:
         """Bracket the influence of each sample's training loss on itself, ⟨(A + λI)⁻¹ g, g⟩.
 
@@ -94,8 +94,8 @@ class InfluenceFunctionModel(CurvatureSystems):
         model, and the memory of four rows [p] for each sample.
 
         Args:
-            x: The inputs [n, ...], or a whole batch (tuple, dict).
-            y: The targets [n, ...]; None where `x` is the whole batch.
+            x: The inputs [n, ...], or data that have the targets, as for `fit`.
+            y: The targets [n, ...]; None where `x` has them.
             rtol: The width of the brackets, relative to the value, at which a sample is done.
             maxiter: The largest number of steps.
 
@@ -110,15 +110,15 @@ class InfluenceFunctionModel(CurvatureSystems):
         rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
         return self._fitted().self_influences(rows, rtol=rtol, maxiter=maxiter)
 
-    def self_influences_by_solve(self, x: object, y: Tensor | None = None) -> SelfInfluences:
+    def self_influences_by_solve(self, x: object, y: object | None = None) -> SelfInfluences:
         """Return the influence of each sample's training loss on itself, by this model's own solver.
 
         A training sample gets the value that it has as a test sample too. Costs one solve for each sample, and the
         memory of the gradients and factors [n, p].
 
         Args:
-            x: The inputs [n, ...], or a whole batch (tuple, dict).
-            y: The targets [n, ...]; None where `x` is the whole batch.
+            x: The inputs [n, ...], or data that have the targets, as for `fit`.
+            y: The targets [n, ...]; None where `x` has them.
 
         Returns:
             Values [n] with the bounds of the solve report; the bounds are infinite where it has none.
@@ -129,18 +129,19 @@ class InfluenceFunctionModel(CurvatureSystems):
     def influences(
         self,
         x_test: object,
-        y_test: Tensor | None = None,
+        y_test: object | None = None,
         x: object | None = None,
-        y: Tensor | None = None,
+        y: object | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> Tensor:
         """Return the influence of each training sample on each test sample.
 
         Args:
-            x_test: The inputs of the test samples [n_test, ...], or a whole batch.
-            y_test: The targets of the test samples; None where `x_test` is the whole batch.
-            x: The inputs of the training samples [n_train, ...], or a whole batch; the test samples if None.
-            y: The targets of the training samples; None where `x` is the whole batch.
+            x_test: The inputs of the test samples [n_test, ...], or data that have the targets.
+            y_test: The targets of the test samples; None where `x_test` has them.
+            x: The inputs of the training samples [n_train, ...], or data that have the targets; the test samples if
+                None.
+            y: The targets of the training samples; None where `x` has them.
             mode: "up" for weighting training samples up, "perturbation" for moving their inputs.
 
         Returns:
@@ -170,18 +171,19 @@ class InfluenceFunctionModel(CurvatureSystems):
     def influences_by_block(
         self,
         x_test: object,
-        y_test: Tensor | None = None,
+        y_test: object | None = None,
         x: object | None = None,
-        y: Tensor | None = None,
+        y: object | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> "OrderedDict[str, Tensor]":
         """Return the influences that each block contributes; they sum to `influences`.
 
         Args:
-            x_test: The inputs of the test samples [n_test, ...], or a whole batch.
-            y_test: The targets of the test samples; None where `x_test` is the whole batch.
-            x: The inputs of the training samples [n_train, ...], or a whole batch; the test samples if None.
-            y: The targets of the training samples; None where `x` is the whole batch.
+            x_test: The inputs of the test samples [n_test, ...], or data that have the targets.
+            y_test: The targets of the test samples; None where `x_test` has them.
+            x: The inputs of the training samples [n_train, ...], or data that have the targets; the test samples if
+                None.
+            y: The targets of the training samples; None where `x` has them.
             mode: "up" for weighting training samples up, "perturbation" for moving their inputs.
 
         Returns:
@@ -195,19 +197,20 @@ class InfluenceFunctionModel(CurvatureSystems):
         self,
         dampings: Sequence[Regularization],
         x_test: object,
-        y_test: Tensor | None = None,
+        y_test: object | None = None,
         x: object | None = None,
-        y: Tensor | None = None,
+        y: object | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> Tensor:
         """Return the influences for several dampings from one fit and one set of gradients.
 
         Args:
             dampings: The dampings λ; each is a number, a rule or a mapping, as for the model itself.
-            x_test: The inputs of the test samples [n_test, ...], or a whole batch.
-            y_test: The targets of the test samples; None where `x_test` is the whole batch.
-            x: The inputs of the training samples [n_train, ...], or a whole batch; the test samples if None.
-            y: The targets of the training samples; None where `x` is the whole batch.
+            x_test: The inputs of the test samples [n_test, ...], or data that have the targets.
+            y_test: The targets of the test samples; None where `x_test` has them.
+            x: The inputs of the training samples [n_train, ...], or data that have the targets; the test samples if
+                None.
+            y: The targets of the training samples; None where `x` has them.
             mode: "up" for weighting training samples up, "perturbation" for moving their inputs.
 
         Returns:
@@ -221,14 +224,14 @@ class InfluenceFunctionModel(CurvatureSystems):
         return stacked
 
     def influences_from_factors(
-        self, factors: Tensor, x: object, y: Tensor | None = None, mode: InfluenceMode | str = InfluenceMode.UP
+        self, factors: Tensor, x: object, y: object | None = None, mode: InfluenceMode | str = InfluenceMode.UP
     ) -> Tensor:
         """Return the influence of training samples on the test points of these factors.
 
         Args:
             factors: The factors of the test points, [n_test, p].
-            x: The inputs of the training samples [n_train, ...], or a whole batch.
-            y: The targets of the training samples; None where `x` is the whole batch.
+            x: The inputs of the training samples [n_train, ...], or data that have the targets.
+            y: The targets of the training samples; None where `x` has them.
             mode: "up" or "perturbation", as for `influences`.
 
         Returns:
@@ -243,15 +246,15 @@ class InfluenceFunctionModel(CurvatureSystems):
         self,
         factors: Mapping[str, Tensor],
         x: object,
-        y: Tensor | None = None,
+        y: object | None = None,
         mode: InfluenceMode | str = InfluenceMode.UP,
     ) -> "OrderedDict[str, Tensor]":
         """Return the influences that each block contributes, from the factors of each block.
 
         Args:
             factors: Block → factors [n_test, p_block].
-            x: The inputs of the training samples [n_train, ...], or a whole batch.
-            y: The targets of the training samples; None where `x` is the whole batch.
+            x: The inputs of the training samples [n_train, ...], or data that have the targets.
+            y: The targets of the training samples; None where `x` has them.
             mode: "up" or "perturbation", as for `influences`.
 
         Returns:

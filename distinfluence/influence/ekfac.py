@@ -320,7 +320,7 @@ class EkfacInfluence(InfluenceFunctionModel):
 
     @override
     def self_influences(
-        self, x: object, y: Tensor | None = None, *, rtol: float = 1e-3, maxiter: int = 500
+        self, x: object, y: object | None = None, *, rtol: float = 1e-3, maxiter: int = 500
     ) -> SelfInfluences:
         # No pass. Both bounds are the value: they are of this matrix, not of the curvature that it approximates.
         rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
@@ -358,7 +358,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         return {b: o for b, o in self._fitted().operators.items() if isinstance(o, KroneckerOperator)}
 
     def influences_by_token(
-        self, x_test: object, y_test: Tensor | None = None, x: object | None = None, y: Tensor | None = None
+        self, x_test: object, y_test: object | None = None, x: object | None = None, y: object | None = None
     ) -> Tensor:
         """Return the influence by position of the training samples; positions sum to the samples' influence.
 
@@ -379,7 +379,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         train = (x_test, y_test) if x is None else (x, y)
         return self.influences_from_factors_by_token(self.influence_factors(x_test, y_test), *train)
 
-    def influences_from_factors_by_token(self, factors: Tensor, x: object, y: Tensor | None = None) -> Tensor:
+    def influences_from_factors_by_token(self, factors: Tensor, x: object, y: object | None = None) -> Tensor:
         """Return the influence by position of the training samples, from factors.
 
         Args:

@@ -119,7 +119,7 @@ class LayerScorer(Scorer):
 class SupportsTokens(Protocol):
     """An influence model whose scores are known by position of the training samples."""
 
-    def influences_from_factors_by_token(self, factors: Tensor, x: object, y: Tensor | None = None) -> Tensor:
+    def influences_from_factors_by_token(self, factors: Tensor, x: object, y: object | None = None) -> Tensor:
         """[n_test, n_train, T]; positions sum to the samples' influence."""
 
 

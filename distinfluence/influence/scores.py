@@ -245,8 +245,8 @@ class Scorer:
 
 
 def trains_or_tests(
-    x_test: object, y_test: Tensor | None, x: object | None, y: Tensor | None
-) -> tuple[object, Tensor | None]:
+    x_test: object, y_test: object | None, x: object | None, y: object | None
+) -> tuple[object, object | None]:
     """Return the training samples, the test samples if left out. Raises SettingError for targets without inputs."""
     if x is not None:
         return x, y

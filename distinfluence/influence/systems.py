@@ -198,7 +198,8 @@ class CurvatureSystems:
         """Do the work that needs no test point.
 
         Args:
-            data: The training set as a DataLoader, a list of batches, one (x, y) pair, or a `ChunkReducer`.
+            data: The training set: arrays as one (x, y) pair or a dict, a data set, a DataLoader, a list of samples or
+                batches, or a `ChunkReducer`.
 
         Returns:
             The influence model itself.
@@ -355,8 +356,8 @@ class CurvatureSystems:
         """Check a batch and move it to the model's device.
 
         Args:
-            x: The inputs [n, ...], or a whole batch (tuple, dict).
-            y: The targets [n, ...]; None where `x` is the whole batch.
+            x: The inputs [n, ...], or data that have the targets, as for `fit`.
+            y: The targets [n, ...]; None where `x` has them.
 
         Returns:
             The batch: (x, y), or x alone where it is the whole batch.

@@ -42,7 +42,7 @@ class EmpiricalRisk:
     Args:
         model: Any `nn.Module`, in eval mode if it has dropout or batch statistics.
         loss: A torch loss of (outputs, targets), or an `Objective`.
-        data: A DataLoader, a list of batches, or one (x, y) pair.
+        data: Arrays as one (x, y) pair or a dict, a data set, a DataLoader, or a list of samples or batches.
         block_structure: The parameter blocks (see `ParameterBlocks.of`); by default one block.
 
     >>> import torch

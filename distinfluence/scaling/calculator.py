@@ -87,9 +87,10 @@ class InfluenceCalculator(ABC):
         """Fit to the training data: check and fingerprint every chunk, then do the work that needs no test point.
 
         Args:
-            x: Training points: arrays, a data set, a `Recipe` or a `ChunkedData`.
+            x: Training points: arrays, a data set, a DataLoader, a list of samples or batches, a `Recipe` of any of
+                these, or a `ChunkedData`.
             y: Their targets, unless `x` has them.
-            chunk_size: Samples in a chunk; 256 unless the data bring their own chunks.
+            chunk_size: Samples in a chunk; 256 unless the data come in batches or chunks.
             certify: Whether to find the ends of the spectrum, too, for error bounds where the curvature is not positive
                 semi-definite by construction (see `InfluenceFunctionModel.spectrum`).
             progress: Whether to show progress bars, or what shows them.

@@ -134,7 +134,7 @@ def test_what_cannot_be_cut_says_why(x: object, y: object, error: type[Exception
 def test_a_chunk_size_must_be_a_positive_number(chunk_size: Any) -> None:
     with pytest.raises(ChunkError, match=r"chunk_size.*≥ 1"):
         cut(X, Y, chunk_size=chunk_size)
-    assert cut(X, Y, chunk_size=np.int64(5)).sizes == (5, 5, 5, 5, 3)  # type: ignore[arg-type]
+    assert cut(X, Y, chunk_size=np.int64(5)).sizes == (5, 5, 5, 5, 3)
 
 
 def test_batches_are_kept_in_chunks_of_one_size() -> None:

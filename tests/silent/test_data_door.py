@@ -1,6 +1,8 @@
 """One door for data: the same samples for influence models, calculators and job files, or the same refusal."""
 
 import functools
+import os
+import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import scipy.sparse
 import torch
 import zarr
+from distributed import Client
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -23,13 +26,21 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
-from distinfluence import DirectInfluence, Objective, Recipe, SequentialInfluenceCalculator
+from distinfluence import (
+    DaskInfluenceCalculator,
+    DirectInfluence,
+    LanguageModelObjective,
+    Objective,
+    Recipe,
+    SequentialInfluenceCalculator,
+)
 from distinfluence.errors import (
     ChunkError,
     DistinfluenceError,
@@ -41,9 +52,12 @@ from distinfluence.errors import (
     ShapeError,
 )
 from distinfluence.model.batch import Batch
+from distinfluence.model.data.door import opened
 from distinfluence.model.identity.probe import Checked
 from distinfluence.model.objective import Forward
+from distinfluence.model.reducer import READ_TWICE
 from distinfluence.scaling.data.chunks import recut
+from distinfluence.scaling.data.sources import DatasetSource
 
 N = 60
 ALL = list(range(N))
@@ -105,12 +119,12 @@ def dense(indices: Sequence[int]) -> Tensor:
         return nn.functional.cross_entropy(x @ theta[:6].view(2, 3).T + theta[6:], y, reduction="none")
 
     functional = torch.autograd.functional
-    hessian: Tensor = functional.hessian(lambda t: losses(t, x, y).mean(), flat)  # type: ignore[no-untyped-call, assignment]
-    rows = [
-        functional.jacobian(lambda t, a=a, b=b: losses(t, a.double(), b), flat)  # type: ignore[no-untyped-call, misc]
-        for a, b in ((X_TEST, Y_TEST), (x, y))
+    hessian: Any = functional.hessian(lambda t: losses(t, x, y).mean(), flat)
+    rows: list[Any] = [
+        functional.jacobian(lambda t, a=a, b=b: losses(t, a.double(), b), flat) for a, b in ((X_TEST, Y_TEST), (x, y))
     ]
-    return rows[0] @ torch.linalg.solve(hessian + DAMPING * torch.eye(8).double(), rows[1].T)
+    found: Tensor = rows[0] @ torch.linalg.solve(hessian + DAMPING * torch.eye(8).double(), rows[1].T)
+    return found
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
@@ -228,7 +242,7 @@ TAKEN: dict[str, tuple[list[int], Callable[[Path], Any]]] = {
     "zarr": (ALL, on_disk),
     "a dict of tensors": (ALL, lambda _: {"x": X, "y": Y}),
     "a dict of a frame and a series": (ALL, lambda _: {"x": frame(), "y": pd.Series(Y.numpy())}),
-    "samples": (ALL, lambda _: list(Pairs())),
+    "samples": (ALL, lambda _: [Pairs()[i] for i in ALL]),
     "samples of Python numbers": (ALL, lambda _: rows()),
     "samples in lists": (ALL, lambda _: [[x, y] for x, y in zip(X.tolist(), Y.tolist(), strict=True)]),
     "batches": (ALL, lambda _: list(loader())),
@@ -295,7 +309,7 @@ class Sized:
 
 
 WEIGHTED = WeightedRandomSampler([1.0] * N, N)
-PART = DistributedSampler(Pairs(), num_replicas=2, rank=0)
+PART: Any = DistributedSampler(Pairs(), num_replicas=2, rank=0)
 MANY = [(torch.ones(1 + i % 2), torch.ones(1 + i % 2)) for i in range(340)]
 
 REFUSED: dict[str, tuple[type[DistinfluenceError], str, Callable[[Path], Any]]] = {
@@ -320,7 +334,7 @@ REFUSED: dict[str, tuple[type[DistinfluenceError], str, Callable[[Path], Any]]] 
     ),
     "a bare stream": (DtypeError, r"got Streamed.*DataLoader\(…, batch_size", lambda _: Streamed()),
     "a stream of samples": (ShapeError, "got a scalar", lambda _: loader(Streamed(), batch_size=None)),
-    "a generator": (DtypeError, "got generator.*wrap a generator in a list", lambda _: (pair for pair in Pairs())),
+    "a generator": (DtypeError, "got generator.*wrap a generator in a list", lambda _: (pair for pair in Streamed())),
     "strings": (DtypeError, r"\['text'\]` must hold numbers, got str.*remove_columns", lambda _: Words()),
     "strings of Hugging Face": (
         DtypeError,
@@ -438,3 +452,124 @@ def in_memory_whole(data: Any, **_: Any) -> None:
 
 def by_calculator_whole(data: Any, **_: Any) -> None:
     SequentialInfluenceCalculator(influence()).fit(data)
+
+
+def test_opening_a_loader_draws_nothing_from_the_callers_generators() -> None:
+    own, numpy = torch.Generator().manual_seed(3), np.random.default_rng(3)
+
+    class Numpys(Sampler[int]):
+        def __init__(self) -> None:
+            self.generator = numpy
+
+        def __iter__(self) -> Iterator[int]:
+            return iter([*self.generator.permutation(N).tolist(), np.random.randint(1), random.randrange(1)])
+
+        def __len__(self) -> int:
+            return N + 2
+
+    def states() -> list[object]:
+        return [
+            torch.get_rng_state().tolist(),
+            own.get_state().tolist(),
+            numpy.bit_generator.state,
+            np.random.get_state()[1].tolist(),
+            random.getstate(),
+        ]
+
+    before = states()
+    for data in (
+        loader(shuffle=True),
+        loader(sampler=SubsetRandomSampler(SOME, generator=own)),
+        loader(sampler=RandomSampler(Pairs(), num_samples=N, generator=own), generator=own),
+        loader(sampler=Numpys()),
+    ):
+        for batch in opened(data).batches():
+            assert isinstance(batch, tuple)
+        assert states() == before
+
+
+def test_tensors_are_passed_on_and_not_copied() -> None:
+    samples = opened(X, Y)
+    batch = samples.read(0, N)
+    assert isinstance(batch, tuple)
+    assert batch[0] is X
+    assert batch[1] is Y
+    assert [len(part[0]) for part in samples.batches()] == [N]
+
+
+def test_two_batches_of_tokens_in_a_list_are_batches() -> None:
+    """Not token ids and labels: the second batch counted as the labels of the first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    ids = torch.randint(5, (6, 4))
+    apart = DirectInfluence(model, LanguageModelObjective(), DAMPING, second_order_mode="ggn").fit([ids[:3], ids[3:]])
+    whole = DirectInfluence(model, LanguageModelObjective(), DAMPING, second_order_mode="ggn").fit(ids)
+    assert apart.reducer.chunk_sizes == (3, 3)
+    assert apart.reducer.n_samples == 6
+    torch.testing.assert_close(apart.influences(ids), whole.influences(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [Pairs, loader, lambda: [(X, Y)], Again, lambda: Recipe(f"{__name__}:built")])
+def test_targets_next_to_data_that_have_them_are_refused(make: Callable[[], Any]) -> None:
+    calculator = SequentialInfluenceCalculator(influence()).fit(X, Y)
+    with pytest.raises(SettingError, match="`y`"):
+        calculator.chunked(make(), Y)
+    if not isinstance(make(), Recipe):
+        with pytest.raises(SettingError, match="pass it alone"):
+            influence().fit((X, Y)).influences(make(), Y)
+
+
+class Elsewhere(Pairs):
+    """Counts the samples that are read in the process that made it."""
+
+    reads = 0
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        Elsewhere.reads += os.getpid() == self.process
+        return super().__getitem__(index)
+
+
+def test_samples_behind_workers_are_read_by_them_alone() -> None:
+    assert influence().fit(loader(Elsewhere(), num_workers=1, sampler=SOME)).reducer.n_samples == len(SOME)
+    assert Elsewhere.reads == 0
+    influence().fit(loader(Elsewhere(), sampler=SOME))
+    assert Elsewhere.reads == len(SOME) + 2 * READ_TWICE
+
+
+class Counted(InBatches):
+    reads = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        Counted.reads += 1
+        return super().__iter__()
+
+
+def test_a_stream_is_read_once_by_a_calculator_and_once_for_a_recipe() -> None:
+    by_calculator(loader(Counted(), batch_size=None))
+    assert Counted.reads == 1
+    calculator = SequentialInfluenceCalculator(influence())
+    calculator.fit(recut(calculator.chunked(Recipe(f"{__name__}:counted")), 16))
+    assert Counted.reads == 2
+
+
+def counted() -> Any:
+    return loader(Counted(), batch_size=None)
+
+
+def test_chunks_of_a_subset_carry_its_order_once() -> None:
+    """A chunk is a start and a stop; the indices lie with the data set, and all chunks share its bytes."""
+    data = SequentialInfluenceCalculator(influence()).chunked(over(Pairs(), SOME), chunk_size=1)
+    assert len(data.sources) == len(SOME)
+    pickles = {id(source.recipe) for source in data.sources if isinstance(source, DatasetSource)}
+    assert len(pickles) == 1
+
+
+@pytest.mark.parametrize("kind", ["batches", "a batch sampler over a subset", "Hugging Face", "a loader over a stream"])
+def test_workers_of_a_cluster_read_the_same_samples(kind: str, client: Client, tmp_path: Path) -> None:
+    indices, make = TAKEN[kind]
+    calculator = DaskInfluenceCalculator(influence(), client, scratch=tmp_path)
+    found = calculator.fit(make(tmp_path)).influences(X_TEST, Y_TEST).compute()
+    torch.testing.assert_close(torch.as_tensor(found).double(), dense(indices), rtol=1e-4, atol=1e-5)  # float32
