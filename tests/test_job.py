@@ -9,7 +9,7 @@ import pytest
 
 from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping
 from distinfluence.app import job
-from distinfluence.app.config import Job
+from distinfluence.app.config import ClusterSection, Job
 from distinfluence.app.yaml_file import to_yaml
 from distinfluence.errors import ConfigError, MissingDependencyError, RecipeError
 from distinfluence.influence.registry import METHODS
@@ -160,6 +160,22 @@ def test_every_method_has_a_name_in_job_files(name: str, tmp_path: Path) -> None
 
 
 OF_TESTS = {kind for kind in InfluenceFunctionModel.__subclasses__() if not kind.__module__.startswith("distinfluence")}
+
+
+@pytest.mark.parametrize(
+    ("written", "limit"), [("0.5", "0.5"), ("0", "0"), ("4294967296", "4294967296"), ("4GiB", "4GiB"), ("auto", "auto")]
+)
+def test_a_memory_limit_is_a_share_or_bytes(written: str, limit: str, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(f"memory_limit: {written}\n")
+    assert ClusterSection.read(tmp_path / "cluster.yaml").spec().memory_limit == limit
+
+
+def test_numbers_may_be_names_where_a_text_is_meant(tmp_path: Path) -> None:
+    made = Job.parse(content(output=2026, scratch=7, model={"factory": "a:b", "checkpoint": 3}), tmp_path)
+    assert (made.result, made.scratch) == ((tmp_path / "2026").resolve(), Path("7"))
+    assert made.model.checkpoint == Path("3")
+    assert Job.parse(content(contributions=3), tmp_path).options().contributions == 3
+    assert Job.parse(content(contributions=False), tmp_path).options().contributions == 0
 
 
 def test_numbers_need_no_dot(tmp_path: Path) -> None:

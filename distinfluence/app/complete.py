@@ -6,11 +6,9 @@ drawn samples. The samples are read and the model is evaluated in this process, 
 Where anything differs, is larger or cannot be known here, the run goes its usual way: workers decide, and refuse.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from distinfluence.app.config import Job
-from distinfluence.errors import StoreError
 from distinfluence.influence import InfluenceFunctionModel
 from distinfluence.model.identity.probe import Probe, probed
 from distinfluence.model.identity.structure import structure
@@ -58,17 +56,16 @@ def complete_result(job: Job, model: InfluenceFunctionModel, options: RunOptions
     """
     try:
         result = open_influences(job.result)
-        if not (result.complete and _is_whole(result, options) and _is_asked(result, job, model, options)):
-            return None
-    except StoreError:  # a run says what is wrong with it
+        same = (
+            result.complete
+            and _is_whole(result, options)
+            and _is_asked(result, job, model, options)
+            and max(result.provenance["comparison_bytes"].values()) <= MOST_BYTES
+            and _is_of_these_data(result, job, model)
+        )
+    except Exception:  # no result, or a damaged one, or data that only workers can read: a run says so
         return None
-    needed = result.provenance.get("comparison_bytes")
-    if not isinstance(needed, Mapping) or max(needed.values()) > MOST_BYTES:
-        return None
-    try:
-        return result if _is_of_these_data(result, job, model) else None
-    except Exception:  # data that cannot be had in this process may be there for the workers
-        return None
+    return result if same else None
 
 
 def _is_whole(result: InfluenceResult, options: RunOptions) -> bool:
@@ -87,9 +84,7 @@ def _is_whole(result: InfluenceResult, options: RunOptions) -> bool:
 def _is_asked(result: InfluenceResult, job: Job, model: InfluenceFunctionModel, options: RunOptions) -> bool:
     """Compare all that is known without the data."""
     recorded, layout, module = result.provenance, result.layout, model.risk.module
-    cut = recorded.get("chunks")
-    if not isinstance(cut, Mapping):
-        return False
+    cut = recorded["chunks"]
     sizes = (
         (options.chunk_size, cut["train"], layout.n_train),
         (options.test_chunk_size, cut["test"][0], layout.n_test),

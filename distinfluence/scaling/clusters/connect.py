@@ -128,7 +128,7 @@ def _is_share(limit: str) -> bool:
     """Say whether Dask reads a memory limit as a share of the host's memory; 0 is no limit."""
     try:
         return 0 <= float(limit) <= 1
-    except ValueError:
+    except (ValueError, TypeError):
         return False
 
 
