@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from distinfluence.errors import ConfigError, SettingError
+from distinfluence.errors import ConfigError, DistinfluenceError, SettingError
 from distinfluence.influence import InfluenceFunctionModel, RelativeDamping
 from distinfluence.influence.registry import METHODS
 from distinfluence.model.objective import Loss, Objective
@@ -232,8 +232,11 @@ class Job(Section):
         parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
         if "hessian_regularization" in parameters:
             parameters["hessian_regularization"] = _damping(parameters["hessian_regularization"])
+        method, module, loss = self.method_class(), recipe.build(), self._loss()
         try:
-            influence = self.method_class()(recipe.build(), loss=self._loss(), **parameters)
+            influence = method(module, loss=loss, **parameters)
+        except DistinfluenceError:  # of which some are TypeErrors, too: of the model, which they say
+            raise
         except TypeError as error:
             raise ConfigError(f"`method` {self.method} does not fit: {error}. Correct its parameters.") from error
         mixed = self.model.mixed_precision
