@@ -11,7 +11,7 @@ from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, 
 from distinfluence.app import job
 from distinfluence.app.config import ClusterSection, Job
 from distinfluence.app.yaml_file import to_yaml
-from distinfluence.errors import ConfigError, MissingDependencyError, RecipeError
+from distinfluence.errors import ConfigError, MissingDependencyError, RecipeError, UnsupportedModelError
 from distinfluence.influence.registry import METHODS
 
 
@@ -36,6 +36,12 @@ def test_a_job_builds_the_influence_model_that_it_names(tmp_path: Path) -> None:
     assert isinstance(model, CgInfluence)
     assert model.settings()["rtol"] == 1e-4
     assert len(model.damping) == 2
+
+
+def test_a_model_that_cannot_be_used_is_not_told_as_a_fault_of_the_method(tmp_path: Path) -> None:
+    factory = {"target": "torch.nn:LazyLinear", "arguments": {"out_features": 2}}
+    with pytest.raises(UnsupportedModelError, match="`job`, `model`: `model` has the parameter 'weight', which is not initialised"):
+        Job.parse(content(model={"factory": factory}), tmp_path).influence_model()
 
 
 def test_a_job_may_ask_for_mixed_precision(tmp_path: Path) -> None:

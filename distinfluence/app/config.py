@@ -26,7 +26,7 @@ from pydantic import (
 
 from distinfluence.app.mistakes import explain, line_of, misfit, suggestion
 from distinfluence.app.yaml_file import YamlFile, read_yaml
-from distinfluence.errors import ClusterError, ConfigError, DistinfluenceError, SettingError
+from distinfluence.errors import ClusterError, ConfigError, DistinfluenceError, SettingError, UnsupportedModelError
 from distinfluence.influence import InfluenceFunctionModel, RelativeDamping
 from distinfluence.influence.registry import METHODS
 from distinfluence.model.objective import Loss, Objective
@@ -291,6 +291,8 @@ class Job(Section):
                 parameters[_DAMPING] = _damping(parameters[_DAMPING])
             try:
                 influence = self.method_class()(module, loss=loss, **parameters)
+            except DistinfluenceError:  # Some are TypeErrors, too.
+                raise
             except TypeError as error:
                 raise ConfigError(f"{self.method} does not fit: {error}. Correct its parameters.") from error
         mixed = self.model.mixed_precision
@@ -304,6 +306,7 @@ class Job(Section):
         except ClusterError:  # which says nothing of what the file says
             raise
         except DistinfluenceError as error:
+            place = ("model",) if isinstance(error, UnsupportedModelError) else place
             line = line_of(self._file, place, str(error))
             where = f"`{self._file.name}`{'' if line is None else f', line {line}'}, `{'.'.join(place)}`"
             raise type(error)(f"{where}: {error}") from error

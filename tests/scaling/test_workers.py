@@ -57,7 +57,7 @@ def test_a_client_that_cannot_be_used_is_told_at_once(client: Client, case: Case
     asyncio.run(pass_it())
     for workers in (0, True, 1.5):
         with pytest.raises(SettingError, match="`workers` must be a whole number ≥ 1"):
-            DaskInfluenceCalculator(direct(case), client, workers=workers)  # type: ignore[arg-type]
+            DaskInfluenceCalculator(direct(case), client, workers=workers)
 
 
 def direct(case: Case) -> DirectInfluence:

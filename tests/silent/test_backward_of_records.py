@@ -140,7 +140,7 @@ UNRECORDED = {"HookOnWhatEachSampleShares": {"place.weight"}}  # names of parame
 
 
 def fitted(model: nn.Module, **settings: Any) -> EkfacInfluence:
-    return EkfacInfluence(model, LOSS, 0.1, **settings).fit((X, Y))
+    return EkfacInfluence(model, True, 0.1, loss=LOSS, **settings).fit((X, Y))
 
 
 def theta_of(model: nn.Module) -> Tensor:
