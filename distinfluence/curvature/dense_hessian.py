@@ -11,6 +11,7 @@ what p products with the Hessian cost. Where a model is anything else, its colum
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.model.untouched import double_differentiable
 
 DIRECTION_BYTES = 64 * 2**20  # of forward derivatives that are held at once
+_CHAINS: WeakKeyDictionary[SampleRisk, tuple[LayerLayout, Sequence[Unit] | None]] = WeakKeyDictionary()
 Tensors = tuple[Tensor, ...]
 
 
@@ -42,10 +44,10 @@ class DenseHessian:
     def __call__(self, risk: SampleRisk, batch: Batch, *broadcast: Tensor) -> tuple[Tensor, ...]:
         """Sum over some samples at a time."""
         restricted = risk.restrict(self.block)
-        if "chain" not in restricted.found:
+        if restricted not in _CHAINS:
             layout = layout_of(restricted, batch)
-            restricted.found["chain"] = layout, _chain(restricted, layout, batch)
-        layout, units = restricted.found["chain"]
+            _CHAINS[restricted] = layout, _chain(restricted, layout, batch)
+        layout, units = _CHAINS[restricted]
         if units is None:
             return (torch.zeros(0, 0, dtype=restricted.dtype, device=restricted.device),)
         try:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -132,6 +133,10 @@ FEWEST = 16  # samples in a piece of a chunk
 FEW_ROWS = 8  # fewer rows have a choice of their own; and as many are timed for that of more
 AT_ONCE = 16  # rows through one vectorised derivative on a CPU: fewer cost overhead, more leave the cache
 
+CONVOLVED_BYTES: WeakKeyDictionary[SampleRisk, int] = WeakKeyDictionary()  # of a sample's activations, see `pieces_of`
+_FAILED: WeakKeyDictionary[SampleRisk, set[str]] = WeakKeyDictionary()  # products that failed for one row already
+_ONCE_DIFFERENTIABLE: WeakKeyDictionary[SampleRisk, list[str]] = WeakKeyDictionary()  # names of operators
+
 
 def vectorised(product: Product, risk: SampleRisk) -> Product:
     """Apply the product of one row [p] to rows [k, p], AT_ONCE at once or as many as memory allows."""
@@ -149,9 +154,9 @@ def pieces_of(risk: SampleRisk, batch: Batch, n_rows: int) -> Iterator[Batch]:
     if risk.device.type != "cpu" or n <= FEWEST:
         yield batch
         return
-    if "convolved bytes" not in risk.found:
-        risk.found["convolved bytes"] = convolved_bytes(risk, batch)
-    at_most = max(FEWEST, WORKING_BYTES // max(1, min(n_rows, AT_ONCE) * risk.found["convolved bytes"]))
+    if risk not in CONVOLVED_BYTES:
+        CONVOLVED_BYTES[risk] = convolved_bytes(risk, batch)
+    at_most = max(FEWEST, WORKING_BYTES // max(1, min(n_rows, AT_ONCE) * CONVOLVED_BYTES[risk]))
     n_pieces = -(-n // at_most)
     for k in range(n_pieces):  # of nearly equal size
         yield take(batch, k * n // n_pieces, (k + 1) * n // n_pieces)
@@ -235,14 +240,13 @@ def product_of_rows(risk: SampleRisk, mode: Mode, ways: Sequence[Product], batch
         except torch.OutOfMemoryError:
             raise
         except Exception:  # for one row already: not tried again
-            risk.found[fails] = True
+            _FAILED.setdefault(risk, set()).add(mode.what)
             raise
         return way(rows)
 
-    fails = f"{mode.what} fail"
     with double_differentiable(), risk.holding_padding():
         rows = recordable(rows)
-        product, failure = (None, None) if mode.last and fails in risk.found else attempt(usual, rows)
+        product, failure = (None, None) if mode.last and mode.what in _FAILED.get(risk, ()) else attempt(usual, rows)
         if product is not None and (mode.last is None or torch.isfinite(product).all()):
             return product
         instead, reason = (None, failure) if mode.last is None else attempt(mode.last, rows)
@@ -308,11 +312,10 @@ def once_differentiable(risk: SampleRisk, batch: Batch) -> list[str]:
 
     Autograd seldom raises for them: it cuts the graph there, and second derivatives are wrong.
     """
-    if ONCE not in risk.found:
+    if risk not in _ONCE_DIFFERENTIABLE:
         with differentiable(risk) as parameters:
-            risk.found[ONCE] = once_differentiable_in(risk.losses(parameters, batch).sum())
-    names: list[str] = risk.found[ONCE]
-    return names
+            _ONCE_DIFFERENTIABLE[risk] = once_differentiable_in(risk.losses(parameters, batch).sum())
+    return _ONCE_DIFFERENTIABLE[risk]
 
 
 def once_differentiable_in(value: Tensor) -> list[str]:

@@ -8,13 +8,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from distinfluence.errors import NonFiniteError, SettingError, ShapeError
 from distinfluence.influence.checks.mixed import check_mixed
-from distinfluence.layers.layout import layout_of
+from distinfluence.layers.layout import LayerLayout, layout_of
 from distinfluence.layers.queries import unit_queries
 from distinfluence.layers.scores import LayerScores, layer_scores
 from distinfluence.model.batch import Batch, batch_length, take
@@ -27,6 +28,7 @@ from distinfluence.model.gradients import (
 )
 from distinfluence.model.sample_risk import SampleRisk
 
+LAYOUTS: WeakKeyDictionary[SampleRisk, LayerLayout | None] = WeakKeyDictionary()  # None: gradients are made whole
 CONFIRMED = 4  # samples of a batch whose scores are compared with those of their gradients
 
 
@@ -117,11 +119,11 @@ def _by_layers(risk: SampleRisk, factors: Tensor, batch: Batch) -> Tile | None:
     on, where layers that are known have less than half of the parameters, or the model uses them in another way in
     this batch than in the first: some samples of every batch are compared with their gradients.
     """
-    if "scores" not in risk.found:
-        layout = layout_of(risk, batch)
-        known = sum(unit.size for unit in layout.units if unit.uses)
-        risk.found["scores"] = layout if 2 * known >= risk.size else None
-    layout = risk.found["scores"]
+    if risk not in LAYOUTS:
+        first = layout_of(risk, batch)
+        in_layers = sum(unit.size for unit in first.units if unit.uses)
+        LAYOUTS[risk] = first if 2 * in_layers >= risk.size else None
+    layout = LAYOUTS[risk]
     if layout is None:
         return None
     try:
@@ -131,10 +133,10 @@ def _by_layers(risk: SampleRisk, factors: Tensor, batch: Batch) -> Tile | None:
     except (torch.OutOfMemoryError, NonFiniteError):
         raise
     except (RuntimeError, ValueError, IndexError):  # a layout that is not this batch's, shapes that do not go together
-        risk.found["scores"] = None
+        LAYOUTS[risk] = None
         return None
     if not _confirmed(risk, factors, batch, tile):
-        risk.found["scores"] = None
+        LAYOUTS[risk] = None
         return None
     return tile
 

@@ -62,10 +62,10 @@ class CurvatureSystems:
         self._risk: SampleRisk | None = None
         self._bind(model)
 
-    def _bind(self, model: nn.Module, device: torch.device | None = None) -> None:
+    def _bind(self, model: nn.Module, device: torch.device | None = None, *, timed: bool = False) -> None:
         blocks = ParameterBlocks.of(model, self.block_structure)
         self._asked = damping_by_block(blocks, self.hessian_regularization)
-        self._risk = SampleRisk(model, self.objective, blocks, device, autocast=self._autocast)
+        self._risk = SampleRisk(model, self.objective, blocks, device, autocast=self._autocast, timed=timed)
 
     def solver(self, damping: float) -> Solver[Any]:
         """Return the solver for this damping.
@@ -211,11 +211,7 @@ class CurvatureSystems:
             DtypeError: If the data have a type that cannot be used.
         """
         start = time.perf_counter()
-        if isinstance(data, ChunkReducer):
-            reducer = data
-        else:
-            self._bind(self.risk.module, self.risk.device)  # buffers and mode as they are now
-            reducer = LocalReducer(self.risk, data)
+        reducer = self.reducer_of(data)
         if reducer.drawn and (reducer.checked is None or reducer.checked.products != self._products):
             reducer.checked = self.check(reducer.drawn)
             reducer.remarks = tuple(dict.fromkeys((*reducer.remarks, *reducer.checked.remarks)))
@@ -225,6 +221,20 @@ class CurvatureSystems:
         solvers = self._solvers(resolved(self._asked, curvature.operators))
         self._fit = Fitted.of(self.risk, reducer, str(self.second_order_mode), curvature, solvers, begun)
         return self
+
+    def reducer_of(self, data: object) -> ChunkReducer:
+        """Return a training set as a reducer: in this process, with the model's buffers and mode as they are now.
+
+        Args:
+            data: The training set, as for `fit`; a `ChunkReducer` is returned as it is.
+
+        Returns:
+            The reducer.
+        """
+        if isinstance(data, ChunkReducer):
+            return data
+        self._bind(self.risk.module, self.risk.device, timed=True)  # one process does all of every sum
+        return LocalReducer(self.risk, data)
 
     def check(self, drawn: Sequence[Batch]) -> Checked:
         """Check the derivatives that a fit will use; see `influence.checks`.

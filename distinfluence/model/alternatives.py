@@ -16,14 +16,16 @@ class Alternatives:
     """The choice among equivalent ways, made once for each quantity of a model.
 
     Attributes:
-        timed: Whether `fastest` times the ways on the first chunk. Off where several processes work on one sum, which
-            must not depend on which of them took which part.
+        timed: Whether `fastest` times the ways on the first chunk: for one process that does all of every sum. Where
+            several work on one sum, it must not depend on which of them took which part.
         chosen: Quantity → number of the way that was chosen for it.
     """
 
-    def __init__(self, device: torch.device, precise: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self, device: torch.device, precise: Callable[[], AbstractContextManager[None]], timed: bool = False
+    ) -> None:
         self._device, self._precise = device, precise
-        self.timed = False
+        self.timed = timed
         self.chosen: dict[str, int] = {}
 
     def choose(self, what: str, ways: Sequence[Way], small: Any) -> Way:

@@ -8,6 +8,7 @@ second derivative [n, p, *input] is never made. What vmap cannot take is done by
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ REUSED_BYTES = 32 * 2**20  # on a CPU, if that is enough for FEW_SAMPLES: what i
 FEW_SAMPLES, ENOUGH_SAMPLES = 128, 256  # fewer make products with many rows slower; more than ENOUGH gain nothing
 EVEN = 16  # samples of which a micro-batch is a multiple: products with other numbers take up to half as long again
 ROW_BYTES = 512 * 2**20  # of tangents that one vectorised derivative may hold, by a rough estimate
+_ROWS_THAT_FIT: WeakKeyDictionary[SampleRisk, int] = WeakKeyDictionary()  # found out where a GPU's memory ended
 MOST_ROWS = 32  # at once on a CPU: fewer cost overhead, more leave its cache (tests/benchmarks/passes.py)
 ON_GPU = 4  # times as many bytes, and twice that in rows: small pieces wait for Python (tests/benchmarks/gpu.py)
 
@@ -109,14 +111,14 @@ def over_rows(
     def apply(*arguments: Any) -> Tensor:
         while True:
             known = rows_at_once(risk.size * risk.dtype.itemsize, on_cpu, most)
-            step = min(known, risk.found.get("rows that fit", known))
+            step = min(known, _ROWS_THAT_FIT.get(risk, known))
             try:
                 result: Tensor = vmap(of_one, in_dims=in_dims, chunk_size=step)(*arguments)
                 return result
             except torch.OutOfMemoryError:
                 if on_cpu or step == 1:
                     raise
-            risk.found["rows that fit"] = min(step, arguments[0].shape[0]) // 2 or 1
+            _ROWS_THAT_FIT[risk] = min(step, arguments[0].shape[0]) // 2 or 1
             torch.cuda.empty_cache()
 
     return apply

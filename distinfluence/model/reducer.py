@@ -160,7 +160,6 @@ class LocalReducer(LoopReducer):
 
     def __init__(self, risk: SampleRisk, data: object) -> None:
         super().__init__(risk)
-        risk.ways.timed = True  # one process does all of every sum
         self._samples = opened(data, name="data")
         self._kept: list[Batch] | None = []
         self._together: list[Batch] = []  # the same samples in fewer, larger batches

@@ -60,7 +60,7 @@ class EmpiricalRisk:
         block_structure: BlockStructure = BlockMode.FULL,
     ) -> None:
         blocks = ParameterBlocks.of(model, block_structure)
-        self.reducer: ChunkReducer = LocalReducer(SampleRisk(model, as_objective(loss), blocks), data)
+        self.reducer: ChunkReducer = LocalReducer(SampleRisk(model, as_objective(loss), blocks, timed=True), data)
 
     @classmethod
     def over(cls, reducer: ChunkReducer) -> "EmpiricalRisk":

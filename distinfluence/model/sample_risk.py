@@ -75,7 +75,8 @@ class SampleRisk:
     its own, and in float32 for bfloat16 and float16: derivatives and sums of theirs have two or three digits.
     Raises ModelModeError for a module in train mode with dropout or batch statistics.
     autocast: bfloat16 or float16 to run the model itself under torch's autocast; parameters, what the loss sees,
-    gradients and every sum over samples stay in `dtype`. None: the model runs in `dtype` alone.
+    gradients and every sum over samples stay in `dtype`. None: the model runs in `dtype` alone. timed: see
+    `Alternatives`.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class SampleRisk:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
+        timed: bool = False,
     ) -> None:
         check_mode(module)
         self.module = module
@@ -98,10 +100,9 @@ class SampleRisk:
         self.autocast = autocast
         with torch.inference_mode(False):
             self._take_tensors(module)
-        self.ways = Alternatives(self.device, self.in_own_precision)
+        self.ways = Alternatives(self.device, self.in_own_precision, timed)
         self.kept_rows = KeptRows()
         self._recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
-        self.found: dict[str, Any] = {}  # what has been found out about the model, for the next chunk
         self._n_classes: int | None = None  # the outputs that class labels count, once one is known
         self._restricted: dict[str, SampleRisk] = {}
         self._in_double: SampleRisk | None = None
@@ -154,7 +155,7 @@ class SampleRisk:
         other = copy.copy(self)
         other.parameters = dict(parameters)
         other.ways, other.kept_rows = Alternatives(other.device, other.in_own_precision), KeptRows()
-        other.found, other._restricted, other._in_double = {}, {}, None
+        other._restricted, other._in_double = {}, None
         return other
 
     def with_objective(self, objective: Objective) -> "SampleRisk":
@@ -170,32 +171,31 @@ class SampleRisk:
         if block not in self._restricted:
             only = self.blocks.only(block)
             self._restricted[block] = SampleRisk(
-                self.module, self.objective, only, self.device, self._asked_dtype, self.autocast
+                self.module, self.objective, only, self.device, self._asked_dtype, self.autocast, self.ways.timed
             )
-            self._restricted[block].ways.timed = self.ways.timed
         return self._restricted[block]
 
     def only(self, names: tuple[str, ...]) -> "SampleRisk":
         """Return the same risk as a function of some of the covered parameters."""
         key = "\n".join(names)
         if key not in self._restricted:
-            self._restricted[key] = self.apart(names)
-            self._restricted[key].ways.timed = self.ways.timed
+            self._restricted[key] = self.apart(names, timed=self.ways.timed)
         return self._restricted[key]
 
-    def apart(self, names: tuple[str, ...], dtype: torch.dtype | None = None) -> "SampleRisk":
+    def apart(self, names: tuple[str, ...], dtype: torch.dtype | None = None, timed: bool = False) -> "SampleRisk":
         """As `only`, evaluated in another dtype if given, and not kept."""
         shapes = {name: self.blocks.shapes[name] for name in names}
         left_out = tuple(name for name in self.blocks.shapes if name not in shapes)
         own = ParameterBlocks({"\n".join(names): names}, shapes, self.blocks.n_total, self.blocks.uncovered + left_out)
         asked, autocast = (self._asked_dtype, self.autocast) if dtype is None else (dtype, None)
-        return SampleRisk(self.module, self.objective, own, self.device, asked, autocast)
+        return SampleRisk(self.module, self.objective, own, self.device, asked, autocast, timed)
 
     def to(self, device: torch.device) -> "SampleRisk":
         """Return the same risk evaluated on another device; the user's module stays where it is."""
         if device == self.device:
             return self
-        return SampleRisk(self.module, self.objective, self.blocks, device, self._asked_dtype, self.autocast)
+        asked, timed = self._asked_dtype, self.ways.timed
+        return SampleRisk(self.module, self.objective, self.blocks, device, asked, self.autocast, timed)
 
     def check_unchanged(self) -> None:
         """Raise NotFittedError if the module's parameters were written to since this risk was made.

@@ -27,7 +27,7 @@ from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.model.identity.probe import Probe
 from distinfluence.model.identity.structure import structure
-from distinfluence.model.reducer import ChunkReducer, LocalReducer
+from distinfluence.model.reducer import ChunkReducer
 from distinfluence.scaling.data.recipe import fingerprint_module
 from distinfluence.solvers.spectrum import Extremes
 from distinfluence.store.format.fingerprint import to_json
@@ -132,7 +132,7 @@ def load_fit(influence: InfluenceFunctionModel, path: str | Path, data: object) 
         raise StoreNotFoundError(f"`path` {source} does not exist. Pass a folder that `save_fit` wrote.")
     with surfaced_errors("read the fit", source):
         attributes, arrays = _read(source)
-    reducer = data if isinstance(data, ChunkReducer) else LocalReducer(influence.risk, data)
+    reducer = influence.reducer_of(data)
     if reducer.drawn and reducer.checked is None:
         reducer.checked = influence.check(reducer.drawn)
     _require_same(source, attributes, _belongs(influence, reducer))

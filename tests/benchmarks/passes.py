@@ -113,7 +113,7 @@ def pieces(repeats: int) -> None:
             for what, known in (("whole", 0), ("pieces of 64", of_64), ("ours", None)):
                 operator = operator_class(mode)(EmpiricalRisk(model, nn.CrossEntropyLoss(), [(x, y)]))
                 if known is not None:
-                    operator.risk.sample.found["convolved bytes"] = known
+                    over_data.CONVOLVED_BYTES[operator.risk.sample] = known
                 product = functools.partial(operator.matmat, torch.randn(64, operator.size))
                 cells.append(f"{what} {median_seconds(product, repeats):.2f} s")
             print(f"{name}, {mode}, 64 rows of a chunk of 512: {', '.join(cells)}")

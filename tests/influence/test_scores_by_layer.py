@@ -56,7 +56,7 @@ def test_scores_and_norms_are_those_of_whole_gradients(name: str, few: bool, mon
     tile, expected, norms = tile_of(risk, factors, risk.place(case.train)), factors @ gradients.T, gradients.norm(dim=1)
     torch.testing.assert_close(tile.values, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
     torch.testing.assert_close(tile.gradient_norms, norms, rtol=1e-9, atol=1e-9 * float(norms.max()))
-    assert (risk.found["scores"] is None) == (name in UNKNOWN)
+    assert (scores.LAYOUTS[risk] is None) == (name in UNKNOWN)
 
 
 def test_gradients_of_known_layers_are_not_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_groups_of_a_convolution_with_one_position_have_their_columns() -> None:
     factors = factors_for(risk, 5)
     tile = tile_of(risk, factors, risk.place(data))
     torch.testing.assert_close(tile.values, factors @ Reference(case).gradients(data).T)
-    assert risk.found["scores"] is not None
+    assert scores.LAYOUTS[risk] is not None
 
 
 def test_targets_in_float64_beside_a_float32_model() -> None:
@@ -117,7 +117,7 @@ def test_targets_in_float64_beside_a_float32_model() -> None:
     expected = factors @ loss_gradients(risk, risk.place(train)).rows.T
     torch.testing.assert_close(tile.values, expected, rtol=1e-4, atol=1e-4)
     assert tile.values.dtype == torch.float32
-    assert {unit.treatment for unit in risk.found["scores"].units} == {"kronecker"}
+    assert {unit.treatment for unit in scores.LAYOUTS[risk].units} == {"kronecker"}
 
 
 @pytest.mark.parametrize("name", ["mlp classification", "cnn", "embedding and layer norm", "tied weights", "attention"])
@@ -129,7 +129,7 @@ def test_layers_are_recognised_in_mixed_precision(name: str) -> None:
     narrow = wide.in_mixed_precision().fit([case.train])
     factors = torch.randn(4, wide.n_parameters, generator=torch.Generator().manual_seed(0))
     expected, found = (model.influences_from_factors(factors, *case.train) for model in (wide, narrow))
-    assert narrow.risk.found["scores"] == wide.risk.found["scores"] is not None
+    assert scores.LAYOUTS[narrow.risk] == scores.LAYOUTS[wide.risk] is not None
     # bfloat16 rounds each of a handful of passes' steps to 2⁻⁹
     assert 0 < float((found - expected).norm()) < 0.03 * float(expected.norm())
 
@@ -191,4 +191,4 @@ def test_a_model_that_uses_its_layers_in_another_way_later_gets_whole_gradients(
     gradients = loss_gradients(risk, batch).rows
     torch.testing.assert_close(tile.values, factors @ gradients.T)
     torch.testing.assert_close(tile.gradient_norms, gradients.norm(dim=1))
-    assert risk.found["scores"] is None
+    assert scores.LAYOUTS[risk] is None

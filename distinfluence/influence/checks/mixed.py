@@ -1,5 +1,7 @@
 """Derivatives of gradients by the input, compared with differences of gradients."""
 
+from weakref import WeakSet
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ from distinfluence.model.gradients import loss_gradients, mixed_gradients
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.model.untouched import untouched_randomness
 
-MIXED, MIXED_SAMPLES = "mixed derivatives were compared", 4
+MIXED_SAMPLES = 4
+_COMPARED: WeakSet[SampleRisk] = WeakSet()  # risks whose mixed derivatives have been
 
 
 def check_mixed(risk: SampleRisk, batch: Batch) -> None:
@@ -28,7 +31,7 @@ def check_mixed(risk: SampleRisk, batch: Batch) -> None:
 
     Once for a model: at the first samples that their influence is asked for by perturbation, along a random row.
     """
-    if MIXED in risk.found:
+    if risk in _COMPARED:
         return
     few = take(batch, 0, min(batch_length(batch), MIXED_SAMPLES))
     x = risk.objective.inputs(few)
@@ -51,7 +54,7 @@ def check_mixed(risk: SampleRisk, batch: Batch) -> None:
                 "`mode='perturbation'` cannot be used with this `model` and `loss`: the derivative of gradients by the "
                 f"input is not what differences of gradients say. {suspects(wide, samples)}"
             )
-    risk.found[MIXED] = True
+    _COMPARED.add(risk)
 
 
 def _mixed_agrees(risk: SampleRisk, batch: Batch, seed: int) -> tuple[bool, bool]:
