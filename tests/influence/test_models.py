@@ -57,7 +57,7 @@ def chebyshev(case: Case, damping: Any, mode: str = "ggn", **settings: Any) -> C
 
 
 def lissa(case: Case, damping: Any, mode: str = "ggn", **settings: Any) -> LissaInfluence:
-    settings = {"scale": None, "full_batch": True, "rtol": 1e-6, **settings}
+    settings = {"scale": None, "full_batch": True, "rtol": 1e-5, **settings}
     return LissaInfluence(case.model, case.loss, damping, second_order_mode=mode, **settings)
 
 
@@ -90,7 +90,7 @@ def in_ragged_batches(case: Case) -> list[tuple[Tensor, Tensor]]:
 
 def allowed(method: str, expected: Tensor) -> dict[str, Any]:
     """Factorisations: 1e-8. Iterations at rtol 1e-10: the error is at most the residual over λ_min, and cond is at most
-    about 60 here, so 1e-6 of the largest entry has room; LiSSA, which stops at 1e-6, is held to 1e-3."""
+    about 60 here, so 1e-6 of the largest entry has room; LiSSA, which stops at 1e-5, is held to 1e-3."""
     tolerance = {"direct": 1e-8, "arnoldi": 1e-8, "lissa": 1e-3}.get(method, 1e-6)
     return {"rtol": 0, "atol": tolerance * float(expected.abs().max())}
 
@@ -139,11 +139,11 @@ def test_more_test_rows_than_parameters_with_duplicates_and_zero_gradients(metho
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_test_points_factor_does_not_depend_on_which_others_share_the_call(method: str) -> None:
-    case = build("mlp classification", n_test=9)
+    case = build("mlp classification", n_test=4)
     model = METHODS[method](case, 0.02).fit(case.train)
     x, y = case.test
     together = model.influence_factors(x, y)
-    for i in range(9):
+    for i in range(4):
         torch.testing.assert_close(
             model.influence_factors(x[i : i + 1], y[i : i + 1]), together[i : i + 1], atol=1e-7, rtol=0
         )

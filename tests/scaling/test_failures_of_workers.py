@@ -1,5 +1,6 @@
 """Workers that are killed or stand still in each stage: the same bits, and nothing made twice."""
 
+import functools
 import os
 import signal
 import threading
@@ -39,6 +40,18 @@ def case() -> Case:
 def quick() -> Iterator[Client]:
     with quick_workers() as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def quiet_runs(quick: Client, case: Case, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], InfluenceResult]:
+    """The result of a run that nobody disturbs, made once for both tests."""
+
+    @functools.cache
+    def result(name: str) -> InfluenceResult:
+        quick.wait_for_workers(2, timeout=DEADLINE)
+        return RUNS[name](quick, case, tmp_path_factory.mktemp("quiet") / "quiet.zarr", Staged())
+
+    return result
 
 
 def arnoldi(case: Case) -> InfluenceFunctionModel:
@@ -87,10 +100,9 @@ RUNS = {
 @pytest.mark.chaos
 @pytest.mark.parametrize("name", RUNS)
 def test_workers_killed_at_random_in_a_stage_cost_their_tasks_and_nothing_else(
-    quick: Client, case: Case, tmp_path: Path, name: str
+    quick: Client, case: Case, tmp_path: Path, name: str, quiet_runs: Callable[[str], InfluenceResult]
 ) -> None:
-    run, kills = RUNS[name], 0
-    quiet = run(quick, case, tmp_path / "quiet.zarr", Staged())
+    run, kills, quiet = RUNS[name], 0, quiet_runs(name)
     for attempt in range(20):
         if kills == KILLS:
             break
@@ -110,12 +122,16 @@ def test_workers_killed_at_random_in_a_stage_cost_their_tasks_and_nothing_else(
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_worker_that_stands_still_in_a_stage_costs_nothing(
-    quick: Client, case: Case, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    quick: Client,
+    case: Case,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    quiet_runs: Callable[[str], InfluenceResult],
 ) -> None:
     monkeypatch.setattr(executor, "SLOW_SECONDS", 1.0)
-    run, progress, stopped = RUNS[name], Staged(), list[psutil.Process]()
+    run, progress, stopped, quiet = RUNS[name], Staged(), list[psutil.Process](), quiet_runs(name)
     quick.wait_for_workers(2, timeout=DEADLINE)
-    quiet = run(quick, case, tmp_path / "quiet.zarr", Staged())
     pids = sorted(quick.run(os.getpid).values())
 
     def stop() -> None:

@@ -40,8 +40,10 @@ def test_a_driver_job_goes_on_where_it_stopped_at_its_limit_and_when_it_is_reque
     wait_for(lambda: "requeueing job" in log_of(tmp_path, number), "the requeue")
     assert "stopped; what was written stays" in log_of(tmp_path, number)
     before = marks(result)
-    wait_for(lambda: strips_done(result) > len(before), "more strips")
-    second = set(jobs_in(slurm, "RUNNING")) - {number}
+    # only these say that it is under way again: the first ones may end a strip after the requeue
+    second = wait_for(lambda: set(jobs_in(slurm, "RUNNING")) - first - {number}, "workers of the second start")
+    now = strips_done(result)
+    wait_for(lambda: strips_done(result) > now, "more strips")
     slurm("scontrol", "requeue", number)
     wait_for(lambda: is_back(slurm, number, 2), "its place in the queue")
     hurry(job)
