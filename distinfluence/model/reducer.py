@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from distinfluence.errors import EmptyDataError, NonDeterministicDataError, ShapeError
 from distinfluence.model.batch import Batch, as_batch, batch_length, map_batch, nbytes, take
@@ -139,6 +139,11 @@ class LocalReducer(LoopReducer):
         self.remarks = tuple(dict.fromkeys(remark for batch in (*self.drawn, *ragged) for remark in risk.check(batch)))
         self.n_samples = sum(self.chunk_sizes)
         self.random_access = self._kept is not None
+
+    @property
+    def in_fixed_order(self) -> bool:
+        """Whether the samples come in an order that the caller knows: not from a loader that shuffles."""
+        return not isinstance(self._loader, DataLoader) or not shuffles(self._loader)
 
     def _first_pass(self) -> tuple[int, ...]:
         sizes: list[int] = []
@@ -305,6 +310,14 @@ def read(loader: Iterable[object]) -> Iterator[object]:
             its_own = torch.get_rng_state()
             torch.set_rng_state(callers)
         yield data
+
+
+def shuffles(loader: "DataLoader[Any]") -> bool:
+    """Return whether a loader takes the samples of a map-style data set in another order than the data set's."""
+    if isinstance(loader.dataset, IterableDataset):
+        return False
+    own = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    return not own or not isinstance(loader.sampler, SequentialSampler)
 
 
 def as_loader(data: object) -> Iterable[object]:

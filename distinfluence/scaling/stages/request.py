@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from distinfluence.errors import ChunkError
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.model.identity.probe import Probe
 from distinfluence.scaling.data.chunks import ChunkedData
@@ -28,6 +29,7 @@ class FittedRun:
         sha256: Fingerprint of the training data.
         sample: What one of the training samples is like.
         probe: What the model makes of some samples.
+        numbered: Whether the training data have the caller's order. Those of a shuffling loader do not.
     """
 
     model: InfluenceFunctionModel
@@ -37,6 +39,17 @@ class FittedRun:
     sha256: str
     sample: Sample
     probe: Probe
+    numbered: bool = True
+
+    @property
+    def columns(self) -> ChunkedData:
+        """The training data as columns of the matrix. Raises ChunkError if nobody knows which sample is which."""
+        if not self.numbered:
+            raise ChunkError(
+                "`x` must be passed, since the model was fitted to a DataLoader that shuffles: columns for the samples "
+                "of the fit would have no numbers."
+            )
+        return self.train
 
 
 @dataclass(frozen=True)
