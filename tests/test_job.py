@@ -40,7 +40,9 @@ def test_a_job_builds_the_influence_model_that_it_names(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_used_is_not_told_as_a_fault_of_the_method(tmp_path: Path) -> None:
     factory = {"target": "torch.nn:LazyLinear", "arguments": {"out_features": 2}}
-    with pytest.raises(UnsupportedModelError, match="`job`, `model`: `model` has the parameter 'weight', which is not initialised"):
+    with pytest.raises(
+        UnsupportedModelError, match="`job`, `model`: `model` has the parameter 'weight', which is not initialised"
+    ):
         Job.parse(content(model={"factory": factory}), tmp_path).influence_model()
 
 

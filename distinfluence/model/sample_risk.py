@@ -209,6 +209,13 @@ class SampleRisk:
                 "Call `fit` again."
             )
 
+    def check_buffers(self) -> None:
+        """Raise NotFittedError if the module's buffers have other values than when this risk was made."""
+        now = {name: self.widened(b.detach().to(self.device)) for name, b in self.module.named_buffers()}
+        changed = [name for name, tensor in now.items() if not torch.equal(tensor, self._constants[name])]
+        if changed:
+            raise NotFittedError(f"`model` must keep its buffers after `fit`, got changes to {changed[:5]}. Fit again.")
+
     def without_padding(self, rows: Tensor) -> Tensor:
         """rows [k, p] with zeros where a parameter is held fixed by an embedding's `padding_idx`; see `padding`."""
         held = {name: row for name, row in self._padding.items() if name in self.blocks.shapes}

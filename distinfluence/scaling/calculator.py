@@ -9,7 +9,7 @@ import copy
 import math
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from dask.delayed import Delayed
 
 from distinfluence.curvature import SecondOrderMode
-from distinfluence.errors import NotFittedError, StoreError, StoreExistsError
+from distinfluence.errors import StoreError, StoreExistsError
 from distinfluence.influence.arrays import to_numpy_batch
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
 from distinfluence.influence.scores import InfluenceMode, influence_mode
 from distinfluence.model.batch import Batch
 from distinfluence.model.identity.probe import Checked
-from distinfluence.model.identity.structure import structure
 from distinfluence.scaling.data.chunks import CHUNK_SIZE, ChunkedData, chunked
-from distinfluence.scaling.data.recipe import fingerprint_module
 from distinfluence.scaling.data.sources import Home
 from distinfluence.scaling.dispatch.dask_reducer import DaskReducer
 from distinfluence.scaling.dispatch.executor import Executor
@@ -36,8 +34,9 @@ from distinfluence.scaling.plan.plan import Plan, make_plan
 from distinfluence.scaling.plan.problem import FixedSizes, Machine, Problem
 from distinfluence.scaling.progress import Progress
 from distinfluence.scaling.run_options import RunOptions, RunSettings
-from distinfluence.scaling.saved_fit import VERSION, load_fit, save_fit
+from distinfluence.scaling.saved_fit import fit_name, load_fit, save_fit
 from distinfluence.scaling.scratch import Scratch
+from distinfluence.scaling.stages.handover import Handover
 from distinfluence.scaling.stages.inspect import drawn_samples, look
 from distinfluence.scaling.stages.probe import Sample, check_drawn, check_model, measure_rates
 from distinfluence.scaling.stages.request import FittedRun, Request
@@ -46,7 +45,6 @@ from distinfluence.scaling.worker.context import Context
 from distinfluence.scaling.worker.source_reducer import SourceReducer
 from distinfluence.solvers.base import plain
 from distinfluence.store import InfluenceResult
-from distinfluence.store.format.fingerprint import combine, fingerprint_settings
 from distinfluence.store.format.folder import place_of
 from distinfluence.store.format.layout import FLOAT32_BITS
 from distinfluence.store.format.remote import RemoteFolder
@@ -65,7 +63,8 @@ class InfluenceCalculator(ABC):
     """The stages of a run over chunked data; subclasses say where they run.
 
     Args:
-        model: An influence model. `fit` fits a copy of it, the calculator's `model`, and its own module is only read.
+        model: An influence model. The calculator works on a copy of it, its `model`, and the module is only read. A fit
+            that it has is taken over, with the data of the fit; `fit` makes another one.
         scratch: A folder for files of the run; a temporary one by default.
     """
 
@@ -101,8 +100,17 @@ class InfluenceCalculator(ABC):
         Raises:
             DistinfluenceError: What the checks of data and model raise, before any solve.
         """
-        bars = _progress(progress)
-        data = self._everywhere(self._chunked(x, y, chunk_size))
+        bars, data = _progress(progress), self._chunked(x, y, chunk_size)
+        if self.model.is_fitted:
+            self.model = self.model.bound_to(self.model.risk.module, self.model.risk.device)
+        self._fitted = self._over(data, bars, lambda reducer, sha: self._fit_or_load(reducer, sha, certify, bars))
+        return self
+
+    def _over(
+        self, data: ChunkedData, bars: Progress, begin: Callable[[DaskReducer | SourceReducer, str], None]
+    ) -> FittedRun:
+        """Look at the data and check the model. begin: gives the model its fit over a reducer and the fingerprint."""
+        data = self._everywhere(data)
         context, executor = self._unfitted_context(), self._executor()
         looked = look(executor, context, data, bars, "training data")
         data, sha256 = looked.data, looked.sha256
@@ -114,21 +122,14 @@ class InfluenceCalculator(ABC):
         with bars.stage("fit", None, "passes") as bar:
             reducer.on_pass = bar.advance
             reducer.on_samples = lambda done: bar.note(done and f"{done} of the last")
-            self._fit_or_load(reducer, sha256, certify, bars)
+            begin(reducer, sha256)
             reducer.on_pass = reducer.on_samples = None
-        self._fitted = FittedRun(
-            self.model, self._fitted_context(context, data), executor, data, sha256, sample, checked.probe
-        )
-        return self
+        context = self._fitted_context(context, data)
+        return FittedRun(self.model, context, executor, data, sha256, sample, checked.probe)
 
     def _fit_or_load(self, reducer: DaskReducer | SourceReducer, sha256: str, certify: bool, bars: Progress) -> None:
         """Fit, and leave the fit in the scratch folder if that stays; or take the one that a run that died left."""
-        asked: dict[str, object] = {"solver": self.model.settings(), "certify": certify, "format": VERSION}
-        asked |= {"objective": self.model.objective_settings, "chunks": list(reducer.chunk_sizes)}
-        asked |= {"structure": structure(self.model.risk.module)}
-        parameters = fingerprint_module(self.model.risk.module)
-        key = combine({"parameters": parameters, "data": sha256, "settings": fingerprint_settings(asked)})
-        folder = self._fit_folder = self._scratch.kept / f"fit-{key[:16]}"
+        folder = self._fit_folder = self._scratch.kept / fit_name(self.model, reducer, sha256, certify)
         if folder.exists():
             try:
                 load_fit(self.model, folder, reducer)
@@ -353,14 +354,15 @@ class InfluenceCalculator(ABC):
             The result, opened.
 
         Raises:
-            NotFittedError: Before `fit`.
+            NotFittedError: If neither `fit` was called nor the model came with a fit.
             SettingError: If an option is not valid.
             StoreError: If `path` cannot be used.
             ChunkFailedError: When all strips are written but some that failed every time they were tried.
         """
         options = (options or RunOptions()).updated(**settings)
         options.check_path(path)
-        fitted, output, bars = self._stages(), place_of(path), _progress(progress)
+        bars, output = _progress(progress), place_of(path)
+        fitted = self._stages(bars)
         options = options.continuing(chunks_of(path) if options.resumes else None)
         columns = fitted.train if x is None else self._everywhere(self._chunked(x, y, options.chunk_size))
         test = self._everywhere(self._chunked(x_test, y_test, options.test_chunk_size, TEST_CHUNK_SIZE))
@@ -390,12 +392,15 @@ class InfluenceCalculator(ABC):
 
     @property
     def fit_report(self) -> FitReport:
-        """What the fit covered. Raises NotFittedError before `fit`."""
+        """What the fit covered. Raises NotFittedError before there is one."""
         return self.model.fit_report
 
-    def _stages(self) -> FittedRun:
+    def _stages(self, bars: Progress | None = None) -> FittedRun:
+        """Return the fit; that of the model that was handed over is taken over on first use."""
         if self._fitted is None:
-            raise NotFittedError(f"`{type(self).__name__}` has not been fitted. Call `fit(x, y)` first.")
+            given = Handover(self.model)
+            data = given.data(self._home(), self._scratch.folder)
+            self._fitted = given.finish(self._over(data, bars or Progress(False), given.take_over))
         return self._fitted
 
     def chunked(self, x: object, y: object | None = None, *, chunk_size: int | None = None) -> ChunkedData:

@@ -7,14 +7,13 @@ from pathlib import Path
 from distributed import Client
 
 from distinfluence.errors import ClusterError, RecipeError
-from distinfluence.influence.arrays import Array
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.model.batch import Batch
 from distinfluence.model.identity.probe import Checked, probed
 from distinfluence.scaling.calculator import InfluenceCalculator
 from distinfluence.scaling.data.chunks import ChunkedData
 from distinfluence.scaling.data.recipe import ModelRecipe, Recipe, fingerprint_module
-from distinfluence.scaling.data.sources import Keys, NpyLeaf, Size, recipe_size, spill
+from distinfluence.scaling.data.sources import InFiles, Size, recipe_size
 from distinfluence.scaling.dispatch.dask_reducer import DaskReducer
 from distinfluence.scaling.dispatch.executor import (
     Executor,
@@ -35,7 +34,7 @@ class DaskInfluenceCalculator(InfluenceCalculator):
     """The stages of a run on the workers of a Dask cluster.
 
     Args:
-        model: An influence model.
+        model: An influence model, fitted or not, as for `InfluenceCalculator`.
         client: A client of a distributed cluster. One thread per worker is best, since one torch task runs at a time
             in a process.
         recipe: How workers build the model. Without it the model's tensors are written to `scratch`, and its structure
@@ -134,17 +133,12 @@ class DaskInfluenceCalculator(InfluenceCalculator):
         return Machine(workers, worker_memory(self.client), self._seen.process, on_device)
 
 
-class OnWorkers(Keys):
+class OnWorkers(InFiles):
     """Arrays of the caller are spilled; what a recipe builds is looked at by a worker."""
 
     def __init__(self, client: Client, folder: Path) -> None:
-        super().__init__()
+        super().__init__(folder)
         self._client = client
-        self._folder = folder
-
-    def keep(self, array: Array) -> NpyLeaf:
-        """Write the array to a file in the scratch folder."""
-        return spill(array, self._folder)
 
     def size(self, recipe: Recipe, key: str) -> Size:
         """Asked of a worker, which builds it."""

@@ -30,7 +30,7 @@ from distinfluence.model.identity.structure import structure
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.scaling.data.recipe import fingerprint_module
 from distinfluence.solvers.spectrum import Extremes
-from distinfluence.store.format.fingerprint import to_json
+from distinfluence.store.format.fingerprint import combine, fingerprint_settings, to_json
 from distinfluence.store.format.folder import surfaced_errors
 
 KIND, VERSION = "distinfluence fit", 4
@@ -42,6 +42,23 @@ DIFFERENT = {
     "data": "other data",
 }
 PLAIN = [field.name for field in fields(FitReport) if field.name not in ("details", "spectrum")]
+
+
+def fit_name(influence: InfluenceFunctionModel, reducer: ChunkReducer, sha256: str, certify: bool) -> str:
+    """Return the name of a fit's folder in a scratch folder: the same for the same model, settings and chunks.
+
+    Args:
+        influence: The influence model.
+        reducer: The data in chunks.
+        sha256: Fingerprint of the chunks.
+        certify: Whether the fit finds the ends of the spectrum.
+    """
+    asked: dict[str, object] = {"solver": influence.asked_settings(), "certify": certify, "format": VERSION}
+    asked |= {"objective": influence.objective_settings, "chunks": list(reducer.chunk_sizes)}
+    asked |= {"structure": structure(influence.risk.module)}
+    parameters = fingerprint_module(influence.risk.module)
+    key = combine({"parameters": parameters, "data": sha256, "settings": fingerprint_settings(asked)})
+    return f"fit-{key[:16]}"
 
 
 def save_fit(influence: InfluenceFunctionModel, path: str | Path) -> Path:

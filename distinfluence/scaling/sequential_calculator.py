@@ -27,7 +27,7 @@ class SequentialInfluenceCalculator(InfluenceCalculator):
     process, if they see `scratch`.
 
     Args:
-        model: An influence model.
+        model: An influence model, fitted or not, as for `InfluenceCalculator`.
         scratch: A folder for factors while `to_zarr` runs. By default it is temporary, and then a run that died cannot
             use its factors again.
     """

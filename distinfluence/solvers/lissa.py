@@ -16,7 +16,7 @@ JMLR 18; the damping and the scale as in Koh & Liang (2017).
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -51,10 +51,14 @@ GROWTH, GROWTH_IN_BATCHES = 2.0, 100.0  # of an iterate beyond ‖h0‖ + steps�
 
 @dataclass(frozen=True)
 class LissaState(SolverState):
-    """scale: s > 0. largest: the largest eigenvalue of A and of the batches that were looked at, NaN if none was."""
+    """scale: s > 0. largest: the largest eigenvalue of A and of the batches that were looked at, NaN if none was.
+
+    by_batches: whether steps take mini-batches; a fit to a single batch keeps to full steps over other chunks, too.
+    """
 
     scale: float
     largest: float
+    by_batches: bool
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -121,44 +125,44 @@ class LiSSA(Solver[LissaState]):
     @override
     def fit(self, operator: CurvatureOperator) -> LissaState:
         # Nothing, or the scale: up to 10 passes of 4 rows, and 40 products with mini-batches.
+        by_batches = not self.full_batch and isinstance(operator, SupportsBatches) and operator.n_batches > 1
         if self.scale is not None:
-            return LissaState(operator, self.scale, math.nan)
-        largest = self._largest(operator, extreme_eigenvalues(operator, max_passes=LANCZOS, seed=self.seed).upper)
-        return LissaState(operator, self._scale_for(largest), largest)
+            return LissaState(operator, self.scale, math.nan, by_batches)
+        ends = extreme_eigenvalues(operator, max_passes=LANCZOS, seed=self.seed)
+        largest = self._largest(operator, ends.upper, by_batches)
+        return LissaState(operator, self._scale_for(largest), largest, by_batches)
 
     @override
     def adapt(self, state: LissaState) -> LissaState:
         if self.scale is not None or math.isnan(state.largest):
             return state
-        return LissaState(state.operator, self._scale_for(state.largest), state.largest)
+        return replace(state, scale=self._scale_for(state.largest))
 
     def _scale_for(self, largest: float) -> float:
         return SAFETY * (largest + self.damping) or 1.0
 
     @override
     def state_arrays(self, state: LissaState) -> dict[str, Tensor]:
-        return {"scale": torch.tensor([state.scale, state.largest], dtype=torch.float64)}
+        numbers = [state.scale, state.largest, float(state.by_batches)]
+        return {"scale": torch.tensor(numbers, dtype=torch.float64)}
 
     @override
     def restore(self, operator: CurvatureOperator, arrays: Mapping[str, Tensor]) -> LissaState:
-        scale, largest = arrays["scale"].tolist()
-        return LissaState(operator, scale, largest)
+        scale, largest, by_batches = arrays["scale"].tolist()
+        return LissaState(operator, scale, largest, bool(by_batches))
 
     @override
     def solve(self, state: LissaState, rhs: Tensor) -> Solution:
         # Up to `maxiter` steps for the rows that are not done, and one pass for the true residuals.
         check_rhs(rhs, state.operator)
         operator = state.operator
-        n_batches = operator.n_batches if isinstance(operator, SupportsBatches) and self._by_batches(operator) else 0
+        n_batches = cast(SupportsBatches, operator).n_batches if state.by_batches else 0
         run = _Run(self, state, rhs, self._start(operator, rhs), n_batches)
-        for product in self._products(state.operator):
+        for product in self._products(state):
             if not run.rows.numel() or run.step >= self.maxiter:
                 break
             run.advance(product)
         return self._solution(state, rhs, run)
-
-    def _by_batches(self, operator: CurvatureOperator) -> bool:
-        return not self.full_batch and isinstance(operator, SupportsBatches) and operator.n_batches > 1
 
     def _start(self, operator: CurvatureOperator, rhs: Tensor) -> Tensor:
         if self.h0 is None:
@@ -169,9 +173,10 @@ class LiSSA(Solver[LissaState]):
         check_rhs(start, operator, "h0")
         return start
 
-    def _products(self, operator: CurvatureOperator) -> Iterator["_Product"]:
+    def _products(self, state: LissaState) -> Iterator["_Product"]:
         """Full products for ever, or those of mini-batches in seeded order, every one once in an epoch."""
-        if not self._by_batches(operator):
+        operator = state.operator
+        if not state.by_batches:
             while True:
                 yield _Product(operator, None, 1.0)
         batches = cast(SupportsBatches, operator)
@@ -183,9 +188,9 @@ class LiSSA(Solver[LissaState]):
                 # a ragged batch weighs what it holds: the mean over an epoch is the mean over samples
                 yield _Product(operator, index, sizes[index] * n / sum(sizes))
 
-    def _largest(self, operator: CurvatureOperator, largest: float) -> float:
+    def _largest(self, operator: CurvatureOperator, largest: float, by_batches: bool) -> float:
         """Of A, and of some mini-batches by power iteration: theirs are larger, and all of them have to contract."""
-        if not self._by_batches(operator):
+        if not by_batches:
             return max(largest, 0.0)
         batches = cast(SupportsBatches, operator)
         n, sizes = batches.n_batches, batches.batch_sizes
@@ -252,7 +257,7 @@ class LiSSA(Solver[LissaState]):
                 f"LiSSA diverges with any scale: A + λI is indefinite, its smallest eigenvalue is about "
                 f"{ends.smallest + self.damping:.3g}. Use more damping, or second_order_mode='ggn'",
             )
-        largest = self._largest(state.operator, ends.upper)
+        largest = self._largest(state.operator, ends.upper, state.by_batches)
         return (
             f"LiSSA diverged at scale {state.scale:.4g}: the largest eigenvalue of A + λI is about "
             f"{largest + self.damping:.3g}. A scale of {SAFETY * (largest + self.damping):.4g} would do; scale=None "

@@ -454,7 +454,7 @@ def test_nan_in_a_chunk_is_found_before_any_solve_and_named(make: Make, case: Ca
 
 def test_bad_requests_say_what_to_do(make: Make, case: Case, tmp_path: Path) -> None:
     calculator = make(direct(case))
-    with pytest.raises(NotFittedError, match=r"Call `fit\(x, y\)` first"):
+    with pytest.raises(NotFittedError, match=r"`fit\(data\)` of the influence model .* `fit\(x, y\)` of the calc"):
         calculator.to_zarr(tmp_path / "i.zarr", *case.test)
     with pytest.raises(NotFittedError):
         calculator.gradients(*case.train)

@@ -122,6 +122,18 @@ class InThisProcess(Keys):
         return recipe_size(recipe, key)
 
 
+class InFiles(InThisProcess):
+    """Arrays of the caller are written to files in a folder that every task sees."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def keep(self, array: Array) -> Leaf:
+        """Write the array to a file in the folder."""
+        return spill(array, self._folder)
+
+
 class ChunkSource(ABC):
     """Samples start to stop, where they are.
 

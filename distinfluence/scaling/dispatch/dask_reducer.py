@@ -58,7 +58,7 @@ class DaskReducer(ChunkReducer):
         self.remarks = remarks
         self.executor = OnCluster(client, resources=resources)
         self._context = context
-        self._data = data
+        self.data = data
         self._folder = folder
         self._groups = groups(len(data.sizes))
         self._homes: dict[int, str] = {}
@@ -101,7 +101,7 @@ class DaskReducer(ChunkReducer):
         return other
 
     def _chunks(self, group: range) -> tuple[object, ...]:
-        data = self._data
+        data = self.data
         return tuple((data.sources[i], i, data.starts[i], data.sizes[i]) for i in group)
 
     def _here(self, arrays: tuple[Array, ...]) -> tuple[Tensor, ...]:
