@@ -116,8 +116,8 @@ def points_of_job(path: Path, result: InfluenceResult, render: str | None, compa
     for axis, n in (("test", result.shape[0]), ("train", result.shape[1])):
         if data[f"{axis}_data"].n_samples != n:
             raise SettingError(
-                f"the {axis} data of {path} are {data[f'{axis}_data'].n_samples} samples, {result.path} has {n}. Take the "
-                "job that made it."
+                f"the {axis} data of {path} are {data[f'{axis}_data'].n_samples} samples, {result.path} has {n}. Take "
+                "the job that made it."
             )
     if compared:
         require_same_inputs(result, job.influence_model()[0], data)

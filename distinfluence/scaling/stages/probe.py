@@ -103,7 +103,7 @@ def measure_rates(context: Context, chunk: Chunk) -> Rates:
         batch = take(batch, 0, min(batch_length(batch), RATE_SAMPLES))
         n, risk = batch_length(batch), model.risk
         rows = torch.ones(min(RATE_ROWS, risk.size), risk.size, dtype=risk.dtype, device=risk.device)
-        operator = operator_class(model.second_order_mode)(EmpiricalRisk.over(LocalReducer(risk, [batch])))
+        operator = operator_class(model.second_order_mode)(EmpiricalRisk.over(LocalReducer(risk, batch)))
         gradients = model.loss_gradients(batch).rows
         gradient_seconds = _seconds(lambda: model.loss_gradients(batch).rows)
         product_seconds = _seconds(lambda: operator.matmat(rows))
