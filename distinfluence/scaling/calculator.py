@@ -14,8 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from dask.delayed import Delayed
-
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.errors import StoreError, StoreExistsError
 from distinfluence.influence.arrays import to_numpy_batch
@@ -183,8 +181,7 @@ class InfluenceCalculator(ABC):
         options = (options or RunOptions()).updated(**settings)
         train = self._chunked(x, y, options.chunk_size)
         test = self._chunked(x_test, y_test, options.test_chunk_size, TEST_CHUNK_SIZE)
-        fixed = isinstance(train.chunks[0], Delayed)  # dask arrays bring their chunks
-        size = train.sizes[0] if fixed else options.chunk_size
+        size = options.chunk_size if train.can_be_recut else train.sizes[0]
         sizes = FixedSizes(size, options.test_chunk_size, options.panel_size, options.solve)
         context = self._unfitted_context()
         samples = self._sample(context, train), self._sample(context, test)

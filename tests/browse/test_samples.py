@@ -17,7 +17,7 @@ from distinfluence.browse.views.rendering import draw
 from distinfluence.errors import DtypeError, FingerprintError, SettingError
 from distinfluence.influence.arrays import ArrayBatch
 from distinfluence.scaling import Progress
-from distinfluence.scaling.data.sources import ArraySource
+from distinfluence.scaling.data.sources import DatasetSource
 from distinfluence.store import open_influences
 from tests.browse import results
 from tests.test_cli import command
@@ -92,14 +92,14 @@ def test_a_page_takes_samples_from_the_data_of_the_job_as_they_are_looked_at(
     shutil.rmtree(job.parent / "influences.zarr/samples", ignore_errors=True)
     x, y = train_data()
     loaded: list[int] = []
-    real = ArraySource.load
+    real = DatasetSource.load
 
-    def load(source: ArraySource) -> ArrayBatch:
+    def load(source: DatasetSource) -> ArrayBatch:
         loaded.append(source.stop - source.start)
         return real(source)
 
     api = asked_of(job, compared=False)
-    monkeypatch.setattr(ArraySource, "load", load)
+    monkeypatch.setattr(DatasetSource, "load", load)
     sample = api.sources["train"].sample(1234)
     assert loaded == [1]
     np.testing.assert_array_equal(sample, x[1234].numpy())

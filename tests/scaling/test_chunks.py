@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from distinfluence.errors import ChunkError, DtypeError, EmptyDataError, RecipeError, SettingError, ShapeError
 from distinfluence.influence.arrays import ArrayBatch
 from distinfluence.scaling import Recipe
-from distinfluence.scaling.data.chunks import ChunkedData, chunked
+from distinfluence.scaling.data.chunks import ChunkedData, chunked, recut
 from distinfluence.scaling.data.sources import ChunkSource, InThisProcess
 from tests.scaling import sources
 
@@ -149,6 +149,11 @@ def test_batches_are_kept_in_chunks_of_one_size() -> None:
     assert data.sizes == (10, 10, 3)
     np.testing.assert_array_equal(np.concatenate([x for x, _ in loaded(data)]), X)
     np.testing.assert_array_equal(np.concatenate([y for _, y in loaded(data)]), Y)
+    assert not data.can_be_recut
+    assert cut(X, Y, chunk_size=5).can_be_recut
+    assert not cut(da.from_array(X, chunks=(5, 4)), da.from_array(Y, chunks=5)).can_be_recut
+    with pytest.raises(ChunkError, match="files of one chunk each"):
+        recut(data, 7)
     ragged = [(torch.ones(4, width), torch.ones(4)) for width in (2, 3, 3)]
     assert cut(ragged).sizes == (4, 4, 4)
     with pytest.raises(ChunkError, match="several shapes.*Omit `chunk_size`"):

@@ -64,6 +64,14 @@ class ChunkedData:
             raise ChunkError("dask arrays must be stored before every worker can read them. Call `stored` first.")
         return found
 
+    @property
+    def can_be_recut(self) -> bool:
+        """Whether all chunks are ranges of the same samples; not where each is a task or a file of its own."""
+        return all(
+            isinstance(chunk, (ArraySource, DatasetSource)) and chunk.start == start
+            for chunk, start in zip(self.chunks, self.starts, strict=True)
+        )
+
     def looked_at(self, sha256: Sequence[str]) -> "ChunkedData":
         """Have the chunks compared with their fingerprints whenever they are loaded again.
 
@@ -95,10 +103,8 @@ def recut(data: ChunkedData, size: int) -> ChunkedData:
     """Return the same samples in chunks of another size. Raises ChunkError for those of dask arrays: rechunk these."""
     if set(data.sizes[:-1]) <= {size} and data.sizes[-1] <= size:
         return data
-    first = data.sources[0]
-    if not isinstance(first, (ArraySource, DatasetSource)) or any(
-        source.start != start for source, start in zip(data.sources, data.starts, strict=True)
-    ):
+    first = data.chunks[0]
+    if not data.can_be_recut or not isinstance(first, (ArraySource, DatasetSource)):
         raise ChunkError("`data` lies in files of one chunk each. Rechunk the arrays that it was made of.")
     name = first.key.partition("/")[0]
     return _cut(data.n_samples, size, lambda a, b: replace(first, start=a, stop=b, key=f"{name}/{a}-{b}", sha256=""))

@@ -149,7 +149,7 @@ def _share_of_threads(sharing: int) -> Iterator[None]:
 def _products(model: InfluenceFunctionModel, batch: Batch, n_rows: int) -> Callable[[], torch.Tensor]:
     """Return what multiplies so many rows with the curvature of a batch."""
     risk = model.risk
-    operator = operator_class(model.second_order_mode)(EmpiricalRisk.over(LocalReducer(risk, [batch])))
+    operator = operator_class(model.second_order_mode)(EmpiricalRisk.over(LocalReducer(risk, batch)))
     rows = torch.ones(n_rows, risk.size, dtype=risk.dtype, device=risk.device)
     return lambda: operator.matmat(rows)
 
