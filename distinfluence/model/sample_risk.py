@@ -321,7 +321,7 @@ class SampleRisk:
         return placed
 
     def _counted(self, batch: Batch, axis: int) -> int | None:
-        """How many classes the outputs have; None for a batch that the model cannot take, which `check` says."""
+        """Return how many classes the outputs have; None for a batch that the model cannot take, which `check` says."""
         try:
             shape = self._outputs_of(_own_copy(batch, slice(CHECKED_SAMPLES))).shape
         except DistinfluenceError:

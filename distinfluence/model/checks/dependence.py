@@ -1,4 +1,4 @@
-"""What losses depend on: the parameters, by differentiable operations, and not the rest of the batch."""
+"""Checks that losses depend on the parameters, by differentiable operations, and not on the rest of the batch."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

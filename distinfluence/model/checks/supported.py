@@ -99,7 +99,7 @@ def _of_parameter(parameter: Tensor) -> tuple[str, str] | None:
 
 
 def _distributed_kinds(kind: type) -> Iterator[str]:
-    """Names of the classes of torch.distributed that a class comes from; without importing these."""
+    """Yield the names of the classes of torch.distributed that a class comes from, without importing these."""
     return (base.__name__ for base in kind.__mro__ if base.__module__.startswith(("torch.distributed", "torch.nn.")))
 
 
