@@ -10,8 +10,8 @@ the choice depends on sizes alone, and a plan and a fit of the same job choose t
 | block conjugate gradients, Nyström preconditioner | 0.8·k·m + k + 60 | 16·k²·m·p | 12·k + 120 vectors | |
 | Chebyshev semi-iteration | 4·k·m + k + 60 | | 10·k vectors | A is semi-definite |
 
-with m passes for the tolerance: 15 for 1e-7, for the block methods times √(64/k) and at most p / k. The fastest
-candidate that fits into memory is chosen; where none fits, the one that needs least.
+with m passes for the tolerance: 15 for 1e-7, for the block methods times √(64/k) above 64 rows, and at most p / k. The
+fastest candidate that fits into memory is chosen; where none fits, the one that needs least.
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ from distinfluence.curvature.base import CurvatureOperator, PlannedWork
 USUAL_STEPS = 15  # of an iterative solve to 1e-7, where only the matrix knows
 PRECONDITIONED_STEPS = 12  # with a preconditioner
 USUAL_RTOL = 1e-7
-USUAL_ROWS, FEW_ROWS = 64, 4  # that the steps are meant for; steps go with the square root of the rows, down to a few
+USUAL_ROWS = 64  # up to which a block method takes the usual steps; more rows take fewer, by their square root
 SEARCH_STEPS = 15  # of a search for eigenvalues, where only the matrix knows
 USUAL_BASIS = 30  # steps that a Krylov basis is prepared for
 DENSE_BYTES = 16  # for each entry of a matrix: itself and its factor in float64, whatever the model's dtype
@@ -91,7 +91,7 @@ class SolveWork:
         """Return the steps for so many rows; size: p of the largest block."""
         if not self.block:
             return self.steps
-        fewer = round(self.steps * math.sqrt(USUAL_ROWS / max(rows, FEW_ROWS)))
+        fewer = round(self.steps * math.sqrt(USUAL_ROWS / max(rows, USUAL_ROWS)))
         return min(max(2, fewer), -(-size // max(1, rows)))
 
     def passes_for(self, rows: int, size: int) -> int:

@@ -38,7 +38,7 @@ from distinfluence.scaling.stages import probe
 from distinfluence.solvers.auto import Auto
 from distinfluence.solvers.demand import System, Systems
 
-LIMIT = 10.0  # seconds that a candidate may take
+LIMIT = 6.0  # seconds that a candidate may take
 RTOL = 1e-4
 DAMPING = 0.01
 STAGES = ("fit", "factors", "strips")

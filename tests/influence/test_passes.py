@@ -64,6 +64,11 @@ def case(request: pytest.FixtureRequest) -> Case:
     return build(request.param)
 
 
+@pytest.fixture(scope="module")
+def mlp() -> Case:
+    return build("mlp classification")
+
+
 def planned_for(model: InfluenceFunctionModel, case: Case) -> Demand:
     return model.demand(len(case.train[0]), forward_flops(model.risk, case.train))
 
@@ -92,16 +97,16 @@ def test_a_method_that_makes_a_matrix_does_the_work_that_is_planned(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_the_fit_and_the_solve_of_every_method_take_is_what_is_planned(name: str, case: Case) -> None:
+def test_what_the_fit_and_the_solve_of_every_method_take_is_what_is_planned(name: str, mlp: Case) -> None:
     modes = {} if name in ("datainf", "ekfac") else {"second_order_mode": "ggn"}
-    settings = {"hessian_regularization": 0.02, "loss": case.loss} | modes | SETTINGS.get(name, {})
-    model = METHODS[name](case.model, **settings)
-    demand, reducer, k = planned_for(model, case), Counting(model, case), len(case.test[0])
+    settings = {"hessian_regularization": 0.02, "loss": mlp.loss} | modes | SETTINGS.get(name, {})
+    model = METHODS[name](mlp.model, **settings)
+    demand, reducer, k = planned_for(model, mlp), Counting(model, mlp), len(mlp.test[0])
     model.fit(reducer)
     made_fit, planned_fit = reducer.taken(), counts(demand.fit)
-    model.influence_factors(*case.test)
+    model.influence_factors(*mlp.test)
     made_solve, steps = reducer.taken(), reducer.steps
-    planned_solve = demand.solve.passes_for(k, case.n_parameters), demand.solve.rows_for(k, case.n_parameters)
+    planned_solve = demand.solve.passes_for(k, mlp.n_parameters), demand.solve.rows_for(k, mlp.n_parameters)
     assert steps <= demand.solve.batches
     if demand.by_method:
         assert made_fit == planned_fit
@@ -129,20 +134,19 @@ def test_a_dense_matrix_of_gradients_is_one_pass_and_a_product_of_matrices(case:
 
 
 @pytest.mark.parametrize("full_batch", [False, True])
-def test_lissa_plans_the_steps_that_it_may_take(full_batch: bool) -> None:
-    case = build("mlp classification")
+def test_lissa_plans_the_steps_that_it_may_take(full_batch: bool, mlp: Case) -> None:
     model = LissaInfluence(
-        case.model, case.loss, 0.5, maxiter=9, rtol=1e-12, scale=None, full_batch=full_batch, second_order_mode="ggn"
+        mlp.model, mlp.loss, 0.5, maxiter=9, rtol=1e-12, scale=None, full_batch=full_batch, second_order_mode="ggn"
     )
-    demand, reducer = planned_for(model, case), Counting(model, case)
+    demand, reducer = planned_for(model, mlp), Counting(model, mlp)
     model.fit(reducer)
     passes, rows = reducer.taken()
     assert 0 < passes <= demand.fit.passes
     assert 0 < rows <= demand.fit.rows
     before = reducer.steps
-    model.influence_factors(*case.test)
+    model.influence_factors(*mlp.test)
     passes, rows = reducer.taken()
-    assert passes == demand.solve.passes_for(6, case.n_parameters) == (10 if full_batch else 1)
+    assert passes == demand.solve.passes_for(6, mlp.n_parameters) == (10 if full_batch else 1)
     assert reducer.steps - before == demand.solve.batches == (0 if full_batch else 9)
 
 
@@ -154,22 +158,19 @@ def test_ekfac_passes_as_often_as_planned(update_diagonal: bool, case: Case) -> 
     assert planned.derivatives == 3 * planned.passes  # the classes of both models
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("conditioner", [JacobiPreConditioner(12), NystroemPreConditioner(5)], ids=["jacobi", "sketch"])
-def test_a_preconditioner_does_the_work_that_is_planned(
-    conditioner: Any, mode: str, structure: str, case: Case
-) -> None:
+def test_a_preconditioner_does_the_work_that_is_planned(conditioner: Any, mode: str, mlp: Case) -> None:
     model = CgInfluence(
-        case.model,
-        case.loss,
+        mlp.model,
+        mlp.loss,
         hessian_regularization=0.5,
         pre_conditioner=conditioner,
         second_order_mode=mode,
-        block_structure=structure,
+        block_structure="layer_wise",
     )
-    made, blocks = fitted(model, case), len(model.risk.blocks.names)
-    assert made == counts(planned_for(model, case).fit)
+    made, blocks = fitted(model, mlp), len(model.risk.blocks.names)
+    assert made == counts(planned_for(model, mlp).fit)
     assert made[0] == blocks
 
 
