@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from distinfluence.errors import DtypeError, ShapeError
+from distinfluence.errors import DtypeError, ShapeError, UnsupportedOperatorError
 
 IDENTITY_BYTES = 64 * 2**20  # rows of the identity that `dense` sends through one `matmat`
 
@@ -271,3 +271,29 @@ class MatrixOperator(CurvatureOperator):
 
     def _product(self, rows: Tensor) -> Tensor:
         return rows @ self._matrix
+
+
+class BlockDamped(CurvatureOperator):
+    """A plus a multiple of the identity in each block, for solvers with one damping. added: [p], ≥ 0."""
+
+    def __init__(self, operator: CurvatureOperator, added: Tensor) -> None:
+        super().__init__(operator.size, operator.dtype, operator.device)
+        self.positive_semidefinite = operator.positive_semidefinite
+        self._operator = operator
+        self._added = added
+
+    def in_double(self) -> "BlockDamped":
+        """Return the same matrix with rows and products in float64.
+
+        Returns:
+            The operator in float64.
+
+        Raises:
+            UnsupportedOperatorError: If A has no products in float64.
+        """
+        if not isinstance(self._operator, SupportsDouble):
+            raise UnsupportedOperatorError(f"`{type(self._operator).__name__}` has no products in float64.")
+        return BlockDamped(self._operator.in_double(), self._added.double())
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return torch.addcmul(self._operator.matmat(rows), rows, self._added)

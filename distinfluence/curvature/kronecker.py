@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distinfluence.curvature.base import CurvatureOperator, SupportsDouble
+from distinfluence.curvature.base import CurvatureOperator
 from distinfluence.curvature.fisher_sums import CovarianceSums, EigenvalueSums, FisherVectors
-from distinfluence.errors import DecompositionError, NonFiniteError, UnsupportedOperatorError
+from distinfluence.errors import DecompositionError, NonFiniteError
 from distinfluence.layers.layout import LayerLayout
 from distinfluence.layers.units import Unit
 from distinfluence.model.reducer import ChunkReducer
@@ -265,43 +265,16 @@ class KroneckerInverse:
         """p."""
         return sum(operator.size for operator in self.blocks.values())
 
-    def inverse(self, rows: Tensor, damping: float | Mapping[str, float]) -> Tensor:
-        """rows [k, p] · (A + λI)⁻¹; damping: λ > 0, of every block or of each."""
+    def inverse(self, rows: Tensor, damping: float) -> Tensor:
+        """rows [k, p] · (A + λI)⁻¹; damping: λ > 0."""
         columns = rows if self.order is None else torch.empty_like(rows).index_copy_(1, self.order, rows)
         parts, start = [], 0
-        for block, operator in self.blocks.items():
-            own = damping[block] if isinstance(damping, Mapping) else damping
+        for operator in self.blocks.values():
             part = columns[:, start : start + operator.size].to(operator.dtype)
-            parts.append(operator.in_eigenbasis(part, lambda values, own=own: 1.0 / (values + own)))  # type: ignore[misc]
+            parts.append(operator.in_eigenbasis(part, lambda values: 1.0 / (values + damping)))
             start += operator.size
-        found = torch.cat(parts, dim=1).to(rows.dtype)
-        return found if self.order is None else found.index_select(1, self.order)
+        solved = torch.cat(parts, dim=1).to(rows.dtype)
+        return solved if self.order is None else solved.index_select(1, self.order)
 
     def __repr__(self) -> str:
         return self.fitted
-
-
-class BlockDamped(CurvatureOperator):
-    """A plus a multiple of the identity in each block, for solvers with one damping. added: [p], ≥ 0."""
-
-    def __init__(self, operator: CurvatureOperator, added: Tensor) -> None:
-        super().__init__(operator.size, operator.dtype, operator.device)
-        self.positive_semidefinite = operator.positive_semidefinite
-        self._operator = operator
-        self._added = added
-
-    def in_double(self) -> "BlockDamped":
-        """Return the same matrix with rows and products in float64.
-
-        Returns:
-            The operator in float64.
-
-        Raises:
-            UnsupportedOperatorError: If A has no products in float64.
-        """
-        if not isinstance(self._operator, SupportsDouble):
-            raise UnsupportedOperatorError(f"`{type(self._operator).__name__}` has no products in float64.")
-        return BlockDamped(self._operator.in_double(), self._added.double())
-
-    def _product(self, rows: Tensor) -> Tensor:
-        return torch.addcmul(self._operator.matmat(rows), rows, self._added)

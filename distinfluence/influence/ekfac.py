@@ -6,24 +6,22 @@ layer from inputs and output gradients, without matrices of samples × parameter
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from distinfluence.curvature import KroneckerOperator, SecondOrderMode
-from distinfluence.curvature.base import CurvatureOperator, PlannedWork
+from distinfluence.curvature.base import PlannedWork
 from distinfluence.curvature.fisher_sums import FisherKind, LayoutOf
 from distinfluence.curvature.ggn import GGNOperator
-from distinfluence.curvature.kronecker import BlockDamped, Eigenbasis, KroneckerInverse, fitted_bases
+from distinfluence.curvature.kronecker import Eigenbasis, KroneckerInverse, fitted_bases
 from distinfluence.influence.base import InfluenceFunctionModel
-from distinfluence.influence.damping import Regularization, damping_by_block, resolved
+from distinfluence.influence.damping import Regularization
 from distinfluence.influence.fitted import Curvature
 from distinfluence.influence.layer_scoring import LayerScorer
-from distinfluence.influence.report import SolveReport
 from distinfluence.influence.self_influence import SelfInfluences
 from distinfluence.influence.settings import EkfacSettings
 from distinfluence.layers.layout import MOST_DENSE, LayerLayout
@@ -34,15 +32,8 @@ from distinfluence.model.blocks import BlockMode, ParameterBlocks
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.risk import EmpiricalRisk
-from distinfluence.solvers.base import Outcome, check_rhs, relative_residuals, row_norms, rtol_for
-from distinfluence.solvers.cg import CG
 from distinfluence.solvers.demand import DECOMPOSING, EIGEN_FLOPS, USUAL_SAMPLES, Demand, SolveWork
-from distinfluence.solvers.ekfac import Ekfac, inverse_values
-
-APPROXIMATE = (
-    "The Kronecker-factored matrix approximates the Gauss–Newton matrix; residuals refer to the latter, and were "
-    "measured for {measured} of {k} rows (`residual_rows`)."
-)
+from distinfluence.solvers.ekfac import Ekfac, ExactSystem
 
 
 class EkfacInfluence(InfluenceFunctionModel):
@@ -152,7 +143,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         vectors = self._ekfac.vectors_guessed(sum(shape[:1]))
         work = PlannedWork(passes, derivatives=passes * vectors, flops=cubes)
         solve = SolveWork(steps, None if steps else self._ekfac.residual_rows, row_flops=row_flops)
-        return Demand(fit, state, 5.0, 0, work, solve, True, sum_bytes=state)
+        return Demand(fit, state, 4.5, 0, work, solve, True, sum_bytes=state)
 
     @override
     def settings(self) -> dict[str, object]:
@@ -180,18 +171,18 @@ class EkfacInfluence(InfluenceFunctionModel):
     def _curvature(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor] | None = None) -> Curvature:
         """One sum over the data, two with `update_diagonal`; none with arrays."""
         if arrays is not None:
-            return self._restored(arrays)
+            return self._restored(reducer, arrays)
         settings = self._ekfac
         bytes_, n_vectors = reducer.one(0, LayoutOf(settings.most_dense, settings.recognise))
         layout, vectors = LayerLayout.from_tensor(bytes_), settings.vectors(int(n_vectors))
         reduce = settings.weight_sharing == "reduce"
         bases = fitted_bases(reducer, layout, vectors, corrected=settings.update_diagonal, reduce=reduce)
-        made = self._of_bases(layout, bases)
+        made = self._of_bases(reducer, layout, bases)
         named = {name: _in_words(unit) for unit in layout.units for name in unit.parameters}
         treatments = {name: named[name] for name in self.risk.blocks.shapes if name in named}
         return replace(made, remarks=(self._kind(layout, vectors.kind),), treatments=treatments)
 
-    def _restored(self, arrays: Mapping[str, Tensor]) -> Curvature:
+    def _restored(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor]) -> Curvature:
         layout = LayerLayout.from_tensor(arrays["layout"])
         bases = [
             Eigenbasis(
@@ -202,7 +193,7 @@ class EkfacInfluence(InfluenceFunctionModel):
             )
             for unit in layout.units
         ]
-        return self._of_bases(layout, bases)
+        return self._of_bases(reducer, layout, bases)
 
     def _kind(self, layout: LayerLayout, kind: str) -> str:
         by_treatment: dict[str, int] = {}
@@ -211,7 +202,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         shares = ", ".join(f"{t} {size / self.n_parameters:.1%}" for t, size in sorted(by_treatment.items()))
         return f"{kind} Fisher matrix, parameters by treatment: {shares}"
 
-    def _of_bases(self, layout: LayerLayout, bases: Sequence[Eigenbasis]) -> Curvature:
+    def _of_bases(self, reducer: ChunkReducer, layout: LayerLayout, bases: Sequence[Eigenbasis]) -> Curvature:
         blocks = self.risk.blocks
         operators = {
             block: KroneckerOperator(
@@ -221,7 +212,14 @@ class EkfacInfluence(InfluenceFunctionModel):
             )
             for block, names in blocks.names.items()
         }
-        return Curvature(operators, LayerScorer(self.risk, layout, self._ekfac.query_energy))
+        exact = ExactSystem(
+            GGNOperator(EmpiricalRisk.over(reducer)),
+            blocks.columns,
+            self._ekfac.cg_iterations,
+            self._ekfac.residual_rows,
+        )
+        scorer = LayerScorer(self.risk, layout, self._ekfac.query_energy)
+        return Curvature(operators, scorer, exact=exact, arrays=_arrays(layout, bases))
 
     def kronecker_inverse(self) -> KroneckerInverse:
         """Return (A + λI)⁻¹ without model and data.
@@ -243,82 +241,6 @@ class EkfacInfluence(InfluenceFunctionModel):
         return KroneckerInverse(self._kronecker(), order, repr(self))
 
     @override
-    def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
-        # Residuals refer to the Gauss–Newton matrix; they are NaN where they are not measured.
-        return self._solved(gradients, self.damping)
-
-    @override
-    def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
-        blocks, operators = self.risk.blocks, self._fitted().operators
-        return [self._solved(gradients, resolved(damping_by_block(blocks, one), operators)) for one in dampings]
-
-    def _solved(self, gradients: Tensor, damping: Mapping[str, float]) -> tuple[Tensor, SolveReport]:
-        """Factors in the eigenbasis, refined if asked, and how far they are from solving the Gauss–Newton system."""
-        for block, rows in self._by_block(gradients[:1]).items():
-            check_rhs(rows, self._fitted().operators[block], "gradients")
-        factors = torch.empty_like(gradients)
-        for block, operator in self._kronecker().items():
-            columns = self.risk.blocks.columns[block]
-            factors[:, columns] = operator.in_eigenbasis(gradients[:, columns], self._inverse_of(block, damping))
-        return self._beside_gauss_newton(gradients, factors, damping)
-
-    def _beside_gauss_newton(
-        self, gradients: Tensor, factors: Tensor, damping: Mapping[str, float]
-    ) -> tuple[Tensor, SolveReport]:
-        k = gradients.shape[0]
-        operator = self._gauss_newton(damping)
-        least = min(damping.values())
-        iterations, remarks = torch.zeros(k, dtype=torch.int64), tuple[str, ...]()
-        if self._ekfac.cg_iterations and k:
-            inverse = _Inverse(self.kronecker_inverse(), damping)
-            steps = CG(least, rtol=self._rtol, maxiter=self._ekfac.cg_iterations, preconditioner=inverse)
-            solution = steps.solve(steps.fit(operator), gradients)
-            factors, relative = solution.x, solution.relative_residual
-            iterations, remarks = solution.iterations, solution.remarks
-        else:
-            measured = min(k, self._ekfac.residual_rows)
-            relative = torch.full((k,), torch.nan, dtype=torch.float64)
-            if measured:
-                product = operator.matmat(factors[:measured]).add_(factors[:measured], alpha=least)
-                relative[:measured] = relative_residuals(gradients[:measured], product)
-            remarks = (APPROXIMATE.format(measured=measured, k=k),)
-        converged = relative <= self._rtol
-        outcome = tuple(Outcome.CONVERGED if done else Outcome.APPROXIMATE for done in converged.tolist())
-        bound, rigorous = None, False
-        if self.kind_of_bound != "none":
-            bound = relative * row_norms(gradients).cpu() / least
-            bound = bound + 16 * torch.finfo(gradients.dtype).eps * row_norms(factors).cpu()
-            rigorous = True
-        return factors, SolveReport(relative, iterations, converged, outcome, {}, bound, rigorous, remarks)
-
-    @property
-    def _rtol(self) -> float:
-        return rtol_for(None, self.risk.dtype)
-
-    @property
-    def kind_of_bound(self) -> str:
-        """ "rigorous" where residuals are measured, the loss is convex and λ > 0; else "none"."""
-        known = self.objective.convex and min(self.damping.values()) > 0
-        return "rigorous" if self.solves_over_data and known else "none"
-
-    def _gauss_newton(self, damping: Mapping[str, float]) -> CurvatureOperator:
-        """Return the Gauss–Newton matrix with what each block's λ is above the least."""
-        operator: CurvatureOperator = GGNOperator(EmpiricalRisk.over(self.reducer))
-        least = min(damping.values())
-        if all(value == least for value in damping.values()):
-            return operator
-        added = torch.zeros(self.n_parameters, dtype=self.risk.dtype, device=self.risk.device)
-        for block, columns in self.risk.blocks.columns.items():
-            added[columns] = damping[block] - least
-        return BlockDamped(operator, added)
-
-    @override
-    def exact_systems(self) -> dict[str, tuple[CurvatureOperator, float, slice]]:
-        # The Gauss–Newton matrix, over all blocks at once.
-        least = min(self.damping.values())
-        return {"all": (self._gauss_newton(self.damping), least, slice(0, self.n_parameters))}
-
-    @override
     def self_influences(
         self, x: object, y: object | None = None, *, rtol: float = 1e-3, maxiter: int = 500
     ) -> SelfInfluences:
@@ -326,7 +248,9 @@ class EkfacInfluence(InfluenceFunctionModel):
         rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
         total = torch.zeros(next(iter(rows.values())).shape[0], dtype=torch.float64, device=self.risk.device)
         for block, operator in self._kronecker().items():
-            total += operator.quadratic_forms(rows[block], self._inverse_of(block, self.damping))
+            total += operator.quadratic_forms(
+                rows[block], self._fitted().states[block].inverse_values(self.damping[block])
+            )
         total = total.cpu()
         return SelfInfluences(total, total, total, torch.zeros(total.shape[0], dtype=torch.int64), False)
 
@@ -343,13 +267,9 @@ class EkfacInfluence(InfluenceFunctionModel):
         """Return the batch as queries, unit by unit: as outer products in the eigenbasis, or as factors."""
         bases = {basis.unit.parameters: basis for basis in self._bases()}
         units = self.layout.units
-        inverses = [self._inverse_of(unit.block, self.damping) for unit in units]
+        inverses = [self._fitted().states[unit.block].inverse_values(self.damping[unit.block]) for unit in units]
         in_order = [bases[unit.parameters] for unit in units]
         return self._layers.queries_in(in_order, inverses, batch, separate=not self._ekfac.update_diagonal)
-
-    def _inverse_of(self, block: str, damping: Mapping[str, float]) -> Callable[[Tensor], Tensor]:
-        noise: float = self._fitted().states[block].noise
-        return functools.partial(inverse_values, damping=damping[block], noise=noise)
 
     def _bases(self) -> list[Eigenbasis]:
         return [basis for operator in self._kronecker().values() for basis in operator.bases]
@@ -406,32 +326,13 @@ class EkfacInfluence(InfluenceFunctionModel):
         """
         return self._layers.error(self._layers.checked(factors))
 
-    @override
-    def state_arrays(self) -> dict[str, Tensor]:
-        arrays = {"layout": self.layout.to_tensor()}
-        for basis in self._bases():
-            name = basis.unit.parameters[0]
-            arrays[f"{name}/values"] = basis.values
-            arrays |= {
-                f"{name}/{side}": t for side, t in (("left", basis.left), ("right", basis.right)) if t is not None
-            }
-        return arrays
 
-
-class _Inverse:
-    """EKFAC with each block's own λ as a preconditioner of the matrix over all blocks."""
-
-    def __init__(self, inverse: KroneckerInverse, damping: Mapping[str, float]) -> None:
-        self._inverse = replace(inverse, order=None)
-        self._damping = damping
-
-    def fit(self, operator: CurvatureOperator, damping: float) -> Self:
-        """Nothing to fit."""
-        return self
-
-    def apply(self, rows: Tensor) -> Tensor:
-        """rows [k, p] · M⁻¹, with columns in the order of the blocks."""
-        return self._inverse.inverse(rows, self._damping)
+def _arrays(layout: LayerLayout, bases: Sequence[Eigenbasis]) -> dict[str, Tensor]:
+    arrays = {"layout": layout.to_tensor()}
+    for basis in bases:
+        sides = {"values": basis.values, "left": basis.left, "right": basis.right}
+        arrays |= {f"{basis.unit.parameters[0]}/{side}": t for side, t in sides.items() if t is not None}
+    return arrays
 
 
 def _in_words(unit: Unit) -> str:

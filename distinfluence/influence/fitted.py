@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from distinfluence.curvature import CurvatureOperator
-from distinfluence.influence.bounds import LowerBound, lower_bound
+from distinfluence.influence.bounds import ROUNDING, LowerBound, lower_bound
 from distinfluence.influence.report import FitReport, SolveReport, named_by_block
 from distinfluence.influence.scores import Scorer
 from distinfluence.influence.self_influence import SelfInfluences, self_influences_of
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.sample_risk import SampleRisk
-from distinfluence.solvers.base import Solution, Solver
+from distinfluence.solvers.base import Solution, Solver, SolverState, row_norms
+from distinfluence.solvers.ekfac import ExactSystem
 from distinfluence.solvers.spectrum import Extremes, extreme_eigenvalues
 
 Rows = Mapping[str, Tensor]  # block → [k, p_block]
+ALL = "all"  # the name of a system over all blocks
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,16 @@ class Curvature:
     """What a fit makes of the training data before it solves.
 
     operators: block → A. scorer: for scores and gradients from now on. remarks, treatments: for the fit report.
+    exact: the system over all blocks, where the operators only approximate it. arrays: what the curvature is made
+    of again elsewhere, beside the data.
     """
 
     operators: Mapping[str, CurvatureOperator]
     scorer: Scorer
     remarks: tuple[str, ...] = ()
     treatments: Mapping[str, str] = field(default_factory=dict)
+    exact: ExactSystem | None = None
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,7 @@ class Fitted:
     """The fitted part of an influence model."""
 
     reducer: ChunkReducer
-    operators: Mapping[str, CurvatureOperator]
-    scorer: Scorer
+    curvature: Curvature
     solvers: Mapping[str, Solver[Any]]
     states: Mapping[str, Any]
     report: FitReport
@@ -73,7 +78,17 @@ class Fitted:
             details=_details(states),
             treatments=curvature.treatments,
         )
-        return cls(reducer, curvature.operators, curvature.scorer, solvers, states, report)
+        return cls(reducer, curvature, solvers, states, report)
+
+    @property
+    def operators(self) -> Mapping[str, CurvatureOperator]:
+        """Block → A."""
+        return self.curvature.operators
+
+    @property
+    def scorer(self) -> Scorer:
+        """For scores and gradients."""
+        return self.curvature.scorer
 
     @property
     def damping(self) -> dict[str, float]:
@@ -106,11 +121,15 @@ class Fitted:
 
     def solve(self, rhs: Rows) -> tuple[Tensor, SolveReport]:
         """Factors [k, p] of every row, and how far each got."""
+        if self.curvature.exact is not None:
+            return self._approximately(self.curvature.exact, rhs, self.damping)
         found = {block: self.solvers[block].solve(self.states[block], rows) for block, rows in rhs.items()}
         return self._together(found, rhs, self.damping)
 
     def solve_at(self, rhs: Rows, dampings: Sequence[Mapping[str, float]]) -> list[tuple[Tensor, SolveReport]]:
         """As `solve`, for each of several dampings by block."""
+        if self.curvature.exact is not None:
+            return [self._approximately(self.curvature.exact, rhs, damping) for damping in dampings]
         by_block = {
             block: self.solvers[block].solve_at(self.states[block], rows, [damping[block] for damping in dampings])
             for block, rows in rhs.items()
@@ -124,6 +143,9 @@ class Fitted:
         """Block → μ with A + λI ⪰ μI, as far as it is known, and products are exact enough to bound errors with."""
         if self.reducer.risk.autocast is not None:
             return dict.fromkeys(self.operators)
+        if (exact := self.curvature.exact) is not None:
+            operator, least = exact.damped(damping)
+            return {ALL: lower_bound(operator, SolverState(operator), least, None) if exact.is_measured else None}
         return {
             block: lower_bound(operator, self.states[block], damping[block], self.report.spectrum.get(block))
             for block, operator in self.operators.items()
@@ -144,7 +166,7 @@ class Fitted:
 
     def arrays(self) -> dict[str, Tensor]:
         """Return what must be kept to restore the states: "block/array" → tensor."""
-        return {
+        return dict(self.curvature.arrays) | {
             f"{block}/{name}": tensor
             for block, solver in self.solvers.items()
             for name, tensor in solver.state_arrays(self.states[block]).items()
@@ -166,7 +188,33 @@ class Fitted:
             )
             for block, operator in curvature.operators.items()
         }
-        return cls(reducer, curvature.operators, curvature.scorer, solvers, states, report)
+        return cls(reducer, curvature, solvers, states, report)
+
+    def exact_systems(self, columns: Mapping[str, slice]) -> dict[str, tuple[CurvatureOperator, float, slice]]:
+        """Name → (A, λ, columns) of each system that factors should solve. columns: of each block."""
+        if (exact := self.curvature.exact) is not None:
+            return {ALL: (*exact.damped(self.damping), slice(0, exact.operator.size))}
+        return {block: (self.operators[block], self.damping[block], columns[block]) for block in self.operators}
+
+    def _approximately(self, exact: ExactSystem, rhs: Rows, damping: Mapping[str, float]) -> tuple[Tensor, SolveReport]:
+        """Solve by blocks that approximate; residuals and bounds are of the exact system, NaN where not measured."""
+        solution = exact.solve(self.states, rhs, damping)
+        bound = self.lower_bounds(damping).get(ALL)
+        error = None
+        if bound is not None:
+            sizes = row_norms(torch.cat(list(rhs.values()), dim=1)).cpu()
+            eps = torch.finfo(solution.x.dtype).eps
+            error = solution.relative_residual * sizes / bound.value + ROUNDING * eps * row_norms(solution.x).cpu()
+        return solution.x, SolveReport(
+            solution.relative_residual,
+            solution.iterations,
+            solution.converged,
+            solution.outcome,
+            {},
+            error,
+            bound is not None,
+            solution.remarks,
+        )
 
     def _together(
         self, found: Mapping[str, Solution], rhs: Rows, damping: Mapping[str, float]

@@ -186,8 +186,7 @@ class CurvatureSystems:
         Returns:
             Name → (A, λ, columns) of each system (A + λI) x = g.
         """
-        columns = self.risk.blocks.columns
-        return {block: (self.operators[block], self.damping[block], columns[block]) for block in self.operators}
+        return self._fitted().exact_systems(self.risk.blocks.columns)
 
     def _fitted(self) -> Fitted:
         if self._fit is None:

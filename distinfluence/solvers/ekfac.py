@@ -6,16 +6,17 @@ How far that matrix is from the curvature of the loss is another question: see `
 needs no more than to be close. Reference: George et al. (2018), section 3.
 """
 
+import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distinfluence.curvature.base import CurvatureOperator, SupportsEigenbasis
+from distinfluence.curvature.base import BlockDamped, CurvatureOperator, SupportsEigenbasis
 from distinfluence.errors import SettingError, ShapeError, UnsupportedOperatorError
 from distinfluence.solvers.base import (
     Outcome,
@@ -28,6 +29,12 @@ from distinfluence.solvers.base import (
     damped,
     relative_residuals,
     rtol_for,
+)
+from distinfluence.solvers.cg import CG
+
+APPROXIMATE = (
+    "The Kronecker-factored matrix approximates the Gauss–Newton matrix; residuals refer to the latter, and were "
+    "measured for {measured} of {k} rows (`residual_rows`)."
 )
 
 
@@ -54,6 +61,16 @@ class EigenbasisState(SolverState):
         """Eigenvalues below this are zero: p·eps of the largest, as for a pseudo-inverse."""
         eps = float(torch.finfo(self.operator.dtype).eps)
         return eps * self.largest * math.sqrt(self.operator.size)
+
+    def inverse_values(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Return the function of the eigenvalues that makes (A + λI)⁻¹, or the pseudo-inverse."""
+        return functools.partial(inverse_values, damping=damping, noise=self.noise)
+
+    def inverse(self, rhs: Tensor, damping: float) -> Tensor:
+        """rhs [k, p] · (A + λI)⁻¹, of which no residual is measured."""
+        check_rhs(rhs, self.operator)
+        assert isinstance(self.operator, SupportsEigenbasis)
+        return self.operator.in_eigenbasis(rhs, self.inverse_values(damping))
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -106,9 +123,7 @@ class Ekfac(Solver[EigenbasisState]):
     @override
     def solve(self, state: EigenbasisState, rhs: Tensor) -> Solution:
         # Solve for rhs [k, p]; 8·(o²·i + o·i²) flops a row and unit, half of them for its residual.
-        check_rhs(rhs, state.operator)
-        assert isinstance(state.operator, SupportsEigenbasis)
-        x = state.operator.in_eigenbasis(rhs, lambda values: inverse_values(values, self.damping, state.noise))
+        x = state.inverse(rhs, self.damping)
         relative = relative_residuals(rhs, damped(state.operator, x, self.damping))
         rtol = rtol_for(self.rtol, rhs.dtype)
         otherwise = Outcome.STAGNATED if state.positive_definite else Outcome.SINGULAR
@@ -127,6 +142,87 @@ def inverse_values(values: Tensor, damping: float, noise: float) -> Tensor:
     shifted = values + damping
     counts = shifted.abs() > noise
     return torch.where(counts, 1.0 / torch.where(counts, shifted, 1.0), 0.0)
+
+
+@dataclass(frozen=True)
+class ExactSystem:
+    """The system over all blocks that Kronecker-factored ones approximate: factors are refined or measured by it.
+
+    operator: the exact A, over all blocks. columns: block → its columns. cg_iterations: steps of conjugate gradients
+    from EKFAC as preconditioner. residual_rows: how many rows are measured where there are no such steps.
+    """
+
+    operator: CurvatureOperator
+    columns: Mapping[str, slice]
+    cg_iterations: int
+    residual_rows: int
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether solves sweep over the data, and say how far they are off."""
+        return self.cg_iterations > 0 or self.residual_rows > 0
+
+    def damped(self, damping: Mapping[str, float]) -> tuple[CurvatureOperator, float]:
+        """Return (A with what each block's λ is above the least, the least λ)."""
+        least = min(damping.values())
+        if all(value == least for value in damping.values()):
+            return self.operator, least
+        added = torch.zeros(self.operator.size, dtype=self.operator.dtype, device=self.operator.device)
+        for block, columns in self.columns.items():
+            added[columns] = damping[block] - least
+        return BlockDamped(self.operator, added), least
+
+    def solve(
+        self, states: Mapping[str, EigenbasisState], rhs: Mapping[str, Tensor], damping: Mapping[str, float]
+    ) -> Solution:
+        """Solve for rhs, block → [k, p_block], by the inverses of the blocks; refined if asked: x [k, p]."""
+        operator, least = self.damped(damping)
+        k = next(iter(rhs.values())).shape[0]
+        if self.cg_iterations and k:
+            steps = CG(least, rtol=None, maxiter=self.cg_iterations, preconditioner=_Blocks(states, self, damping))
+            solution = steps.solve(steps.fit(operator), torch.cat(list(rhs.values()), dim=1))
+            return replace(solution, outcome=_outcomes(solution.relative_residual, solution.x.dtype))
+        x = torch.cat([states[block].inverse(rows, damping[block]) for block, rows in rhs.items()], dim=1)
+        measured = min(k, self.residual_rows)
+        relative = torch.full((k,), torch.nan, dtype=torch.float64)
+        if measured:
+            gradients = torch.cat([rows[:measured] for rows in rhs.values()], dim=1)
+            relative[:measured] = relative_residuals(gradients, damped(operator, x[:measured], least))
+        return Solution(
+            x=x,
+            relative_residual=relative,
+            iterations=torch.zeros(k, dtype=torch.int64),
+            outcome=_outcomes(relative, x.dtype),
+            curvature=torch.full((k,), torch.nan, dtype=torch.float64),
+            remarks=(APPROXIMATE.format(measured=measured, k=k),),
+        )
+
+
+def _outcomes(relative: Tensor, dtype: torch.dtype) -> tuple[Outcome, ...]:
+    rtol = rtol_for(None, dtype)
+    return tuple(Outcome.CONVERGED if r <= rtol else Outcome.APPROXIMATE for r in relative.tolist())
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """EKFAC with each block's own λ as a preconditioner of the matrix over all blocks."""
+
+    states: Mapping[str, EigenbasisState]
+    system: ExactSystem
+    damping: Mapping[str, float]
+
+    def fit(self, operator: CurvatureOperator, damping: float) -> Self:
+        """Nothing to fit."""
+        return self
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """rows [k, p] · M⁻¹."""
+        parts = []
+        for block, columns in self.system.columns.items():
+            operator, own = self.states[block].operator, self.damping[block]
+            assert isinstance(operator, SupportsEigenbasis)
+            parts.append(operator.in_eigenbasis(rows[:, columns], lambda values, own=own: 1.0 / (values + own)))  # type: ignore[misc]
+        return torch.cat(parts, dim=1)
 
 
 class SupportsInverse(Protocol):
