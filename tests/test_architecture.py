@@ -215,7 +215,13 @@ def unsafe(file: str, source: str) -> list[str]:
 
 
 _STARTS = {"subprocess": ("run", "Popen", "call", "check_call", "check_output"), "os": ("system", "popen")}
-_MAY_START = ("tests/processes.py", "tests/steps.py", "tests/slurm/host.py", "tests/first_minutes.py")
+_MAY_START = (
+    "tests/processes.py",
+    "tests/preloaded.py",
+    "tests/steps.py",
+    "tests/slurm/host.py",
+    "tests/first_minutes.py",
+)
 
 
 def processes_of_its_own(file: str, source: str) -> list[str]:

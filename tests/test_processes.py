@@ -1,6 +1,7 @@
 """Nothing that a test or a step starts can wait for ever, and what runs out of time says where it was."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,30 @@ def test_a_step_that_does_not_end_is_ended_with_all_stacks(capfd: pytest.Capture
     shown = capfd.readouterr().out
     assert "waits (<string>" in shown and "dozes (<string>" in shown
     wait_until_gone("dozes", *below(os.getpid()))
+
+
+def test_a_preloaded_python_is_called_like_any_other(python: Path, tmp_path: Path) -> None:
+    code = "import os, sys; print(sys.argv, sys.stdin.read(), os.getcwd(), 'torch' in sys.modules); sys.exit(3)"
+    done = finished([python, "-c", code, "a"], given="b", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, f"['-c', 'a'] b {tmp_path} True\n")
+    done = finished([python, "-c", "raise ValueError('oh')"])
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ValueError: oh")
+    real = finished([python, "-I", "-c", "import sys; print('torch' in sys.modules)"], check=True)
+    assert real.stdout == "False\n"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_preloaded_process_ends_with_its_client(python: Path, sent: signal.Signals) -> None:
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    with started([python, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        fork = Path("/proc") / process.stdout.readline().strip()
+        process.send_signal(sent)
+        assert process.wait(timeout=30) == -sent
+    end = time.monotonic() + 30
+    while fork.exists():
+        assert time.monotonic() < end, "the fork lives on"
+        time.sleep(0.05)
 
 
 def wait_until_gone(name: str, *pids: int) -> None:

@@ -1,6 +1,7 @@
 """Results to look at, their pages, and a browser."""
 
 import asyncio
+import fcntl
 import os
 import shutil
 import threading
@@ -32,15 +33,24 @@ def _own_links(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits' result; copy it before changing it."""
-    path = tmp_path_factory.mktemp("digits") / "influences.zarr"
-    results.digits(path)
-    return path
+    return made_once(tmp_path_factory, "digits/influences.zarr", results.digits)
 
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("wide") / "wide.zarr"
-    results.wide(path)
+    return made_once(tmp_path_factory, "wide/wide.zarr", results.wide)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A result that the first of the processes that share the tests makes for all."""
+    base = factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    path.parent.mkdir(exist_ok=True)
+    with (path.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (path.parent / "made").exists():
+            make(path)
+            (path.parent / "made").touch()
     return path
 
 

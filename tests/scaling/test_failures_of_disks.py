@@ -121,7 +121,7 @@ def test_a_full_disk_under_workers_costs_what_was_under_way(
     client.register_plugin(LogToFolder(tmp_path / "logs"))
     recipe = ModelRecipe(Recipe("tests.scaling.sources:model"))
     train, test = Recipe("tests.scaling.sources:train"), Recipe("tests.scaling.sources:repeated_test", {"times": 200})
-    model = CgInfluence(case.model, case.loss, 0.1, rtol=1e-6, atol=0.0, second_order_mode="ggn")
+    model = CgInfluence(case.model, case.loss, 0.1, rtol=1e-3, atol=0.0, second_order_mode="ggn")
 
     def run(path: Path, scratch: Path) -> Any:
         calculator = DaskInfluenceCalculator(model, client, recipe=recipe, scratch=scratch)
