@@ -71,7 +71,7 @@ def test_products_are_float32_with_the_digits_of_bfloat16(mode: str) -> None:
 def test_layers_are_recognised_and_factors_summed_in_float32() -> None:
     case, wide = single("mlp classification")
     damping = 1.0
-    plain = EkfacInfluence(case.model, case.loss, damping)
+    plain = EkfacInfluence(case.model, True, damping, loss=case.loss)
     mixed = plain.in_mixed_precision().fit(case.train)
     expected = plain.fit(case.train).influences(*case.test, *case.train)
     found = mixed.influences(*case.test, *case.train)
