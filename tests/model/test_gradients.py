@@ -304,15 +304,19 @@ def _with_nan(case: Case) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda c: (c.model, c.loss, (c.train[0], c.train[1][:-1])), ShapeError, "as many samples in every tensor"),
+        (lambda c: (c.model, c.loss, (c.train[0], c.train[1][:-1])), ShapeError, "must have as many samples"),
         (lambda c: (c.model, c.loss, (c.train[0], c.train[1].double())), DtypeError, "targets `y` torch.float64"),
         (lambda c: (c.model, c.loss, (c.train[0].float(), c.train[1])), DtypeError, "cannot take this batch"),
         (lambda c: (c.model, c.loss, (c.train[0][:, :2], c.train[1])), ShapeError, r"float64 \[16, 2\]"),
         (lambda c: (c.model, c.loss, (_with_nan(c), c.train[1])), NonFiniteError, r"`batch\[0\]`.*samples \[4\]"),
         (lambda c: (c.model, c.loss, (c.train[0][:0], c.train[1][:0])), EmptyDataError, "at least one sample"),
         (lambda c: (c.model, c.loss, []), EmptyDataError, "at least one sample"),
-        (lambda c: (c.model, c.loss, iter([c.train])), ShapeError, "generator in a list"),
-        (lambda c: (c.model, c.loss, [(c.train[0], ["a"] * 23)]), DtypeError, r"`batch\[1\]\[0\]`.*got str"),
+        (lambda c: (c.model, c.loss, iter([c.train])), DtypeError, "generator in a list"),
+        (
+            lambda c: (c.model, c.loss, [(c.train[0], ["a"] * 23)]),
+            DtypeError,
+            r"`data\[0\]\[1\]\[0\]`.*got str.*as numbers",
+        ),
         (lambda c: (c.model, c.loss, [c.train[0]]), ShapeError, r"pair \(x, y\)"),
         (
             lambda c: (nn.Sequential(c.model, nn.Dropout()).train(), c.loss, c.train),

@@ -411,7 +411,7 @@ def by_calculator(data: Any, **_: Any) -> Tensor:
     return torch.as_tensor(calculator.influences(X_TEST, Y_TEST).compute(scheduler="synchronous"))
 
 
-def by_job(data: Any, *, kind: str, folder: Path, size: int = 16) -> Tensor:
+def by_job(data: Any, *, kind: str, folder: Path, size: int = 40) -> Tensor:
     """As `run_job` does, without its cluster and its plan."""
     calculator = SequentialInfluenceCalculator(influence())
     train = calculator.chunked(Recipe(f"{__name__}:built", {"kind": kind, "folder": str(folder)}))

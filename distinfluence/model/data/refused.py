@@ -44,7 +44,8 @@ def refused(value: object) -> bool:
 
 def _remedy(value: object, name: str) -> str:
     if isinstance(value, (str, bytes, os.PathLike)):
-        return "Load the file first."
+        nested = "[" in name
+        return "Encode strings as numbers, or leave them out." if nested else "Load the file first."
     if isinstance(value, (nn.Module, type)) or (callable(value) and not hasattr(value, "__getitem__")):
         return "Call it, or pass what it returns: a model, a class or a function is not data."
     if isinstance(value, IterableDataset):
