@@ -36,15 +36,20 @@ from distinfluence.model.blocks import BlockMode, ParameterBlocks
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.risk import EmpiricalRisk
-from distinfluence.solvers.base import Outcome, check_rhs, relative_residuals, row_norms, rtol_for
+from distinfluence.solvers.base import (
+    Outcome,
+    check_rhs,
+    measured_of,
+    row_norms,
+    rows_to_measure,
+    rtol_for,
+    some_residuals,
+)
 from distinfluence.solvers.cg import CG
 from distinfluence.solvers.demand import DECOMPOSING, Demand
 from distinfluence.solvers.ekfac import Ekfac, inverse_values
 
-APPROXIMATE = (
-    "The Kronecker-factored matrix approximates the Gauss–Newton matrix; residuals refer to the latter, and were "
-    "measured for {measured} of {k} rows (`residual_rows`)."
-)
+APPROXIMATE = "The Kronecker-factored matrix approximates the Gauss–Newton matrix, to which residuals refer: "
 
 
 class EkfacInfluence(InfluenceFunctionModel):
@@ -69,7 +74,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         cg_iterations: The conjugate gradient steps on the Gauss–Newton matrix with EKFAC as preconditioner; one pass
             each, and one for the residuals.
         residual_rows: For how many rows of each solve the residual against the Gauss–Newton matrix is measured, in one
-            pass; it is NaN for the others.
+            pass; it is NaN for the others. If None 0: a fit multiplies no rows with that matrix.
         query_energy: The share of the squared norm that low-rank factors of queries keep, where they save work; None
             keeps them whole.
         most_dense: The largest number of parameters of a block without Kronecker structure that is kept whole.
@@ -101,7 +106,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         seed: int = 0,
         weight_sharing: str = "expand",
         cg_iterations: int = 0,
-        residual_rows: int = 0,
+        residual_rows: int | None = None,
         query_energy: float | None = None,
         most_dense: int = MOST_DENSE,
         recognise: bool = True,
@@ -131,7 +136,11 @@ class EkfacInfluence(InfluenceFunctionModel):
     @property
     @override
     def solves_over_data(self) -> bool:  # only for conjugate gradients and residuals
-        return self._ekfac.cg_iterations > 0 or self._ekfac.residual_rows > 0
+        return self._ekfac.cg_iterations > 0 or self._measured > 0
+
+    @property
+    def _measured(self) -> int:
+        return rows_to_measure(self._ekfac.residual_rows, own=0)
 
     @property
     def _products(self) -> SecondOrderMode | None:
@@ -272,12 +281,8 @@ class EkfacInfluence(InfluenceFunctionModel):
             factors, relative = solution.x, solution.relative_residual
             iterations, remarks = solution.iterations, solution.remarks
         else:
-            measured = min(k, self._ekfac.residual_rows)
-            relative = torch.full((k,), torch.nan, dtype=torch.float64)
-            if measured:
-                product = operator.matmat(factors[:measured]).add_(factors[:measured], alpha=least)
-                relative[:measured] = relative_residuals(gradients[:measured], product)
-            remarks = (APPROXIMATE.format(measured=measured, k=k),)
+            relative = some_residuals(operator, least, gradients, factors, self._measured)
+            remarks = (APPROXIMATE + measured_of(min(k, self._measured), k),)
         converged = relative <= self._rtol
         outcome = tuple(Outcome.CONVERGED if done else Outcome.APPROXIMATE for done in converged.tolist())
         bound, rigorous = None, False

@@ -24,6 +24,7 @@ from distinfluence.solvers.base import (
     check_residual_rows,
     check_rhs,
     check_tolerance,
+    rows_to_measure,
 )
 from distinfluence.solvers.demand import Demand, Systems
 
@@ -40,8 +41,8 @@ class InverseHarmonicMean(Solver[SolverState]):
     Args:
         damping: λ > 0.
         rtol: The relative residual up to which a row counts as solved.
-        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; for all if
-            None.
+        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; if None 8,
+            or a tenth of them if that is less.
 
     Raises:
         SettingError: If a hyperparameter is out of range.
@@ -86,6 +87,5 @@ class InverseHarmonicMean(Solver[SolverState]):
         check_rhs(rhs, state.operator)
         assert isinstance(state.operator, SupportsSampleGradients)
         x = state.operator.inverse_harmonic_mean(rhs, self.damping) if rhs.shape[0] else rhs.clone()
-        return approximation(
-            state.operator, self.damping, rhs, x, self.rtol, remarks=(ROUGH,), residual_rows=self.residual_rows
-        )
+        measured = rows_to_measure(self.residual_rows, rhs.shape[0])
+        return approximation(state.operator, self.damping, rhs, x, self.rtol, remarks=(ROUGH,), residual_rows=measured)

@@ -30,6 +30,7 @@ from distinfluence.solvers.base import (
     check_residual_rows,
     check_rhs,
     check_tolerance,
+    rows_to_measure,
 )
 from distinfluence.solvers.block_cg import orthonormal_rows
 from distinfluence.solvers.demand import SKETCHING, Demand, Systems
@@ -236,8 +237,8 @@ class NystroemSketch(Solver[NystroemState]):
         rtol: The relative residual of a row, of A + λI and not of its sketch, up to which it counts as converged.
         estimate_error: The passes of 4 rows to spend on an estimate of ‖A − Â‖ for the fit report; 5 usually give two
             digits.
-        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; for all if
-            None.
+        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; if None 8,
+            or a tenth of the rank if that is less.
 
     Raises:
         SettingError: If a hyperparameter is out of range.
@@ -271,7 +272,11 @@ class NystroemSketch(Solver[NystroemState]):
     @property
     @override
     def solves_over_data(self) -> bool:
-        return self.residual_rows != 0  # only for residuals
+        return self._measured > 0  # only for residuals
+
+    @property
+    def _measured(self) -> int:
+        return rows_to_measure(self.residual_rows, self.rank)
 
     @override
     def demand(self, systems: Systems) -> Demand:
@@ -306,7 +311,7 @@ class NystroemSketch(Solver[NystroemState]):
             x,
             self.rtol,
             remarks=remarks,
-            residual_rows=self.residual_rows,
+            residual_rows=self._measured,
         )
         solution = replace(solution, largest=largest)
         # a sketch whose values end above its rank has seen the whole range of A: what is not solved has no solution
