@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from distinfluence.store import InfluenceResult
+from distinfluence.store.read.facts import how_solved
 
 
 def program() -> str:
@@ -28,8 +29,7 @@ def summary(result: InfluenceResult) -> str:
         f"{solver['method']} on the {solver['second_order_mode']}, "
         f"damping {_damping(solver['hessian_regularization'])}, "
         f"{covered['covered']} of {covered['total']} parameters covered ({covered['coverage']:.1%})",
-        f"{int(np.sum(result.converged))} of {result.shape[0]} rows converged, {_residuals(result)}"
-        f"{_iterations(int(np.max(result.iterations)))}",
+        f"{how_solved(result.converged, result.relative_residual)}{_iterations(int(np.max(result.iterations)))}",
     ]
     if not result.complete:
         lines.append(f"running: {result.progress:.0%} of the strips are written")
@@ -37,13 +37,6 @@ def summary(result: InfluenceResult) -> str:
     if seconds:
         lines.append("time: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     return "\n".join([*lines, *provenance.get("remarks", [])])
-
-
-def _residuals(result: InfluenceResult) -> str:
-    known = result.relative_residual[~np.isnan(result.relative_residual)]
-    if not known.size:
-        return "residuals not measured"
-    return f"worst relative residual {float(known.max()):.1e}"
 
 
 def _iterations(most: int) -> str:

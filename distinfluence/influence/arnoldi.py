@@ -44,7 +44,8 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         block_size: The rows of a pass while fitting, see `Arnoldi`.
         max_basis: The rows of the basis that is held while fitting, see `Arnoldi`.
         seed: The seed of the start vectors.
-        residual_rows: For how many test points of each solve the residual is measured, in one pass; for all if None.
+        residual_rows: For how many test points of each solve the residual is measured, in one pass; if None 8, or
+            a tenth of what the fit multiplies if that is less.
         block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
         second_order_mode: "hessian", "ggn" or "empirical_fisher".
 

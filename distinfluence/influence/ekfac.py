@@ -32,6 +32,7 @@ from distinfluence.model.blocks import BlockMode, ParameterBlocks
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.risk import EmpiricalRisk
+from distinfluence.solvers.base import rows_to_measure
 from distinfluence.solvers.demand import DECOMPOSING, EIGEN_FLOPS, USUAL_SAMPLES, Demand, SolveWork
 from distinfluence.solvers.ekfac import Ekfac, ExactSystem
 
@@ -58,7 +59,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         cg_iterations: The conjugate gradient steps on the Gauss–Newton matrix with EKFAC as preconditioner; one pass
             each, and one for the residuals.
         residual_rows: For how many rows of each solve the residual against the Gauss–Newton matrix is measured, in one
-            pass; it is NaN for the others.
+            pass; it is NaN for the others. If None 0: a fit multiplies no rows with that matrix.
         query_energy: The share of the squared norm that low-rank factors of queries keep, where they save work; None
             keeps them whole.
         most_dense: The largest number of parameters of a block without Kronecker structure that is kept whole.
@@ -90,7 +91,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         seed: int = 0,
         weight_sharing: str = "expand",
         cg_iterations: int = 0,
-        residual_rows: int = 0,
+        residual_rows: int | None = None,
         query_energy: float | None = None,
         most_dense: int = MOST_DENSE,
         recognise: bool = True,
@@ -120,7 +121,11 @@ class EkfacInfluence(InfluenceFunctionModel):
     @property
     @override
     def solves_over_data(self) -> bool:  # only for conjugate gradients and residuals
-        return self._ekfac.cg_iterations > 0 or self._ekfac.residual_rows > 0
+        return self._ekfac.cg_iterations > 0 or self._measured > 0
+
+    @property
+    def _measured(self) -> int:
+        return rows_to_measure(self._ekfac.residual_rows, own=0)
 
     @property
     def _products(self) -> SecondOrderMode | None:
@@ -142,7 +147,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         passes, steps = 2 if self._ekfac.update_diagonal else 1, self._ekfac.cg_iterations
         vectors = self._ekfac.vectors_guessed(sum(shape[:1]))
         work = PlannedWork(passes, derivatives=passes * vectors, flops=cubes)
-        solve = SolveWork(steps, None if steps else self._ekfac.residual_rows, row_flops=row_flops)
+        solve = SolveWork(steps, None if steps else self._measured, row_flops=row_flops)
         return Demand(fit, state, 4.5, 0, work, solve, True, sum_bytes=state)
 
     @override
@@ -216,7 +221,7 @@ class EkfacInfluence(InfluenceFunctionModel):
             GGNOperator(EmpiricalRisk.over(reducer)),
             blocks.columns,
             self._ekfac.cg_iterations,
-            self._ekfac.residual_rows,
+            self._measured,
         )
         scorer = LayerScorer(self.risk, layout, self._ekfac.query_energy)
         return Curvature(operators, scorer, exact=exact, arrays=_arrays(layout, bases))

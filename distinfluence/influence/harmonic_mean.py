@@ -24,7 +24,8 @@ class InverseHarmonicMeanInfluence(InfluenceFunctionModel):
         loss: A torch loss of (outputs, targets), or an `Objective`.
         hessian_regularization: λ > 0. The authors' rule is `RelativeDamping(0.1)`, a tenth of the mean squared gradient
             norm over the number of parameters.
-        residual_rows: For how many test points of each solve the residual is measured, in one pass; for all if None.
+        residual_rows: For how many test points of each solve the residual is measured, in one pass; if None 8, or
+            a tenth of them if that is less.
         block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
 
     Raises:

@@ -28,7 +28,8 @@ class NystroemSketchInfluence(InfluenceFunctionModel):
         rank: The rank of the sketch in each block; at most the block's size is used.
         hessian_regularization: Damping λ: a number, a `RelativeDamping` rule, or a mapping block → number or rule.
         seed: The seed of the sketch.
-        residual_rows: For how many test points of each solve the residual is measured, in one pass; for all if None.
+        residual_rows: For how many test points of each solve the residual is measured, in one pass; if None 8, or
+            a tenth of the rank if that is less.
         block_structure: "full", "layer_wise", "parameter_wise" or a mapping block → parameter names.
         second_order_mode: "hessian", "ggn" or "empirical_fisher".
 

@@ -73,7 +73,7 @@ class SolveReport:
     Args:
         relative_residual: ‖g − (A + λI) x‖ / ‖g‖ over all blocks, from a fresh product, [k] float64.
         iterations: The iterations of the block that needed most, [k] int64.
-        converged: Whether the row converged in every block, [k] bool.
+        converged: Whether the row converged in every block, [k] bool; False where its residual was not measured.
         outcome: For each row why it stopped, of the first block that did not converge.
         by_block: The `Solution`s without their x, block by block.
         error_bound: c_i with |Î_ij − I_ij| ≤ c_i·‖g_j‖ for every training point j, [k] float64 (units: influence per
@@ -127,12 +127,14 @@ class SolveReport:
         )
 
     def __str__(self) -> str:
-        k = self.converged.numel()
-        known = self.relative_residual[~self.relative_residual.isnan()]
-        most = int(self.iterations.max()) if k else 0
-        line = f"{int(self.converged.sum())} of {k} rows converged, " + (
-            f"worst relative residual {float(known.max()):.1e}" if known.numel() else "residuals not measured"
-        )
+        most = int(self.iterations.max()) if self.converged.numel() else 0
+        known = ~self.relative_residual.isnan() | self.converged
+        k, measured = known.numel(), int(known.sum())
+        line = f"approximate, residuals not measured for {k} rows"
+        if measured or not k:
+            worst = max(self.relative_residual[known].tolist(), default=0.0)
+            of = f"{k} rows" if measured == k else f"{measured} measured rows ({k} in all)"
+            line = f"{int(self.converged.sum())} of {of} converged, worst relative residual {worst:.1e}"
         if most > 0:  # a factorisation has none to count
             line += f", at most {most} iteration{'' if most == 1 else 's'}"
         return "\n".join([line, *self.remarks])

@@ -10,7 +10,7 @@ from distinfluence.curvature.fisher_sums import MOST_EXACT, FisherKind, FisherVe
 from distinfluence.errors import SettingError
 from distinfluence.influence.damping import RelativeDamping
 from distinfluence.model.blocks import BlockStructure
-from distinfluence.solvers.base import check_count, hold_plain
+from distinfluence.solvers.base import check_count, check_residual_rows, hold_plain
 
 
 def checked_mode(mode: SecondOrderMode | str) -> SecondOrderMode:
@@ -75,7 +75,7 @@ class EkfacSettings:
     seed: int
     weight_sharing: str
     cg_iterations: int
-    residual_rows: int
+    residual_rows: int | None
     query_energy: float | None
     most_dense: int
     recognise: bool
@@ -89,7 +89,8 @@ class EkfacSettings:
         _check_choice("fisher", self.fisher, ("auto", "exact", "sampled", "empirical"))
         _check_choice("weight_sharing", self.weight_sharing, ("expand", "reduce"))
         check_count("n_draws", self.n_draws)
-        for name in ("cg_iterations", "residual_rows", "most_dense"):
+        check_residual_rows(self.residual_rows)
+        for name in ("cg_iterations", "most_dense"):
             check_count(name, getattr(self, name), 0)
         if self.query_energy is not None and not 0 < self.query_energy <= 1:
             raise SettingError(f"`query_energy` must be above 0 and at most 1, or None, got {self.query_energy!r}.")

@@ -107,7 +107,7 @@ class InfluenceCalculator(ABC):
     def _over(
         self, data: ChunkedData, bars: Progress, begin: Callable[[DaskReducer | SourceReducer, str], None]
     ) -> FittedRun:
-        """Look at the data and check the model. begin: gives the model its fit over a reducer and the fingerprint."""
+        """Look at the data and check the model. begin: gives the model its fit, over a reducer with a fingerprint."""
         data = self._everywhere(data)
         context, executor = self._unfitted_context(), self._executor()
         looked = look(executor, context, data, bars, "training data")
@@ -122,8 +122,8 @@ class InfluenceCalculator(ABC):
             reducer.on_samples = lambda done: bar.note(done and f"{done} of the last")
             begin(reducer, sha256)
             reducer.on_pass = reducer.on_samples = None
-        context = self._fitted_context(context, data)
-        return FittedRun(self.model, context, executor, data, sha256, sample, checked.probe)
+        own = self._fitted_context(context, data)
+        return FittedRun(self.model, own, executor, data, sha256, sample, checked.probe)
 
     def _fit_or_load(self, reducer: DaskReducer | SourceReducer, sha256: str, certify: bool, bars: Progress) -> None:
         """Fit, and leave the fit in the scratch folder if that stays; or take the one that a run that died left."""

@@ -32,6 +32,7 @@ from distinfluence.solvers.base import (
     check_rhs,
     check_tolerance,
     row_norms,
+    rows_to_measure,
 )
 from distinfluence.solvers.demand import GROWING, Demand, SolveWork, Systems, search_work
 from distinfluence.solvers.lanczos import BlockLanczos
@@ -121,8 +122,8 @@ class Arnoldi(Solver[Eigenpairs]):
         maxiter: The largest number of passes of the fit; 100 more than r needs if None.
         seed: The seed of the start vectors.
         rtol: The relative residual of a row, of A + λI, up to which it counts as converged.
-        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; for all if
-            None.
+        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; if None 8,
+            or a tenth of the rows that a fit usually multiplies if that is less.
 
     Raises:
         SettingError: If a hyperparameter is out of range.
@@ -201,7 +202,11 @@ class Arnoldi(Solver[Eigenpairs]):
     @property
     @override
     def solves_over_data(self) -> bool:
-        return self.residual_rows != 0  # only for residuals
+        return self._measured > 0  # only for residuals
+
+    @property
+    def _measured(self) -> int:
+        return rows_to_measure(self.residual_rows, USUAL_STEPS * self.block(self.rank_estimate))
 
     @override
     def demand(self, systems: Systems) -> Demand:
@@ -211,7 +216,7 @@ class Arnoldi(Solver[Eigenpairs]):
         rows, block = 5.0 + self.complement, self.block(self.rank_estimate)
         fit = sum((search_work(size, block) for size in systems.sizes), PlannedWork())
         row_flops = (8.0 if self.complement else 4.0) * self.rank_estimate * sum(systems.sizes)
-        solve = SolveWork(0, self.residual_rows, row_flops=row_flops)
+        solve = SolveWork(0, self._measured, row_flops=row_flops)
         return Demand(GROWING * basis + state, state, rows, 0, fit, solve, False, block)
 
     @override
@@ -267,7 +272,7 @@ class Arnoldi(Solver[Eigenpairs]):
             self.rtol,
             curvature=curvature,
             remarks=remarks,
-            residual_rows=self.residual_rows,
+            residual_rows=self._measured,
         )
         solution = replace(solution, largest=largest)
         return self._singular(solution, row_norms(inside[:, values.abs() <= state.noise(self.damping)]), row_norms(rhs))

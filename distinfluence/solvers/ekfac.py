@@ -27,15 +27,14 @@ from distinfluence.solvers.base import (
     check_rhs,
     check_tolerance,
     damped,
+    measured_of,
     relative_residuals,
     rtol_for,
+    some_residuals,
 )
 from distinfluence.solvers.cg import CG
 
-APPROXIMATE = (
-    "The Kronecker-factored matrix approximates the Gauss–Newton matrix; residuals refer to the latter, and were "
-    "measured for {measured} of {k} rows (`residual_rows`)."
-)
+APPROXIMATE = "The Kronecker-factored matrix approximates the Gauss–Newton matrix, to which residuals refer: "
 
 
 @dataclass(frozen=True)
@@ -183,18 +182,16 @@ class ExactSystem:
             solution = steps.solve(steps.fit(operator), torch.cat(list(rhs.values()), dim=1))
             return replace(solution, outcome=_outcomes(solution.relative_residual, solution.x.dtype))
         x = torch.cat([states[block].inverse(rows, damping[block]) for block, rows in rhs.items()], dim=1)
-        measured = min(k, self.residual_rows)
         relative = torch.full((k,), torch.nan, dtype=torch.float64)
-        if measured:
-            gradients = torch.cat([rows[:measured] for rows in rhs.values()], dim=1)
-            relative[:measured] = relative_residuals(gradients, damped(operator, x[:measured], least))
+        if self.residual_rows:
+            relative = some_residuals(operator, least, torch.cat(list(rhs.values()), dim=1), x, self.residual_rows)
         return Solution(
             x=x,
             relative_residual=relative,
             iterations=torch.zeros(k, dtype=torch.int64),
             outcome=_outcomes(relative, x.dtype),
             curvature=torch.full((k,), torch.nan, dtype=torch.float64),
-            remarks=(APPROXIMATE.format(measured=measured, k=k),),
+            remarks=(APPROXIMATE + measured_of(min(k, self.residual_rows), k),),
         )
 
 

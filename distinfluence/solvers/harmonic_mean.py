@@ -24,8 +24,9 @@ from distinfluence.solvers.base import (
     check_residual_rows,
     check_rhs,
     check_tolerance,
+    rows_to_measure,
 )
-from distinfluence.solvers.demand import Demand, SolveWork, Systems
+from distinfluence.solvers.demand import USUAL_ROWS, Demand, SolveWork, Systems
 
 ROUGH = (
     "DataInf averages the inverses of the samples' matrices, which is not the inverse of their average: residuals "
@@ -40,8 +41,8 @@ class InverseHarmonicMean(Solver[SolverState]):
     Args:
         damping: λ > 0.
         rtol: The relative residual up to which a row counts as solved.
-        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; for all if
-            None.
+        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; if None 8,
+            or a tenth of them if that is less.
 
     Raises:
         SettingError: If a hyperparameter is out of range.
@@ -65,7 +66,8 @@ class InverseHarmonicMean(Solver[SolverState]):
     @override
     def demand(self, systems: Systems) -> Demand:
         # no fit; a pass for the factors and one for the residual
-        return Demand(row_vectors=7.0, solve=SolveWork(1, self.residual_rows), by_method=True)
+        measured = rows_to_measure(self.residual_rows, USUAL_ROWS)
+        return Demand(row_vectors=7.0, solve=SolveWork(1, measured), by_method=True)
 
     @override
     def fit(self, operator: CurvatureOperator) -> SolverState:
@@ -87,6 +89,5 @@ class InverseHarmonicMean(Solver[SolverState]):
         check_rhs(rhs, state.operator)
         assert isinstance(state.operator, SupportsSampleGradients)
         x = state.operator.inverse_harmonic_mean(rhs, self.damping) if rhs.shape[0] else rhs.clone()
-        return approximation(
-            state.operator, self.damping, rhs, x, self.rtol, remarks=(ROUGH,), residual_rows=self.residual_rows
-        )
+        measured = rows_to_measure(self.residual_rows, rhs.shape[0])
+        return approximation(state.operator, self.damping, rhs, x, self.rtol, remarks=(ROUGH,), residual_rows=measured)

@@ -30,6 +30,7 @@ from distinfluence.solvers.base import (
     check_residual_rows,
     check_rhs,
     check_tolerance,
+    rows_to_measure,
 )
 from distinfluence.solvers.block_cg import orthonormal_rows
 from distinfluence.solvers.demand import SKETCHING, Demand, SolveWork, Systems
@@ -239,8 +240,8 @@ class NystroemSketch(Solver[NystroemState]):
         rtol: The relative residual of a row, of A + λI and not of its sketch, up to which it counts as converged.
         estimate_error: The passes of 4 rows to spend on an estimate of ‖A − Â‖ for the fit report; 5 usually give two
             digits.
-        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; for all if
-            None.
+        residual_rows: For how many right-hand sides of each solve the residual is measured, in one pass; if None 8,
+            or a tenth of the rank if that is less.
 
     Raises:
         SettingError: If a hyperparameter is out of range.
@@ -275,7 +276,11 @@ class NystroemSketch(Solver[NystroemState]):
     @property
     @override
     def solves_over_data(self) -> bool:
-        return self.residual_rows != 0  # only for residuals
+        return self._measured > 0  # only for residuals
+
+    @property
+    def _measured(self) -> int:
+        return rows_to_measure(self.residual_rows, self.rank)
 
     @override
     def demand(self, systems: Systems) -> Demand:
@@ -287,7 +292,7 @@ class NystroemSketch(Solver[NystroemState]):
             probes = self.estimate_error * min(PROBES, block.size)
             flops = 16.0 * rank**2 * block.size
             fit += PlannedWork(looks + self.estimate_error, looks * rank + probes, flops=flops)
-        solve = SolveWork(0, self.residual_rows, row_flops=4.0 * self.rank * sum(systems.sizes))
+        solve = SolveWork(0, self._measured, row_flops=4.0 * self.rank * sum(systems.sizes))
         return Demand(SKETCHING * state, state, 5.0, 0, fit, solve, True, self.rank)
 
     @override
@@ -317,7 +322,7 @@ class NystroemSketch(Solver[NystroemState]):
             x,
             self.rtol,
             remarks=remarks,
-            residual_rows=self.residual_rows,
+            residual_rows=self._measured,
         )
         solution = replace(solution, largest=largest)
         # a sketch whose values end above its rank has seen the whole range of A: what is not solved has no solution

@@ -95,7 +95,7 @@ def test_another_damping_takes_no_pass_over_the_training_data(method: str) -> No
 @pytest.mark.parametrize("method", METHODS)
 def test_a_low_rank_says_how_far_off_it_is(method: str) -> None:
     case = build("mlp classification")
-    model = METHODS[method](case, 0.01, rank=3).fit(case.train)
+    model = METHODS[method](case, 0.01, rank=3, residual_rows=6).fit(case.train)
     factors, report = model.influence_factors(*case.test, return_report=True)
     matrix = Reference(case).matrix("ggn") + 0.01 * torch.eye(43, dtype=torch.float64)
     gradients = Reference(case).gradients(case.test)

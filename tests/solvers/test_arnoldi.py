@@ -53,7 +53,7 @@ def projected(matrix: Tensor, rank: int, damping: float, rhs: Tensor) -> Tensor:
 class TestArnoldi(SolverContract[Eigenpairs]):
     """At full rank there is nothing outside of the eigenvectors: the dense solve, to rounding."""
 
-    solver = Arnoldi(damping=0.0, rank_estimate=P)
+    solver = Arnoldi(damping=0.0, rank_estimate=P, residual_rows=64)
     accuracy = 1e-8
 
     @pytest.mark.parametrize("block_size", [None, 1, 7, 64])
@@ -93,7 +93,7 @@ class TestArnoldi(SolverContract[Eigenpairs]):
         assert solution.remarks == ()
 
     def test_a_projection_that_leaves_most_of_a_row_out_says_so(self) -> None:
-        solver = Arnoldi(0.1, rank_estimate=2)
+        solver = Arnoldi(0.1, rank_estimate=2, residual_rows=99)
         state, rhs = solver.fit(MatrixOperator(falling())), randn(40, 200)
         solution = solver.solve(state, rhs)
         assert set(solution.outcome) == {Outcome.APPROXIMATE}

@@ -48,7 +48,7 @@ def by_definition(gradients: Tensor, damping: float, rhs: Tensor) -> Tensor:
 class TestInverseHarmonicMean(SolverForm[SolverState]):
     """The form of the contract: its values are those of another formula, and are compared with that below."""
 
-    solver = InverseHarmonicMean(damping=1.0)
+    solver = InverseHarmonicMean(damping=1.0, residual_rows=64)
     accuracy = 1e-10
 
     def operator(self, matrix: Tensor) -> CurvatureOperator:
@@ -77,7 +77,7 @@ def test_rows_are_those_of_the_formula(k: int, damping: float, batch: int) -> No
 def test_it_costs_a_pass_and_another_for_the_residual() -> None:
     case = build("mlp classification")
     operator = EmpiricalFisherOperator(EmpiricalRisk(case.model, case.loss, case.train))
-    solver = InverseHarmonicMean(0.1)
+    solver = InverseHarmonicMean(0.1, residual_rows=99)
     state = solver.fit(operator)
     assert operator.work.passes == 0
     solution = solver.solve(state, randn(4, operator.size))
@@ -89,7 +89,7 @@ def test_it_costs_a_pass_and_another_for_the_residual() -> None:
 def test_one_sample_is_solved_exactly() -> None:
     case = build("mlp classification", n_train=1)
     operator = EmpiricalFisherOperator(EmpiricalRisk(case.model, case.loss, case.train))
-    solver = InverseHarmonicMean(0.3)
+    solver = InverseHarmonicMean(0.3, residual_rows=99)
     solution = solver.solve(solver.fit(operator), randn(3, operator.size))
     assert solution.converged.all()
 

@@ -1,7 +1,9 @@
 """NystroemSketch: the contract at full rank, and what a sketch of lower rank promises."""
 
+import itertools
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from distinfluence.curvature import MatrixOperator
 from distinfluence.errors import NonFiniteError, SettingError
-from distinfluence.solvers import Arnoldi, NystroemSketch, Outcome
+from distinfluence.solvers import Arnoldi, InverseHarmonicMean, NystroemSketch, Outcome
 from distinfluence.solvers.nystroem import (
     LowRank,
     NystroemState,
@@ -62,13 +64,13 @@ def norm(matrix: Tensor) -> float:
 class TestNystroemSketch(SolverContract[NystroemState]):
     """At full rank the sketch is the matrix, up to the rounding of float64 times its condition."""
 
-    solver = NystroemSketch(damping=0.0, rank=P)
+    solver = NystroemSketch(damping=0.0, rank=P, residual_rows=64)
     accuracy = 1e-8
 
     @pytest.mark.parametrize("semidefinite", [True, False])
     def test_fitting_takes_one_pass_or_two_and_solving_one(self, semidefinite: bool) -> None:
         operator = MatrixOperator(SYSTEM.matrix, semidefinite)
-        solver = NystroemSketch(SYSTEM.damping, rank=7)
+        solver = NystroemSketch(SYSTEM.damping, rank=7, residual_rows=99)
         state = solver.fit(operator)
         passes = 1 if semidefinite else 2
         assert (operator.work.passes, operator.work.rows) == (passes, 7 * passes)
@@ -83,7 +85,7 @@ class TestNystroemSketch(SolverContract[NystroemState]):
 
     def test_restoring_and_another_damping_take_no_pass(self) -> None:
         operator = psd(SYSTEM.matrix)
-        solver = NystroemSketch(SYSTEM.damping, rank=P)
+        solver = NystroemSketch(SYSTEM.damping, rank=P, residual_rows=99)
         arrays = solver.state_arrays(solver.fit(psd(SYSTEM.matrix)))
         other = solver.at(3 * SYSTEM.damping)
         state = other.adapt(solver.restore(operator, arrays))
@@ -93,7 +95,7 @@ class TestNystroemSketch(SolverContract[NystroemState]):
 
     def test_many_dampings_take_one_fit_and_a_pass_each_for_their_residuals(self) -> None:
         operator = psd(SYSTEM.matrix)
-        solver = NystroemSketch(SYSTEM.damping, rank=P)
+        solver = NystroemSketch(SYSTEM.damping, rank=P, residual_rows=99)
         state, dampings = solver.fit(operator), [1e-3, 1e-2, 1e-1]
         solutions = solver.solve_at(state, SYSTEM.rhs(), dampings)
         assert operator.work.passes == 1 + 3
@@ -105,7 +107,7 @@ class TestNystroemSketch(SolverContract[NystroemState]):
     def test_the_solution_is_the_inverse_of_the_sketch_and_not_its_misprint(self, rank: int) -> None:
         # literally, U (Λ + λ) Uᵀ x + (x − U Uᵀ x)/λ would be far off
         matrix, rhs, damping = falling(), randn(4, 120), 0.05
-        solver = NystroemSketch(damping, rank=rank)
+        solver = NystroemSketch(damping, rank=rank, residual_rows=99)
         state = solver.fit(psd(matrix))
         expected = dense_solution(as_matrix(state.found), damping, rhs)
         solution = solver.solve(state, rhs)
@@ -119,7 +121,7 @@ class TestNystroemSketch(SolverContract[NystroemState]):
         # (Â + λ)⁻¹ − (A + λ)⁻¹ = (Â + λ)⁻¹(A − Â)(A + λ)⁻¹, so the error relative to the exact row is ≤ ‖A − Â‖/λ
         matrix, rhs, damping = falling(), randn(6, 120), 0.05
         for rank in (5, 15, 45):
-            solver = NystroemSketch(damping, rank=rank)
+            solver = NystroemSketch(damping, rank=rank, residual_rows=99)
             state = solver.fit(psd(matrix))
             bound = norm(matrix - as_matrix(state.found)) / damping
             x = solver.solve(state, rhs).x
@@ -139,7 +141,7 @@ class TestNystroemSketch(SolverContract[NystroemState]):
 
     def test_without_damping_the_sketch_is_inverted_on_its_range_and_says_so(self) -> None:
         matrix, rhs = falling(), randn(3, 120)
-        solver = NystroemSketch(0.0, rank=12)
+        solver = NystroemSketch(0.0, rank=12, residual_rows=99)
         state = solver.fit(psd(matrix))
         solution = solver.solve(state, rhs)
         expected = (torch.linalg.pinv(as_matrix(state.found), rtol=1e-10, hermitian=True) @ rhs.T).T
@@ -149,7 +151,9 @@ class TestNystroemSketch(SolverContract[NystroemState]):
 
     def test_a_matrix_of_lower_rank_than_the_sketch_is_exact(self) -> None:
         matrix, rhs = of_low_rank(), randn(4, P)
-        solution = NystroemSketch(0.01, rank=12).solve(NystroemSketch(0.01, rank=12).fit(psd(matrix)), rhs)
+        solution = NystroemSketch(0.01, rank=12, residual_rows=99).solve(
+            NystroemSketch(0.01, rank=12, residual_rows=99).fit(psd(matrix)), rhs
+        )
         assert solution.converged.all()
         assert relative_error(solution.x, dense_solution(matrix, 0.01, rhs)) <= self.accuracy
 
@@ -306,10 +310,74 @@ def test_wide_rows_are_widened_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(nystroem(psd(falling()), 9).values, whole.values, rtol=1e-10, atol=1e-14)
 
 
+class Counting(MatrixOperator):
+    """Notes how many rows each product has."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        super().__init__(matrix)
+        self.rows: list[int] = []
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        self.rows.append(rows.shape[0])
+        return super()._product(rows)
+
+    def inverse_harmonic_mean(self, rows: torch.Tensor, damping: float) -> torch.Tensor:
+        return rows / damping
+
+    def mean_square_gradient(self) -> float:
+        return float(self._matrix.trace())
+
+
 @pytest.mark.parametrize(
-    "solver", [NystroemSketch(0.1, rank=3), Arnoldi(0.1, rank_estimate=3)], ids=["nystroem", "arnoldi"]
+    ("solver", "k", "measured"),
+    [
+        (NystroemSketch(0.1, rank=9), 40, 0),  # less than a tenth of one row's work
+        (NystroemSketch(0.1, rank=35), 40, 3),
+        (NystroemSketch(0.1, rank=200), 40, 8),
+        (NystroemSketch(0.1, rank=200), 5, 5),
+        (NystroemSketch(0.1, rank=200, residual_rows=0), 40, 0),
+        (NystroemSketch(0.1, rank=9, residual_rows=11), 40, 11),
+        (Arnoldi(0.1, rank_estimate=9), 40, 8),
+        (Arnoldi(0.1, rank_estimate=3), 40, 4),
+        (Arnoldi(0.1, rank_estimate=9, residual_rows=0), 40, 0),
+        (InverseHarmonicMean(0.1), 9, 0),
+        (InverseHarmonicMean(0.1), 25, 2),
+        (InverseHarmonicMean(0.1), 256, 8),
+        (InverseHarmonicMean(0.1, residual_rows=256), 256, 256),
+    ],
 )
-@pytest.mark.parametrize("measured", [0, 2, 9])
+def test_few_residuals_are_measured_by_default_and_as_many_as_asked(solver: Any, k: int, measured: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    root, rhs = (torch.randn(n, 60, dtype=torch.float64, generator=generator) for n in (70, k))
+    rhs[1] = 0
+    matrix = root.T @ root
+    operator = Counting(matrix)
+    state = solver.fit(operator)
+    fitted = len(operator.rows)
+    solution = solver.solve(state, rhs)
+    assert operator.rows[fitted:] == ([measured] if measured else [])
+    again = solver.solve(state, rhs).relative_residual
+    assert (again.isnan() == solution.relative_residual.isnan()).all()  # always the same rows
+    rows = solution.relative_residual.isfinite()
+    assert rows[1] and solution.outcome[1] is Outcome.CONVERGED  # a zero row is solved
+    assert measured <= int(rows.sum()) <= measured + 1
+    where = rows.nonzero().flatten().tolist()
+    if 0 < measured < k:
+        gaps = [b - a for a, b in itertools.pairwise([-1, *(i for i in where if i != 1), k])]
+        assert max(gaps) <= 2 * k // measured  # from all over the rows
+        assert f"{measured} of {k} rows" in " ".join(solution.remarks)
+    left = rhs - solution.x @ (matrix + 0.1 * torch.eye(60, dtype=torch.float64))
+    expected = left.norm(dim=1) / rhs.norm(dim=1).clamp_min(1e-300)
+    torch.testing.assert_close(solution.relative_residual[rows], expected[rows], rtol=1e-6, atol=1e-9)
+    assert all(solution.outcome[i] is Outcome.APPROXIMATE for i in (~rows).nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [NystroemSketch(0.1, rank=3, residual_rows=5), Arnoldi(0.1, rank_estimate=3)],
+    ids=["nystroem", "arnoldi"],
+)
+@pytest.mark.parametrize("measured", [0, 1, 9])
 def test_residuals_are_measured_for_as_many_rows_as_asked(solver: NystroemSketch | Arnoldi, measured: int) -> None:
     generator = torch.Generator().manual_seed(0)
     root, rhs = (torch.randn(n, 6, dtype=torch.float64, generator=generator) for n in (8, 5))
@@ -318,9 +386,11 @@ def test_residuals_are_measured_for_as_many_rows_as_asked(solver: NystroemSketch
     some = replace(solver, residual_rows=measured)
     solution = some.solve(some.fit(operator), rhs)
     torch.testing.assert_close(solution.x, whole.x)
-    assert solution.relative_residual.isnan().tolist() == [i >= measured for i in range(5)]
-    torch.testing.assert_close(solution.relative_residual[:measured], whole.relative_residual[:measured])
+    known = {0: [], 1: [2], 9: [0, 1, 2, 3, 4]}[measured]
+    assert solution.relative_residual.isfinite().nonzero().flatten().tolist() == known
+    both = solution.relative_residual.isfinite() & whole.relative_residual.isfinite()
+    torch.testing.assert_close(solution.relative_residual[both], whole.relative_residual[both])
     assert any("residual_rows" in remark for remark in solution.remarks) == (measured < 5)
-    assert all(one is not Outcome.CONVERGED for one in solution.outcome[measured:])
+    assert all(one is not Outcome.CONVERGED for i, one in enumerate(solution.outcome) if i not in known)
     with pytest.raises(SettingError, match="residual_rows"):
         replace(solver, residual_rows=-1)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import zarr
 
+from distinfluence.browse.views.convergence import worst_rows
 from distinfluence.errors import (
     CorruptStoreError,
     IncompleteResultError,
@@ -16,6 +17,7 @@ from distinfluence.errors import (
     ShapeError,
 )
 from distinfluence.store import InfluenceWriter, Layout, open_influences
+from distinfluence.store.read.facts import how_solved
 
 from .conftest import matrix, write_all
 
@@ -169,12 +171,12 @@ def test_perturbation_influences_have_no_ranking(make: Any) -> None:
 def test_the_repr_tells_what_matters(make: Any, layout: Any) -> None:
     writer, _ = make(layout, finish=False, skip=(1,))
     assert "running, 2 of 3 strips" in repr(open_influences(writer.path))
-    assert "worst relative residual not recorded" in repr(open_influences(writer.path))
+    assert "approximate, residuals not measured for 5 rows" in repr(open_influences(writer.path))
     writer.write_test(
         slice(0, 5), converged=np.array([True] * 4 + [False]), relative_residual=np.array([1e-8, 0.25, np.nan, 0, 0])
     )
     text = repr(open_influences(writer.path))
-    for part in ("5 test x 23 train", "cg", "4 of 5 rows converged", "worst relative residual 0.25", "result.zarr"):
+    for part in ("5 test x 23 train", "cg", "4 of 5 rows converged", "worst relative residual 2.5e-01", "result.zarr"):
         assert part in text
 
 
@@ -253,3 +255,22 @@ def test_a_strip_whose_ranking_is_gone_is_ranked_from_its_values(make: Any, layo
     finished = [*range(8), *range(16, 23)]
     result = open_influences(writer.path)
     assert_ranked(result.top(2, 3, partial=True), reference(values[2], "top", 3, finished))
+
+
+def test_rows_that_were_not_measured_count_neither_as_success_nor_as_failure() -> None:
+    nan, yes, no = np.nan, True, False
+    said = {
+        "2 of 3 rows converged, worst relative residual 2.0e-01": ([yes, yes, no], [0, 0.1, 0.2]),
+        "1 of 2 measured rows (4 rows in all) converged, worst relative residual 5.0e-01": (
+            [no, yes, no, no],
+            [nan, 0.1, 0.5, nan],
+        ),
+        "approximate, residuals not measured for 2 rows": ([no, no], [nan, nan]),
+        "2 of 2 rows converged, residuals not recorded": ([yes, yes], [nan, nan]),
+    }
+    for words, (converged, residual) in said.items():
+        assert how_solved(np.array(converged), np.array(residual, dtype=np.float32)) == words
+    residual = np.full(300, np.nan, dtype=np.float32)
+    residual[[7, 90, 200]] = [1e-9, 0.3, 0.5]
+    converged = residual < 1e-6
+    assert worst_rows({"relative_residual": residual, "converged": converged}) == [200, 90, 7]

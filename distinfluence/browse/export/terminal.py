@@ -143,11 +143,11 @@ def _title(result: InfluenceResult, rows: NDArray[np.int64]) -> str:
             f"{rows.size} test samples, by the mean of their influences: mean loss {result.test_loss[rows].mean():.4g}"
         )
     row = int(rows[0])
-    points = result.points("test")
+    points, residual = result.points("test"), float(result.relative_residual[row])
     labels, own = points.labels(), points.id_of(row)
     name = "" if own is None else f" ({_written(own)})"
     label = "" if labels is None else f", label {_written(points.name_of(float(labels[row])))}"
     return (
-        f"test sample {row}{name}: loss {float(result.test_loss[row]):.4g}, relative residual "
-        f"{float(result.relative_residual[row]):.1e}{label}"
+        f"test sample {row}{name}: loss {float(result.test_loss[row]):.4g}, "
+        f"{'residual not measured' if np.isnan(residual) else f'relative residual {residual:.1e}'}{label}"
     )

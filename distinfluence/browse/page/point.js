@@ -13,7 +13,8 @@ function testFacts(point) {
     : `${shown(point.error_bound, 2)} × gradient norm of the training point`;
   return {
     ...named(point), loss: shown(point.loss), "gradient norm": shown(point.test_gradient_norm),
-    solve: `${point.converged ? "converged" : "did not converge"}${steps}, ` +
+    solve: point.relative_residual === null && !point.converged ? "approximate, residual not measured" :
+      `${point.converged ? "converged" : "did not converge"}${steps}, ` +
       `relative residual ${shown(point.relative_residual, 2)}`,
     "error bound": bound,
   };

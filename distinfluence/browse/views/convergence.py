@@ -32,8 +32,9 @@ def drawn_rows(residual: NDArray[np.float32], bound: NDArray[np.float32]) -> NDA
 def worst_rows(columns: Mapping[str, NDArray[Any]]) -> list[int]:
     """Return rows that did not converge first, then by residual, the largest first; none without residuals."""
     residual, converged = columns["relative_residual"], columns["converged"]
-    order = np.lexsort((-np.nan_to_num(residual, nan=-1.0), converged))
-    return [row for row in order[:WORST_ROWS].tolist() if np.isfinite(residual[row])]
+    known = np.flatnonzero(np.isfinite(residual))  # rows that were not measured are neither good nor bad
+    order = np.lexsort((-residual[known], converged[known]))
+    return [int(row) for row in known[order[:WORST_ROWS]]]
 
 
 def strip_runs(result: InfluenceResult) -> tuple[list[list[int]], dict[int, str]]:

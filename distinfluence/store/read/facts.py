@@ -26,13 +26,12 @@ def facts(result: ResultArrays) -> dict[str, str]:
     """Return text by name, what one asks first. Any attributes are taken: a result may be of an older version."""
     provenance = result.provenance
     done, n_strips = result.layout.n_strips - result.n_missing, result.layout.n_strips
-    n_converged = int(result.read("converged").sum())
     found = {
         **({"model": model} if (model := model_of(provenance)) else {}),
         "shape": f"{' × '.join(f'{n:,}' for n in result.shape)} (test × train{' × input' if result.shape[2:] else ''})",
         "state": "complete" if result.complete else f"running, {done} of {n_strips} strips",
         "method": _method(_mapping(provenance.get("solver"))),
-        "converged": f"{n_converged} of {result.shape[0]} rows, {_worst(result.read('relative_residual'))}",
+        "converged": how_solved(result.read("converged"), result.read("relative_residual")),
         "error bounds": _bounds(result),
     }
     covered = _mapping(provenance.get("parameters"))
@@ -63,9 +62,16 @@ def _method(solver: Mapping[str, Any]) -> str:
     return f"{name}{': ' if text else ''}{cut(text, 400)}"
 
 
-def _worst(residual: NDArray[np.float32]) -> str:
+def how_solved(converged: NDArray[np.bool_], residual: NDArray[np.float32]) -> str:
+    """Say how many rows converged, of those that were measured: NaN is neither a success nor a failure."""
+    measured = converged | ~np.isnan(residual)
+    if not measured.any():
+        return f"approximate, residuals not measured for {converged.size} rows"
     known = residual[~np.isnan(residual)]
-    return f"worst relative residual {float(known.max()):.2g}" if known.size else "residuals not measured"
+    worst = f"worst relative residual {float(known.max()):.1e}" if known.size else "residuals not recorded"
+    n, rows = int(measured.sum()), f"{converged.size} rows"
+    of = rows if n == converged.size else f"{n} measured rows ({rows} in all)"
+    return f"{int(converged.sum())} of {of} converged, {worst}"
 
 
 def _bounds(result: ResultArrays) -> str:

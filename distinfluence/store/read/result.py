@@ -18,7 +18,7 @@ from distinfluence.store.format.ranking import Ranking, checked_index, require_r
 from distinfluence.store.read import analysis
 from distinfluence.store.read.arrays import ResultArrays
 from distinfluence.store.read.contributions import Contributions, read_contributions
-from distinfluence.store.read.facts import result_as_html
+from distinfluence.store.read.facts import how_solved, result_as_html
 from distinfluence.store.read.row_ranking import rank_row
 from distinfluence.store.read.tables import ranking_table
 from distinfluence.store.read.xarray_view import Chunks, as_dataset, as_datatree
@@ -66,12 +66,10 @@ class InfluenceResult(ResultArrays):
         n_test, n_train = self.shape[:2]
         done = self.layout.n_strips - self.n_missing
         state = "complete" if self.complete else f"running, {done} of {self.layout.n_strips} strips"
-        residual, converged = self.relative_residual, int(self.converged.sum())
-        worst = f"{np.nanmax(residual):.2g}" if not np.isnan(residual).all() else "not recorded"
         return (
             f"<InfluenceResult {n_test} test x {n_train} train{' x input ' if self.layout.input_shape else ''}"
-            f"{self.layout.input_shape or ''}, {_method(self.provenance)}, {state}, {converged} of {n_test} rows "
-            f"converged, worst relative residual {worst}, {str(self.path)!r}>"
+            f"{self.layout.input_shape or ''}, {_method(self.provenance)}, {state}, "
+            f"{how_solved(self.converged, self.relative_residual)}, {str(self.path)!r}>"
         )
 
     def _repr_html_(self) -> str:
