@@ -41,7 +41,6 @@ from distinfluence.scaling.stages.request import FittedRun, Request
 from distinfluence.scaling.stages.run import write_influences
 from distinfluence.scaling.worker.context import Context
 from distinfluence.scaling.worker.source_reducer import SourceReducer
-from distinfluence.solvers.base import plain
 from distinfluence.store import InfluenceResult
 from distinfluence.store.format.folder import place_of
 from distinfluence.store.format.layout import FLOAT32_BITS
@@ -416,7 +415,7 @@ class InfluenceCalculator(ABC):
     def _chunked(
         self, x: object, y: object | None, chunk_size: int | None, default_size: int = CHUNK_SIZE
     ) -> ChunkedData:
-        return chunked(x, y, self._home(), plain(chunk_size), default_size)
+        return chunked(x, y, self._home(), chunk_size, default_size)
 
     @abstractmethod
     def _home(self) -> Home:

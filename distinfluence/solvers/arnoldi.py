@@ -34,7 +34,7 @@ from distinfluence.solvers.base import (
     row_norms,
     rows_to_measure,
 )
-from distinfluence.solvers.demand import GROWING, Demand, SolveWork, Systems, search_work
+from distinfluence.solvers.demand import GROWING, USUAL_STEPS, Demand, SolveWork, Systems, search_work
 from distinfluence.solvers.lanczos import BlockLanczos
 from distinfluence.solvers.spectrum import random_rows
 

@@ -270,7 +270,6 @@ def test_rows_that_were_not_measured_count_neither_as_success_nor_as_failure() -
     }
     for words, (converged, residual) in said.items():
         assert how_solved(np.array(converged), np.array(residual, dtype=np.float32)) == words
-    residual = np.full(300, np.nan, dtype=np.float32)
-    residual[[7, 90, 200]] = [1e-9, 0.3, 0.5]
-    converged = residual < 1e-6
-    assert worst_rows({"relative_residual": residual, "converged": converged}) == [200, 90, 7]
+    values = np.full(300, np.nan, dtype=np.float32)
+    values[[7, 90, 200]] = [1e-9, 0.3, 0.5]
+    assert worst_rows({"relative_residual": values, "converged": values < 1e-6}) == [200, 90, 7]
