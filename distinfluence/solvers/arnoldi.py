@@ -21,6 +21,7 @@ from typing_extensions import override
 from distinfluence.curvature.base import CurvatureOperator, PlannedWork
 from distinfluence.errors import NonFiniteError, SettingError
 from distinfluence.solvers.base import (
+    MOST_MEASURED,
     Outcome,
     Solution,
     Solver,
@@ -213,7 +214,8 @@ class Arnoldi(Solver[Eigenpairs]):
         # the eigenvectors, and the basis that they are found in, as large as it may grow
         state = self.rank_estimate * systems.vector_bytes
         basis = self.most_basis(sum(systems.sizes), systems.itemsize) * systems.vector_bytes
-        rows, block = 5.0 + self.complement, self.block(self.rank_estimate)
+        measured = 5.0 if self._measured > MOST_MEASURED else 4.0  # residuals of all rows take as much as the rows
+        rows, block = measured + self.complement, self.block(self.rank_estimate)
         fit = sum((search_work(size, block) for size in systems.sizes), PlannedWork())
         row_flops = (8.0 if self.complement else 4.0) * self.rank_estimate * sum(systems.sizes)
         solve = SolveWork(0, self._measured, row_flops=row_flops)

@@ -44,7 +44,7 @@ def row_cg(case: Case, damping: Any, mode: str = "ggn", **settings: Any) -> CgIn
 
 
 def arnoldi(case: Case, damping: Any, mode: str = "ggn", **settings: Any) -> ArnoldiInfluence:
-    settings = {"rank_estimate": 10_000, "complement": True, **settings}  # all eigenvectors
+    settings = {"rank_estimate": 10_000, "complement": True, "residual_rows": 100, **settings}  # all eigenvectors
     return ArnoldiInfluence(case.model, case.loss, damping, second_order_mode=mode, **settings)
 
 

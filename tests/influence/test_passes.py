@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lissa": {"maxiter": 40},
     "arnoldi": {"rank_estimate": 4},
     "nystroem": {"residual_rows": 2},
+    "datainf": {"residual_rows": 2},
 }
 
 
