@@ -1,8 +1,10 @@
 """Influence by whatever method fits the size of the problem: what to take if you're not sure."""
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
+from typing_extensions import override
 
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
@@ -10,6 +12,7 @@ from distinfluence.influence.damping import Regularization
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.solvers.auto import Auto
+from distinfluence.solvers.demand import Demand, Systems, each_block
 
 
 class AutoInfluence(InfluenceFunctionModel):
@@ -54,3 +57,19 @@ class AutoInfluence(InfluenceFunctionModel):
     ) -> None:
         solver = partial(Auto, rtol=rtol, rows=rows, memory=memory)
         super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)
+
+    @override
+    def settings(self) -> dict[str, object]:
+        # With what a fit has chosen: free memory may suggest another method to the fit of a resumed run.
+        if self._fit is None:
+            return super().settings()
+        chosen = {block: type(state.solver).__name__ for block, state in self._fit.states.items()}
+        return super().settings() | {"chosen": chosen}
+
+    @override
+    def _demand(self, systems: Systems) -> Demand:
+        if self._fit is None:
+            return super()._demand(systems)
+        solvers = [state.solver for state in self._fit.states.values()]
+        each = zip(solvers, systems.blocks, strict=True)
+        return each_block(systems, [solver.demand(replace(systems, blocks=(block,))) for solver, block in each])

@@ -6,9 +6,10 @@ Rows are test points, columns training points; positive: the training point help
 published for its influence models (`fit`, `influence_factors`, `influences`, `influences_from_factors`).
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Literal, overload
+from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor
@@ -43,6 +44,21 @@ class InfluenceFunctionModel(CurvatureSystems):
     @property
     def _scorer(self) -> Scorer:
         return Scorer(self.risk) if self._fit is None else self._fit.scorer
+
+    def unmeasured(self) -> Self:
+        """Return a copy with the same fit that measures no residuals unless a number of them was asked for.
+
+        A run of many solves measures those of the first alone: residuals cost passes over the training data.
+
+        Returns:
+            The copy.
+
+        Raises:
+            NotFittedError: If the model is not fitted.
+        """
+        other = copy.copy(self)
+        other._fit = self._fitted().unmeasured()
+        return other
 
     @overload
     def influence_factors(

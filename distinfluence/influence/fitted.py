@@ -107,6 +107,10 @@ class Fitted:
         )
         return replace(self, solvers=solvers, states=states, report=report)
 
+    def unmeasured(self) -> Self:
+        """Return the same fit without the residuals that approximate methods measure by default."""
+        return replace(self, solvers={block: solver.unmeasured() for block, solver in self.solvers.items()})
+
     def with_spectrum(self) -> Self:
         """Return the same fit with both ends of every block's spectrum, by Lanczos where they are not known yet."""
         extremes: dict[str, Extremes] = {

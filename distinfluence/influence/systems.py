@@ -121,10 +121,13 @@ class CurvatureSystems:
         Returns:
             Bytes, passes over the training data, and other work.
         """
-        operators = self._operators(Unread(self.risk, n_samples, sample_flops))
-        blocks = tuple(System.of(operator) for operator in operators.values())
-        demand = self._template.demand(Systems(blocks, self.risk.dtype, self.risk.device))
+        unread = self._operators(Unread(self.risk, n_samples, sample_flops))
+        blocks = tuple(System.of(operator) for operator in unread.values())
+        demand = self._demand(Systems(blocks, self.risk.dtype, self.risk.device))
         return replace(demand, solve=replace(demand.solve, blocks=len(blocks)))
+
+    def _demand(self, systems: Systems) -> Demand:
+        return self._template.demand(systems)
 
     def _common_settings(self) -> dict[str, object]:
         damping = None if self._fit is None and self._rules() else self.damping

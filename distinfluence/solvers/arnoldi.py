@@ -218,7 +218,7 @@ class Arnoldi(Solver[Eigenpairs]):
         rows, block = measured + self.complement, self.block(self.rank_estimate)
         fit = sum((search_work(size, block) for size in systems.sizes), PlannedWork())
         row_flops = (8.0 if self.complement else 4.0) * self.rank_estimate * sum(systems.sizes)
-        solve = SolveWork(0, self._measured, row_flops=row_flops)
+        solve = SolveWork(0, self._measured, self.residual_rows is None, row_flops=row_flops)
         return Demand(GROWING * basis + state, state, rows, 0, fit, solve, False, block)
 
     @override

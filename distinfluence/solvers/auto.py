@@ -1,7 +1,7 @@
 """Choosing a solver by its estimated time and memory, and saying which, why, and what was rejected.
 
 The time of a candidate is counted, not measured: products with A and other flops at the usual rate of one CPU core. So
-the choice depends on sizes alone, and a plan and a fit of the same job choose the same. For k rows of p parameters:
+the choice depends on sizes and on `memory` alone, by default half of what is free. For k rows of p parameters:
 
 | method | products | other flops | memory | candidate if |
 |---|---|---|---|---|

@@ -150,6 +150,16 @@ class Solver(ABC, Generic[StateT]):
         """
         return Demand()
 
+    def unmeasured(self) -> Self:
+        """Return the same solver without the residuals that an approximate method measures by default.
+
+        Returns:
+            The solver; itself where residuals come with the solution, or a number of them was asked for.
+        """
+        if getattr(self, "residual_rows", 0) is not None:
+            return self
+        return replace(self, residual_rows=0)  # type: ignore[type-var]
+
     def at(self, damping: float) -> Self:
         """Return the same solver with another damping.
 

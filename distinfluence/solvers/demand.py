@@ -72,14 +72,16 @@ class SolveWork:
     """The work of a solve for k rows, block by block.
 
     steps: passes over the training data that multiply all k rows. measured: rows of one more pass, for residuals; None
-    for all of them, 0 for no such pass. batches: products with a single chunk. block: whether all rows share a search
-    space, so that more rows need fewer steps, and none more than span the whole space. row_flops: beside the products,
-    for each row; step_flops: for each pair of rows in each pass; basis_flops: for each pair of rows and pair of passes,
-    where a basis is kept orthogonal. blocks: that are solved one after the other, of which the flops are the sum.
+    for all of them, 0 for no such pass. by_default: that pass is for the first of several solves alone. batches:
+    products with a single chunk. block: whether all rows share a search space, so that more rows need fewer steps, and
+    none more than span the whole space. row_flops: beside the products, for each row; step_flops: for each pair of rows
+    in each pass; basis_flops: for each pair of rows and pair of passes, where a basis is kept orthogonal. blocks: that
+    are solved one after the other, of which the flops are the sum.
     """
 
     steps: int = USUAL_STEPS
     measured: int | None = None
+    by_default: bool = False
     batches: int = 0
     block: bool = False
     row_flops: float = 0.0

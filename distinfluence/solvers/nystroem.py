@@ -292,7 +292,8 @@ class NystroemSketch(Solver[NystroemState]):
             probes = self.estimate_error * min(PROBES, block.size)
             flops = 16.0 * rank**2 * block.size
             fit += PlannedWork(looks + self.estimate_error, looks * rank + probes, flops=flops)
-        solve = SolveWork(0, self._measured, row_flops=4.0 * self.rank * sum(systems.sizes))
+        row_flops = 4.0 * self.rank * sum(systems.sizes)
+        solve = SolveWork(0, self._measured, self.residual_rows is None, row_flops=row_flops)
         return Demand(SKETCHING * state, state, 5.0, 0, fit, solve, True, self.rank)
 
     @override

@@ -289,3 +289,28 @@ def test_a_fit_to_one_batch_is_not_one_to_its_chunks(tmp_path: Path) -> None:
     sequential(own(case).fit(case.train)).to_zarr(path, *case.test, progress=False)
     with pytest.raises(FingerprintError, match="fit_data"):  # mini-batches of the same chunks
         sequential(own(case)).fit(*case.train).to_zarr(path, *case.test, existing="resume", progress=False)
+
+
+@pytest.mark.parametrize("solve", ["data", "rows"])
+def test_a_run_of_several_solves_measures_residuals_of_the_first_and_plans_that(
+    case: Case, tmp_path: Path, solve: str
+) -> None:
+    def run(name: str, **settings: Any) -> tuple[Any, int]:
+        model = NystroemSketchInfluence(case.model, case.loss, 30, DAMPING, **GGN, **settings)
+        calculator = SequentialInfluenceCalculator(model).fit(*case.train)
+        options: Any = {"test_chunk_size": 5, "solve": solve}
+        stage = calculator.plan(*case.train, *case.test, **options).stages[1]
+        before = calculator.model.reducer.passes
+        result = calculator.to_zarr(tmp_path / name, *case.test, progress=False, **options)
+        if solve == "data":  # sweeps of tasks are not the driver's
+            assert calculator.model.reducer.passes - before == stage.passes
+        return result.relative_residual, stage.passes
+
+    n = len(case.test[0])
+    residual, passes = run("few.zarr")
+    assert n > 5
+    assert np.isfinite(residual).nonzero()[0].tolist() == [0, 2, 4]  # a tenth of the rank, in the first chunk
+    assert passes == 1
+    residual, passes = run("asked.zarr", residual_rows=5)
+    assert np.isfinite(residual).all()
+    assert passes == -(-n // 5)

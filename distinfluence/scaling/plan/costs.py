@@ -1,7 +1,7 @@
 """What each stage of a run takes: tasks, passes, products, bytes, flops, time. The formulae are those of `plan`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distinfluence.curvature import PlannedWork
 from distinfluence.influence.checks.products import check_bytes
@@ -172,8 +172,10 @@ class _Run:
         if not self.work.over_data:
             return PlannedWork(flops=groups * solve.flops_for(rows, largest))
         epochs = solve.blocks * ceil(solve.batches, self.fit_chunks)
-        passes = groups * (solve.passes_for(rows, largest) + epochs)
-        products = groups * (solve.rows_for(rows, largest) + rows * epochs)
+        others = replace(solve, measured=0) if solve.by_default else solve
+        passes = solve.passes_for(rows, largest) + (groups - 1) * others.passes_for(rows, largest) + groups * epochs
+        products = solve.rows_for(rows, largest) + (groups - 1) * others.rows_for(rows, largest)
+        products += groups * rows * epochs
         return PlannedWork(passes, products, flops=groups * solve.flops_for(rows, largest))
 
     def factors(self) -> Stage:

@@ -133,7 +133,8 @@ def _solve_here(run: Run, waiting: Sequence[int], failed: Failures, note: Callab
     try:
         for position, sides in run.fitted.executor.run(chunk_right_hand_sides, (run.fitted.context,), items, failed):
             with torch.no_grad():
-                factors, report = model.solve(to_tensor(sides["rows"]).to(model.risk.device))
+                measuring = model if waiting[position] == 0 else model.unmeasured()
+                factors, report = measuring.solve(to_tensor(sides["rows"]).to(model.risk.device))
             fields = factor_fields(factors, report, sides["loss"], sides["gradient_norm"])
             save_factors(run.factors, test.starts[waiting[position]], np.asarray(to_numpy(factors)), fields)
             yield waiting[position], fields
@@ -148,7 +149,7 @@ def solve_chunk(context: Context, chunk: Chunk, file: str, index: int, start: in
         return made
     with logged_task("solve", chunk=index), torch_task(context) as model, named_samples(index, start, size):
         gradients = model.measurement_gradients(model.place(to_tensor_batch(load(chunk))))
-        factors, report = model.solve(gradients.rows)
+        factors, report = (model if index == 0 else model.unmeasured()).solve(gradients.rows)
         fields = factor_fields(factors, report, to_numpy(gradients.values), to_numpy(gradients.norms))
         save_factors(file, start, to_numpy(factors), fields)
         return fields
