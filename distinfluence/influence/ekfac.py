@@ -32,9 +32,11 @@ from distinfluence.model.blocks import BlockMode, ParameterBlocks
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.risk import EmpiricalRisk
-from distinfluence.solvers.base import rows_to_measure
 from distinfluence.solvers.demand import DECOMPOSING, EIGEN_FLOPS, USUAL_SAMPLES, Demand, SolveWork
 from distinfluence.solvers.ekfac import Ekfac, ExactSystem
+from distinfluence.solvers.residuals import (
+    rows_to_measure,
+)
 
 
 class EkfacInfluence(InfluenceFunctionModel):

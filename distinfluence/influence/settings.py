@@ -10,7 +10,13 @@ from distinfluence.curvature.fisher_sums import MOST_EXACT, FisherKind, FisherVe
 from distinfluence.errors import SettingError
 from distinfluence.influence.damping import RelativeDamping
 from distinfluence.model.blocks import BlockStructure
-from distinfluence.solvers.base import check_count, check_residual_rows, hold_plain
+from distinfluence.solvers.base import (
+    check_count,
+    hold_plain,
+)
+from distinfluence.solvers.residuals import (
+    check_residual_rows,
+)
 
 
 def checked_mode(mode: SecondOrderMode | str) -> SecondOrderMode:

@@ -7,7 +7,6 @@ from distinfluence.solvers.base import (
     Solution,
     Solver,
     SolverState,
-    approximation,
     check_damping,
     check_rhs,
     check_tolerance,
@@ -32,6 +31,9 @@ from distinfluence.solvers.preconditioner import (
 )
 from distinfluence.solvers.quadrature import Brackets, quadratic_forms
 from distinfluence.solvers.refined import Refined
+from distinfluence.solvers.residuals import (
+    approximation,
+)
 from distinfluence.solvers.spectrum import Extremes, extreme_eigenvalues, mean_eigenvalue
 
 __all__ = [

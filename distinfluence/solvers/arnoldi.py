@@ -21,22 +21,24 @@ from typing_extensions import override
 from distinfluence.curvature.base import CurvatureOperator, PlannedWork
 from distinfluence.errors import NonFiniteError, SettingError
 from distinfluence.solvers.base import (
-    MOST_MEASURED,
     Outcome,
     Solution,
     Solver,
     SolverState,
-    approximation,
     check_count,
     check_damping,
-    check_residual_rows,
     check_rhs,
     check_tolerance,
     row_norms,
-    rows_to_measure,
 )
 from distinfluence.solvers.demand import GROWING, USUAL_STEPS, Demand, SolveWork, Systems, search_work
 from distinfluence.solvers.lanczos import BlockLanczos
+from distinfluence.solvers.residuals import (
+    MOST_MEASURED,
+    approximation,
+    check_residual_rows,
+    rows_to_measure,
+)
 from distinfluence.solvers.spectrum import random_rows
 
 BLOCK = 16  # rows of a pass, unless the rank asks for more

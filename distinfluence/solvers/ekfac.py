@@ -27,12 +27,14 @@ from distinfluence.solvers.base import (
     check_rhs,
     check_tolerance,
     damped,
-    measured_of,
     relative_residuals,
     rtol_for,
-    some_residuals,
 )
 from distinfluence.solvers.cg import CG
+from distinfluence.solvers.residuals import (
+    measured_of,
+    some_residuals,
+)
 
 APPROXIMATE = "The Kronecker-factored matrix approximates the Gauss–Newton matrix, to which residuals refer: "
 

@@ -19,14 +19,16 @@ from distinfluence.solvers.base import (
     Solution,
     Solver,
     SolverState,
-    approximation,
     check_damping,
-    check_residual_rows,
     check_rhs,
     check_tolerance,
-    rows_to_measure,
 )
 from distinfluence.solvers.demand import USUAL_ROWS, Demand, SolveWork, Systems
+from distinfluence.solvers.residuals import (
+    approximation,
+    check_residual_rows,
+    rows_to_measure,
+)
 
 ROUGH = (
     "DataInf averages the inverses of the samples' matrices, which is not the inverse of their average: residuals "

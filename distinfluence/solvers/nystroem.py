@@ -24,16 +24,18 @@ from distinfluence.solvers.base import (
     Solution,
     Solver,
     SolverState,
-    approximation,
     check_count,
     check_damping,
-    check_residual_rows,
     check_rhs,
     check_tolerance,
-    rows_to_measure,
 )
 from distinfluence.solvers.block_cg import orthonormal_rows
 from distinfluence.solvers.demand import SKETCHING, Demand, SolveWork, Systems
+from distinfluence.solvers.residuals import (
+    approximation,
+    check_residual_rows,
+    rows_to_measure,
+)
 from distinfluence.solvers.spectrum import random_rows
 
 COLUMNS = 2**18  # of Ω and Y that are widened to float64 at once
