@@ -315,7 +315,7 @@ class SampleRisk:
             placed = map_batch(lambda tensor: recordable(self.widened(tensor.to(self.device))), formed)
         labels = self.objective.class_labels(placed)
         if labels is not None:
-            if self._n_classes is None:
+            if self._n_classes is None or not labels.are_below(self._n_classes):  # outputs may follow the batch
                 self._n_classes = self._counted(placed, labels.axis)
             labels.check(self._n_classes)
         return placed

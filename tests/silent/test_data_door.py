@@ -573,3 +573,123 @@ def test_workers_of_a_cluster_read_the_same_samples(kind: str, client: Client, t
     calculator = DaskInfluenceCalculator(influence(), client, scratch=tmp_path)
     found = calculator.fit(make(tmp_path)).influences(X_TEST, Y_TEST).compute()
     torch.testing.assert_close(torch.as_tensor(found).double(), dense(indices), rtol=1e-4, atol=1e-5)  # float32
+
+
+class OwnWay(DataLoader[Any]):
+    """Gives what its sampler says, by a way of its own."""
+
+    def __iter__(self) -> Any:
+        return ((X[indices], Y[indices]) for indices in self.batch_sampler or ())
+
+
+class Drawing:
+    """A sampler of no class of torch's, which draws from generators of its own and of everybody."""
+
+    def __init__(self) -> None:
+        self.own = np.random.default_rng(3)
+
+    def __iter__(self) -> Iterator[int]:
+        torch.rand(1)
+        return iter(self.own.permutation(N).tolist())
+
+    def __len__(self) -> int:
+        return N
+
+
+def test_what_a_sampler_gives_is_read_whatever_it_is_packed_in() -> None:
+    visits: list[Any] = [
+        torch.arange(40).split(8),
+        np.arange(40).reshape(5, 8),
+        [range(8 * i, 8 * i + 8) for i in range(5)],
+    ]
+    for visit in visits:
+        samples = opened(loader(batch_size=1, batch_sampler=visit))
+        assert samples.sizes == (8,) * 5
+        assert torch.equal(first_of(samples.read(0, 40)), X[:40])
+    for visit in visits[:2]:
+        asked = opened(loader(Taken(), batch_size=None, sampler=visit))
+        assert asked.sizes == (8,) * 5
+        assert torch.equal(first_of(asked.read(0, 40)), X[:40])
+
+
+def first_of(batch: Batch) -> Tensor:
+    first = batch[0] if isinstance(batch, tuple) else batch
+    assert isinstance(first, Tensor)
+    return first
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": None}])
+def test_samplers_of_any_class_draw_nothing_from_the_callers(settings: dict[str, Any]) -> None:
+    sampler = Drawing()
+    before = torch.get_rng_state(), sampler.own.bit_generator.state
+    opened(loader(sampler=sampler, **settings))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert sampler.own.bit_generator.state == before[1]
+
+
+def test_a_loader_with_its_own_way_must_keep_its_order() -> None:
+    assert torch.equal(first_of(opened(OwnWay(Pairs(), batch_size=25)).read(0, N)), X)
+    for settings, error, message in (
+        ({"shuffle": True}, NonDeterministicDataError, "OwnWay.*without shuffle=True"),
+        ({"drop_last": True}, SettingError, "leaves out 10"),
+        ({"sampler": PART}, SettingError, "one part of 2"),
+    ):
+        with pytest.raises(error, match=message):
+            opened(OwnWay(Pairs(), batch_size=25, **settings))
+
+
+class Refilled(IterableDataset[Any]):
+    """Gives the same tensors and arrays again, with other values."""
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = torch.empty(20, 3), np.empty(20, int)
+        for start in range(0, N, 20):
+            x.copy_(X[start : start + 20])
+            y[:] = Y[start : start + 20]
+            yield x, y
+
+
+def test_batches_that_share_a_buffer_are_kept_apart() -> None:
+    x = torch.empty(20, 3)
+
+    def filled(samples: list[Any]) -> Tensor:
+        return x.copy_(torch.stack([own for own, _ in samples]))
+
+    for data in (loader(Refilled(), batch_size=None), loader(batch_size=20, collate_fn=filled)):
+        assert torch.equal(torch.cat([first_of(batch) for batch in list(opened(data).batches())]), X)
+
+
+class Lengths:
+    """Pads to the longest of a batch, and keeps which samples it was called with."""
+
+    def __init__(self) -> None:
+        self.groups: set[tuple[int, ...]] = set()
+
+    def __call__(self, samples: list[Any]) -> Tensor:
+        self.groups.add(tuple(samples))
+        return nn.functional.pad(torch.tensor(samples)[:, None], (0, max(samples) // 20))
+
+
+@pytest.mark.parametrize("data", [list(range(N)), np.arange(N).astype(int)])
+def test_a_function_that_collates_sees_the_batches_of_its_loader_alone(data: Any) -> None:
+    """Whoever reads: one sample, all of them, chunks that the data bring."""
+    collate = Lengths()
+    own = DataLoader[Any]([*map(int, data)] if isinstance(data, list) else Numbers(), batch_size=10, collate_fn=collate)
+    samples = opened(own)
+    assert torch.equal(
+        first_of(samples.read(23, 27)), torch.arange(23, 27)[:, None].expand(4, 1) * torch.tensor([1, 0])
+    )
+    with pytest.raises(ShapeError, match="Pad all samples to one length"):
+        samples.read(0, N)
+    chunks = SequentialInfluenceCalculator(influence()).chunked(own)
+    assert chunks.sizes == (10,) * 6
+    assert [np.asarray(source.load()).shape[1] for source in chunks.sources] == [1, 1, 2, 2, 3, 3]
+    assert collate.groups <= {tuple(range(start, start + 10)) for start in range(0, N, 10)}
+
+
+class Numbers(Dataset[int]):
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> int:
+        return index

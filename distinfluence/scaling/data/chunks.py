@@ -157,6 +157,8 @@ def chunked(
     if samples.is_stream or isinstance(samples, Pieces):
         return _of_batches(samples, home, size)
     if isinstance(samples, Fetched) and isinstance(samples.data, list):
+        if samples.sizes is not None:  # a loader's, whose batches need not be alike
+            return _of_batches(samples, home, size)
         samples = opened(samples.read(0, len(samples)))
     if isinstance(samples, Arrays) and any(is_dask_array(leaf) for _, leaf in named_leaves(samples.tree, "x")):
         return _of_dask(samples, size)
@@ -233,6 +235,8 @@ def _regrouped(samples: Samples, chunk_size: int | None) -> Iterator[Batch]:
             yield joined(held)
             held = []
         held.append(batch)
+        if sum(map(batch_length, held)) < size:
+            continue
         whole, start = joined(held), 0
         while batch_length(whole) - start >= size:
             yield take(whole, start, start + size)
