@@ -2,9 +2,11 @@
 
 import functools
 import os
+import pickle
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,13 @@ from distinfluence.errors import (
     SettingError,
     ShapeError,
 )
-from distinfluence.model.batch import Batch
+from distinfluence.model.batch import Batch, joined
+from distinfluence.model.data.datasets import Fetched
 from distinfluence.model.data.door import opened
 from distinfluence.model.identity.probe import Checked
 from distinfluence.model.objective import Forward
 from distinfluence.model.reducer import READ_TWICE
+from distinfluence.scaling.data import chunks
 from distinfluence.scaling.data.chunks import recut
 from distinfluence.scaling.data.sources import DatasetSource
 
@@ -681,9 +685,9 @@ def test_a_function_that_collates_sees_the_batches_of_its_loader_alone(data: Any
     )
     with pytest.raises(ShapeError, match="Pad all samples to one length"):
         samples.read(0, N)
-    chunks = SequentialInfluenceCalculator(influence()).chunked(own)
-    assert chunks.sizes == (10,) * 6
-    assert [np.asarray(source.load()).shape[1] for source in chunks.sources] == [1, 1, 2, 2, 3, 3]
+    cut = SequentialInfluenceCalculator(influence()).chunked(own)
+    assert cut.sizes == (10,) * 6
+    assert [np.asarray(source.load()).shape[1] for source in cut.sources] == [1, 1, 2, 2, 3, 3]
     assert collate.groups <= {tuple(range(start, start + 10)) for start in range(0, N, 10)}
 
 
@@ -693,3 +697,81 @@ class Numbers(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return index
+
+
+def padded() -> DataLoader[Any]:
+    return DataLoader(Numbers(), batch_size=10, collate_fn=Lengths())
+
+
+def test_a_plan_leaves_the_batches_of_a_function_that_collates() -> None:
+    calculator = SequentialInfluenceCalculator(influence())
+    recipe = calculator.chunked(Recipe(f"{__name__}:padded"))
+    assert recipe.sizes == (10,) * 6
+    assert [own.planned(None) for own in (recipe, recut(recipe, 5))] == [10, 5]
+    assert recipe.planned(30) == 30
+    train, test = (calculator.chunked(loader(collate_fn=stack, batch_size=size)) for size in (20, 12))
+    plan = calculator.plan(train, None, test)
+    assert (plan.chunks.train, plan.chunks.test) == (20, 12)
+    assert calculator.plan(train, None, test, chunk_size=20, test_chunk_size=30).chunks.test == 30
+    assert calculator.chunked(loader()).planned(None) is None
+
+
+def test_an_order_lies_in_a_file_and_not_in_the_tasks(client: Client, tmp_path: Path) -> None:
+    """Nor does it count to what a data set may weigh; a task is as small as for the data set itself."""
+    many = np.resize(np.arange(N), 2_000_000)
+    calculator = DaskInfluenceCalculator(influence(), client, scratch=tmp_path)
+    source = (
+        calculator.chunked(Subset(Pairs(), [1])).sources[0],
+        calculator.chunked(loader(sampler=many, batch_size=50_000)).sources[-1],
+    )
+    assert [len(pickle.dumps(one)) for one in source][1] < len(pickle.dumps(source[0])) + 10_000
+    x, y = replace(source[1], start=1_999_990).load()  # type: ignore[type-var]
+    assert np.array_equal(x, X.numpy()[many[-10:]])
+    assert np.array_equal(y, Y.numpy()[many[-10:]])
+
+
+class Noisy(Pairs):
+    """A random transform."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index] + torch.rand(3), Y[index]
+
+
+class NoisyInNumpy(Pairs):
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index] + float(np.random.rand()), Y[index]
+
+
+@pytest.mark.parametrize("settings", [{"num_workers": 2}, {"collate_fn": stack}])
+@pytest.mark.parametrize("data", [Noisy, NoisyInNumpy])
+def test_random_transforms_are_noticed_behind_workers_and_collate_functions(data: Any, settings: Any) -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    with pytest.raises(NonDeterministicDataError, match="random transforms"):
+        influence().fit(loader(data(), **settings))
+    assert (before[0].equal(torch.get_rng_state()), before[1]) == (True, np.random.get_state()[1].tolist())
+
+
+def test_a_loader_whose_workers_persist_can_be_read_elsewhere() -> None:
+    """Its running workers cannot be pickled, and where workers are spawned the collate function is."""
+    own = loader(num_workers=1, persistent_workers=True)
+    next(iter(own))
+    samples = opened(own)
+    assert isinstance(samples, Fetched)
+    travelled = pickle.loads(pickle.dumps(samples.travelling()._collated))
+    assert torch.equal(travelled([(X[0], Y[0])])[0], X[:1])
+    assert torch.equal(torch.cat([first_of(batch) for batch in samples.batches()]), X)
+
+
+def test_a_stream_is_regrouped_in_as_many_joins_as_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    joins = list[int]()
+
+    def counted_join(parts: Sequence[Batch]) -> Batch:
+        joins.append(len(parts))
+        return joined(parts)
+
+    monkeypatch.setattr(chunks, "joined", counted_join)
+    cut = SequentialInfluenceCalculator(influence()).chunked(
+        [(x[None], y[None]) for x, y in zip(X, Y, strict=True)], chunk_size=20
+    )
+    assert cut.sizes == (20, 20, 20)
+    assert joins == [20, 20, 20]

@@ -57,9 +57,11 @@ class Fetched(Samples):
         return self._loader is None
 
     def travelling(self) -> "Fetched":
-        """Return the same samples without the loader's workers."""
+        """Return the same samples without the loader's workers and without their order, which travels apart."""
         other = copy.copy(self)
-        other._loader = None
+        other._loader = other.order = other._starts = None
+        if other.collate is None:
+            other._sizes = None
         return other
 
     @override
