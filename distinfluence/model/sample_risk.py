@@ -32,7 +32,7 @@ from distinfluence.model.checks.raised import of_model, told
 from distinfluence.model.data.collate import batch_of
 from distinfluence.model.objective import Forward, Objective
 from distinfluence.model.padding import HeldPadding
-from distinfluence.model.precision import NARROW, widened_outputs
+from distinfluence.model.precision import NARROW, as_array, widened_outputs
 from distinfluence.model.untouched import (
     check_mode,
     double_differentiable,
@@ -312,7 +312,7 @@ class SampleRisk:
         formed = batch_of(batch, "batch")
         check_batch(formed)
         with torch.inference_mode(False):
-            placed = map_batch(lambda tensor: recordable(self.widened(tensor.to(self.device))), formed)
+            placed = map_batch(lambda tensor: recordable(self.widened(as_array(tensor.to(self.device)))), formed)
         labels = self.objective.class_labels(placed)
         if labels is not None:
             if self._n_classes is None or not labels.are_below(self._n_classes):  # outputs may follow the batch

@@ -42,12 +42,14 @@ from distinfluence import (
     Objective,
     Recipe,
     SequentialInfluenceCalculator,
+    SupervisedObjective,
 )
 from distinfluence.errors import (
     ChunkError,
     DistinfluenceError,
     DtypeError,
     EmptyDataError,
+    IndexRangeError,
     NonDeterministicDataError,
     NonFiniteError,
     SettingError,
@@ -56,6 +58,7 @@ from distinfluence.errors import (
 from distinfluence.model.batch import Batch, joined
 from distinfluence.model.data.datasets import Fetched
 from distinfluence.model.data.door import opened
+from distinfluence.model.data.loaders import MORE
 from distinfluence.model.identity.probe import Checked
 from distinfluence.model.objective import Forward
 from distinfluence.model.reducer import READ_TWICE
@@ -775,3 +778,58 @@ def test_a_stream_is_regrouped_in_as_many_joins_as_chunks(monkeypatch: pytest.Mo
     )
     assert cut.sizes == (20, 20, 20)
     assert joins == [20, 20, 20]
+
+
+def test_bfloat16_is_float32_in_memory_and_in_tasks() -> None:
+    """NumPy lacks it: a float64 model took it in memory and refused it in tasks."""
+    x = X.bfloat16()
+    said = []
+    for fit in (influence_in(torch.float64).fit, SequentialInfluenceCalculator(influence_in(torch.float64)).fit):
+        with pytest.raises(DtypeError, match=r"float32 \[") as caught:
+            fit((x, Y))
+        said.append(str(caught.value).partition("): ")[2])
+    assert said[0] in said[1]
+    alike = [fit.reducer.digest for fit in (influence().fit((x, Y)), influence().fit((x.float(), Y)))]
+    assert alike[0] == alike[1]
+
+
+def influence_in(dtype: torch.dtype) -> DirectInfluence:
+    return DirectInfluence(network().to(dtype), Cross(), DAMPING)
+
+
+class Positions(nn.Module):
+    """A score for each position of a sequence, of which there are as many as in the longest of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.layer(x)[..., 0]
+        return scores
+
+
+def test_labels_may_follow_outputs_that_follow_the_batch() -> None:
+    objective = SupervisedObjective(nn.CrossEntropyLoss(reduction="none"))
+    x = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    short, long = (x[:, :3], torch.tensor([0, 1, 2, 2])), (x, torch.tensor([0, 4, 3, 4]))
+    for batches in ([short, long], [long, short]):
+        assert DirectInfluence(Positions(), objective, DAMPING).fit(batches).reducer.n_samples == 8
+    with pytest.raises(IndexRangeError, match=r"from 0 to 4.*got \[5\] in samples \[3\]"):
+        DirectInfluence(Positions(), objective, DAMPING).fit([short, (x, torch.tensor([0, 4, 3, 5]))])
+
+
+def test_a_long_order_of_data_without_a_length_is_no_endless_one() -> None:
+    many = [i % N for i in range(MORE + 10)]
+    assert len(opened(loader(Sized(), sampler=many, batch_size=100))) == len(many)
+
+
+def test_odd_arrays_and_numbers_are_read_or_named() -> None:
+    fields = np.zeros(4, dtype=[("x", "f4"), ("k", "i1")])
+    fields["x"] = [1, 2, 3, 4]
+    assert first_of(opened(fields["x"]).read(0, 4)).tolist() == [1, 2, 3, 4]
+    with pytest.raises(DtypeError, match=r"`y`.*list of int64.*numpy\.asarray\(y\)"):
+        opened(X, list(Y.numpy()))
+    for large in ([(X[0], 2**63), (X[1], 1)], [(X[0], [2**63, 1]), (X[1], [1, 1])]):
+        with pytest.raises(DtypeError, match=r"`x\[1\]`.*below 2⁶³"):
+            opened(large).read(0, 2)
