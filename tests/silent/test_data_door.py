@@ -56,7 +56,7 @@ from distinfluence.errors import (
     ShapeError,
 )
 from distinfluence.model.batch import Batch, joined
-from distinfluence.model.data.datasets import Fetched
+from distinfluence.model.data.datasets import again
 from distinfluence.model.data.door import opened
 from distinfluence.model.data.loaders import MORE
 from distinfluence.model.identity.probe import Checked
@@ -754,15 +754,21 @@ def test_random_transforms_are_noticed_behind_workers_and_collate_functions(data
     assert (before[0].equal(torch.get_rng_state()), before[1]) == (True, np.random.get_state()[1].tolist())
 
 
-def test_a_loader_whose_workers_persist_can_be_read_elsewhere() -> None:
-    """Its running workers cannot be pickled, and where workers are spawned the collate function is."""
+def test_a_loader_whose_workers_persist_can_be_read_again_by_workers_that_are_spawned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own workers run and cannot be pickled; the function that collates goes to the new ones."""
+    collates = []
+
+    def seen(loader: DataLoader[Any], data: Any, **visits: Any) -> DataLoader[Any]:
+        collates.append(pickle.loads(pickle.dumps(visits["collate_fn"])))
+        return again(loader, data, **visits)
+
+    monkeypatch.setattr("distinfluence.model.data.datasets.again", seen)
     own = loader(num_workers=1, persistent_workers=True)
     next(iter(own))
-    samples = opened(own)
-    assert isinstance(samples, Fetched)
-    travelled = pickle.loads(pickle.dumps(samples.travelling()._collated))
-    assert torch.equal(travelled([(X[0], Y[0])])[0], X[:1])
-    assert torch.equal(torch.cat([first_of(batch) for batch in samples.batches()]), X)
+    assert torch.equal(torch.cat([first_of(batch) for batch in opened(own).batches()]), X)
+    assert torch.equal(collates[0]([(X[0], Y[0])])[0], X[:1])
 
 
 def test_a_stream_is_regrouped_in_as_many_joins_as_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
