@@ -9,6 +9,11 @@ from torch import Tensor
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def as_array(tensor: Tensor) -> Tensor:
+    """Return bfloat16 data as float32, which arrays in tasks hold instead: the same data fit the same models."""
+    return tensor.float() if tensor.dtype is torch.bfloat16 else tensor
+
+
 def widened_outputs(outputs: Any, dtype: torch.dtype) -> Any:
     """Convert the floating-point tensors that a model returned: a tensor, or a tuple, list or dict of them.
 

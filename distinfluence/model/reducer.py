@@ -245,18 +245,37 @@ OTHER_VALUES = (
 
 
 def check_repeatable(samples: Samples) -> None:
-    """Read some samples of a map-style data set twice. Raises NonDeterministicDataError where they differ."""
-    if not isinstance(samples, Fetched) or not samples.is_read_here:
+    """Read some samples of a map-style data set twice. Raises NonDeterministicDataError where they differ.
+
+    Samples behind workers are read by one of these, and what a loader's own function collates, in the loader's batches:
+    of both, the first two batches.
+    """
+    if not isinstance(samples, Fetched):
         return
-    n = len(samples)
     with untouched_generators():
+        if samples.collate is not None or not samples.is_read_here:
+            _check_beginning(samples)
+            return
+        n = len(samples)
         for index in sorted({i * n // READ_TWICE for i in range(READ_TWICE)}):
             try:
                 first, second = (samples.read(index, index + 1) for _ in range(2))
-            except Exception:  # a collate function that takes several samples only; what is wrong is said in the pass
+            except Exception:  # what is wrong is said in the pass
                 return
             if not torch.equal(sample_keys(first), sample_keys(second)):
                 raise NonDeterministicDataError(OTHER_VALUES.format(what=f"`data` (sample {index})"))
+
+
+def _check_beginning(samples: Fetched) -> None:
+    found = []
+    for seed in range(2):  # workers take theirs from torch's
+        torch.manual_seed(seed)
+        try:
+            found.append(torch.cat([sample_keys(batch) for batch in samples.beginning()]))
+        except Exception:  # what is wrong is said in the pass
+            return
+    if not torch.equal(*found):
+        raise NonDeterministicDataError(OTHER_VALUES.format(what="`data`"))
 
 
 def together(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:

@@ -32,7 +32,7 @@ from distinfluence.model.checks.raised import of_model, told
 from distinfluence.model.data.collate import batch_of
 from distinfluence.model.objective import Forward, Objective
 from distinfluence.model.padding import HeldPadding
-from distinfluence.model.precision import NARROW, widened_outputs
+from distinfluence.model.precision import NARROW, as_array, widened_outputs
 from distinfluence.model.untouched import (
     check_mode,
     double_differentiable,
@@ -312,10 +312,10 @@ class SampleRisk:
         formed = batch_of(batch, "batch")
         check_batch(formed)
         with torch.inference_mode(False):
-            placed = map_batch(lambda tensor: recordable(self.widened(tensor.to(self.device))), formed)
+            placed = map_batch(lambda tensor: recordable(self.widened(as_array(tensor.to(self.device)))), formed)
         labels = self.objective.class_labels(placed)
         if labels is not None:
-            if self._n_classes is None:
+            if self._n_classes is None or not labels.are_below(self._n_classes):  # outputs may follow the batch
                 self._n_classes = self._counted(placed, labels.axis)
             labels.check(self._n_classes)
         return placed

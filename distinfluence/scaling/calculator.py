@@ -180,8 +180,8 @@ class InfluenceCalculator(ABC):
         options = (options or RunOptions()).updated(**settings)
         train = self._chunked(x, y, options.chunk_size)
         test = self._chunked(x_test, y_test, options.test_chunk_size, TEST_CHUNK_SIZE)
-        size = options.chunk_size if train.can_be_recut else train.sizes[0]
-        sizes = FixedSizes(size, options.test_chunk_size, options.panel_size, options.solve)
+        size, test_size = train.planned(options.chunk_size), test.planned(options.test_chunk_size)
+        sizes = FixedSizes(size, test_size, options.panel_size, options.solve)
         context = self._unfitted_context()
         samples = self._sample(context, train), self._sample(context, test)
         problem = self._problem(train.n_samples, train, test, samples, options)

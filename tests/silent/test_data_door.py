@@ -2,9 +2,11 @@
 
 import functools
 import os
+import pickle
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +42,27 @@ from distinfluence import (
     Objective,
     Recipe,
     SequentialInfluenceCalculator,
+    SupervisedObjective,
 )
 from distinfluence.errors import (
     ChunkError,
     DistinfluenceError,
     DtypeError,
     EmptyDataError,
+    IndexRangeError,
     NonDeterministicDataError,
     NonFiniteError,
     SettingError,
     ShapeError,
 )
-from distinfluence.model.batch import Batch
+from distinfluence.model.batch import Batch, joined
+from distinfluence.model.data.datasets import again
 from distinfluence.model.data.door import opened
+from distinfluence.model.data.loaders import MORE
 from distinfluence.model.identity.probe import Checked
 from distinfluence.model.objective import Forward
 from distinfluence.model.reducer import READ_TWICE
+from distinfluence.scaling.data import chunks
 from distinfluence.scaling.data.chunks import recut
 from distinfluence.scaling.data.sources import DatasetSource
 
@@ -573,3 +580,262 @@ def test_workers_of_a_cluster_read_the_same_samples(kind: str, client: Client, t
     calculator = DaskInfluenceCalculator(influence(), client, scratch=tmp_path)
     found = calculator.fit(make(tmp_path)).influences(X_TEST, Y_TEST).compute()
     torch.testing.assert_close(torch.as_tensor(found).double(), dense(indices), rtol=1e-4, atol=1e-5)  # float32
+
+
+class OwnWay(DataLoader[Any]):
+    """Gives what its sampler says, by a way of its own."""
+
+    def __iter__(self) -> Any:
+        return ((X[indices], Y[indices]) for indices in self.batch_sampler or ())
+
+
+class Drawing:
+    """A sampler of no class of torch's, which draws from generators of its own and of everybody."""
+
+    def __init__(self) -> None:
+        self.own = np.random.default_rng(3)
+
+    def __iter__(self) -> Iterator[int]:
+        torch.rand(1)
+        return iter(self.own.permutation(N).tolist())
+
+    def __len__(self) -> int:
+        return N
+
+
+def test_what_a_sampler_gives_is_read_whatever_it_is_packed_in() -> None:
+    visits: list[Any] = [
+        torch.arange(40).split(8),
+        np.arange(40).reshape(5, 8),
+        [range(8 * i, 8 * i + 8) for i in range(5)],
+    ]
+    for visit in visits:
+        samples = opened(loader(batch_size=1, batch_sampler=visit))
+        assert samples.sizes == (8,) * 5
+        assert torch.equal(first_of(samples.read(0, 40)), X[:40])
+    for visit in visits[:2]:
+        asked = opened(loader(Taken(), batch_size=None, sampler=visit))
+        assert asked.sizes == (8,) * 5
+        assert torch.equal(first_of(asked.read(0, 40)), X[:40])
+
+
+def first_of(batch: Batch) -> Tensor:
+    first = batch[0] if isinstance(batch, tuple) else batch
+    assert isinstance(first, Tensor)
+    return first
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": None}])
+def test_samplers_of_any_class_draw_nothing_from_the_callers(settings: dict[str, Any]) -> None:
+    sampler = Drawing()
+    before = torch.get_rng_state(), sampler.own.bit_generator.state
+    opened(loader(sampler=sampler, **settings))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert sampler.own.bit_generator.state == before[1]
+
+
+def test_a_loader_with_its_own_way_must_keep_its_order() -> None:
+    assert torch.equal(first_of(opened(OwnWay(Pairs(), batch_size=25)).read(0, N)), X)
+    for settings, error, message in (
+        ({"shuffle": True}, NonDeterministicDataError, "OwnWay.*without shuffle=True"),
+        ({"drop_last": True}, SettingError, "leaves out 10"),
+        ({"sampler": PART}, SettingError, "one part of 2"),
+    ):
+        with pytest.raises(error, match=message):
+            opened(OwnWay(Pairs(), batch_size=25, **settings))
+
+
+class Refilled(IterableDataset[Any]):
+    """Gives the same tensors and arrays again, with other values."""
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = torch.empty(20, 3), np.empty(20, int)
+        for start in range(0, N, 20):
+            x.copy_(X[start : start + 20])
+            y[:] = Y[start : start + 20]
+            yield x, y
+
+
+def test_batches_that_share_a_buffer_are_kept_apart() -> None:
+    x = torch.empty(20, 3)
+
+    def filled(samples: list[Any]) -> Tensor:
+        return x.copy_(torch.stack([own for own, _ in samples]))
+
+    for data in (loader(Refilled(), batch_size=None), loader(batch_size=20, collate_fn=filled)):
+        assert torch.equal(torch.cat([first_of(batch) for batch in list(opened(data).batches())]), X)
+
+
+class Lengths:
+    """Pads to the longest of a batch, and keeps which samples it was called with."""
+
+    def __init__(self) -> None:
+        self.groups: set[tuple[int, ...]] = set()
+
+    def __call__(self, samples: list[Any]) -> Tensor:
+        self.groups.add(tuple(samples))
+        return nn.functional.pad(torch.tensor(samples)[:, None], (0, max(samples) // 20))
+
+
+@pytest.mark.parametrize("data", [list(range(N)), np.arange(N).astype(int)])
+def test_a_function_that_collates_sees_the_batches_of_its_loader_alone(data: Any) -> None:
+    """Whoever reads: one sample, all of them, chunks that the data bring."""
+    collate = Lengths()
+    own = DataLoader[Any]([*map(int, data)] if isinstance(data, list) else Numbers(), batch_size=10, collate_fn=collate)
+    samples = opened(own)
+    assert torch.equal(
+        first_of(samples.read(23, 27)), torch.arange(23, 27)[:, None].expand(4, 1) * torch.tensor([1, 0])
+    )
+    with pytest.raises(ShapeError, match="Pad all samples to one length"):
+        samples.read(0, N)
+    cut = SequentialInfluenceCalculator(influence()).chunked(own)
+    assert cut.sizes == (10,) * 6
+    assert [np.asarray(source.load()).shape[1] for source in cut.sources] == [1, 1, 2, 2, 3, 3]
+    assert collate.groups <= {tuple(range(start, start + 10)) for start in range(0, N, 10)}
+
+
+class Numbers(Dataset[int]):
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def padded() -> DataLoader[Any]:
+    return DataLoader(Numbers(), batch_size=10, collate_fn=Lengths())
+
+
+def test_a_plan_leaves_the_batches_of_a_function_that_collates() -> None:
+    calculator = SequentialInfluenceCalculator(influence())
+    recipe = calculator.chunked(Recipe(f"{__name__}:padded"))
+    assert recipe.sizes == (10,) * 6
+    assert [own.planned(None) for own in (recipe, recut(recipe, 5))] == [10, 5]
+    assert recipe.planned(30) == 30
+    train, test = (calculator.chunked(loader(collate_fn=stack, batch_size=size)) for size in (20, 12))
+    plan = calculator.plan(train, None, test)
+    assert (plan.chunks.train, plan.chunks.test) == (20, 12)
+    assert calculator.plan(train, None, test, chunk_size=20, test_chunk_size=30).chunks.test == 30
+    assert calculator.chunked(loader()).planned(None) is None
+
+
+def test_an_order_lies_in_a_file_and_not_in_the_tasks(client: Client, tmp_path: Path) -> None:
+    """Nor does it count to what a data set may weigh; a task is as small as for the data set itself."""
+    many = np.resize(np.arange(N), 2_000_000)
+    calculator = DaskInfluenceCalculator(influence(), client, scratch=tmp_path)
+    source = (
+        calculator.chunked(Subset(Pairs(), [1])).sources[0],
+        calculator.chunked(loader(sampler=many, batch_size=50_000)).sources[-1],
+    )
+    assert [len(pickle.dumps(one)) for one in source][1] < len(pickle.dumps(source[0])) + 10_000
+    x, y = replace(source[1], start=1_999_990).load()  # type: ignore[type-var]
+    assert np.array_equal(x, X.numpy()[many[-10:]])
+    assert np.array_equal(y, Y.numpy()[many[-10:]])
+
+
+class Noisy(Pairs):
+    """A random transform."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index] + torch.rand(3), Y[index]
+
+
+class NoisyInNumpy(Pairs):
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return X[index] + float(np.random.rand()), Y[index]
+
+
+@pytest.mark.parametrize("settings", [{"num_workers": 2}, {"collate_fn": stack}])
+@pytest.mark.parametrize("data", [Noisy, NoisyInNumpy])
+def test_random_transforms_are_noticed_behind_workers_and_collate_functions(data: Any, settings: Any) -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    with pytest.raises(NonDeterministicDataError, match="random transforms"):
+        influence().fit(loader(data(), **settings))
+    assert (before[0].equal(torch.get_rng_state()), before[1]) == (True, np.random.get_state()[1].tolist())
+
+
+def test_a_loader_whose_workers_persist_can_be_read_again_by_workers_that_are_spawned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own workers run and cannot be pickled; the function that collates goes to the new ones."""
+    collates = []
+
+    def seen(loader: DataLoader[Any], data: Any, **visits: Any) -> DataLoader[Any]:
+        collates.append(pickle.loads(pickle.dumps(visits["collate_fn"])))
+        return again(loader, data, **visits)
+
+    monkeypatch.setattr("distinfluence.model.data.datasets.again", seen)
+    own = loader(num_workers=1, persistent_workers=True)
+    next(iter(own))
+    assert torch.equal(torch.cat([first_of(batch) for batch in opened(own).batches()]), X)
+    assert torch.equal(collates[0]([(X[0], Y[0])])[0], X[:1])
+
+
+def test_a_stream_is_regrouped_in_as_many_joins_as_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    joins = list[int]()
+
+    def counted_join(parts: Sequence[Batch]) -> Batch:
+        joins.append(len(parts))
+        return joined(parts)
+
+    monkeypatch.setattr(chunks, "joined", counted_join)
+    cut = SequentialInfluenceCalculator(influence()).chunked(
+        [(x[None], y[None]) for x, y in zip(X, Y, strict=True)], chunk_size=20
+    )
+    assert cut.sizes == (20, 20, 20)
+    assert joins == [20, 20, 20]
+
+
+def test_bfloat16_is_float32_in_memory_and_in_tasks() -> None:
+    """NumPy lacks it: a float64 model took it in memory and refused it in tasks."""
+    x = X.bfloat16()
+    said = []
+    for fit in (influence_in(torch.float64).fit, SequentialInfluenceCalculator(influence_in(torch.float64)).fit):
+        with pytest.raises(DtypeError, match=r"float32 \[") as caught:
+            fit((x, Y))
+        said.append(str(caught.value).partition("): ")[2])
+    assert said[0] in said[1]
+    alike = [fit.reducer.digest for fit in (influence().fit((x, Y)), influence().fit((x.float(), Y)))]
+    assert alike[0] == alike[1]
+
+
+def influence_in(dtype: torch.dtype) -> DirectInfluence:
+    return DirectInfluence(network().to(dtype), Cross(), DAMPING)
+
+
+class Positions(nn.Module):
+    """A score for each position of a sequence, of which there are as many as in the longest of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.layer(x)[..., 0]
+        return scores
+
+
+def test_labels_may_follow_outputs_that_follow_the_batch() -> None:
+    objective = SupervisedObjective(nn.CrossEntropyLoss(reduction="none"))
+    x = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    short, long = (x[:, :3], torch.tensor([0, 1, 2, 2])), (x, torch.tensor([0, 4, 3, 4]))
+    for batches in ([short, long], [long, short]):
+        assert DirectInfluence(Positions(), objective, DAMPING).fit(batches).reducer.n_samples == 8
+    with pytest.raises(IndexRangeError, match=r"from 0 to 4.*got \[5\] in samples \[3\]"):
+        DirectInfluence(Positions(), objective, DAMPING).fit([short, (x, torch.tensor([0, 4, 3, 5]))])
+
+
+def test_a_long_order_of_data_without_a_length_is_no_endless_one() -> None:
+    many = [i % N for i in range(MORE + 10)]
+    assert len(opened(loader(Sized(), sampler=many, batch_size=100))) == len(many)
+
+
+def test_odd_arrays_and_numbers_are_read_or_named() -> None:
+    fields = np.zeros(4, dtype=[("x", "f4"), ("k", "i1")])
+    fields["x"] = [1, 2, 3, 4]
+    assert first_of(opened(fields["x"]).read(0, 4)).tolist() == [1, 2, 3, 4]
+    with pytest.raises(DtypeError, match=r"`y`.*list of int64.*numpy\.asarray\(y\)"):
+        opened(X, list(Y.numpy()))
+    for large in ([(X[0], 2**63), (X[1], 1)], [(X[0], [2**63, 1]), (X[1], [1, 1])]):
+        with pytest.raises(DtypeError, match=r"`x\[1\]`.*below 2⁶³"):
+            opened(large).read(0, 2)

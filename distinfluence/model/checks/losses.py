@@ -76,6 +76,16 @@ class ClassLabels:
         ignored = setting(loss, "ignore_index", -100)
         return cls(y, "y", ignored if isinstance(ignored, int) else None, averaged=averaged)
 
+    def are_below(self, n_classes: int) -> bool:
+        """Return whether every label is one of so many classes, or ignored."""
+        return not self._outside(n_classes)[2].any()
+
+    def _outside(self, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the labels, [n, k], which of them count, and which of these are outside."""
+        rows = self.values.reshape(self.values.shape[0], -1)
+        counted = torch.ones_like(rows, dtype=torch.bool) if self.ignored is None else rows != self.ignored
+        return rows, counted, counted & ((rows < 0) | (rows >= n_classes))
+
     def check(self, n_classes: int | None) -> None:
         """Pass if every label is a class or ignored.
 
@@ -88,9 +98,7 @@ class ClassLabels:
         """
         if n_classes is None:
             return
-        rows = self.values.reshape(self.values.shape[0], -1)
-        counted = torch.ones_like(rows, dtype=torch.bool) if self.ignored is None else rows != self.ignored
-        outside = counted & ((rows < 0) | (rows >= n_classes))
+        rows, counted, outside = self._outside(n_classes)
         if outside.any():
             labels = sorted(set(rows[outside].tolist()))
             samples = outside.any(dim=1).nonzero().flatten().tolist()

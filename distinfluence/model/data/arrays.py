@@ -53,11 +53,20 @@ def holds_numbers(value: object) -> bool:
     return type(value) is list and (all(type(v) in (bool, int, float) for v in value) or all(map(holds_numbers, value)))
 
 
-def tensor_of_list(values: list[Any], name: str) -> Tensor:
-    """Return the tensor of nested lists of numbers. Raises ShapeError where their lengths differ."""
+def tensor_of_list(values: Any, name: str) -> Tensor:
+    """Return the tensor of a number or of nested lists of numbers.
+
+    Raises:
+        DtypeError: If a whole number is too large for int64.
+        ShapeError: If lists differ in length.
+    """
     try:
         return torch.tensor(values)
-    except ValueError:
+    except (ValueError, RuntimeError) as error:
+        if "verflow" in str(error):
+            raise DtypeError(
+                f"`{name}` must hold whole numbers below 2⁶³ in size, got a larger one. Convert them to floats."
+            ) from None
         raise ShapeError(
             f"`{name}` must have lists of one length, got others. Pad them, for instance in a "
             "`DataLoader(…, collate_fn=…)`."
@@ -76,7 +85,8 @@ def tensor_of(array: Any, name: str = "data") -> Tensor:
         raise DtypeError(f"`{name}` must hold numbers, got dtype {array.dtype}. Encode strings and objects as numbers.")
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("="))
-    apart = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    steps_fit = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+    apart = array.flags.writeable and steps_fit
     try:
         return torch.from_numpy(array if apart else array.copy())
     except TypeError as error:

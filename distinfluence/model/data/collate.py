@@ -79,7 +79,8 @@ def collate(samples: Sequence[Any], name: str) -> Batch:
 
 def _stacked(values: Sequence[Any], name: str) -> Tensor:
     if all(type(value) in (bool, int, float) for value in values):
-        return torch.tensor(values, dtype=torch.float64 if float in map(type, values) else None)
+        floats = float in map(type, values)
+        return torch.tensor(values, dtype=torch.float64) if floats else tensor_of_list(list(values), name)
     tensors = [value if isinstance(value, Tensor) else _tensor(value, name) for value in values]
     odd = next((tensor for tensor in tensors if tensor.shape != tensors[0].shape), None)
     if odd is not None:
@@ -92,7 +93,7 @@ def _stacked(values: Sequence[Any], name: str) -> Tensor:
 
 def _tensor(value: Any, name: str) -> Tensor:
     if isinstance(value, (bool, int, float, complex)):
-        return torch.tensor(value, dtype=torch.float64 if type(value) is float else None)
+        return torch.tensor(value, dtype=torch.float64) if type(value) is float else tensor_of_list(value, name)
     if holds_numbers(value):
         return tensor_of_list(value, name)
     if is_of(value, "numpy", "ndarray"):

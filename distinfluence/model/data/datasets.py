@@ -1,15 +1,17 @@
 """Map-style data sets: torch's, Hugging Face's, and whatever has a length and elements."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from distinfluence.errors import DtypeError, ShapeError
-from distinfluence.model.batch import Batch, batch_length
+from distinfluence.model.batch import Batch, batch_length, map_batch
 from distinfluence.model.data.collate import batch_of, collate
 from distinfluence.model.data.refused import is_of
 from distinfluence.model.data.samples import Samples, read
@@ -55,21 +57,38 @@ class Fetched(Samples):
         return self._loader is None
 
     def travelling(self) -> "Fetched":
-        """Return the same samples without the loader's workers."""
+        """Return the same samples without the loader's workers and without their order, which travels apart."""
         other = copy.copy(self)
-        other._loader = None
+        other._loader = other.order = other._starts = None
+        if other.collate is None:
+            other._sizes = None
         return other
 
     @override
     def read(self, start: int, stop: int) -> Batch:
+        if self.collate is None:
+            return self._read(start, stop)
+        return self.of_batches(start, stop, lambda number, first, last: self._read(first, last))
+
+    def _read(self, start: int, stop: int) -> Batch:
         return self._collated(self._fetched(self._indices(start, stop)))
 
     @override
     def batches(self) -> Iterator[Batch]:
         if self._loader is None:
             return super().batches()
-        visits = [self._indices(start, stop) for start, stop in self.edges()]
-        return read(again(self._loader, self.data, batch_sampler=visits, collate_fn=self._collated))
+        return self._visited(self._loader, self.edges())
+
+    def beginning(self) -> Iterator[Batch]:
+        """Yield the first two batches, read as all of them are: behind workers, by one of these."""
+        few = list(itertools.islice(self.edges(), 2))
+        if self._loader is None:
+            return (self.read(start, stop) for start, stop in few)
+        return self._visited(self._loader, few, num_workers=1)
+
+    def _visited(self, loader: "DataLoader[Any]", edges: Iterable[tuple[int, int]], **workers: int) -> Iterator[Batch]:
+        visits, own = [self._indices(start, stop) for start, stop in edges], self.travelling()._collated
+        return read(again(loader, self.data, batch_sampler=visits, collate_fn=own, **workers))
 
     def _indices(self, start: int, stop: int) -> list[int]:
         return list(range(start, stop)) if self.order is None else self.order[start:stop].tolist()
@@ -81,7 +100,8 @@ class Fetched(Samples):
     def _collated(self, samples: Sequence[Any]) -> Batch:
         if self.collate is None:
             return collate(samples, self.name)
-        batch = batch_of(self.collate(list(samples)), self.name)
+        # a copy: the function may fill the same tensors for each batch
+        batch = map_batch(torch.clone, batch_of(self.collate(list(samples)), self.name))
         if batch_length(batch, self.name) != len(samples):
             raise ShapeError(
                 f"`{self.name}` must have a `collate_fn` that keeps every sample, got {batch_length(batch)} of "
@@ -100,10 +120,9 @@ def again(loader: "DataLoader[Any]", data: Any, **visits: Any) -> "DataLoader[An
     """Return a loader over `data` with other visits, and the workers of another loader."""
     return DataLoader(
         data,
-        num_workers=loader.num_workers,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
-        **visits,
+        **{"num_workers": loader.num_workers, **visits},
     )

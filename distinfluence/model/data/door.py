@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, TensorDataset
 
-from distinfluence.errors import SettingError
+from distinfluence.errors import DtypeError, SettingError
 from distinfluence.model.batch import Batch
-from distinfluence.model.data.arrays import arrays, holds_numbers, is_array
+from distinfluence.model.data.arrays import arrays, holds_numbers, is_array, is_number
 from distinfluence.model.data.datasets import Fetched
 from distinfluence.model.data.lists import of_list
 from distinfluence.model.data.loaders import of_loader
@@ -72,6 +72,10 @@ def _of_pair(x: Any, y: Any) -> Samples:
     for own, name in ((x, "x"), (y, "y")):
         if is_array(own) or isinstance(own, (tuple, Mapping)) or holds_numbers(own):
             continue
+        if isinstance(own, list) and own and all(map(is_number, own)):
+            raise DtypeError(
+                f"`{name}` must be an array, got a list of {type(own[0]).__name__}. Pass `numpy.asarray({name})`."
+            )
         if refused(own) or not (hasattr(own, "__iter__") or hasattr(own, "__getitem__")):
             raise no_data(own, name)
         raise SettingError(

@@ -41,34 +41,42 @@ def of_loader(loader: "DataLoader[Any]", name: str) -> Samples:
         The samples.
 
     Raises:
-        NonDeterministicDataError: If it visits other samples each time.
+        NonDeterministicDataError: If it visits other samples each time, or, where its class has a way of its own to
+            give them, in another order.
         SettingError: If it leaves samples out at each pass.
         ShapeError: If its sampler does not end.
     """
     data: Any = loader.dataset
-    if type(loader).__iter__ is not DataLoader.__iter__ or isinstance(data, IterableDataset):
+    if isinstance(data, IterableDataset):
         return Stream(loader, name)
+    own_way = type(loader).__iter__ is not DataLoader.__iter__
     batched: Any = loader.batch_sampler
     sampler: Any = loader.sampler if batched is None else getattr(batched, "sampler", None)
     _check_whole(sampler, name)
     length = len(data) if hasattr(data, "__len__") else 0
-    if type(batched) is BatchSampler and not batched.drop_last and _visits_all(sampler, length):
+    if not own_way and type(batched) is BatchSampler and not batched.drop_last and _visits_all(sampler, length):
         sizes = tuple(min(batched.batch_size, length - start) for start in range(0, length, batched.batch_size))
         return _of_map(loader, name, None, sizes)
     with _untouched(loader):
         dropped = _dropped(batched, sampler)
         visited: Iterable[Any] = loader.sampler if batched is None else batched
-        draws = [_drawn(visited, name, length)]
-        times = MANY if sum(map(len, draws[0])) <= FEW else 2
-        draws += [_drawn(visited, name, length) for _ in range(times - 1)]
+        first, together = _drawn(visited, name, length, batched is not None)
+        times = MANY if sum(map(len, first)) <= FEW else 2
+        draws = [first, *(_drawn(visited, name, length, batched is not None)[0] for _ in range(times - 1))]
     if dropped:
         raise SettingError(
             f"`{name}` must be a DataLoader over all samples, got drop_last=True, which leaves out {dropped} at each "
             "pass. Pass drop_last=False."
         )
     groups = _settled(draws, name, visited if sampler is None else sampler)
+    if own_way:
+        if any(draw != first for draw in draws):
+            raise NonDeterministicDataError(
+                f"`{name}` must visit the samples in one order, got a {type(loader).__name__} that has its own "
+                "`__iter__` and shuffles. Make it without shuffle=True, or pass a plain DataLoader."
+            )
+        return Stream(loader, name)
     if batched is None:
-        together = isinstance(next(iter(visited)), (list, tuple))
         keys = groups if together else [key for group in groups for key in group]
         return Stream(again(loader, data, sampler=keys, batch_size=None, collate_fn=loader.collate_fn), name)
     if not all(isinstance(key, int) for group in groups for key in group):
@@ -108,18 +116,34 @@ def _dropped(batched: Any, sampler: Any) -> int:
     return sum(1 for _ in sampler) - sum(len(batch) for batch in batched)
 
 
-def _drawn(visited: Iterable[Any], name: str, length: int) -> list[list[Any]]:
-    """Return one pass of a sampler, in groups; what is visited alone is a group of one."""
-    groups, n = [], 0
+def _drawn(visited: Iterable[Any], name: str, length: int, in_batches: bool) -> tuple[list[list[Any]], bool]:
+    """Return one pass of a sampler, in groups, and whether it gives groups: what is visited alone is a group of one.
+
+    in_batches: whether it is a batch sampler, each of whose entries is a group, be it a list, a tensor or an array.
+    """
+    groups, together, n = list[list[Any]](), in_batches, 0
+    says = _said_length(visited)
     for keys in visited:
-        groups.append([_key(key, length) for key in keys] if isinstance(keys, (list, tuple)) else [_key(keys, length)])
+        if in_batches or isinstance(keys, (list, tuple)) or getattr(keys, "ndim", 0) > 0:
+            together = True
+            groups.append([_key(key, length) for key in keys])
+        else:
+            groups.append([_key(keys, length)])
         n += len(groups[-1])
-        if n > ROUNDS * length + MORE:
+        if n > ROUNDS * length + MORE and len(groups) > says:
             raise ShapeError(
                 f"`{name}` must be a DataLoader that ends, got one that has visited {n} samples of {length}. Pass the "
                 "data set itself."
             )
-    return groups
+    return groups, together
+
+
+def _said_length(visited: Any) -> int:
+    """Return how many entries a sampler says that it has; 0 if it does not say."""
+    try:
+        return len(visited)
+    except (TypeError, NotImplementedError):
+        return 0
 
 
 def _key(key: Any, length: int) -> Any:
@@ -159,7 +183,7 @@ def _untouched(loader: "DataLoader[Any]") -> Iterator[None]:
 
 def _restorers(owner: object) -> Iterator[Callable[[], object]]:
     """Yield functions that put the generators of a loader, and of the samplers in it, back to their present states."""
-    for value in list(vars(owner).values()):
+    for name, value in list(getattr(owner, "__dict__", {}).items()):
         if isinstance(value, torch.Generator):
             yield functools.partial(value.set_state, value.get_state())
         elif isinstance(value, random.Random):
@@ -169,5 +193,5 @@ def _restorers(owner: object) -> Iterator[Callable[[], object]]:
         elif is_of(value, "numpy.random", "Generator"):
             bits = value.bit_generator
             yield functools.partial(setattr, bits, "state", bits.state)
-        elif isinstance(value, Sampler):
+        elif isinstance(value, Sampler) or name in ("sampler", "batch_sampler"):
             yield from _restorers(value)

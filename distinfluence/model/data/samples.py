@@ -4,7 +4,8 @@ import itertools
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ class Samples(ABC):
 
     def __init__(self, name: str, length: int, sizes: tuple[int, ...] | None) -> None:
         self.name, self._length, self._sizes = name, length, sizes
+        self._starts: list[int] | None = None  # of the batches, once they are asked for
         if length == 0:
             raise EmptyDataError(f"`{name}` must hold at least one sample, got none. Pass a data set that isn't empty.")
 
@@ -61,6 +63,26 @@ class Samples(ABC):
         """Yield all samples, in order, in the batches that they come in."""
         return read(self.read(start, stop) for start, stop in self.edges())
 
+    def of_batches(self, start: int, stop: int, batch: Callable[[int, int, int], Batch]) -> Batch:
+        """Return samples start to stop of the batches that they come in, of which `batch(number, first, last)` is one.
+
+        Raises:
+            ShapeError: If they lie in batches that cannot be joined.
+        """
+        if self._starts is None:
+            self._starts = list(itertools.accumulate(self.sizes or (len(self),), initial=0))
+        found = []
+        for number in range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop)):
+            first, last = self._starts[number : number + 2]
+            part, whole = batch(number, first, last), start <= first and last <= stop
+            found.append(part if whole else take(part, max(start - first, 0), min(stop, last) - first))
+        if not all(alike(found[0], part) for part in found):
+            raise ShapeError(
+                f"`{self.name}` must have batches of one form to be put together, with the same shapes of a sample, "
+                "got others. Pad all samples to one length, or leave the batches as they are."
+            )
+        return joined(found)
+
     def fixed(self) -> "Samples":
         """Return the same samples where each can be read for itself; a stream is read into memory."""
         return self
@@ -76,18 +98,11 @@ class Pieces(Samples):
 
     @override
     def read(self, start: int, stop: int) -> Batch:
-        found = []
-        for part, (first, last) in zip(self._parts, self.edges(), strict=True):
-            if first < stop and start < last:
-                whole = start <= first and last <= stop
-                found.append(part if whole else take(part, max(start - first, 0), min(stop, last) - first))
-        odd = next((part for part in found if not alike(found[0], part)), None)
-        if odd is not None:
-            raise ShapeError(
-                f"`{self.name}` must have batches of one form to be put together, with the same shapes of a sample, "
-                "got others. Pad all samples to one length, or leave the batches as they are."
-            )
-        return joined(found)
+        return self.of_batches(start, stop, lambda number, first, last: self._parts[number])
+
+    @override
+    def batches(self) -> Iterator[Batch]:
+        return iter(self._parts)
 
 
 @contextmanager

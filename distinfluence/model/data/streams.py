@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from distinfluence.model.batch import Batch, batch_length
+from distinfluence.model.batch import Batch, batch_length, map_batch
 from distinfluence.model.data.collate import batch_of
+from distinfluence.model.data.datasets import own_collate
 from distinfluence.model.data.samples import Pieces, Samples, read
 
 
@@ -40,11 +43,19 @@ class Stream(Samples):
 
     @override
     def batches(self) -> Iterator[Batch]:
+        fresh = _is_fresh(self._items)
         for number, item in enumerate(read(self._items)):
             batch = batch_of(item, f"{self.name}[{number}]")
             batch_length(batch, f"{self.name}[{number}]")
-            yield batch
+            yield batch if fresh else map_batch(torch.clone, batch)
 
     @override
     def fixed(self) -> Samples:
         return Pieces(list(self.batches()), self.name)
+
+
+def _is_fresh(items: object) -> bool:
+    """Return whether each batch has memory of its own: torch stacks its samples, or it came from another process."""
+    if type(items) is not DataLoader:
+        return False
+    return items.num_workers > 0 or (items.batch_sampler is not None and own_collate(items) is None)

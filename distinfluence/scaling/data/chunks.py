@@ -41,10 +41,12 @@ class ChunkedData:
     Args:
         sizes: Samples in each chunk.
         chunks: For each chunk, where it is loaded from, or the dask task that makes its arrays.
+        own_batches: Whether a loader's own function collates them, so that a plan should leave its batches.
     """
 
     sizes: tuple[int, ...]
     chunks: tuple[ChunkSource | Delayed, ...]
+    own_batches: bool = False
 
     @property
     def n_samples(self) -> int:
@@ -71,6 +73,19 @@ class ChunkedData:
             isinstance(chunk, (ArraySource, DatasetSource)) and chunk.start == start
             for chunk, start in zip(self.chunks, self.starts, strict=True)
         )
+
+    def planned(self, asked: int | None) -> int | None:
+        """Return the chunk size that a plan must take.
+
+        Args:
+            asked: What the user asked for, if anything.
+
+        Returns:
+            The size; None where the plan may choose.
+        """
+        if not self.can_be_recut:
+            return self.sizes[0]
+        return asked or (self.sizes[0] if self.own_batches else None)
 
     def looked_at(self, sha256: Sequence[str]) -> "ChunkedData":
         """Have the chunks compared with their fingerprints whenever they are loaded again.
@@ -107,7 +122,8 @@ def recut(data: ChunkedData, size: int) -> ChunkedData:
     if not data.can_be_recut or not isinstance(first, (ArraySource, DatasetSource)):
         raise ChunkError("`data` lies in files of one chunk each. Rechunk the arrays that it was made of.")
     name = first.key.partition("/")[0]
-    return _cut(data.n_samples, size, lambda a, b: replace(first, start=a, stop=b, key=f"{name}/{a}-{b}", sha256=""))
+    cut = _cut(data.n_samples, size, lambda a, b: replace(first, start=a, stop=b, key=f"{name}/{a}-{b}", sha256=""))
+    return replace(cut, own_batches=data.own_batches)
 
 
 def take_samples(data: ChunkedData, index: NDArray[np.int64]) -> ArrayBatch:
@@ -157,6 +173,8 @@ def chunked(
     if samples.is_stream or isinstance(samples, Pieces):
         return _of_batches(samples, home, size)
     if isinstance(samples, Fetched) and isinstance(samples.data, list):
+        if samples.sizes is not None:  # a loader's, whose batches need not be alike
+            return _of_batches(samples, home, size)
         samples = opened(samples.read(0, len(samples)))
     if isinstance(samples, Arrays) and any(is_dask_array(leaf) for _, leaf in named_leaves(samples.tree, "x")):
         return _of_dask(samples, size)
@@ -168,7 +186,9 @@ def chunked(
         return _cut(len(samples), cut, lambda a, b: ArraySource(leaves, a, b, f"{key}/{a}-{b}"))
     assert isinstance(samples, Fetched)
     pickled = _pickled(samples)
-    return _cut(len(samples), cut, lambda a, b: DatasetSource(pickled, a, b, f"{key}/{a}-{b}"))
+    kept = None if samples.order is None else home.keep(to_numpy(samples.order))
+    found = _cut(len(samples), cut, lambda a, b: DatasetSource(pickled, a, b, f"{key}/{a}-{b}", order=kept))
+    return replace(found, own_batches=samples.collate is not None)
 
 
 def _checked(chunk_size: object) -> int:
@@ -193,7 +213,8 @@ def _of_recipe(recipe: Recipe, home: Home, chunk_size: int | None, default_size:
     key = home.key(recipe)
     size = home.size(recipe, key)
     cut = chunk_size or size.batch or default_size
-    return _cut(size.n, cut, lambda a, b: DatasetSource(recipe, a, b, f"{key}/{a}-{b}"))
+    found = _cut(size.n, cut, lambda a, b: DatasetSource(recipe, a, b, f"{key}/{a}-{b}"))
+    return replace(found, own_batches=size.own_batches)
 
 
 def _pickled(samples: Fetched) -> bytes:
@@ -233,6 +254,8 @@ def _regrouped(samples: Samples, chunk_size: int | None) -> Iterator[Batch]:
             yield joined(held)
             held = []
         held.append(batch)
+        if sum(map(batch_length, held)) < size:
+            continue
         whole, start = joined(held), 0
         while batch_length(whole) - start >= size:
             yield take(whole, start, start + size)

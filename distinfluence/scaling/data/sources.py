@@ -13,11 +13,13 @@ from typing import Any, Protocol, TypeAlias
 import cloudpickle
 import dask
 import numpy as np
+import torch
 import zarr
 from torch import Tensor
 
 from distinfluence.influence.arrays import Array, ArrayBatch, to_numpy, to_numpy_batch
 from distinfluence.memory import process_bytes
+from distinfluence.model.data.datasets import Fetched
 from distinfluence.model.data.door import opened
 from distinfluence.model.data.samples import Samples
 from distinfluence.model.data.tree import map_leaves
@@ -179,10 +181,11 @@ class DatasetSource(ChunkSource):
     stop: int
     key: str
     sha256: str = ""
+    order: Leaf | None = None  # which samples are meant, of a pickle; next to it, as it may be the larger
 
     def load(self) -> ArrayBatch:
         """Collate the samples, or slice the arrays."""
-        samples = built_once(self.recipe, self.key.partition("/")[0])
+        samples = built_once(self.recipe, self.key.partition("/")[0], self.order)
         with dask.config.set(scheduler="synchronous"):  # a task that waits for tasks would stop its worker
             return to_numpy_batch(samples.read(self.start, self.stop))
 
@@ -191,12 +194,14 @@ _data_sets: OrderedDict[str, Samples] = OrderedDict()
 _grown: dict[str, int] = {}  # by how much the process did when it built them
 
 
-def built_once(recipe: Recipe | bytes, key: str) -> Samples:
+def built_once(recipe: Recipe | bytes, key: str, order: Leaf | None = None) -> Samples:
     """Return the samples that the recipe (or the pickle) builds, kept under `key`; a stream is read into memory."""
     if key not in _data_sets:
         before = process_bytes()
         if isinstance(recipe, bytes):
-            _data_sets[key] = cloudpickle.loads(recipe)
+            pickled: Fetched = cloudpickle.loads(recipe)
+            pickled.order = None if order is None else torch.tensor(order.read(0, order.shape[0]))
+            _data_sets[key] = pickled
         else:
             with dask.config.set(scheduler="synchronous"):
                 _data_sets[key] = opened(recipe.build(), name=recipe.target).fixed()
@@ -214,16 +219,21 @@ def built_bytes(source: "ChunkSource") -> int:
 
 @dataclass(frozen=True)
 class Size:
-    """How much data a recipe builds. n: samples; batch: the largest batch that they come in, None if there are none."""
+    """How much data a recipe builds.
+
+    n: samples. batch: the largest batch that they come in, None if there are none. own_batches: as of `ChunkedData`.
+    """
 
     n: int
     batch: int | None
+    own_batches: bool = False
 
 
 def recipe_size(recipe: Recipe, key: str) -> Size:
     """Return how much the recipe builds, which is kept under `key`. Raises what `opened` raises."""
     samples = built_once(recipe, key)
-    return Size(len(samples), None if samples.sizes is None else max(samples.sizes))
+    own_batches = isinstance(samples, Fetched) and samples.collate is not None
+    return Size(len(samples), None if samples.sizes is None else max(samples.sizes), own_batches)
 
 
 def spill(array: Array, folder: Path) -> NpyLeaf:
