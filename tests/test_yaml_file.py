@@ -114,7 +114,7 @@ def test_aliases_cannot_make_a_file_grow_without_end(name: str, tmp_path: Path) 
         ("a: [1", "line 1, column 6: this is not valid YAML"),
         ("a: {b: 1\nc: 2\n", "Close every `[` and `{`"),
         ("a:\n  b: 1\n c: 2\n", "line 3, column 2: this is not valid YAML"),
-        ("a:\n  b: 1\n c: 2\n", "Indent the line like those of its section."),
+        ("a:\n  b: 1\n c: 2\n", "Indent the line like the others of its section."),
         ("a: b: c\n", "put a text that has `: ` in it in quotes"),
         ("a: @b\n", "Put the text in quotes."),
         ("a: 'b\n", "Close every quote."),

@@ -375,9 +375,9 @@ def _remedy(text: str, where: tuple[int, int], problem: str) -> str:
     if line[where[1] : where[1] + 1] == "\t":
         return "There is a tab: use spaces."
     if "mapping values are not allowed" in problem:
-        return "Indent the line like those of its section, and put a text that has `: ` in it in quotes."
+        return "Indent the line like the others of its section, and put a text that has `: ` in it in quotes."
     if "block end" in problem:
-        return "Indent the line like those of its section."
+        return "Indent the line like the others of its section."
     if "flow" in problem or "',' or" in problem:
         return "Close every `[` and `{`, and separate what is between them by commas."
     if "cannot start any token" in problem:

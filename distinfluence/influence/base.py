@@ -48,7 +48,7 @@ class InfluenceFunctionModel(CurvatureSystems):
     def unmeasured(self) -> Self:
         """Return a copy with the same fit that measures no residuals unless a number of them was asked for.
 
-        A run of many solves measures those of the first alone: residuals cost passes over the training data.
+        A run of many solves measures residuals in its first solve only: they cost passes over the training data.
 
         Returns:
             The copy.

@@ -83,7 +83,7 @@ def _residuals(result: InfluenceResult, axes: Axes) -> None:
     known = np.isfinite(residuals) & (residuals > 0)
     for mask, colour, name in ((converged, HELPS, "converged"), (~converged, HARMS, "did not converge")):
         rows = np.flatnonzero(mask & known)
-        n = int((mask & (converged | np.isfinite(residuals))).sum())  # NaN was not measured, which is no failure
+        n = int((mask & (converged | np.isfinite(residuals))).sum())  # NaN: not measured, so not a failure
         axes.plot(rows, residuals[rows], ".", color=[c / 255 for c in colour], label=f"{name}: {n}")
     axes.set(xlabel="test point", ylabel="relative residual", title="Residuals of the solves")
     if known.any():
