@@ -7,6 +7,7 @@ than their result: what a model needs for its batches comes on top, and plans co
 influence model's `demand` says, which plans reserve. Float32; a few blocks more where rows are few are k × k.
 """
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -74,9 +75,18 @@ METHODS: Mapping[str, Make] = {
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that torch had allocated on the CPU while the work ran, beyond what was allocated before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        kept = work()
+    """The most that torch had allocated on the CPU while the work ran, beyond what was allocated before.
+
+    The garbage of earlier work is collected first: what an earlier profile saw allocated would count against this one
+    if it were freed in it.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            kept = work()
+    finally:
+        gc.enable()
     del kept
     held = most = 0
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]

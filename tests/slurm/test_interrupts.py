@@ -48,7 +48,7 @@ def interrupted(slurm: SlurmHost, signum: signal.Signals, result: Path, *argumen
 
 
 def test_sigterm_and_ctrl_c_cancel_waiting_jobs_too_and_the_result_is_resumed(slurm: SlurmHost, tmp_path: Path) -> None:
-    job, result = slow_job(tmp_path), tmp_path / "influences.zarr"
+    job, result = slow_job(tmp_path, 2), tmp_path / "influences.zarr"  # enough work is left for all jobs each time
     cluster = cluster_file(tmp_path, workers=4, **CROWDED)
     before: dict[str, int] = {}
     for signum in (signal.SIGTERM, signal.SIGINT):
