@@ -98,6 +98,10 @@ class ChunkFailedError(DistinfluenceError, RuntimeError):
     """Some chunks failed every time they were tried; everything else has been computed and written."""
 
 
+class RetrainingError(DistinfluenceError, RuntimeError):
+    """A model could not be trained again on a part of the data, or does not depend on the part that was asked for."""
+
+
 class SampleError(DistinfluenceError, RuntimeError):
     """Samples could not be loaded or evaluated; the message says which, its cause is the original error."""
 
