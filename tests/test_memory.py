@@ -94,10 +94,11 @@ def test_checks_take_no_more_than_plans_reserve(mode: str, width: int) -> None:
     assert taken <= check_bytes(influence.n_parameters, 4) + 3 * PROBE_BYTES
 
 
-def test_datainf_solves_in_the_memory_that_is_reserved() -> None:
+@pytest.mark.parametrize("residual_rows", [None, 40])
+def test_datainf_solves_in_the_memory_that_is_reserved(residual_rows: int | None) -> None:
     model = nn.Sequential(nn.Linear(200, 200))
-    data = torch.randn(40, 200), torch.randint(10, (40,))
-    influence = InverseHarmonicMeanInfluence(model, nn.CrossEntropyLoss(), 1.0).fit(data)
+    data = torch.randn(1, 200), torch.randint(10, (1,))  # one sample: plans count its gradients apart
+    influence = InverseHarmonicMeanInfluence(model, nn.CrossEntropyLoss(), 1.0, residual_rows=residual_rows).fit(data)
     rhs = torch.randn(40, influence.n_parameters)
     close(1 + peak_bytes(lambda: influence.solve(rhs)) / (4 * rhs.numel()), influence.demand().row_vectors)
 

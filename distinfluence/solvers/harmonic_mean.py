@@ -69,7 +69,8 @@ class InverseHarmonicMean(Solver[SolverState]):
     def demand(self, systems: Systems) -> Demand:
         # no fit; a pass for the factors and one for the residual
         measured = rows_to_measure(self.residual_rows, USUAL_ROWS)
-        return Demand(row_vectors=7.0, solve=SolveWork(1, measured, self.residual_rows is None), by_method=True)
+        vectors = 5.0 if self.residual_rows is None else 7.0  # residuals of all rows take two more
+        return Demand(row_vectors=vectors, solve=SolveWork(1, measured, self.residual_rows is None), by_method=True)
 
     @override
     def fit(self, operator: CurvatureOperator) -> SolverState:
