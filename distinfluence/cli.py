@@ -80,7 +80,8 @@ _cluster_option = click.option(
 
 
 def _job(path: Path, cluster: Path | None) -> "Job":
-    from distinfluence.app.config import ClusterSection, Job
+    from distinfluence.app.config import Job
+    from distinfluence.app.sections import ClusterSection
 
     job = Job.read(path)
     return job if cluster is None else job.on(ClusterSection.read(cluster))

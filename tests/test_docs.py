@@ -15,7 +15,8 @@ import pytest
 
 import distinfluence
 from distinfluence import EkfacInfluence, InfluenceResult
-from distinfluence.app.config import ClusterSection, Job
+from distinfluence.app.config import Job
+from distinfluence.app.sections import ClusterSection
 from distinfluence.app.yaml_file import read_yaml
 from distinfluence.cli import main as command_line
 from distinfluence.scaling import InfluenceCalculator

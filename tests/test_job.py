@@ -9,7 +9,8 @@ import pytest
 
 from distinfluence import CgInfluence, DirectInfluence, InfluenceFunctionModel, RelativeDamping
 from distinfluence.app import job
-from distinfluence.app.config import ClusterSection, Job
+from distinfluence.app.config import Job
+from distinfluence.app.sections import ClusterSection
 from distinfluence.app.yaml_file import to_yaml
 from distinfluence.errors import ConfigError, MissingDependencyError, RecipeError, UnsupportedModelError
 from distinfluence.influence.registry import METHODS

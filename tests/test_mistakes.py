@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from distinfluence.app.config import ClusterSection, Job
+from distinfluence.app.config import Job
+from distinfluence.app.sections import ClusterSection
 from distinfluence.cli import main
 
 JOB = """\

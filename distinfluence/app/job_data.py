@@ -6,8 +6,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from distinfluence.app.config import Job, Reference
+from distinfluence.app.config import Job
 from distinfluence.app.job import data_of, require_same_inputs
+from distinfluence.app.sections import Reference
 from distinfluence.errors import SettingError
 from distinfluence.influence.arrays import Array, ArrayBatch, named_arrays
 from distinfluence.model.data.tree import map_leaves

@@ -12,9 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from distinfluence.app.config import Job, Reference
+from distinfluence.app.config import Job
 from distinfluence.app.job import data_of, require_same_inputs
 from distinfluence.app.job_data import labels_of, sample_at
+from distinfluence.app.sections import Reference
 from distinfluence.browse.views.rendering import Drawable, Renderer
 from distinfluence.errors import SettingError
 from distinfluence.influence.arrays import Array, ArrayBatch, named_arrays

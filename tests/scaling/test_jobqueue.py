@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from distributed import Client
 
-from distinfluence.app.config import ClusterSection
+from distinfluence.app.sections import ClusterSection
 from distinfluence.app.yaml_file import to_yaml
 from distinfluence.errors import ClusterError, SettingError
 from distinfluence.scaling import ClusterSpec, connected

@@ -6,8 +6,9 @@ import numpy as np
 from distributed import Client
 
 from distinfluence import open_influences
-from distinfluence.app.config import ClusterSection, Job
+from distinfluence.app.config import Job
 from distinfluence.app.job import run_job
+from distinfluence.app.sections import ClusterSection
 from distinfluence.app.yaml_file import to_yaml
 from distinfluence.scaling import Progress
 from tests.reference import Reference

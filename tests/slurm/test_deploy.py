@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distinfluence.app.config import ClusterSection
+from distinfluence.app.sections import ClusterSection
 from distinfluence.scaling.clusters.job_settings import cluster_class, job_arguments
 from tests.processes import LIMIT, finished, started
 from tests.slurm.runs import ROOT
