@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distributed import performance_report
+from distributed import Client, performance_report
 
 from distinfluence.app.complete import complete_result, with_asked
 from distinfluence.app.config import Job
@@ -109,24 +109,45 @@ def _run(
     logs: Path | None,
     report: Path | None,
 ) -> InfluenceResult:
-    model, recipe = built
-    scratch = job.scratch_folder
     folder = job.logs_folder if logs is None else logs.resolve()
     with connected(job.cluster_spec(), folder=folder, announce=progress.say) as client, reported(report):
         if logs is not None:
             client.register_plugin(LogToFolder(folder))
-        calculator = DaskInfluenceCalculator(
-            model,
-            client,
-            recipe=recipe,
-            scratch=scratch,
-            timeout=job.cluster.timeout or ANSWER_SECONDS,
-            device=job.device,
-            workers=planned_workers(job.cluster_spec()),
-        )
-        result = _computed(job, calculator, options, progress, Partition.whole())
-    _remove(job, scratch, calculator)
+        result, calculator = run_on(client, job, built, options, progress)
+    _remove(job, job.scratch_folder, calculator)
     return result
+
+
+def run_on(
+    client: Client,
+    job: Job,
+    built: tuple[InfluenceFunctionModel, ModelRecipe],
+    options: RunOptions,
+    progress: Progress,
+) -> tuple[InfluenceResult, InfluenceCalculator]:
+    """Fit, compute and write on a cluster that is there. The scratch folder stays.
+
+    Args:
+        client: A client of the cluster.
+        job: The job.
+        built: Its influence model, and the recipe of the module.
+        options: Its options.
+        progress: What shows the progress.
+
+    Returns:
+        The result, and what made it.
+    """
+    model, recipe = built
+    calculator = DaskInfluenceCalculator(
+        model,
+        client,
+        recipe=recipe,
+        scratch=job.scratch_folder,
+        timeout=job.cluster.timeout or ANSWER_SECONDS,
+        device=job.device,
+        workers=planned_workers(job.cluster_spec()),
+    )
+    return _computed(job, calculator, options, progress, Partition.whole()), calculator
 
 
 def begun_here(job: Job) -> bool:
