@@ -24,6 +24,7 @@ from distinfluence.evaluate.statistics import (
 )
 from distinfluence.evaluate.tiles import ScoreMatrix, Scores
 
+DIGITS = 12  # Digits of a summed score that count: scores that are all 0.1 have sums that differ in the 15th.
 MOST_SPLITS = 50  # Splits of the seeds that a ceiling averages over; five seeds have 10, eight have 35.
 
 
@@ -126,7 +127,7 @@ def linear_datamodeling_score(
     matrix = ScoreMatrix(influences, "influences")
     chosen = _checked_subsets(subsets, matrix)
     measured = _checked_outcomes(outcomes, len(chosen), matrix.n_test)
-    pairs = [(ties_of(matrix.totals(chosen)), ties_of(_by_query(measured.mean(axis=1))))]
+    pairs = [(_predicted(matrix, chosen), ties_of(_by_query(measured.mean(axis=1))))]
     return _scored(pairs, n_draws, seed, reach=_repeatability(measured, seed), n_retrainings=_size(measured))
 
 
@@ -182,7 +183,7 @@ def seed_matched_score(
             )
         shape = matrix.n_test, matrix.n_train
         chosen = _checked_subsets(subsets, matrix)
-        totals[each] = ties_of(matrix.totals(chosen))
+        totals[each] = _predicted(matrix, chosen)
     measured = _checked_outcomes(outcomes, len(chosen), matrix.n_test)
     if measured.shape[1] != len(seeds):
         raise ShapeError(
@@ -194,6 +195,13 @@ def seed_matched_score(
     ceiling = _mean(np.array(others)), math.nan
     found = _scored(pairs, n_draws, seed, reach=ceiling, n_retrainings=_size(measured))
     return replace(found, check="LDS, seed-matched")
+
+
+def _predicted(matrix: ScoreMatrix, chosen: NDArray[np.bool_]) -> Ties:
+    """Rank the summed scores of each query. Sums that differ by their rounding alone are equal."""
+    totals = matrix.totals(chosen)
+    scale = np.abs(totals).max(axis=1, keepdims=True)
+    return ties_of(np.round(totals / np.where(scale > 0, scale, 1.0), DIGITS))
 
 
 def _scored(

@@ -4,9 +4,9 @@ Queries and subsets are resampled independently of each other (Owen's pigeonhole
 mean rank correlation over 200 queries has one draw of subsets in common. A subset that is drawn twice counts twice in
 the ranks. Every method is resampled in the same way from the same seed, so that differences between methods are paired.
 
-On simulated correlations with noise that all queries share, the 95 % intervals cover the truth in 94 to 96 % of the cases
-for 8 to 100 subsets; a bootstrap over queries alone covers it in 55 to 70 %. Few subsets make the mean too small: by 0.05
-for 8 of them, by less than 0.005 for 100.
+On simulated correlations with noise that all queries share, the 95 % intervals cover the truth in 94 to 96 % of the
+cases for 8 to 100 subsets; a bootstrap over queries alone covers it in 55 to 70 %. Few subsets make the mean too small:
+by 0.05 for 8 of them, by less than 0.005 for 100.
 
 A thousand draws of 200 queries × 100 subsets take about a second on one core.
 

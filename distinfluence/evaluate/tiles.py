@@ -36,9 +36,8 @@ class ScoreMatrix:
     """
 
     def __init__(self, scores: Scores, name: str) -> None:
-        if not hasattr(scores, "shape"):
-            scores = np.asarray(scores, dtype=np.float64)
-        shape = tuple(scores.shape)
+        self._scores = _readable(scores)
+        shape = tuple(self._scores.shape)
         if len(shape) != 2 or 0 in shape:
             raise ShapeError(
                 f"`{name}` must be [n_test, n_train], got {list(shape)}. Pass one row of scores for each test point."
@@ -50,7 +49,6 @@ class ScoreMatrix:
             )
         self.name = name
         self.n_test, self.n_train = shape
-        self._scores: Any = scores
 
     def by_columns(self) -> Iterator[tuple[slice, NDArray[Any]]]:
         """Read blocks of whole chunks of columns.
@@ -104,6 +102,11 @@ class ScoreMatrix:
         chunks = getattr(self._scores, "chunks", None)
         size = chunks[axis] if isinstance(chunks, tuple) and len(chunks) == 2 else 1
         return max(1, max(size) if isinstance(size, tuple) else int(size))  # dask lists the chunks of an axis
+
+
+def _readable(scores: Scores) -> Any:
+    """Return what is read a chunk at a time as it is, and all else, which is in memory or mapped to it, as an array."""
+    return scores if isinstance(scores, InfluenceResult) or hasattr(scores, "chunks") else np.asarray(scores)
 
 
 def blocks(n: int, across: int, chunk: int) -> Iterator[slice]:

@@ -11,6 +11,7 @@ from distinfluence.errors import NonFiniteError, SettingError, ShapeError
 from distinfluence.evaluate import (
     LinearDatamodelingScore,
     linear_datamodeling_score,
+    random_subsets,
     remarks_on_baselines,
     seed_matched_score,
 )
@@ -120,6 +121,18 @@ def test_queries_without_variation_do_not_count_and_are_reported() -> None:
     assert figure.remark == "1 of 4 queries do not count, with constant scores or outcomes"
     none = score(np.zeros((4, 30)), outcomes).figure("zero")
     assert np.isnan([none.value, none.low, none.standard_error]).all() and none.n_queries == 0
+
+
+def test_sums_that_differ_by_rounding_alone_are_equal() -> None:
+    subsets, random = random_subsets(1000, 20), np.random.default_rng(0)
+    varied = random.normal(size=(4, 1000))
+    outcomes = subsets @ varied.T
+    for size, counted in ((1e-13, 0), (1e-6, 4)):  # sums of 500 of them are rounded at 1e-14 or so
+        scores = 0.37 + size * varied
+        assert len(np.unique(scores[0] @ subsets.T)) > 10
+        found = linear_datamodeling_score(scores, subsets, outcomes, n_draws=DRAWS)
+        assert found.correlations.n_counted == counted
+    assert found.mean == pytest.approx(1)
 
 
 def test_methods_are_compared_with_baselines_on_the_same_draws() -> None:
