@@ -1,8 +1,10 @@
 """What scores are worth."""
 
 from distinfluence.evaluate.agreement import Agreement, rank_agreement
+from distinfluence.evaluate.effects import Effects
 from distinfluence.evaluate.figure import Figure
 from distinfluence.evaluate.lds import LinearDatamodelingScore, linear_datamodeling_score, seed_matched_score
+from distinfluence.evaluate.leave_one_out import LeaveOneOut
 from distinfluence.evaluate.mislabel import (
     MislabelDetection,
     MislabelRecall,
@@ -11,22 +13,29 @@ from distinfluence.evaluate.mislabel import (
     net_harm,
 )
 from distinfluence.evaluate.planted import PlantedRecall, planted_recall
+from distinfluence.evaluate.removal import LossRises, QueryLossDifference
 from distinfluence.evaluate.retraining import Retrainer, Retraining, random_subsets, retrainings_of
 from distinfluence.evaluate.statistics import Estimate, PerQuery, remarks_on_baselines
 from distinfluence.evaluate.verify import Verification, verify, verify_entries
+from distinfluence.evaluate.weight_steps import WeightSteps
 
 __all__ = [
     "Agreement",
+    "Effects",
     "Estimate",
     "Figure",
+    "LeaveOneOut",
     "LinearDatamodelingScore",
+    "LossRises",
     "MislabelDetection",
     "MislabelRecall",
     "PerQuery",
     "PlantedRecall",
+    "QueryLossDifference",
     "Retrainer",
     "Retraining",
     "Verification",
+    "WeightSteps",
     "detect_mislabelled",
     "linear_datamodeling_score",
     "mislabel_recall",
