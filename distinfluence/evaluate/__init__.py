@@ -1,5 +1,7 @@
 """What scores are worth."""
 
+from distinfluence.evaluate.bank.checks import MemberEffect
+from distinfluence.evaluate.bank.retraining_bank import RetrainingBank
 from distinfluence.evaluate.figure import Figure
 from distinfluence.evaluate.lds import LinearDatamodelingScore, linear_datamodeling_score
 from distinfluence.evaluate.mislabel import MislabelRecall, mislabel_recall, net_harm
@@ -9,9 +11,11 @@ from distinfluence.evaluate.verify import Verification, verify, verify_entries
 __all__ = [
     "Figure",
     "LinearDatamodelingScore",
+    "MemberEffect",
     "MislabelRecall",
     "Retrainer",
     "Retraining",
+    "RetrainingBank",
     "Verification",
     "linear_datamodeling_score",
     "mislabel_recall",
