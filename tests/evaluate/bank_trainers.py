@@ -79,6 +79,10 @@ def other_order(indices: Indices, seed: int) -> nn.Module:
     return descended(X[order], Y[order], steps=30)
 
 
+def complement(indices: Indices, seed: int) -> nn.Module:
+    return honest(np.setdiff1d(np.arange(N_TRAIN), indices), seed)
+
+
 class Noisy:
     """Draws other random numbers each time, whatever the seed. With steps = 0 it is random and nothing else."""
 

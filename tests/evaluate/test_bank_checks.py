@@ -20,6 +20,7 @@ from tests.evaluate.bank_trainers import (
     Counting,
     Noisy,
     asked,
+    complement,
     convex,
     first_points,
     honest,
@@ -88,6 +89,11 @@ def test_a_trainer_that_counts_in_another_order_is_warned_about(tmp_path: Path) 
     with pytest.warns(RuntimeWarning, match="do depend on the subset.* in another order than that of the training"):
         own.losses(asked(SUBSETS, SEEDS))
     assert "another order" in own.remarks[0]
+
+
+def test_a_trainer_that_leaves_the_subset_out_is_found(tmp_path: Path) -> None:
+    with pytest.raises(RetrainingError, match="fit these worse than the others .* leave `indices` out"):
+        bank(tmp_path, complement).losses(asked(3 * SUBSETS, [0]))
 
 
 def test_an_honest_trainer_is_left_alone_and_its_effect_is_that_of_its_members(tmp_path: Path) -> None:

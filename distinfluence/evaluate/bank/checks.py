@@ -8,7 +8,6 @@
    (`agree`); otherwise the losses do not depend on the subset, as far as so many can tell.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ APART = 0.05  # Part of the training points by which two subsets differ that mus
 ALL_ALIKE = 20  # Subsets, however alike, that must not all give equal losses.
 FEWEST_SUBSETS = 10  # With fewer, nothing is said of members.
 FEWEST_POINTS = 0.05  # Part of the drawn points that must be in a subset, and out of it, for it to count.
+REVERSED = 5.0  # Standard errors below 0 at which models surely fit the points outside better.
 CLEAR = 3.0  # Standard errors from 0 at which an effect is not chance.
 PERMUTATIONS = 99  # Of the rows, in the test whether seeds of one subset agree.
 QUERIES = 64  # Test points that the test looks at.
@@ -53,13 +53,12 @@ class Watch:
             RetrainingError: Other subsets gave the same losses with the same seed.
         """
         own = row.retraining
-        bits = _digest(np.concatenate([row.losses, row.member_losses]))
-        other = self._first.setdefault((own.seed, bits), own)
+        other = self._first.setdefault((own.seed, row.outcome), own)
         apart = int((own.weights != other.weights).sum())
         subsets = self._subsets.setdefault(own.seed, set())
         outcomes = self._outcomes.setdefault(own.seed, set())
-        subsets.add(_digest(own.weights))
-        outcomes.add(bits)
+        subsets.add(row.subset)
+        outcomes.add(row.outcome)
         if apart >= max(2, APART * len(own.weights)):
             raise RetrainingError(
                 f"`train` must depend on `indices`, got the same losses, bit for bit, for two subsets that differ in "
@@ -70,10 +69,6 @@ class Watch:
                 f"`train` must depend on `indices`, got the same losses, bit for bit, for {len(subsets)} subsets with "
                 f"seed {own.seed}. {ADVICE}"
             )
-
-
-def _digest(values: NDArray[np.float64]) -> str:
-    return hashlib.sha256(values.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,8 @@ def check_members(rows: Sequence[BankRow], probe: NDArray[np.int64]) -> str:
         A warning, or an empty text.
 
     Raises:
-        RetrainingError: If members are fitted no better, and seeds of one subset agree no more than different subsets.
+        RetrainingError: If members are fitted worse, or no better while seeds of one subset agree no more than
+            different subsets.
     """
     effect = member_effect(rows, probe)
     if effect.n_subsets < FEWEST_SUBSETS or effect.is_clear:
@@ -140,6 +136,11 @@ def check_members(rows: Sequence[BankRow], probe: NDArray[np.int64]) -> str:
         f"{effect.value:.2g} ± {effect.standard_error:.2g} standard deviations of a point's loss, over "
         f"{effect.n_subsets} subsets"
     )
+    if effect.value < -REVERSED * effect.standard_error:
+        raise RetrainingError(
+            f"`train` must train on the points that it is given, and models fit these worse than the others ({found}). "
+            f"It seems to leave `indices` out. {ADVICE}"
+        )
     alike = agree(_telling(rows, probe))
     if alike is False:
         raise RetrainingError(
@@ -207,7 +208,7 @@ def _groups(rows: Sequence[BankRow]) -> list[NDArray[np.int64]]:
     """Return the rows of each subset, as indices."""
     found: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        found.setdefault(_digest(row.retraining.weights), []).append(i)
+        found.setdefault(row.subset, []).append(i)
     return [np.array(group) for group in found.values()]
 
 

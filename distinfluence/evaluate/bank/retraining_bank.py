@@ -2,8 +2,9 @@
 
 import inspect
 import os
+import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +52,7 @@ from distinfluence.store.format.layout import whole_number
 from distinfluence.store.run_state import read_runs
 
 N_PROBE = 256  # Drawn training points whose losses are kept.
+REPEAT_FROM = 10  # Models to train at which one is trained a second time, to see whether that changes anything.
 FIRST_FAILURES = 3  # Tasks that fail before any has succeeded, after which the others are not tried.
 EARLY = 50  # Models after which members are looked at for the first time.
 WORKER_SECONDS = 60.0  # To wait for the first worker.
@@ -131,7 +133,9 @@ class RetrainingBank:
         )
         self._bank = BankRows(self._path, belongs, self._probe)
         probe = self._probed(training, home)
-        self._work = Work(train, takes_weights, objective, test.sources, probe, n_threads, client is None)
+        self._work = Work(
+            train, takes_weights, objective, test.sources, probe, n_threads, client is None, uuid.uuid4().hex
+        )
         self._watch = Watch()
         self._seen: dict[str, BankRow] = {}
         self._models: dict[int, nn.Module] = {}
@@ -155,7 +159,7 @@ class RetrainingBank:
         items = [(training.chunks[i], (self._probe[chunk_of == i] - training.starts[i]).tolist()) for i in drawn]
         parts = dict(self._executor.run(read_again, (), items))
         arrays = map_leaves(lambda *own: np.concatenate(own), *(parts[i] for i in range(len(drawn))))
-        return ArraySource(map_leaves(home.keep, arrays), 0, len(self._probe), f"probe-{id(self)}-{self._path}")
+        return ArraySource(map_leaves(home.keep, arrays), 0, len(self._probe), f"probe-{uuid.uuid4().hex}")
 
     def losses(self, retrainings: list[Retraining]) -> NDArray[np.float64]:
         """Return what each retrained model makes of the test points, training those that are not there yet.
@@ -232,30 +236,30 @@ class RetrainingBank:
         groups = [group for group in groups if not all(key in rows for key in group)]
         if not groups:
             return
-        repeated = [groups[0][0]] if self._bank.repeat is None else []
+        total = sum(map(len, groups))
+        repeated = [groups[0][0]] if self._bank.repeat is None and total >= REPEAT_FROM else []
         items = [([Packed.of(wanted[key]) for key in group],) for group in [*groups, *([repeated] if repeated else [])]]
         errors: dict[str, Exception] = {}
-        failures: Failures = {}
-        total = sum(map(len, groups))
+        failures = _Failures(lambda: len(rows) == found)
         with self._progress.stage("retrain", total, "models") as bar:
             if found:
                 bar.note(f"{found} of {len(wanted)} are in the bank")
             # closed at once when anything is raised: tasks under way are cancelled
             running = cast("Generator[tuple[int, Any]]", self._executor.run(retrain, (self._work,), items, failures))
-            with closing(running):
+            with suppress(_EnoughFailedError), closing(running):
                 for index, outcomes in running:
                     if index == len(groups):
                         self._compare(repeated[0], outcomes[0], rows)
                         continue
                     new = self._kept(groups[index], outcomes, wanted, rows, errors)
                     bar.advance(len(groups[index]))
-                    if not new and len(rows) == found and len(errors) >= FIRST_FAILURES * min(self._at_once, len(keys)):
-                        break
+                    if not new:
+                        failures[index] = outcomes[0]
                     if len(self._seen) >= EARLY > len(self._seen) - len(new):
                         check_members([*self._seen.values()], self._probe)
         for index, error in failures.items():
-            errors |= dict.fromkeys(groups[index] if index < len(groups) else [], error)
-        missing = {key: error for key, error in errors.items() if key not in rows}
+            errors = dict.fromkeys(groups[index] if index < len(groups) else [], error) | errors
+        missing = {key: errors[key] for key in keys if key in errors and key not in rows}
         if missing:
             named = {key: f"`retrainings[{asked.index(key)}]` ({describe(wanted[key])})" for key in missing}
             raise self._failed(missing, named, len(rows) - found, len(wanted)) from next(iter(missing.values()))
@@ -358,6 +362,30 @@ class RetrainingBank:
                 f"to {change:.2g}{times}"
             )
         return tuple(found)
+
+
+class _EnoughFailedError(Exception):
+    """The first tasks have all failed."""
+
+
+class _Failures(Failures):
+    """Tasks that failed for good, by number.
+
+    Args:
+        none_succeeded: Says whether no task has succeeded yet.
+
+    Raises:
+        _EnoughFailedError: FIRST_FAILURES tasks have failed before any succeeded.
+    """
+
+    def __init__(self, none_succeeded: Callable[[], bool]) -> None:
+        super().__init__()
+        self._none_succeeded = none_succeeded
+
+    def __setitem__(self, index: int, error: Exception) -> None:
+        super().__setitem__(index, error)
+        if len(self) >= FIRST_FAILURES and self._none_succeeded():
+            raise _EnoughFailedError
 
 
 def _takes_weights(train: object) -> bool:

@@ -4,9 +4,11 @@ A row is found by the key of its retraining. Keys are written last, so a row is 
 that is damaged, or whose weights are not those that its key promises, counts as missing. Nothing is unpickled.
 """
 
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -32,7 +34,7 @@ _REPEAT = "repeat"  # Name of an attribute.
 _RESUME = "run again; the retrainings that were written are kept."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BankRow:
     """What is known of one retrained model.
 
@@ -45,6 +47,16 @@ class BankRow:
     retraining: Retraining
     losses: NDArray[np.float64]
     member_losses: NDArray[np.float64]
+
+    @cached_property
+    def subset(self) -> str:
+        """Digest of the weights: equal for other seeds of the same training points."""
+        return hashlib.sha256(self.retraining.weights.tobytes()).hexdigest()
+
+    @cached_property
+    def outcome(self) -> str:
+        """Digest of all losses."""
+        return hashlib.sha256(self.losses.tobytes() + self.member_losses.tobytes()).hexdigest()
 
 
 class BankRows:

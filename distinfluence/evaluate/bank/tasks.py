@@ -20,11 +20,11 @@ from torch import nn
 from distinfluence.errors import DiskFullError, NonFiniteError, RetrainingError, ShapeError
 from distinfluence.evaluate.retraining import Retraining
 from distinfluence.influence.arrays import to_numpy, to_tensor_batch
-from distinfluence.model.batch import batch_length, check_batch
+from distinfluence.model.batch import batch_length, check_batch, take
 from distinfluence.model.blocks import ParameterBlocks
 from distinfluence.model.counter_random import sample_keys
 from distinfluence.model.objective import Objective
-from distinfluence.model.sample_risk import SampleRisk
+from distinfluence.model.sample_risk import CHECKED_SAMPLES, SampleRisk
 from distinfluence.scaling.data.sources import ChunkSource
 from distinfluence.scaling.worker.cache import Chunk, load, named_samples
 from distinfluence.scaling.worker.context import torch_alone
@@ -55,6 +55,7 @@ class Work:
         probe: The drawn training points.
         n_threads: Threads of torch in a task; None for those that the process has.
         here: Whether tasks run in the caller's process.
+        key: The same for the same bank.
     """
 
     train: Trainer
@@ -64,6 +65,7 @@ class Work:
     probe: ChunkSource
     n_threads: int | None
     here: bool
+    key: str
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def _evaluated(work: Work, model: nn.Module) -> Outcome | Exception:
     try:
         with torch.inference_mode(False), torch.no_grad(), seeded(0):
             risk = _risk(model.eval(), work.objective)
+            _check_objective(work, risk)
             parts = [_values(risk, chunk, of_test=True) for chunk in work.test]
             losses = np.concatenate(parts)
             member_losses = _values(risk, work.probe, of_test=False)
@@ -183,6 +186,17 @@ def _risk(model: nn.Module, objective: Objective) -> SampleRisk:
     # a model that was trained in float64 is evaluated in it, also on data in float32
     dtype = torch.float64 if model.get_parameter(next(iter(blocks.shapes))).dtype == torch.float64 else None
     return SampleRisk(model, objective, blocks, dtype=dtype)
+
+
+_checked: set[str] = set()  # keys of the banks whose objective this process has checked
+
+
+def _check_objective(work: Work, risk: SampleRisk) -> None:
+    """Have the objective check itself on a few test points, once in a process: that outputs and targets line up."""
+    if work.key not in _checked:
+        batch = take(risk.place(to_tensor_batch(load(work.test[0]))), 0, min(CHECKED_SAMPLES, work.test[0].stop))
+        work.objective.check(risk.outputs(risk.parameters, batch), batch)
+        _checked.add(work.key)
 
 
 def _values(risk: SampleRisk, chunk: ChunkSource, *, of_test: bool) -> NDArray[np.float64]:
