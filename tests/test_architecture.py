@@ -91,7 +91,7 @@ LAYERS = {
         about="what the scores are worth",
         files=(r"evaluate(\..*)?",),
         sees=(*_CORE, "store", "scaling"),
-        top=frozenset({"numpy", "torch"}),
+        top=frozenset({"cloudpickle", "distributed", "numpy", "torch", "zarr"}),
     ),
     "testing": Layer(
         about="contracts of solvers and operators, for tests",

@@ -1,6 +1,8 @@
 """What scores are worth."""
 
 from distinfluence.evaluate.agreement import Agreement, rank_agreement
+from distinfluence.evaluate.bank.checks import MemberEffect
+from distinfluence.evaluate.bank.retraining_bank import RetrainingBank
 from distinfluence.evaluate.effects import Effects
 from distinfluence.evaluate.figure import Figure
 from distinfluence.evaluate.lds import LinearDatamodelingScore, linear_datamodeling_score, seed_matched_score
@@ -27,6 +29,7 @@ __all__ = [
     "LeaveOneOut",
     "LinearDatamodelingScore",
     "LossRises",
+    "MemberEffect",
     "MislabelDetection",
     "MislabelRecall",
     "PerQuery",
@@ -34,6 +37,7 @@ __all__ = [
     "QueryLossDifference",
     "Retrainer",
     "Retraining",
+    "RetrainingBank",
     "Verification",
     "WeightSteps",
     "detect_mislabelled",

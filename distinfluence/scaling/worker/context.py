@@ -167,15 +167,21 @@ def _module(recipe: ModelRecipe) -> nn.Module:
 
 
 @contextmanager
-def torch_task(context: Context) -> Iterator[InfluenceFunctionModel]:
-    """Yield the influence model, for this task alone, with the threads that the context grants."""
-    n_threads = getattr(context, "n_threads", None)
+def torch_alone(n_threads: int | None) -> Iterator[None]:
+    """Let no other task of this process use torch meanwhile. n_threads: of torch; None for those that it has."""
     with _one_at_a_time:
         before = torch.get_num_threads()
         if n_threads is not None and n_threads != before:
             torch.set_num_threads(n_threads)
         try:
-            yield context.influence()
+            yield
         finally:
             if torch.get_num_threads() != before:
                 torch.set_num_threads(before)
+
+
+@contextmanager
+def torch_task(context: Context) -> Iterator[InfluenceFunctionModel]:
+    """Yield the influence model, for this task alone, with the threads that the context grants."""
+    with torch_alone(getattr(context, "n_threads", None)):
+        yield context.influence()

@@ -64,6 +64,7 @@ _OWN_ENTRIES = frozenset(
 )
 _STALE_SECONDS = 900.0
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nobody can write any more; others may pass
+RESUME = "run again with `resume`; strips that are marked are kept."
 _ATTRIBUTES_BYTES = 2**26  # of attributes and consolidated metadata, at most
 
 
@@ -261,8 +262,11 @@ def consolidate(path: Location) -> None:
 
 
 @contextlib.contextmanager
-def surfaced_errors(action: str, path: Path | RemoteFolder) -> Iterator[None]:
-    """Raise what the operating system and zarr's checksums say as StoreError with path and remedy."""
+def surfaced_errors(action: str, path: Path | RemoteFolder, resume: str = RESUME) -> Iterator[None]:
+    """Raise what the operating system and zarr's checksums say as StoreError with path and remedy.
+
+    resume: how to go on once there is space again.
+    """
     try:
         yield
     except StoreError:
@@ -270,7 +274,7 @@ def surfaced_errors(action: str, path: Path | RemoteFolder) -> Iterator[None]:
     except OSError as error:
         surfaced = (DiskFullError if error.errno in FULL else StoreError)(
             f"cannot {action} `path` {path}: {error.strerror or error}. Free space or correct the permissions, then "
-            "run again with `resume`; strips that are marked are kept."
+            f"{resume}"
         )
         surfaced.errno = error.errno
         raise surfaced from error
@@ -290,13 +294,18 @@ def surfaced_errors(action: str, path: Path | RemoteFolder) -> Iterator[None]:
 
 
 def _our_attributes(path: Location) -> dict[str, Any] | None:
+    return attributes_of(path, FORMAT)
+
+
+def attributes_of(path: Location, own_format: str) -> dict[str, Any] | None:
+    """Return the attributes of a zarr group whose `format` is this one; None for anything else."""
     metadata = path.read_file("zarr.json")
     if metadata is None:
         return None
     try:
         content = json.loads(metadata)
         attributes = content["attributes"]
-        ours = content["node_type"] == "group" and attributes["format"] == FORMAT
+        ours = content["node_type"] == "group" and attributes["format"] == own_format
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return dict(attributes) if ours else None
