@@ -23,19 +23,25 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from torch import nn
 
 from distinfluence.app.mistakes import explain, line_of, misfit, suggestion
 from distinfluence.app.yaml_file import YamlFile, read_yaml
 from distinfluence.errors import ClusterError, ConfigError, DistinfluenceError, SettingError, UnsupportedModelError
+from distinfluence.evaluate import Baseline, PlainLoss
+from distinfluence.evaluate.baselines.write import BASELINES
 from distinfluence.influence import InfluenceFunctionModel, RelativeDamping
 from distinfluence.influence.registry import METHODS
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.scaling import ClusterSpec, ExistingResult, ModelRecipe, Recipe, RunOptions
 from distinfluence.scaling.clusters.slurm import batch_job
+from distinfluence.scaling.worker.device import task_device
 from distinfluence.store.format.fingerprint import to_json
 from distinfluence.store.format.folder import is_local_url
 
 _DAMPING = "hessian_regularization"  # The parameter of a method that may also be a rule, or a mapping of blocks.
+
+_TEXTS = "texts"  # The parameter of a baseline that is the name of a field, or `module:callable`.
 
 
 class Section(BaseModel):
@@ -196,7 +202,7 @@ class Job(Section):
         model: The model.
         loss: A torch loss of (outputs, targets), or an `Objective`.
         data: Training and test data.
-        method: `name` (a key of `METHODS`) and the parameters of that influence model.
+        method: `name` (a key of `METHODS` or `BASELINES`) and the parameters of that influence model or baseline.
         output: The folder of the result, or a URL that fsspec can write to.
         mode: "up" or "perturbation".
         chunks: Samples in a chunk.
@@ -259,19 +265,41 @@ class Job(Section):
     def _is_a_method(cls, method: dict[str, Any]) -> dict[str, Any]:
         """Check its name and its keys now, not after the data are loaded."""
         name = method.get("name")
-        if not isinstance(name, str) or name not in METHODS:
-            raise ValueError(f"`name` must be a method, got {name!r}.{suggestion(str(name), sorted(METHODS))}")
-        parameters = inspect.signature(METHODS[name]).parameters
-        known = [key for key in parameters if key not in ("model", "loss", "pre_conditioner", "h0")]
+        kinds: dict[str, type] = {**METHODS, **BASELINES}
+        if not isinstance(name, str) or name not in kinds:
+            raise ValueError(f"`name` must be a method, got {name!r}.{suggestion(str(name), sorted(kinds))}")
+        parameters = inspect.signature(kinds[name]).parameters
+        known = [key for key in parameters if key not in ("model", "loss", "pre_conditioner", "h0", "device")]
         for key, value in method.items():
             if key == "name":
                 continue
             if key not in known:
                 raise ValueError(f"`{key}` is not a parameter of {name!r}.{suggestion(key, known)}")
             annotation = float if isinstance(value, str | bool) and key == _DAMPING else parameters[key].annotation
+            annotation = str if key == _TEXTS else annotation
             if mistake := misfit(annotation, value):
                 raise ValueError(f"`{key}` {mistake}")
         return method
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether `method` names a baseline, which is not an influence model."""
+        return self.method["name"] in BASELINES
+
+    def baseline(self) -> Baseline:
+        """Return the baseline that `method` names, with its model built where it needs one."""
+        parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
+        kind = BASELINES[self.method["name"]]
+        if kind is PlainLoss:
+            if self.model.mixed_precision is not None:
+                raise ConfigError("`model.mixed_precision` is for gradients, and the plain loss has none. Omit it.")
+            module, _ = self._module()
+            with self.mistakes_of("loss"):
+                parameters |= {"model": module, "loss": self._loss(), "device": task_device(self.device)}
+        with self.mistakes_of("method"):
+            if ":" in parameters.get(_TEXTS, ""):
+                parameters[_TEXTS] = self.recipe(Reference(target=parameters[_TEXTS])).resolve()
+            return kind(**parameters)
 
     def method_class(self) -> type[InfluenceFunctionModel]:
         """Return the influence model that `method` names."""
@@ -279,10 +307,7 @@ class Job(Section):
 
     def influence_model(self) -> tuple[InfluenceFunctionModel, ModelRecipe]:
         """Return the influence model with its module built here, and the recipe by which workers build theirs."""
-        checkpoint = None if self.model.checkpoint is None else str(self.path(self.model.checkpoint))
-        recipe = ModelRecipe(self.recipe(self.model.factory), checkpoint)
-        with self.mistakes_of("model"):
-            module = recipe.build()
+        module, recipe = self._module()
         with self.mistakes_of("loss"):
             loss = self._loss()
         parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
@@ -297,6 +322,12 @@ class Job(Section):
                 raise ConfigError(f"{self.method} does not fit: {error}. Correct its parameters.") from error
         mixed = self.model.mixed_precision
         return influence if mixed is None else influence.in_mixed_precision(getattr(torch, mixed)), recipe
+
+    def _module(self) -> tuple[nn.Module, ModelRecipe]:
+        checkpoint = None if self.model.checkpoint is None else str(self.path(self.model.checkpoint))
+        recipe = ModelRecipe(self.recipe(self.model.factory), checkpoint)
+        with self.mistakes_of("model"):
+            return recipe.build(), recipe
 
     @contextmanager
     def mistakes_of(self, *place: str) -> Iterator[None]:

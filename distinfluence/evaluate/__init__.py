@@ -1,5 +1,8 @@
 """What scores are worth."""
 
+from distinfluence.evaluate.baselines.bm25 import Bm25
+from distinfluence.evaluate.baselines.rules import Baseline, PlainLoss, RandomScores
+from distinfluence.evaluate.baselines.write import write_baseline
 from distinfluence.evaluate.figure import Figure
 from distinfluence.evaluate.lds import LinearDatamodelingScore, linear_datamodeling_score
 from distinfluence.evaluate.mislabel import MislabelRecall, mislabel_recall, net_harm
@@ -7,9 +10,13 @@ from distinfluence.evaluate.retraining import Retrainer, Retraining, random_subs
 from distinfluence.evaluate.verify import Verification, verify, verify_entries
 
 __all__ = [
+    "Baseline",
+    "Bm25",
     "Figure",
     "LinearDatamodelingScore",
     "MislabelRecall",
+    "PlainLoss",
+    "RandomScores",
     "Retrainer",
     "Retraining",
     "Verification",
@@ -20,4 +27,5 @@ __all__ = [
     "retrainings_of",
     "verify",
     "verify_entries",
+    "write_baseline",
 ]
