@@ -18,6 +18,9 @@ class NoCurvature(DataOperator):
         block: Name of a parameter block; None for all covered parameters.
         double: Whether rows and products are in float64, whatever the model is in.
 
+    Raises:
+        ParameterBlockError: If `block` is not a block of the risk.
+
     >>> import torch
     >>> from distinfluence import EmpiricalRisk
     >>> risk = EmpiricalRisk(torch.nn.Linear(2, 1, bias=False), torch.nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1)))
