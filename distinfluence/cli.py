@@ -245,7 +245,7 @@ def info(path: str, check: bool, as_json: bool) -> None:
             click.echo(json.dumps({**result.provenance, **found}, indent=2))
             return
         provenance = result.provenance
-        known = {"solver", "parameters"} <= set(provenance)
+        known = {"solver", "parameters"} <= set(provenance) or bool(provenance.get("baseline"))
         click.echo(summary(result) if known else "\n".join(f"{k}: {v}" for k, v in facts(result).items()))
         if known and model_of(provenance):
             click.echo(f"model: {model_of(provenance)}")

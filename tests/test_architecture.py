@@ -92,6 +92,7 @@ LAYERS = {
         files=(r"evaluate(\..*)?",),
         sees=(*_CORE, "store", "scaling"),
         top=frozenset({"cloudpickle", "distributed", "numpy", "torch", "zarr"}),
+        lazily=frozenset({"bm25s"}),
     ),
     "testing": Layer(
         about="contracts of solvers and operators, for tests",

@@ -15,6 +15,7 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+from torch import nn
 
 from distinfluence.app.mistakes import line_of
 from distinfluence.app.sections import (
@@ -49,7 +50,7 @@ class Job(Section):
         model: The model.
         loss: A torch loss of (outputs, targets), or an `Objective`.
         data: Training and test data.
-        method: `name` (a key of `METHODS`) and the parameters of that influence model.
+        method: `name` (a key of `METHODS` or `BASELINES`) and the parameters of that influence model or baseline.
         output: The folder of the result, or a URL that fsspec can write to.
         mode: "up" or "perturbation".
         chunks: Samples in a chunk.
@@ -113,10 +114,7 @@ class Job(Section):
 
     def influence_model(self) -> tuple[InfluenceFunctionModel, ModelRecipe]:
         """Return the influence model with its module built here, and the recipe by which workers build theirs."""
-        checkpoint = None if self.model.checkpoint is None else str(self.path(self.model.checkpoint))
-        recipe = ModelRecipe(self.recipe(self.model.factory), checkpoint)
-        with self.mistakes_of("model"):
-            module = recipe.build()
+        module, recipe = self._module()
         with self.mistakes_of("loss"):
             loss = self._loss()
         parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
@@ -131,6 +129,12 @@ class Job(Section):
                 raise ConfigError(f"{self.method} does not fit: {error}. Correct its parameters.") from error
         mixed = self.model.mixed_precision
         return influence if mixed is None else influence.in_mixed_precision(getattr(torch, mixed)), recipe
+
+    def _module(self) -> tuple[nn.Module, ModelRecipe]:
+        checkpoint = None if self.model.checkpoint is None else str(self.path(self.model.checkpoint))
+        recipe = ModelRecipe(self.recipe(self.model.factory), checkpoint)
+        with self.mistakes_of("model"):
+            return recipe.build(), recipe
 
     @contextmanager
     def mistakes_of(self, *place: str) -> Iterator[None]:

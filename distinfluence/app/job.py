@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from distributed import Client, performance_report
 
+from distinfluence.app.baseline_job import plan_baseline, refuse_baseline, require_same_data, run_baseline
 from distinfluence.app.complete import complete_result, with_asked
 from distinfluence.app.config import Job
+from distinfluence.curvature import SecondOrderMode
 from distinfluence.errors import (
     ConfigError,
     CorruptStoreError,
@@ -22,6 +24,7 @@ from distinfluence.errors import (
     StoreError,
 )
 from distinfluence.evaluate import Verification, verify_entries
+from distinfluence.evaluate.baselines.write import BaselinePlan
 from distinfluence.evaluate.verify import sampled
 from distinfluence.influence import EkfacInfluence, InfluenceFunctionModel, KrylovInfluence
 from distinfluence.influence.arrays import to_tensor_batch
@@ -81,6 +84,8 @@ def run_job(
         The result.
     """
     progress = progress or Progress()
+    if job.is_baseline:
+        return run_baseline(job, existing, progress)
     options = job.options(existing)
     options.check_path(job.result)
     with progress.beside(job.result):
@@ -194,6 +199,7 @@ def run_part(job: Job, part: str, *, progress: Progress | None = None) -> Influe
         ConfigError: `chunks` does not say all three sizes, which must be the same everywhere.
     """
     progress = progress or Progress()
+    refuse_baseline(job, "one process makes alone", "Run the job without a part.")
     model, _ = job.influence_model()
     scratch = job.scratch_folder
     partition = Partition.parse(part, scratch)
@@ -257,8 +263,10 @@ def data_of(job: Job, cut: Mapping[str, Any]) -> dict[str, ChunkedData]:
     }
 
 
-def plan_job(job: Job) -> Plan:
+def plan_job(job: Job) -> Plan | BaselinePlan:
     """Plan what `run_job` will do and need, with times by a calibration in this process; no worker is started."""
+    if job.is_baseline:
+        return plan_baseline(job)
     model, _ = job.influence_model()
     spec = job.cluster_spec()
     calculator = SequentialInfluenceCalculator(model)
@@ -300,8 +308,11 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
     Raises:
         CorruptStoreError: The result is damaged; the message names what is.
         FingerprintError: The result was made with another model or other data.
-        SettingError: The result has mode "perturbation".
+        SettingError: The result has mode "perturbation", or the method is a baseline.
     """
+    refuse_baseline(
+        job, "has no exact scores to be compared with", "`distinfluence info --check` reads every byte of its result."
+    )
     asked, _ = job.influence_model()
     result = open_influences(job.result)
     if len(result.shape) != 2:
@@ -312,9 +323,10 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
             f"`output` {result.path} is damaged: {damage}. `run --resume --check` makes that again, and nothing else."
         )
     solver = result.provenance["solver"]
-    # a Kronecker-factored fit is made again: its dampings by layer, and what its bounds refer to, belong to it
+    # a Kronecker-factored fit is made again: its dampings by layer, and what its bounds refer to, belong to it;
+    # and a fit without curvature is no work
     model: InfluenceFunctionModel = asked
-    if not isinstance(asked, EkfacInfluence):
+    if not isinstance(asked, EkfacInfluence) and asked.second_order_mode is not SecondOrderMode.NONE:
         model = KrylovInfluence(
             asked.risk.module,
             asked.objective,
@@ -336,6 +348,20 @@ def verify_job(job: Job, *, n_test: int, n_train: int, seed: int) -> Verificatio
     )
     bounds = result.error_bound[rows].astype(np.float64)
     return verify_entries(given, model, rows, columns, tests, trains, bounds, solver["method"])
+
+
+def require_result_of(job: Job, result: InfluenceResult, data: Mapping[str, ChunkedData]) -> None:
+    """Check that the result was made with the job's model and data. Raises FingerprintError.
+
+    Args:
+        job: The job.
+        result: The result.
+        data: The job's data, as `data_of` returns them.
+    """
+    if job.is_baseline:
+        require_same_data(job, result)
+    else:
+        require_same_inputs(result, job.influence_model()[0], data)
 
 
 def require_same_inputs(

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.app.config import Job
-from distinfluence.app.job import data_of, require_same_inputs
+from distinfluence.app.job import data_of, require_result_of
 from distinfluence.app.sections import Reference
 from distinfluence.errors import SettingError
 from distinfluence.influence.arrays import Array, ArrayBatch, named_arrays
@@ -47,7 +47,7 @@ def annotate_job(
     """
     result = open_influences(job.result)
     data = data_of(job, result.provenance["chunks"])
-    require_same_inputs(result, job.influence_model()[0], data)
+    require_result_of(job, result, data)
     renderer = None if render is None else _renderer(job, render)
     said = []
     for axis in ("train", "test"):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.app.config import Job
-from distinfluence.app.job import data_of, require_same_inputs
+from distinfluence.app.job import data_of, require_result_of
 from distinfluence.app.job_data import labels_of, sample_at
 from distinfluence.app.sections import Reference
 from distinfluence.browse.views.rendering import Drawable, Renderer
@@ -121,7 +121,7 @@ def points_of_job(path: Path, result: InfluenceResult, render: str | None, compa
                 "the job that made it."
             )
     if compared:
-        require_same_inputs(result, job.influence_model()[0], data)
+        require_result_of(job, result, data)
     renderer = None if render is None else _renderer(job, render)
     return {
         "test": JobPoints(data["test_data"], renderer, result.points("test")),

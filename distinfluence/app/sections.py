@@ -22,11 +22,13 @@ from pydantic import (
 from distinfluence.app.mistakes import explain, misfit, suggestion
 from distinfluence.app.yaml_file import YamlFile, read_yaml
 from distinfluence.errors import ConfigError, SettingError
+from distinfluence.evaluate.baselines.write import BASELINES
 from distinfluence.influence.registry import METHODS
 from distinfluence.scaling import ClusterSpec
 from distinfluence.store.format.folder import is_local_url
 
 DAMPING = "hessian_regularization"  # The parameter of a method that may also be a rule, or a mapping of blocks.
+TEXTS = "texts"  # The parameter of a baseline that is the name of a field, or `module:callable`.
 
 
 class Section(BaseModel):
@@ -184,16 +186,18 @@ FolderOrUrl = Annotated[Path | str, BeforeValidator(_path_or_url)]
 def _checked_method(method: dict[str, Any]) -> dict[str, Any]:
     """Check the name of a method and its keys now, not after the data are loaded."""
     name = method.get("name")
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"`name` must be a method, got {name!r}.{suggestion(str(name), sorted(METHODS))}")
-    parameters = inspect.signature(METHODS[name]).parameters
-    known = [key for key in parameters if key not in ("model", "loss", "pre_conditioner", "h0")]
+    kinds: dict[str, type] = {**METHODS, **BASELINES}
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"`name` must be a method, got {name!r}.{suggestion(str(name), sorted(kinds))}")
+    parameters = inspect.signature(kinds[name]).parameters
+    known = [key for key in parameters if key not in ("model", "loss", "pre_conditioner", "h0", "device")]
     for key, value in method.items():
         if key == "name":
             continue
         if key not in known:
             raise ValueError(f"`{key}` is not a parameter of {name!r}.{suggestion(key, known)}")
         annotation = float if isinstance(value, str | bool) and key == DAMPING else parameters[key].annotation
+        annotation = str if key == TEXTS else annotation
         if mistake := misfit(annotation, value):
             raise ValueError(f"`{key}` {mistake}")
     return method

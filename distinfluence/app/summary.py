@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,20 +24,29 @@ def program() -> str:
 def summary(result: InfluenceResult) -> str:
     """Say what a run made and what it cost, for the terminal."""
     provenance = result.provenance
-    solver, covered = provenance["solver"], provenance["parameters"]
-    lines = [
-        f"{' × '.join(map(str, result.shape))} influences (test × train) in {result.path}",
-        f"{solver['method']} on the {solver['second_order_mode']}, "
-        f"damping {_damping(solver['hessian_regularization'])}, "
-        f"{covered['covered']} of {covered['total']} parameters covered ({covered['coverage']:.1%})",
-        f"{how_solved(result.converged, result.relative_residual)}{_iterations(int(np.max(result.iterations)))}",
-    ]
+    kind = "scores" if provenance.get("baseline") else "influences"
+    lines = [f"{' × '.join(map(str, result.shape))} {kind} (test × train) in {result.path}"]
+    if not provenance.get("baseline"):
+        covered = provenance["parameters"]
+        lines += [
+            f"{_method(provenance['solver'])}, {covered['covered']} of {covered['total']} parameters covered "
+            f"({covered['coverage']:.1%})",
+            f"{how_solved(result.converged, result.relative_residual)}{_iterations(int(np.max(result.iterations)))}",
+        ]
     if not result.complete:
         lines.append(f"running: {result.progress:.0%} of the strips are written")
     seconds = provenance.get("summary", {}).get("seconds", {})
     if seconds:
         lines.append("time: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     return "\n".join([*lines, *provenance.get("remarks", [])])
+
+
+def _method(solver: dict[str, Any]) -> str:
+    if solver["second_order_mode"] == "none":
+        return f"{solver['method']}, without curvature"
+    return (
+        f"{solver['method']} on the {solver['second_order_mode']}, damping {_damping(solver['hessian_regularization'])}"
+    )
 
 
 def _iterations(most: int) -> str:

@@ -18,6 +18,7 @@ from distinfluence.curvature.empirical_fisher import EmpiricalFisherOperator
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.hessian import HessianOperator
 from distinfluence.curvature.kronecker import KroneckerOperator
+from distinfluence.curvature.none import NoCurvature
 from distinfluence.curvature.over_data import DataOperator
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "HessianOperator",
     "KroneckerOperator",
     "MatrixOperator",
+    "NoCurvature",
     "PlannedWork",
     "SecondOrderMode",
     "SupportsBatches",
@@ -46,12 +48,14 @@ class SecondOrderMode(StrEnum):
     EMPIRICAL_FISHER = "empirical_fisher"
     GGN = "ggn"
     HESSIAN = "hessian"
+    NONE = "none"  # A = 0
 
 
 _OPERATORS: Mapping[SecondOrderMode, type[DataOperator]] = {
     SecondOrderMode.EMPIRICAL_FISHER: EmpiricalFisherOperator,
     SecondOrderMode.GGN: GGNOperator,
     SecondOrderMode.HESSIAN: HessianOperator,
+    SecondOrderMode.NONE: NoCurvature,
 }
 
 

@@ -3,6 +3,9 @@
 from distinfluence.evaluate.agreement import Agreement, rank_agreement
 from distinfluence.evaluate.bank.checks import MemberEffect
 from distinfluence.evaluate.bank.retraining_bank import RetrainingBank
+from distinfluence.evaluate.baselines.bm25 import Bm25
+from distinfluence.evaluate.baselines.rules import Baseline, PlainLoss, RandomScores
+from distinfluence.evaluate.baselines.write import write_baseline
 from distinfluence.evaluate.effects import Effects
 from distinfluence.evaluate.figure import Figure
 from distinfluence.evaluate.lds import LinearDatamodelingScore, linear_datamodeling_score, seed_matched_score
@@ -23,6 +26,8 @@ from distinfluence.evaluate.weight_steps import WeightSteps
 
 __all__ = [
     "Agreement",
+    "Baseline",
+    "Bm25",
     "Effects",
     "Estimate",
     "Figure",
@@ -33,8 +38,10 @@ __all__ = [
     "MislabelDetection",
     "MislabelRecall",
     "PerQuery",
+    "PlainLoss",
     "PlantedRecall",
     "QueryLossDifference",
+    "RandomScores",
     "Retrainer",
     "Retraining",
     "RetrainingBank",
@@ -52,4 +59,5 @@ __all__ = [
     "seed_matched_score",
     "verify",
     "verify_entries",
+    "write_baseline",
 ]

@@ -17,6 +17,7 @@ from distinfluence.curvature import SupportsDouble
 from distinfluence.errors import ShapeError
 from distinfluence.influence import DirectInfluence, InfluenceFunctionModel, KrylovInfluence
 from distinfluence.influence.bounds import LowerBound, error_bounds, lower_bound
+from distinfluence.influence.gradient_products import cosines
 from distinfluence.model.batch import Batch, batch_length, map_batch
 from distinfluence.model.gradients import loss_gradients, measurement_gradients
 from distinfluence.solvers import BlockCG, BlockKrylov, Direct, Solution, Solver
@@ -152,6 +153,9 @@ def verify_entries(
         bounds[block] = lower_bound(operator, state, damping, spectrum)
         exact += (solutions[block].x @ left.rows[:, own].T).cpu()
         methods[type(solver).__name__] = None
+    if model.normalised:
+        norms = torch.stack([solution.x.norm(dim=1).square() for solution in solutions.values()]).sum(dim=0).sqrt()
+        exact = cosines(exact, norms.cpu(), left.norms.cpu())
     bound = np.full(given.shape, np.nan)
     if error_bound is not None:
         own_error = error_bounds(solutions, rhs, bounds)  # the exact ones are only that exact

@@ -8,6 +8,7 @@ from distinfluence.influence.chebyshev import ChebyshevInfluence
 from distinfluence.influence.damping import RelativeDamping
 from distinfluence.influence.direct import DirectInfluence
 from distinfluence.influence.ekfac import EkfacInfluence
+from distinfluence.influence.gradient_products import GradientCosineInfluence, GradientDotInfluence
 from distinfluence.influence.harmonic_mean import InverseHarmonicMeanInfluence
 from distinfluence.influence.krylov import KrylovInfluence
 from distinfluence.influence.lissa import LissaInfluence
@@ -25,6 +26,8 @@ __all__ = [
     "DirectInfluence",
     "EkfacInfluence",
     "FitReport",
+    "GradientCosineInfluence",
+    "GradientDotInfluence",
     "InfluenceFunctionModel",
     "InfluenceMode",
     "InverseHarmonicMeanInfluence",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.report import SolveReport
-from distinfluence.influence.scores import InfluenceMode, Scorer, Tile, influence_mode, trains_or_tests
+from distinfluence.influence.scores import InfluenceMode, Scorer, Tile, trains_or_tests
 from distinfluence.influence.self_influence import SelfInfluences, self_influences_by_factors
 from distinfluence.influence.settings import check_exact
 from distinfluence.influence.systems import CurvatureSystems
@@ -40,6 +40,8 @@ class InfluenceFunctionModel(CurvatureSystems):
     Raises:
         SettingError: If a name is unknown or the damping is negative.
     """
+
+    normalised = False  # whether scores are divided by the norms of factors and gradients
 
     @property
     def _scorer(self) -> Scorer:
@@ -168,7 +170,7 @@ class InfluenceFunctionModel(CurvatureSystems):
             NotFittedError: If the model is not fitted.
             SettingError: If the mode is unknown, or `y` comes without `x`.
         """
-        train, mode = trains_or_tests(x_test, y_test, x, y), influence_mode(mode)  # before anything is solved
+        train, mode = trains_or_tests(x_test, y_test, x, y), self.checked_mode(mode)  # before anything is solved
         if mode is InfluenceMode.UP and self._is_factorless:
             tests = self.place(x_test, y_test)
             return self._between(tests, tests if x is None else self.place(x, y))
@@ -205,7 +207,7 @@ class InfluenceFunctionModel(CurvatureSystems):
         Returns:
             Block → [n_test, n_train, ...].
         """
-        train, mode = trains_or_tests(x_test, y_test, x, y), influence_mode(mode)  # before anything is solved
+        train, mode = trains_or_tests(x_test, y_test, x, y), self.checked_mode(mode)  # before anything is solved
         factors = self.influence_factors_by_block(x_test, y_test)
         return self.influences_from_factors_by_block(factors, *train, mode)
 
@@ -232,7 +234,7 @@ class InfluenceFunctionModel(CurvatureSystems):
         Returns:
             The influences [n_damping, n_test, n_train, ...].
         """
-        train, mode = trains_or_tests(x_test, y_test, x, y), influence_mode(mode)
+        train, mode = trains_or_tests(x_test, y_test, x, y), self.checked_mode(mode)
         gradients = self.measurement_gradients(self.place(x_test, y_test)).rows
         factors = [factors for factors, _ in self.solve_at(gradients, dampings)]
         together = self.influences_from_factors(torch.cat(factors), *train, mode)
@@ -280,6 +282,35 @@ class InfluenceFunctionModel(CurvatureSystems):
             ShapeError: If the blocks or the shapes of the factors are others.
         """
         return self._scorer.by_block(self._scorer.joined(factors), self.place(x, y), mode)
+
+    def influences_by_columns(
+        self, factors: Tensor, columns: Mapping[str, slice], batch: Batch
+    ) -> "OrderedDict[str, Tensor]":
+        """Return what some columns of the factors contribute to the influences of a batch of training samples.
+
+        Args:
+            factors: The factors of the test points, [n_test, p].
+            columns: Name → columns.
+            batch: The samples, as `place` returns them.
+
+        Returns:
+            Name → [n_test, n].
+        """
+        return self._scorer.by_columns(factors, columns, batch, InfluenceMode.UP)
+
+    def checked_mode(self, mode: InfluenceMode | str) -> InfluenceMode:
+        """Return the mode of that name, if the method has it.
+
+        Args:
+            mode: "up" or "perturbation".
+
+        Returns:
+            The mode.
+
+        Raises:
+            SettingError: If there is no such mode, or the method has no influences of it.
+        """
+        return self._scorer.checked_mode(mode)
 
     def tile(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str = InfluenceMode.UP) -> Tile:
         """Return the influences of a batch of training samples; one gradient pass.

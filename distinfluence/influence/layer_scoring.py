@@ -15,7 +15,7 @@ from typing_extensions import override
 from distinfluence.curvature.kronecker import Eigenbasis
 from distinfluence.curvature.queries import joined_queries, query_of
 from distinfluence.influence.base import InfluenceFunctionModel
-from distinfluence.influence.scores import InfluenceMode, Scorer, Tile, influence_mode, layer_tile, scores_by_block
+from distinfluence.influence.scores import InfluenceMode, Scorer, Tile, influence_mode, layer_tile
 from distinfluence.layers.gradients import layer_gradients, sample_gradients
 from distinfluence.layers.layout import LayerLayout
 from distinfluence.layers.queries import LowRank, RankOne, UnitQueries, unit_queries
@@ -147,6 +147,6 @@ def influences_by_layer(model: InfluenceFunctionModel, factors: Tensor, batch: B
     columns, start = {}, 0
     for name, shape in blocks.shapes.items():
         columns[name] = slice(start, start := start + shape.numel())
-    by_parameter = scores_by_block(model.risk, factors, columns, batch, InfluenceMode.UP)
+    by_parameter = model.influences_by_columns(factors, columns, batch)
     layers = layers_of(model).items()
     return OrderedDict((layer, sum((by_parameter[p] for p in own[1:]), by_parameter[own[0]])) for layer, own in layers)

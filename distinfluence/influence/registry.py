@@ -9,6 +9,7 @@ from distinfluence.influence.cg import CgInfluence
 from distinfluence.influence.chebyshev import ChebyshevInfluence
 from distinfluence.influence.direct import DirectInfluence
 from distinfluence.influence.ekfac import EkfacInfluence
+from distinfluence.influence.gradient_products import GradientCosineInfluence, GradientDotInfluence
 from distinfluence.influence.harmonic_mean import InverseHarmonicMeanInfluence
 from distinfluence.influence.krylov import KrylovInfluence
 from distinfluence.influence.lissa import LissaInfluence
@@ -22,6 +23,8 @@ METHODS: Mapping[str, type[InfluenceFunctionModel]] = {
     "datainf": InverseHarmonicMeanInfluence,
     "direct": DirectInfluence,
     "ekfac": EkfacInfluence,
+    "gradient_cosine": GradientCosineInfluence,
+    "gradient_dot": GradientDotInfluence,
     "krylov": KrylovInfluence,
     "lissa": LissaInfluence,
     "nystroem": NystroemSketchInfluence,

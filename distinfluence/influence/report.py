@@ -53,8 +53,9 @@ class FitReport:
         return self.n_parameters / self.n_total
 
     def __str__(self) -> str:
+        curvature = "no curvature" if self.second_order_mode == "none" else self.second_order_mode
         lines = [
-            f"{self.second_order_mode} over {self.n_samples} samples, {self.passes} "
+            f"{curvature} over {self.n_samples} samples, {self.passes} "
             f"pass{'' if self.passes == 1 else 'es'}, {self.seconds:.2f} s",
             f"covers {self.n_parameters} of {self.n_total} parameters ({self.coverage:.1%}), "
             f"{len(self.blocks)} block{'s' if len(self.blocks) > 1 else ''}",

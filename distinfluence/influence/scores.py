@@ -211,7 +211,21 @@ class Scorer:
 
     def by_block(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str) -> "OrderedDict[str, Tensor]":
         """Return the influences from the columns of each block alone: block → [n_test, n, ...]."""
-        return scores_by_block(self.risk, factors, self.risk.blocks.columns, batch, mode)
+        return self.by_columns(factors, self.risk.blocks.columns, batch, mode)
+
+    def by_columns(
+        self, factors: Tensor, columns: Mapping[str, slice], batch: Batch, mode: InfluenceMode | str
+    ) -> "OrderedDict[str, Tensor]":
+        """Return the influences from some columns alone: name → [n_test, n, ...]."""
+        return scores_by_block(self.risk, factors, columns, batch, mode)
+
+    def checked_mode(self, mode: InfluenceMode | str) -> InfluenceMode:
+        """Return the mode of that name, if these scores have it.
+
+        Raises:
+            SettingError: If there is no such mode, or the method has no scores of it.
+        """
+        return influence_mode(mode)
 
     def checked(self, factors: Tensor, size: int | None = None) -> Tensor:
         """Return the factors on the risk's device and in its dtype.

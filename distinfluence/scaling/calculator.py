@@ -19,7 +19,7 @@ from distinfluence.errors import StoreError, StoreExistsError
 from distinfluence.influence.arrays import to_numpy_batch
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.report import FitReport
-from distinfluence.influence.scores import InfluenceMode, influence_mode
+from distinfluence.influence.scores import InfluenceMode
 from distinfluence.model.batch import Batch
 from distinfluence.model.identity.probe import Checked
 from distinfluence.scaling.data.chunks import CHUNK_SIZE, ChunkedData, chunked
@@ -212,7 +212,7 @@ class InfluenceCalculator(ABC):
             demand=self.model.demand(n_fit, samples[0].flops),
             forward_flops=samples[0].flops,
             block_size=max(self.model.risk.blocks.sizes),
-            entry=math.prod(samples[0].entry_shape(options.mode)),
+            entry=math.prod(samples[0].entry_shape(self.model.checked_mode(options.mode))),
             top_k=options.top_k,
             over_data=self.model.solves_over_data,
             by_gradients=self.model.second_order_mode is SecondOrderMode.EMPIRICAL_FISHER,
@@ -313,7 +313,7 @@ class InfluenceCalculator(ABC):
             The matrix, as from `influences`.
         """
         data = self._stages().train if x is None else self._chunked(x, y, chunk_size)
-        return self._lazy().influences(factors, data, influence_mode(mode))
+        return self._lazy().influences(factors, data, self.model.checked_mode(mode))
 
     def _lazy(self) -> "LazyArrays":
         from distinfluence.scaling.stages.lazy import LazyArrays  # dask.array takes a while to import

@@ -13,6 +13,7 @@ from distinfluence import EmpiricalFisherOperator, EmpiricalRisk, GGNOperator, H
 from distinfluence.curvature import (
     DataOperator,
     MatrixOperator,
+    NoCurvature,
     SecondOrderMode,
     empirical_fisher,
     operator_class,
@@ -207,8 +208,25 @@ class TestEmpiricalFisher(DataOperatorContract):
         assert int(torch.linalg.matrix_rank(self.of(case).dense())) == 9
 
 
+class TestNoCurvature(OperatorContract):
+    def make(self) -> NoCurvature:
+        data = torch.ones(4, 3).double(), torch.ones(4, 2).double()
+        return NoCurvature(EmpiricalRisk(nn.Linear(3, 2).double(), nn.MSELoss(), data))
+
+    def matrix(self) -> Tensor:
+        return torch.zeros(8, 8, dtype=torch.float64)
+
+    def test_products_functions_and_chunks_read_no_data(self) -> None:
+        operator, rows = self.make(), self.rows(3)
+        assert not operator.in_double().matmat(rows).any()
+        assert not operator.batch_matmat(0, rows).any()
+        assert torch.equal(operator.in_eigenbasis(rows, lambda values: 1 / (values + 0.5)), 2 * rows)
+        assert operator.eigenvalues().tolist() == [0.0] * 8
+        assert operator.risk.reducer.passes == 0
+
+
 def test_every_second_order_mode_inherits_the_contract() -> None:
-    tested = {kind.operator for kind in DataOperatorContract.__subclasses__()}
+    tested = {kind.operator for kind in DataOperatorContract.__subclasses__()} | {NoCurvature}
     assert tested == {operator_class(mode) for mode in SecondOrderMode}
 
 

@@ -70,6 +70,10 @@ class Fetched(Samples):
             return self._read(start, stop)
         return self.of_batches(start, stop, lambda number, first, last: self._read(first, last))
 
+    def uncollated(self, start: int, stop: int) -> Sequence[Any]:
+        """Return samples start to stop as the data set gives them, with what no batch can hold."""
+        return self._fetched(self._indices(start, stop))
+
     def _read(self, start: int, stop: int) -> Batch:
         return self._collated(self._fetched(self._indices(start, stop)))
 

@@ -31,7 +31,9 @@ def facts(result: ResultArrays) -> dict[str, str]:
         "shape": f"{' × '.join(f'{n:,}' for n in result.shape)} (test × train{' × input' if result.shape[2:] else ''})",
         "state": "complete" if result.complete else f"running, {done} of {n_strips} strips",
         "method": _method(_mapping(provenance.get("solver"))),
-        "converged": how_solved(result.read("converged"), result.read("relative_residual")),
+        "converged": "nothing is solved: a baseline"
+        if provenance.get("baseline")
+        else how_solved(result.read("converged"), result.read("relative_residual")),
         "error bounds": _bounds(result),
     }
     covered = _mapping(provenance.get("parameters"))
