@@ -17,9 +17,11 @@ from pydantic import (
 )
 from torch import nn
 
+from distinfluence.app.evaluate_section import EvaluateSection
 from distinfluence.app.mistakes import line_of
 from distinfluence.app.sections import (
     DAMPING,
+    TEXTS,
     ChunkSection,
     ClusterSection,
     DataSection,
@@ -35,11 +37,14 @@ from distinfluence.app.sections import (
 )
 from distinfluence.app.yaml_file import YamlFile, read_yaml
 from distinfluence.errors import ClusterError, ConfigError, DistinfluenceError, SettingError, UnsupportedModelError
+from distinfluence.evaluate import Baseline, PlainLoss
+from distinfluence.evaluate.baselines.write import BASELINES
 from distinfluence.influence import InfluenceFunctionModel, RelativeDamping
 from distinfluence.influence.registry import METHODS
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.scaling import ClusterSpec, ExistingResult, ModelRecipe, Recipe, RunOptions
 from distinfluence.scaling.clusters.slurm import batch_job
+from distinfluence.scaling.worker.device import task_device
 from distinfluence.store.format.fingerprint import to_json
 
 
@@ -63,6 +68,7 @@ class Job(Section):
         certify: Whether to find the ends of the spectrum for error bounds, which takes several passes.
         scratch: A folder that every worker sees; by default next to the output.
         device: Where tasks compute; "auto" takes a GPU on every worker that sees one.
+        evaluate: What `distinfluence evaluate` does.
     """
 
     model: ModelSection
@@ -81,6 +87,7 @@ class Job(Section):
     certify: bool = False
     scratch: Folder | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    evaluate: EvaluateSection | None = None
     _folder: Path = Path()
     _file: YamlFile = YamlFile("job", {})
 
@@ -107,6 +114,26 @@ class Job(Section):
     def on(self, cluster: ClusterSection) -> "Job":
         """Return the same job on another cluster."""
         return self.model_copy(update={"cluster": cluster})
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether `method` names a baseline, which is not an influence model."""
+        return self.method["name"] in BASELINES
+
+    def baseline(self) -> Baseline:
+        """Return the baseline that `method` names, with its model built where it needs one."""
+        parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
+        kind = BASELINES[self.method["name"]]
+        if kind is PlainLoss:
+            if self.model.mixed_precision is not None:
+                raise ConfigError("`model.mixed_precision` is for gradients, and the plain loss has none. Omit it.")
+            module, _ = self._module()
+            with self.mistakes_of("loss"):
+                parameters |= {"model": module, "loss": self._loss(), "device": task_device(self.device)}
+        with self.mistakes_of("method"):
+            if ":" in parameters.get(TEXTS, ""):
+                parameters[TEXTS] = self.recipe(Reference(target=parameters[TEXTS])).resolve()
+            return kind(**parameters)
 
     def method_class(self) -> type[InfluenceFunctionModel]:
         """Return the influence model that `method` names."""
