@@ -7,9 +7,11 @@ from distinfluence.evaluate.baselines.bm25 import Bm25
 from distinfluence.evaluate.baselines.rules import Baseline, PlainLoss, RandomScores
 from distinfluence.evaluate.baselines.write import write_baseline
 from distinfluence.evaluate.effects import Effects
+from distinfluence.evaluate.evaluation import Check, Evaluation, evaluate
 from distinfluence.evaluate.figure import Figure
 from distinfluence.evaluate.lds import LinearDatamodelingScore, linear_datamodeling_score, seed_matched_score
 from distinfluence.evaluate.leave_one_out import LeaveOneOut
+from distinfluence.evaluate.linear_datamodeling import LinearDatamodeling
 from distinfluence.evaluate.mislabel import (
     MislabelDetection,
     MislabelRecall,
@@ -28,10 +30,13 @@ __all__ = [
     "Agreement",
     "Baseline",
     "Bm25",
+    "Check",
     "Effects",
     "Estimate",
+    "Evaluation",
     "Figure",
     "LeaveOneOut",
+    "LinearDatamodeling",
     "LinearDatamodelingScore",
     "LossRises",
     "MemberEffect",
@@ -48,6 +53,7 @@ __all__ = [
     "Verification",
     "WeightSteps",
     "detect_mislabelled",
+    "evaluate",
     "linear_datamodeling_score",
     "mislabel_recall",
     "net_harm",

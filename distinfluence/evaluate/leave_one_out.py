@@ -8,11 +8,12 @@ by the point that is missing: take several seeds, and read the ceiling.
 Cost: m points from r seeds are (m + 1)·r retrainings. They serve every method that is asked about the same points.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from distinfluence.evaluate.effects import Comparison, Effects, seed_remark, split_half_spearman, spread_points
 from distinfluence.evaluate.figure import Figure
@@ -26,7 +27,7 @@ from distinfluence.evaluate.score_tiles import (
     distinct_retrainings,
     read_scores,
 )
-from distinfluence.store import InfluenceResult
+from distinfluence.evaluate.tiles import Scores
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class LeaveOneOut:
         check_chosen("queries", self.queries)
         check_seeds(self.seeds)
 
-    def chosen_points(self, influences: ArrayLike | InfluenceResult, retrainer: Retrainer) -> NDArray[np.int64]:
+    def chosen_points(self, influences: Scores, retrainer: Retrainer) -> NDArray[np.int64]:
         """Return the training points that are left out.
 
         Args:
@@ -72,7 +73,7 @@ class LeaveOneOut:
         """
         return chosen_points(self.points, influences, retrainer, self._queries(retrainer))
 
-    def retrainings(self, influences: ArrayLike | InfluenceResult, retrainer: Retrainer) -> list[Retraining]:
+    def retrainings(self, influences: Scores, retrainer: Retrainer) -> list[Retraining]:
         """List all retrainings that `measure` asks for. Nothing is trained.
 
         Args:
@@ -89,7 +90,7 @@ class LeaveOneOut:
         """
         return self._retrainings(self.chosen_points(influences, retrainer), retrainer.n_train)
 
-    def measure(self, method: str, influences: ArrayLike | InfluenceResult, retrainer: Retrainer) -> Effects:
+    def measure(self, method: str, influences: Scores, retrainer: Retrainer) -> Effects:
         """Measure how much losses rise without each point, and compare with the scores.
 
         Args:
@@ -116,6 +117,26 @@ class LeaveOneOut:
         described = Figure("leave-one-out", method, 0.0, n_queries=len(queries), n_retrainings=len(runs))
         return Effects(queries, points, predicted, measured, rank_and_slope(comparison, described, measured))
 
+    def figures(
+        self, scores: Mapping[str, Scores], baselines: Collection[str], retrainer: Retrainer
+    ) -> tuple[Figure, ...]:
+        """Measure all methods, on the same points.
+
+        Args:
+            scores: Method or baseline → scores, [n_test, n_train].
+            baselines: The names in `scores` that are baselines.
+            retrainer: What trains.
+
+        Returns:
+            The figures of `measure` for each method.
+
+        Raises:
+            IndexRangeError: If there is no such point or query.
+            ShapeError: If scores are not about the data of the retrainer.
+            NonFiniteError: If scores or losses are not finite.
+        """
+        return figures_at_same_points(self, scores, retrainer)
+
     def _queries(self, retrainer: Retrainer) -> NDArray[np.int64]:
         return chosen_indices("queries", self.queries, retrainer.n_test, self.draw_seed)
 
@@ -123,8 +144,33 @@ class LeaveOneOut:
         return distinct_retrainings([np.ones(n_train), *(weighted(n_train, j, 0.0) for j in points)], self.seeds)
 
 
+class PointCheck(Protocol):
+    """A check at single training points."""
+
+    @property
+    def points(self) -> Chosen:
+        """How many, which ones, or None for all."""
+
+    def chosen_points(self, influences: Scores, retrainer: Retrainer) -> NDArray[np.int64]:
+        """Return the training points."""
+
+    def measure(self, method: str, influences: Scores, retrainer: Retrainer) -> Effects:
+        """Measure one method."""
+
+
+CheckT = TypeVar("CheckT", bound=PointCheck)
+
+
+def figures_at_same_points(check: CheckT, scores: Mapping[str, Scores], retrainer: Retrainer) -> tuple[Figure, ...]:
+    """Return the figures of several methods at the points that the first of them chooses."""
+    first = next(iter(scores.values()))
+    points = check.chosen_points(first, retrainer).tolist()
+    same = replace(check, points=points)  # type: ignore[type-var]
+    return tuple(figure for name, own in scores.items() for figure in same.measure(name, own, retrainer).figures)
+
+
 def chosen_points(
-    points: Chosen, influences: ArrayLike | InfluenceResult, retrainer: Retrainer, queries: NDArray[np.int64]
+    points: Chosen, influences: Scores, retrainer: Retrainer, queries: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Return the training points that a choice stands for: some that cover the range of scores, or the named ones.
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from distinfluence.errors import NonFiniteError, SettingError, ShapeError
 from distinfluence.evaluate.figure import Figure
 from distinfluence.evaluate.statistics import N_DRAWS, Estimate, check_draws, not_beaten, resampled_counts
-from distinfluence.evaluate.tiles import checked_points
+from distinfluence.evaluate.tiles import ScoreMatrix, Scores, checked_points
 
 BASELINE = "plain loss"  # Name of the baseline that every detection is compared with.
 MIN_POINTS = 2  # Mislabelled points, and others, without which a bootstrap has no spread.
@@ -32,17 +32,18 @@ class MislabelRecall:
     expected: float
 
 
-def net_harm(influences: ArrayLike) -> NDArray[np.float64]:
+def net_harm(influences: Scores) -> NDArray[np.float64]:
     """Sum the influence of each training point over all test points, and change the sign.
 
     Args:
-        influences: Scores, [n_test, n_train].
+        influences: Scores, [n_test, n_train]; an array, or a result on disk, which is read a strip at a time.
 
     Returns:
         The net harm of each training point, [n_train]: large where removing the point would lower the test loss.
     """
-    harm: NDArray[np.float64] = -np.asarray(influences, dtype=np.float64).sum(axis=0)
-    return harm
+    matrix = ScoreMatrix(influences, "influences")
+    sums = [values.sum(axis=0, dtype=np.float64) for _, values in matrix.by_columns()]
+    return -np.concatenate(sums)
 
 
 def mislabel_recall(scores: ArrayLike, mislabelled: Sequence[int] | ArrayLike, inspected: int) -> MislabelRecall:

@@ -13,11 +13,11 @@ References:
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from distinfluence.errors import SettingError
 from distinfluence.evaluate.effects import FEWEST, counts_of_draws, depends_on_seed, interval, split_half_spearman
@@ -32,7 +32,8 @@ from distinfluence.evaluate.score_tiles import (
     distinct_retrainings,
     read_scores,
 )
-from distinfluence.store import InfluenceResult
+from distinfluence.evaluate.statistics import PerQuery, remarks_on_baselines
+from distinfluence.evaluate.tiles import Scores
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class QueryLossDifference:
         if self.n_controls < 1:
             raise SettingError(f"`n_controls` must be at least 1, got {self.n_controls}.")
 
-    def retrainings(self, influences: ArrayLike | InfluenceResult, retrainer: Retrainer) -> list[Retraining]:
+    def retrainings(self, influences: Scores, retrainer: Retrainer) -> list[Retraining]:
         """List all retrainings that `measure` asks for. Nothing is trained.
 
         Args:
@@ -109,9 +110,7 @@ class QueryLossDifference:
         removals = self._removals(influences, retrainer)
         return self._retrainings(removals, retrainer.n_train)
 
-    def measure(
-        self, method: str, influences: ArrayLike | InfluenceResult, retrainer: Retrainer
-    ) -> tuple[LossRises, ...]:
+    def measure(self, method: str, influences: Scores, retrainer: Retrainer) -> tuple[LossRises, ...]:
         """Measure how much the losses of the queries rise.
 
         Args:
@@ -145,10 +144,41 @@ class QueryLossDifference:
             measured.append(LossRises(removal.fraction, queries, rises, random, figure))
         return tuple(measured)
 
+    def figures(
+        self, scores: Mapping[str, Scores], baselines: Collection[str], retrainer: Retrainer
+    ) -> tuple[Figure, ...]:
+        """Measure all methods.
+
+        Args:
+            scores: Method or baseline → scores, [n_test, n_train].
+            baselines: The names in `scores` that are baselines.
+            retrainer: What trains.
+
+        Returns:
+            The figures of `measure` for each method.
+
+        Raises:
+            SettingError: If a fraction of the training points is less than one point, or all of them.
+            IndexRangeError: If there is no such query.
+            ShapeError: If scores are not about the data of the retrainer.
+            NonFiniteError: If scores or losses are not finite.
+        """
+        wanted = {one.key: one for own in scores.values() for one in self.retrainings(own, retrainer)}
+        retrainer.losses(list(wanted.values()))  # together, so that all workers have something to do
+        measured = {name: self.measure(name, own, retrainer) for name, own in scores.items()}
+        found = []
+        for i in range(len(self.fractions)):
+            rises = {name: PerQuery.of(each[i].rises.mean(axis=1)) for name, each in measured.items()}
+            remarks = remarks_on_baselines(rises, baselines) if not self.together else dict.fromkeys(scores, "")
+            for name, each in measured.items():
+                said = "; ".join(text for text in (remarks[name], each[i].figure.remark) if text)
+                found.append(replace(each[i].figure, remark=said))
+        return tuple(found)
+
     def _queries(self, retrainer: Retrainer) -> NDArray[np.int64]:
         return chosen_indices("queries", self.queries, retrainer.n_test, self.draw_seed)
 
-    def _removals(self, influences: ArrayLike | InfluenceResult, retrainer: Retrainer) -> "list[_Removals]":
+    def _removals(self, influences: Scores, retrainer: Retrainer) -> "list[_Removals]":
         n_train = retrainer.n_train
         for fraction in self.fractions:
             if fraction * n_train < 1 - 1e-9 or round(fraction * n_train) >= n_train:

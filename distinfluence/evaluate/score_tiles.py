@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from distinfluence.errors import IncompleteResultError, IndexRangeError, NonFiniteError, SettingError, ShapeError
 from distinfluence.evaluate.retraining import Retrainer, Retraining
+from distinfluence.evaluate.tiles import Scores
 from distinfluence.store import InfluenceResult
 from distinfluence.store.format.ranking import require_ranked
 
@@ -80,7 +81,7 @@ def chosen_indices(name: str, chosen: Chosen, n: int, seed: int) -> NDArray[np.i
 
 
 def read_scores(
-    influences: ArrayLike | InfluenceResult,
+    influences: Scores,
     retrainer: Retrainer,
     queries: NDArray[np.int64],
     points: NDArray[np.int64] | None = None,

@@ -28,16 +28,16 @@ For a network trained by stochastic gradient descent, the difference is the deri
 seed. The influence only approximates it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from distinfluence.errors import SettingError
 from distinfluence.evaluate.effects import Comparison, Effects
 from distinfluence.evaluate.figure import Figure
-from distinfluence.evaluate.leave_one_out import chosen_points, rank_and_slope, weighted
+from distinfluence.evaluate.leave_one_out import chosen_points, figures_at_same_points, rank_and_slope, weighted
 from distinfluence.evaluate.retraining import Retrainer, Retraining
 from distinfluence.evaluate.score_tiles import (
     Chosen,
@@ -48,7 +48,7 @@ from distinfluence.evaluate.score_tiles import (
     distinct_retrainings,
     read_scores,
 )
-from distinfluence.store import InfluenceResult
+from distinfluence.evaluate.tiles import Scores
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class WeightSteps:
                 f"`step` must be from 1e-8 to less than 1, got {self.step}. Take 0.01 for losses in float64."
             )
 
-    def chosen_points(self, influences: ArrayLike | InfluenceResult, retrainer: Retrainer) -> NDArray[np.int64]:
+    def chosen_points(self, influences: Scores, retrainer: Retrainer) -> NDArray[np.int64]:
         """Return the training points whose weight is changed.
 
         Args:
@@ -101,7 +101,7 @@ class WeightSteps:
         """
         return chosen_points(self.points, influences, retrainer, self._queries(retrainer))
 
-    def retrainings(self, influences: ArrayLike | InfluenceResult, retrainer: Retrainer) -> list[Retraining]:
+    def retrainings(self, influences: Scores, retrainer: Retrainer) -> list[Retraining]:
         """List all retrainings that `measure` asks for. Nothing is trained.
 
         Args:
@@ -118,7 +118,7 @@ class WeightSteps:
         """
         return self._retrainings(self.chosen_points(influences, retrainer), retrainer.n_train)
 
-    def measure(self, method: str, influences: ArrayLike | InfluenceResult, retrainer: Retrainer) -> Effects:
+    def measure(self, method: str, influences: Scores, retrainer: Retrainer) -> Effects:
         """Measure the derivatives of losses by the weights of points, and compare with the scores.
 
         Args:
@@ -156,6 +156,26 @@ class WeightSteps:
             *rank_and_slope(comparison, described, measured),
         )
         return Effects(queries, points, predicted, measured, figures)
+
+    def figures(
+        self, scores: Mapping[str, Scores], baselines: Collection[str], retrainer: Retrainer
+    ) -> tuple[Figure, ...]:
+        """Measure all methods, on the same points.
+
+        Args:
+            scores: Method or baseline → scores, [n_test, n_train].
+            baselines: The names in `scores` that are baselines.
+            retrainer: What trains.
+
+        Returns:
+            The figures of `measure` for each method.
+
+        Raises:
+            IndexRangeError: If there is no such point or query.
+            ShapeError: If scores are not about the data of the retrainer.
+            NonFiniteError: If scores or losses are not finite.
+        """
+        return figures_at_same_points(self, scores, retrainer)
 
     @property
     def _steps(self) -> tuple[float, ...]:
