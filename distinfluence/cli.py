@@ -1,4 +1,4 @@
-"""The command line: `distinfluence demo`, `plan`, `run`, `verify`, `info`, `top`."""
+"""The command line: `distinfluence demo`, `plan`, `run`, `verify`, `evaluate`, `info`, `top`."""
 
 import json
 import os
@@ -184,6 +184,35 @@ def verify(job: Path, tests: int, trains: int, seed: int) -> None:
         click.echo(f"every byte as it was written; {found}")
         if found.within_bounds is False:
             sys.exit(1)
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@_cluster_option
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.option("--json", "as_json", is_flag=True, help="The table as JSON.")
+def evaluate(job: Path, cluster: Path | None, quiet: bool, as_json: bool) -> None:
+    """Check what scores are worth on the model of JOB, by training it again on parts of the data.
+
+    The key `evaluate` of the job file says how models are trained and which checks are made. Each method stands next to
+    baselines, with intervals. Models that were trained are kept: a call that is repeated trains only what is missing.
+
+    \b
+      evaluate:
+        train: "my_model:train"        # train(indices, seed) returns the module
+        output: evaluation             # the folder of the bank, the scores and the table
+        methods:
+          GGN: {name: direct, second_order_mode: ggn, hessian_regularization: 0.01}
+          EKFAC: {name: ekfac, update_diagonal: true, hessian_regularization: {fraction: 0.1, of: mean}}
+        subsets: 100
+        seeds: 5
+    """
+    from distinfluence.app.evaluation import evaluate_job
+    from distinfluence.scaling import Progress
+
+    with _clean_errors(resume=f"evaluate {job}{'' if cluster is None else f' --cluster {cluster}'}"):
+        found = evaluate_job(_job(job, cluster), progress=Progress(not quiet))
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found))
 
 
 @main.command()

@@ -129,7 +129,7 @@ class Job(Section):
                 raise ConfigError("`model.mixed_precision` is for gradients, and the plain loss has none. Omit it.")
             module, _ = self._module()
             with self.mistakes_of("loss"):
-                parameters |= {"model": module, "loss": self._loss(), "device": task_device(self.device)}
+                parameters |= {"model": module, "loss": self.loss_or_objective(), "device": task_device(self.device)}
         with self.mistakes_of("method"):
             if ":" in parameters.get(TEXTS, ""):
                 parameters[TEXTS] = self.recipe(Reference(target=parameters[TEXTS])).resolve()
@@ -143,7 +143,7 @@ class Job(Section):
         """Return the influence model with its module built here, and the recipe by which workers build theirs."""
         module, recipe = self._module()
         with self.mistakes_of("loss"):
-            loss = self._loss()
+            loss = self.loss_or_objective()
         parameters: dict[str, Any] = {key: value for key, value in self.method.items() if key != "name"}
         with self.mistakes_of("method"):
             if DAMPING in parameters:
@@ -176,7 +176,8 @@ class Job(Section):
             where = f"`{self._file.name}`{'' if line is None else f', line {line}'}, `{'.'.join(place)}`"
             raise type(error)(f"{where}: {error}") from error
 
-    def _loss(self) -> Loss | Objective:
+    def loss_or_objective(self) -> Loss | Objective:
+        """Return what `loss` names, built. Raises ConfigError if it is neither a loss nor an Objective."""
         found = self.recipe(self.loss).resolve()
         loss = self.recipe(self.loss).build() if isinstance(found, type) or self.loss.arguments else found
         if not callable(loss) and not isinstance(loss, Objective):

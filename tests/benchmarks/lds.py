@@ -1,142 +1,110 @@
-"""How well scores predict what retraining does: linear datamodeling scores on the digits.
+"""How well scores predict what retraining does: `distinfluence evaluate` on the digits.
 
 Run: python -m tests.benchmarks.lds
 
-A network 64-32-16-10 on 1000 digits, 200 queries; 100 random halves of the training set, each trained from 5 seeds, all
-at once as one batch of networks. The ceiling is what the outcomes of two of the seeds predict of the other three's.
+A network 64-32-16-10 on 1000 digits, 200 queries; 100 random halves of the training set, each trained from 5 seeds, on
+two workers. The ceiling is what the mean outcome of two seeds predicts of the mean of the other three.
 """
 
 import argparse
-import datetime
-import itertools
+import tempfile
 import time
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from distinfluence import CgInfluence, DirectInfluence, EkfacInfluence, RelativeDamping
 from distinfluence.app import demo
-from distinfluence.evaluate import linear_datamodeling_score
+from distinfluence.app.config import Job
+from distinfluence.app.evaluation import evaluate_job
+from distinfluence.app.yaml_file import to_yaml
+from distinfluence.scaling import Progress
 
-SIZES = (64, 32, 16, 10)
-EPOCHS, BATCH, RATE, DECAY = 60, 50, 0.1, 1e-3
-N_TRAIN, N_TEST, N_SUBSETS, N_SEEDS = 1000, 200, 100, 5
+N_TRAIN, N_TEST = 1000, 200
+TRAINING = {
+    "epochs": 60,
+    "batch_size": 50,
+    "learning_rate": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 1e-3,
+    "schedule": "one_cycle",
+}
+FEW: dict[str, dict[str, Any]] = {
+    "GGN": {"name": "direct", "second_order_mode": "ggn", "hessian_regularization": 1e-2},
+    "KFAC": {"name": "ekfac", "update_diagonal": False, "hessian_regularization": {"fraction": 0.1, "of": "mean"}},
+    "EKFAC": {"name": "ekfac", "update_diagonal": True, "hessian_regularization": {"fraction": 0.1, "of": "mean"}},
+    "EKFAC + 5 CG": {
+        "name": "ekfac",
+        "update_diagonal": True,
+        "hessian_regularization": 1e-2,
+        "cg_iterations": 5,
+    },
+}
+MANY: dict[str, dict[str, Any]] = {
+    **FEW,
+    "GGN, λ = 0.001": {**FEW["GGN"], "hessian_regularization": 1e-3},
+    "GGN, λ = 0.1": {**FEW["GGN"], "hessian_regularization": 0.1},
+    "EKFAC + 1 CG": {**FEW["EKFAC + 5 CG"], "cg_iterations": 1},
+    "EKFAC + 2 CG": {**FEW["EKFAC + 5 CG"], "cg_iterations": 2},
+}
 
 
-@dataclass
-class Networks:
-    """Many networks of one shape. layers: (weight [m, out, in], bias [m, 1, out]) of each layer."""
+def build() -> nn.Module:
+    """Return the untrained network."""
+    return nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 10))
 
-    layers: list[tuple[Tensor, Tensor]]
 
-    @classmethod
-    def new(cls, m: int, seed: int) -> "Networks":
-        generator = torch.Generator().manual_seed(seed)
-        layers = []
-        for n_in, n_out in itertools.pairwise(SIZES):
-            bound = n_in**-0.5
-            weight = (torch.rand(m, n_out, n_in, generator=generator) * 2 - 1) * bound
-            bias = (torch.rand(m, 1, n_out, generator=generator) * 2 - 1) * bound
-            layers.append((weight.requires_grad_(), bias.requires_grad_()))
-        return cls(layers)
+def train_data() -> tuple[Tensor, Tensor]:
+    """Return the training digits."""
+    x, y = demo.train_data()
+    return x[:N_TRAIN], y[:N_TRAIN]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [m, n, 64] → logits [m, n, 10]."""
-        for number, (weight, bias) in enumerate(self.layers):
-            x = torch.baddbmm(bias, x, weight.transpose(1, 2))
-            x = torch.tanh(x) if number < len(self.layers) - 1 else x
-        return x
 
-    def train(self, x: Tensor, y: Tensor, members: Tensor, seed: int) -> None:
-        """Stochastic gradient descent with momentum, each network on its own members [m, n] of the training set."""
-        parameters = [p for layer in self.layers for p in layer]
-        m, n = members.shape
-        generator = torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.SGD(parameters, lr=RATE, momentum=0.9, weight_decay=DECAY)
-        total = EPOCHS * (n // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=total)
-        for _ in range(EPOCHS):
-            order = torch.rand(m, n, generator=generator).argsort(dim=1)
-            for some in order.split(BATCH, dim=1):
-                if some.shape[1] < BATCH:
-                    break
-                batch = members.gather(1, some)
-                loss = nn.functional.cross_entropy(self(x[batch]).flatten(0, 1), y[batch].flatten(), reduction="sum")
-                optimizer.zero_grad()
-                (loss / BATCH).backward()
-                optimizer.step()
-                schedule.step()
+def test_data() -> tuple[Tensor, Tensor]:
+    """Return the queries."""
+    x, y = demo.test_data()
+    return x[:N_TEST], y[:N_TEST]
 
-    def single(self) -> nn.Module:
-        """The first network as a module."""
-        parts: list[nn.Module] = []
-        for number, (weight, bias) in enumerate(self.layers):
-            linear = nn.Linear(weight.shape[2], weight.shape[1])
-            linear.load_state_dict({"weight": weight[0].detach(), "bias": bias[0, 0].detach()})
-            parts += [linear] if number == len(self.layers) - 1 else [linear, nn.Tanh()]
-        return nn.Sequential(*parts).eval()
+
+def job(methods: dict[str, dict[str, Any]], **evaluate: Any) -> dict[str, Any]:
+    """Return the content of the job file. evaluate: further keys of `evaluate`."""
+    here = "tests.benchmarks.lds"
+    return {
+        "model": {"factory": f"{here}:build"},
+        "loss": "torch.nn:CrossEntropyLoss",
+        "data": {"train": f"{here}:train_data", "test": f"{here}:test_data"},
+        "method": FEW["GGN"],
+        "output": "influences.zarr",
+        "cluster": {"kind": "local", "workers": 2},
+        "evaluate": {
+            "train": {"small_networks": TRAINING},
+            "output": "evaluation",
+            "subsets": 100,
+            "seeds": 5,
+            "methods": methods,
+            **evaluate,
+        },
+    }
 
 
 def main() -> None:
-    """Retrain, score, print."""
+    """Retrain, score, print; first few methods on an empty bank, then more of them on the bank that is there."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="Keep everything there; a temporary folder by default.")
+    parser.add_argument("--few", action="store_true", help="Stop after the first four methods.")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    x, y = (part[:N_TRAIN] for part in demo.train_data())
-    xt, yt = (part[:N_TEST] for part in demo.test_data())
-    start = time.perf_counter()
-    generator = torch.Generator().manual_seed(0)
-    halves = torch.stack([torch.randperm(N_TRAIN, generator=generator)[: N_TRAIN // 2] for _ in range(N_SUBSETS)])
-    losses = []
-    for seed in range(N_SEEDS):
-        networks = Networks.new(N_SUBSETS, 100 + seed)
-        networks.train(x, y, halves, 200 + seed)
-        with torch.no_grad():
-            logits = networks(xt.expand(N_SUBSETS, -1, -1))
-            flat = nn.functional.cross_entropy(logits.flatten(0, 1), yt.repeat(N_SUBSETS), reduction="none")
-        losses.append(flat.view(N_SUBSETS, N_TEST))
-    subsets = np.zeros((N_SUBSETS, N_TRAIN), dtype=bool)
-    subsets[np.arange(N_SUBSETS)[:, None], halves.numpy()] = True
-    outcomes = -torch.stack(losses).double().mean(dim=0).numpy()
-    base = Networks.new(1, 7)
-    base.train(x, y, torch.arange(N_TRAIN)[None], 8)
-    model = base.single()
-    accuracy = float((model(xt).argmax(dim=1) == yt).float().mean())
-    print(
-        f"{datetime.date.today()}, torch {torch.__version__}; {N_SUBSETS} halves × {N_SEEDS} seeds trained in "
-        f"{time.perf_counter() - start:.0f} s; accuracy of the model {accuracy:.1%}"
-    )
-    rows = {"gradient dot product": _dot(model, x, y, xt, yt)}
-    loss = nn.CrossEntropyLoss()
-    for damping in (1e-3, 1e-2, 1e-1):
-        exact = DirectInfluence(model, loss, damping, second_order_mode="ggn").fit((x, y))
-        rows[f"exact GGN, λ = {damping:g}"] = exact.influences(xt, yt, x, y)
-    for name, update in (("KFAC", False), ("EKFAC", True)):
-        ekfac = EkfacInfluence(model, update, RelativeDamping(0.1)).fit((x, y))
-        rows[f"{name}, λ = 0.1·mean"] = ekfac.influences(xt, yt, x, y)
-    for iterations in (1, 2, 5):
-        refined = EkfacInfluence(model, True, 1e-2, cg_iterations=iterations).fit((x, y))
-        rows[f"EKFAC + {iterations} CG, λ = 1e-2"] = refined.influences(xt, yt, x, y)
-    plain = CgInfluence(model, loss, 1e-2, rtol=1e-6, maxiter=5, use_block_cg=False, second_order_mode="ggn")
-    rows["5 CG without EKFAC, λ = 1e-2"] = plain.fit((x, y)).influences(xt, yt, x, y)
-    for name, scores in rows.items():
-        found = linear_datamodeling_score(scores.detach().numpy(), subsets, outcomes)
-        print(f"{name:32} LDS {found.mean:.3f} ± {found.standard_error:.3f}")
-    first = -torch.stack(losses[:2]).double().mean(dim=0)
-    rest = -torch.stack(losses[2:]).double().mean(dim=0)
-    both = [
-        np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1] for a, b in zip(first.T, rest.T, strict=True)
-    ]
-    print(f"{'two seeds of the other three':32} LDS {np.mean(both):.3f}")
-
-
-def _dot(model: nn.Module, x: Tensor, y: Tensor, xt: Tensor, yt: Tensor) -> Tensor:
-    influence = EkfacInfluence(model, True, 1.0).fit((x, y))
-    gradients = influence.loss_gradients(influence.place(xt, yt)).rows
-    return influence.influences_from_factors(gradients, x, y)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, methods in (("four methods", FEW), ("more methods, and removals", MANY)):
+            removals = {"removal": {"queries": 20, "seeds": 5, "controls": 5}} if methods is MANY else {}
+            file = folder / "job.yaml"
+            file.write_text(to_yaml(job(methods, **removals)))
+            start = time.perf_counter()
+            found = evaluate_job(Job.read(file), progress=Progress(False))
+            print(f"{name}: {time.perf_counter() - start:.0f} s\n{found}\n", flush=True)
+            if arguments.few:
+                return
 
 
 if __name__ == "__main__":
