@@ -21,7 +21,7 @@ from distinfluence.evaluate.retraining import Retraining
 APART = 0.05  # Part of the training points by which two subsets differ that must not give equal losses.
 ALL_ALIKE = 20  # Subsets, however alike, that must not all give equal losses.
 FEWEST_SUBSETS = 10  # With fewer, nothing is said of members.
-FEWEST_POINTS = 0.05  # Part of the drawn points that must be in a subset, and out of it, for it to count.
+FEWEST_POINTS = 0.2  # Part of the drawn points that must be in a subset, and out of it, for it to count.
 REVERSED = 5.0  # Standard errors below 0 at which models surely fit the points outside better.
 CLEAR = 3.0  # Standard errors from 0 at which an effect is not chance.
 PERMUTATIONS = 99  # Of the rows, in the test whether seeds of one subset agree.
