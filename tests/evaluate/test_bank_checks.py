@@ -71,6 +71,14 @@ def test_a_point_that_changes_nothing_is_no_ground_for_suspicion() -> None:
         watch.add(BankRow(Retraining(weights, 0), np.ones(3), np.ones(4)))
 
 
+def test_a_trainer_that_ignores_weights_is_found_and_one_that_divides_by_their_sum_is_not() -> None:
+    watch, row = Watch(), np.arange(3.0)
+    for step in range(19):
+        watch.add(BankRow(Retraining(np.full(8, 1.0 + step), 0), row, row))  # to scale them all changes nothing
+    with pytest.raises(RetrainingError, match="depend on `weights`.* 20 choices of them with seed 0"):
+        watch.add(BankRow(Retraining(np.full(8, 0.5), 0), row, row))
+
+
 def test_a_trainer_that_is_random_whatever_it_is_given_is_found(tmp_path: Path) -> None:
     own = bank(tmp_path, Noisy(steps=0))
     with pytest.raises(RetrainingError, match="depend on which points .* no better than others .* 25 subsets"):

@@ -255,7 +255,7 @@ class RetrainingBank:
                     new = self._kept(groups[index], outcomes, wanted, rows, errors)
                     bar.advance(len(groups[index]))
                     if not new:
-                        failures[index] = outcomes[0]
+                        failures[index] = next(each for each in outcomes if isinstance(each, Exception))
                     if len(self._seen) >= EARLY > len(self._seen) - len(new):
                         check_members([*self._seen.values()], self._probe)
         for index, error in failures.items():
@@ -263,7 +263,7 @@ class RetrainingBank:
         missing = {key: errors[key] for key in keys if key in errors and key not in rows}
         if missing:
             named = {key: f"`retrainings[{asked.index(key)}]` ({describe(wanted[key])})" for key in missing}
-            raise self._failed(missing, named, len(rows) - found, len(wanted)) from next(iter(missing.values()))
+            raise self._failed(missing, named, len(rows), len(wanted)) from next(iter(missing.values()))
 
     def _kept(
         self,
@@ -292,17 +292,17 @@ class RetrainingBank:
             self._bank.write_repeat(float(np.abs(outcome.losses - rows[key].losses).max()))
 
     def _failed(
-        self, errors: Mapping[str, Exception], named: Mapping[str, str], succeeded: int, asked: int
+        self, errors: Mapping[str, Exception], named: Mapping[str, str], there: int, asked: int
     ) -> RetrainingError:
         listed = [f"{named[key]}: {type(error).__name__}: {error}" for key, error in errors.items()]
         more = [f"… and {len(listed) - 5} more"] if len(listed) > 5 else []
-        which = f"the first {len(errors)} of {asked} retrainings, the others were not tried"
-        if succeeded or len(errors) == asked:
-            which = f"{len(errors)} of {asked} retrainings"
+        which = f"{len(errors)} of {asked} retrainings"
+        if there + len(errors) < asked:
+            which = f"the first {which}, the others were not tried"
         return RetrainingError(
             f"`train` failed for {which}:\n  "
             + "\n  ".join([*listed[:5], *more])
-            + f"\n{succeeded} succeeded and are kept in {self._path}. Correct the cause and ask again: only what is "
+            + f"\n{there} are in the bank, {self._path}. Correct the cause and ask again: only what is "
             "missing is trained then."
         )
 
