@@ -61,13 +61,28 @@ class GradientProducts(InfluenceFunctionModel, ABC):
     def _demand(self, systems: Systems) -> Demand:
         return Demand(row_vectors=5.0, solve=SolveWork(0, 0), by_method=True)
 
+    @property
+    @override
+    def kind_of_bound(self) -> str:
+        return "none"
+
+    @override
+    def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
+        # bounds are of the error of solves, of which there is none; what rounding does to gradients they do not know
+        factors, report = super().solve(gradients)
+        return factors, _unbounded(report)
+
+    @override
+    def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
+        return [(factors, _unbounded(report)) for factors, report in super().solve_at(gradients, dampings)]
+
 
 class GradientDotInfluence(GradientProducts):
     """Dot products of gradients: influence with the identity in place of the curvature.
 
     What is left of an influence when the damping outweighs the curvature, up to the factor λ. A method that does not
     rank training points better than this has made nothing of its curvature. A fit checks the derivatives and makes no
-    pass over the training data.
+    pass over the training data. Scores are exact to the rounding of the gradients, and carry no error bounds.
 
     Args:
         model: Any `nn.Module`. It is only read.
@@ -87,8 +102,8 @@ class GradientDotInfluence(GradientProducts):
 class GradientCosineInfluence(GradientProducts):
     """Cosines of the angles between gradients, from -1 to 1; 0 where a gradient is zero.
 
-    The dot product favours training points with large gradients, such as outliers; the cosine does not. Scores carry
-    no error bounds, and mode "perturbation" is refused: the norm of a training gradient changes with its input, too.
+    The dot product favours training points with large gradients, such as outliers; the cosine does not. Mode
+    "perturbation" is refused: the norm of a training gradient changes with its input, too.
 
     Args:
         model: Any `nn.Module`. It is only read.
@@ -114,21 +129,6 @@ class GradientCosineInfluence(GradientProducts):
     @override
     def _curvature(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor] | None = None) -> Curvature:
         return Curvature(self._operators(reducer), self._scorer)
-
-    @property
-    @override
-    def kind_of_bound(self) -> str:
-        return "none"
-
-    @override
-    def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
-        # the bounds of the solves are of dot products
-        factors, report = super().solve(gradients)
-        return factors, _unbounded(report)
-
-    @override
-    def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
-        return [(factors, _unbounded(report)) for factors, report in super().solve_at(gradients, dampings)]
 
     @override
     def self_influences(
