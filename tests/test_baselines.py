@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from distinfluence import GradientDotInfluence, InfluenceResult, open_influences
 from distinfluence.app.yaml_file import to_yaml
@@ -22,6 +22,7 @@ from distinfluence.errors import (
     DistinfluenceError,
     FingerprintError,
     MissingDependencyError,
+    NonDeterministicDataError,
     NonFiniteError,
     SettingError,
     ShapeError,
@@ -418,3 +419,25 @@ def test_a_job_of_gradient_products_is_run_and_verified(name: str, tmp_path: Pat
     assert verified.exit_code == 0, verified.output
     assert "no bounds to compare with" in verified.output
     assert float(verified.output.partition("relative error ")[2].partition(",")[0]) < 1e-6
+
+
+class Restless(Dataset[tuple[torch.Tensor, int]]):
+    """A data set whose samples are other ones each time."""
+
+    reads = 0
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads += 1
+        return torch.full((4,), float(self.reads)), 0
+
+
+def test_data_that_change_between_two_readings_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "distinfluence.scaling.worker.cache.kept_bytes", lambda limit: 0
+    )  # so that chunks are read again
+    case = build("mlp classification", dtype=torch.float32)
+    with pytest.raises(NonDeterministicDataError):
+        write_baseline(tmp_path / "loss", PlainLoss(case.model, case.loss), case.test, Restless(), chunk_size=2)
