@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from distinfluence import GradientDotInfluence, InfluenceResult, open_influences
 from distinfluence.app.yaml_file import to_yaml
@@ -22,6 +22,7 @@ from distinfluence.errors import (
     DistinfluenceError,
     FingerprintError,
     MissingDependencyError,
+    NonDeterministicDataError,
     NonFiniteError,
     SettingError,
     ShapeError,
@@ -366,8 +367,13 @@ def test_a_job_of_a_baseline_is_planned_run_resumed_and_looked_at(method: dict[s
     info = command("info", output, "--check").output
     assert "complete" in info
     assert "converged" not in info
+    assert f"{method['name']}, a baseline" in info
+    assert ("model: " in info) == (method["name"] == "loss")
     top = command("top", output, 0, "-k", 3)
     assert top.exit_code == 0, top.output
+    assert top.output.splitlines()[0].partition(" 0.")[0] == f"test sample 0{': loss' * (method['name'] == 'loss')}"
+    assert "residual" not in top.output
+    assert "nan" not in top.output + command("top", output, "--tests", "0:3").output
     refused = command("verify", job)
     assert refused.exit_code == 1
     assert f"`method` '{method['name']}' is a baseline, which has no exact scores" in refused.output
@@ -411,5 +417,27 @@ def test_a_job_of_gradient_products_is_run_and_verified(name: str, tmp_path: Pat
     assert "without curvature, 43 of 43 parameters covered" in done.output
     verified = command("verify", job, "--tests", 3, "--trains", 9)
     assert verified.exit_code == 0, verified.output
-    assert ("all within their bounds" if name == "gradient_dot" else "no bounds to compare with") in verified.output
+    assert "no bounds to compare with" in verified.output
     assert float(verified.output.partition("relative error ")[2].partition(",")[0]) < 1e-6
+
+
+class Restless(Dataset[tuple[torch.Tensor, int]]):
+    """A data set whose samples are other ones each time."""
+
+    reads = 0
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads += 1
+        return torch.full((4,), float(self.reads)), 0
+
+
+def test_data_that_change_between_two_readings_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "distinfluence.scaling.worker.cache.kept_bytes", lambda limit: 0
+    )  # so that chunks are read again
+    case = build("mlp classification", dtype=torch.float32)
+    with pytest.raises(NonDeterministicDataError):
+        write_baseline(tmp_path / "loss", PlainLoss(case.model, case.loss), case.test, Restless(), chunk_size=2)

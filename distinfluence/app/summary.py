@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from distinfluence.store import InfluenceResult
-from distinfluence.store.read.facts import how_solved
+from distinfluence.store.read.facts import how_solved, method_of
 
 
 def program() -> str:
@@ -26,7 +26,9 @@ def summary(result: InfluenceResult) -> str:
     provenance = result.provenance
     kind = "scores" if provenance.get("baseline") else "influences"
     lines = [f"{' × '.join(map(str, result.shape))} {kind} (test × train) in {result.path}"]
-    if not provenance.get("baseline"):
+    if provenance.get("baseline"):
+        lines.append(method_of(provenance))
+    else:
         covered = provenance["parameters"]
         lines += [
             f"{_method(provenance['solver'])}, {covered['covered']} of {covered['total']} parameters covered "

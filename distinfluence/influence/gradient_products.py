@@ -61,13 +61,28 @@ class GradientProducts(InfluenceFunctionModel, ABC):
     def _demand(self, systems: Systems) -> Demand:
         return Demand(row_vectors=5.0, solve=SolveWork(0, 0), by_method=True)
 
+    @property
+    @override
+    def kind_of_bound(self) -> str:
+        return "none"
+
+    @override
+    def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
+        # bounds are of the error of solves, of which there is none; what rounding does to gradients they do not know
+        factors, report = super().solve(gradients)
+        return factors, _unbounded(report)
+
+    @override
+    def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
+        return [(factors, _unbounded(report)) for factors, report in super().solve_at(gradients, dampings)]
+
 
 class GradientDotInfluence(GradientProducts):
     """Dot products of gradients: influence with the identity in place of the curvature.
 
     What is left of an influence when the damping outweighs the curvature, up to the factor λ. A method that does not
     rank training points better than this has made nothing of its curvature. A fit checks the derivatives and makes no
-    pass over the training data.
+    pass over the training data. Scores are exact to the rounding of the gradients, and carry no error bounds.
 
     Args:
         model: Any `nn.Module`. It is only read.
@@ -87,8 +102,8 @@ class GradientDotInfluence(GradientProducts):
 class GradientCosineInfluence(GradientProducts):
     """Cosines of the angles between gradients, from -1 to 1; 0 where a gradient is zero.
 
-    The dot product favours training points with large gradients, such as outliers; the cosine does not. Scores carry
-    no error bounds, and mode "perturbation" is refused: the norm of a training gradient changes with its input, too.
+    The dot product favours training points with large gradients, such as outliers; the cosine does not. Mode
+    "perturbation" is refused: the norm of a training gradient changes with its input, too.
 
     Args:
         model: Any `nn.Module`. It is only read.
@@ -114,21 +129,6 @@ class GradientCosineInfluence(GradientProducts):
     @override
     def _curvature(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor] | None = None) -> Curvature:
         return Curvature(self._operators(reducer), self._scorer)
-
-    @property
-    @override
-    def kind_of_bound(self) -> str:
-        return "none"
-
-    @override
-    def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
-        # the bounds of the solves are of dot products
-        factors, report = super().solve(gradients)
-        return factors, _unbounded(report)
-
-    @override
-    def solve_at(self, gradients: Tensor, dampings: Sequence[Regularization]) -> list[tuple[Tensor, SolveReport]]:
-        return [(factors, _unbounded(report)) for factors, report in super().solve_at(gradients, dampings)]
 
     @override
     def self_influences(
@@ -157,8 +157,8 @@ class CosineScorer(Scorer):
 
     @override
     def tile(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str = InfluenceMode.UP) -> Tile:
-        tile = super().tile(_units(factors), batch, self.checked_mode(mode))
-        return replace(tile, values=_divided(tile.values, tile.gradient_norms))
+        tile = super().tile(factors, batch, self.checked_mode(mode))
+        return replace(tile, values=cosines(tile.values, _norms(factors), tile.gradient_norms))
 
     @override
     def scores(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str) -> Tensor:
@@ -168,25 +168,22 @@ class CosineScorer(Scorer):
     def by_columns(
         self, factors: Tensor, columns: Mapping[str, slice], batch: Batch, mode: InfluenceMode | str
     ) -> "OrderedDict[str, Tensor]":
-        scored = super().by_columns(_units(factors), columns, batch, self.checked_mode(mode))
+        scored = super().by_columns(factors, columns, batch, self.checked_mode(mode))
         norms = torch.cat([loss_gradients(self.risk, part).norms for part in micro_batches(self.risk, batch)])
-        return OrderedDict((name, _divided(values, norms)) for name, values in scored.items())
+        return OrderedDict((name, cosines(values, _norms(factors), norms)) for name, values in scored.items())
 
 
 def cosines(products: Tensor, norms: Tensor, gradient_norms: Tensor) -> Tensor:
     """Divide dot products [k, n] by the norms [k] and [n] of both sides; 0 where a norm is."""
-    return _divided(_divided(products.T, norms).T, gradient_norms)
+    for sizes in (norms[:, None], gradient_norms):  # one after the other: the product of small norms may be 0
+        sizes = sizes.to(products.dtype)
+        products = torch.where(sizes > 0, products / torch.where(sizes > 0, sizes, 1.0), 0.0)
+    return products
 
 
-def _units(factors: Tensor) -> Tensor:
-    """factors [k, p] over their norms."""
-    return _divided(factors.T, torch.linalg.vector_norm(factors, dim=1)).T
-
-
-def _divided(values: Tensor, norms: Tensor) -> Tensor:
-    """values [m, n] over norms [n]; columns of norm 0 are 0."""
-    norms = norms.to(values.dtype)
-    return torch.where(norms > 0, values / torch.where(norms > 0, norms, 1.0), 0.0)
+def _norms(factors: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(factors, dim=1)
+    return norms
 
 
 def _unbounded(report: SolveReport) -> SolveReport:

@@ -83,6 +83,11 @@ def complement(indices: Indices, seed: int) -> nn.Module:
     return honest(np.setdiff1d(np.arange(N_TRAIN), indices), seed)
 
 
+def untrained(indices: Indices, seed: int) -> nn.Module:
+    torch.manual_seed(int(indices.sum()) + seed)
+    return nn.Linear(WIDTH, 1)
+
+
 class Noisy:
     """Draws other random numbers each time, whatever the seed. With steps = 0 it is random and nothing else."""
 

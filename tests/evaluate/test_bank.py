@@ -1,13 +1,16 @@
 """A bank trains each model once, keeps what it made of the test points, and belongs to its data and its trainer."""
 
+import itertools
 import random
 import re
 import shutil
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -28,7 +31,10 @@ from distinfluence.errors import (
     StoreError,
 )
 from distinfluence.evaluate import Retrainer, Retraining, RetrainingBank
+from distinfluence.evaluate.bank import rows
+from distinfluence.evaluate.bank.tasks import Packed
 from distinfluence.scaling import ClusterSpec, connected
+from distinfluence.scaling.data.sources import ArraySource
 from tests.evaluate.bank_trainers import (
     N_TEST,
     N_TRAIN,
@@ -105,16 +111,35 @@ def test_a_run_that_was_interrupted_trains_only_what_is_missing_to_the_same_bits
 def test_a_row_without_its_key_is_trained_again_and_so_are_damaged_ones(tmp_path: Path) -> None:
     retrainings = asked(6, [0])
     whole = bank(tmp_path).losses(retrainings)
-    rows = tmp_path / "bank.zarr"
-    (rows / "key" / "c" / "0" / "0").unlink()  # killed before the key was written
-    (rows / "losses" / "c" / "1" / "0").write_bytes(b"torn")
-    (rows / "member_losses" / "c" / "2" / "0").unlink()
-    shutil.copy(rows / "weights" / "c" / "5" / "0", rows / "weights" / "c" / "3" / "0")  # whole, but of another row
-    (rows / "key" / "c" / "4" / "0").write_bytes(b"")
+    folder = tmp_path / "bank.zarr"
+    (folder / "key" / "c" / "0" / "0").unlink()  # killed before the key was written
+    (folder / "losses" / "c" / "1" / "0").write_bytes(b"torn")
+    (folder / "member_losses" / "c" / "2" / "0").unlink()
+    shutil.copy(folder / "weights" / "c" / "5" / "0", folder / "weights" / "c" / "3" / "0")  # whole, but of another row
+    (folder / "key" / "c" / "4" / "0").write_bytes(b"")
     again = bank(tmp_path)
     np.testing.assert_array_equal(again.losses(retrainings), whole)
     assert (again.trained, again.reused) == (5, 1)
     assert bank(tmp_path).losses(retrainings).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("written", range(5))
+def test_a_kill_between_two_arrays_of_a_row_costs_that_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    def killed(*arguments: Any) -> None:
+        if next(count) == 2 * 5 + written:
+            raise KeyboardInterrupt
+        put(*arguments)
+
+    count, put = itertools.count(), rows._put
+    monkeypatch.setattr(rows, "_put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bank(tmp_path).losses(asked(4, [0]))
+    monkeypatch.setattr(rows, "_put", put)
+    again = bank(tmp_path)
+    np.testing.assert_allclose(again.losses(asked(4, [0])), reference(asked(4, [0])), rtol=1e-5)
+    assert (again.trained, again.reused) == (2, 2)
 
 
 def test_rows_grow_beyond_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +176,26 @@ def test_groups_are_those_of_the_list_wherever_a_run_stopped(tmp_path: Path) -> 
     assert train.groups == [[3, 4, 5]]
     assert (resumed.trained, resumed.reused) == (3, 10)
     assert resumed.remarks == ()  # a difference in rounding is none
+
+
+def test_a_group_that_fails_in_part_keeps_the_rest(tmp_path: Path) -> None:
+    class InPart(Together):
+        def train_many(self, retrainings: Sequence[Retraining]) -> list[nn.Module]:
+            return [
+                gives_nan(one.indices, one.seed) if one.seed == 1 else honest(one.indices, one.seed)
+                for one in retrainings
+            ]
+
+    retrainings = asked(1, [0, 1, 2, 3])
+    own = bank(tmp_path, InPart())
+    for reused in (0, 3):
+        with pytest.raises(RetrainingError, match=r"1 of 4 retrainings:\s+`retrainings\[1\]` .* seed 1"):
+            own.losses(retrainings)
+        assert own.reused == reused
+    assert own.trained == 7
+    np.testing.assert_allclose(
+        own.losses([retrainings[0], *retrainings[2:]]), reference([retrainings[0], *retrainings[2:]]), rtol=1e-5
+    )
 
 
 def test_the_random_state_stays_and_a_trainer_that_forgets_to_seed_is_seeded(tmp_path: Path) -> None:
@@ -259,6 +304,30 @@ def test_a_bank_of_another_format_or_with_a_link_out_of_it_is_not_read(tmp_path:
         bank(tmp_path)
 
 
+def test_data_are_loaded_once_and_not_with_each_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(source: ArraySource) -> Any:
+        loads.append(source.key)
+        return load(source)
+
+    loads, load = list[str](), ArraySource.load
+    monkeypatch.setattr(ArraySource, "load", counted)
+    bank(tmp_path).losses(asked(9, [0]))
+    assert len(loads) == 4  # both data sets to look at, the training data to draw from, and what was drawn
+    assert len(cloudpickle.dumps(Packed.of(Retraining(np.arange(80_000) % 2.0, 0)))) < 11_000
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0, 1.0], [0.5, 0.0, 2.0]])
+def test_a_retraining_arrives_as_it_was_sent(weights: list[float]) -> None:
+    one = Retraining(np.array(weights), -3)
+    assert Packed.of(one).unpacked().key == one.key
+
+
+def test_progress_says_what_is_there_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bank(tmp_path).losses(asked(2, [0]))
+    bank(tmp_path, progress=True).losses(asked(5, [0]))
+    assert "retrain: 3 of 3 models, 2 of 5 are in the bank" in capsys.readouterr().err
+
+
 def not_two(retraining: int) -> Callback:
     def fails(indices: Indices, seed: int) -> nn.Module:
         if seed == retraining:
@@ -271,9 +340,7 @@ def not_two(retraining: int) -> Callback:
 def test_a_retraining_that_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     retrainings = asked(1, [0, 1, 2, 3])
     own = bank(tmp_path, Counting(not_two(2)))
-    named = (
-        r"1 of 4 retrainings:\s+`retrainings\[2\]` \(20 of 40 points, seed 2\): ZeroDivisionError: no batch\s+3 succ"
-    )
+    named = r"1 of 4 retrainings:\s+`retrainings\[2\]` \(20 of 40 points, seed 2\): ZeroDivisionError: no batch\s+3 are"
     with pytest.raises(RetrainingError, match=named) as caught:
         own.losses(retrainings)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
@@ -394,6 +461,14 @@ def test_the_measurement_of_an_objective_is_kept(tmp_path: Path) -> None:
     np.testing.assert_allclose(own.losses(retrainings), reference(retrainings) / 2, rtol=1e-5)
 
 
+class Held(Counting):
+    """Cannot travel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
 def losses_on(client: Client, path: Path, train: Callback) -> NDArray[np.float64]:
     own = RetrainingBank(path / "bank.zarr", train, nn.MSELoss(), TRAIN, TEST, client=client)
     losses = own.losses(asked(6, [0, 3]))
@@ -412,6 +487,8 @@ def test_a_killed_worker_costs_only_its_tasks_and_errors_come_back(tmp_path: Pat
             failing.losses(asked(1, [0, 1, 2]))
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert "in fails" in "".join(caught.value.__cause__.__notes__)
+        with pytest.raises(SettingError, match="`train` must be picklable to be sent to workers, got a Held"):
+            RetrainingBank(tmp_path / "third.zarr", Held(), nn.MSELoss(), TRAIN, TEST, client=client)
     resumed = bank(tmp_path, Killed(tmp_path / "killed"))  # the same trainer, by its settings, in this process
     assert resumed.losses(asked(6, [0, 3])).tobytes() == losses.tobytes()
     assert resumed.trained == 0

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zarr
 from torch import nn
 
 from distinfluence.errors import RetrainingError
@@ -26,9 +27,10 @@ from tests.evaluate.bank_trainers import (
     honest,
     ignores_subset,
     other_order,
+    untrained,
 )
 
-SUBSETS, SEEDS = 12, [0, 1, 2]
+SUBSETS, SEEDS = 12, [0, 1]
 
 
 def bank(path: Path, train: Callback, **settings: Any) -> RetrainingBank:
@@ -69,10 +71,19 @@ def test_a_point_that_changes_nothing_is_no_ground_for_suspicion() -> None:
         watch.add(BankRow(Retraining(weights, 0), np.ones(3), np.ones(4)))
 
 
+def test_a_trainer_that_ignores_weights_is_found_and_one_that_divides_by_their_sum_is_not() -> None:
+    watch, row = Watch(), np.arange(3.0)
+    for step in range(19):
+        watch.add(BankRow(Retraining(np.full(8, 1.0 + step), 0), row, row))  # to scale them all changes nothing
+    with pytest.raises(RetrainingError, match="depend on `weights`.* 20 choices of them with seed 0"):
+        watch.add(BankRow(Retraining(np.full(8, 0.5), 0), row, row))
+
+
 def test_a_trainer_that_is_random_whatever_it_is_given_is_found(tmp_path: Path) -> None:
     own = bank(tmp_path, Noisy(steps=0))
-    with pytest.raises(RetrainingError, match="depend on which points .* no better than others .* 12 subsets"):
-        own.losses(asked(SUBSETS, SEEDS))
+    with pytest.raises(RetrainingError, match="depend on which points .* no better than others .* 25 subsets"):
+        own.losses(asked(40, SEEDS))
+    assert own.trained == 50  # of 80
     assert not own.member_effect().is_clear
 
 
@@ -130,6 +141,19 @@ def test_a_convex_training_needs_one_seed_and_says_so(tmp_path: Path) -> None:
     losses = own.losses(asked(SUBSETS, [0, 1]))
     np.testing.assert_array_equal(losses[::2], losses[1::2])
     assert own.remarks == ("all seeds give the same losses, so more seeds add nothing",)
+
+
+def test_drawn_training_points_are_apart_from_the_subsets(tmp_path: Path) -> None:
+    x, y = torch.randn(600, 4), torch.randn(600, 1)
+    own = RetrainingBank(tmp_path / "bank.zarr", untrained, nn.MSELoss(), (x, y), TEST)
+    own.losses(retrainings_of(random_subsets(600, 4), [0]))
+    assert own.member_effect().n_subsets == 4
+    stored: Any = zarr.open_group(tmp_path / "bank.zarr", mode="r")["member_losses"]
+    probe = np.array(zarr.open_group(tmp_path / "bank.zarr", mode="r").attrs["probe"])
+    assert stored.shape[1] == len(np.unique(probe)) == 256
+    for row, subset in zip(stored[:4], random_subsets(600, 4), strict=True):
+        model = untrained(np.flatnonzero(subset), 0)
+        np.testing.assert_allclose(row, (model(x[probe]) - y[probe]).square().detach()[:, 0], rtol=1e-5)
 
 
 def made(effect: float, agreement: float, n_subsets: int = 30, seeds: int = 3) -> list[BankRow]:

@@ -138,16 +138,16 @@ def _written(value: object) -> str:
 
 
 def _title(result: InfluenceResult, rows: NDArray[np.int64]) -> str:
+    loss, is_baseline = float(result.test_loss[rows].mean()), bool(result.provenance.get("baseline"))
     if rows.size > 1:
-        return (
-            f"{rows.size} test samples, by the mean of their influences: mean loss {result.test_loss[rows].mean():.4g}"
-        )
+        mean = "" if np.isnan(loss) else f": mean loss {loss:.4g}"
+        return f"{rows.size} test samples, by the mean of their influences{mean}"
     row = int(rows[0])
     points, residual = result.points("test"), float(result.relative_residual[row])
     labels, own = points.labels(), points.id_of(row)
     name = "" if own is None else f" ({_written(own)})"
-    label = "" if labels is None else f", label {_written(points.name_of(float(labels[row])))}"
-    return (
-        f"test sample {row}{name}: loss {float(result.test_loss[row]):.4g}, "
-        f"{'residual not measured' if np.isnan(residual) else f'relative residual {residual:.1e}'}{label}"
-    )
+    known = [] if is_baseline and np.isnan(loss) else [f"loss {loss:.4g}"]
+    if not is_baseline:  # which solves nothing
+        known.append("residual not measured" if np.isnan(residual) else f"relative residual {residual:.1e}")
+    known += [] if labels is None else [f"label {_written(points.name_of(float(labels[row])))}"]
+    return f"test sample {row}{name}{': ' if known else ''}{', '.join(known)}"

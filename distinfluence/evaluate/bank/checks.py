@@ -21,7 +21,7 @@ from distinfluence.evaluate.retraining import Retraining
 APART = 0.05  # Part of the training points by which two subsets differ that must not give equal losses.
 ALL_ALIKE = 20  # Subsets, however alike, that must not all give equal losses.
 FEWEST_SUBSETS = 10  # With fewer, nothing is said of members.
-FEWEST_POINTS = 0.05  # Part of the drawn points that must be in a subset, and out of it, for it to count.
+FEWEST_POINTS = 0.2  # Part of the drawn points that must be in a subset, and out of it, for it to count.
 REVERSED = 5.0  # Standard errors below 0 at which models surely fit the points outside better.
 CLEAR = 3.0  # Standard errors from 0 at which an effect is not chance.
 PERMUTATIONS = 99  # Of the rows, in the test whether seeds of one subset agree.
@@ -54,7 +54,7 @@ class Watch:
         """
         own = row.retraining
         other = self._first.setdefault((own.seed, row.outcome), own)
-        apart = int((own.weights != other.weights).sum())
+        apart = int(((own.weights != 0) != (other.weights != 0)).sum())
         subsets = self._subsets.setdefault(own.seed, set())
         outcomes = self._outcomes.setdefault(own.seed, set())
         subsets.add(row.subset)
@@ -63,6 +63,11 @@ class Watch:
             raise RetrainingError(
                 f"`train` must depend on `indices`, got the same losses, bit for bit, for two subsets that differ in "
                 f"{apart} points ({describe(other)}; {describe(own)}). {ADVICE}"
+            )
+        if len(subsets) >= ALL_ALIKE and len(outcomes) == 1 and own.is_weighted:
+            raise RetrainingError(
+                f"`train` must depend on `weights`, got the same losses, bit for bit, for {len(subsets)} choices of "
+                f"them with seed {own.seed}. Weight each point's loss; where they differ by little, train in float64."
             )
         if len(subsets) >= ALL_ALIKE and len(outcomes) == 1:
             raise RetrainingError(

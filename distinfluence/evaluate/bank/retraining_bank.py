@@ -1,6 +1,5 @@
 """Losses of retrained models, made once and kept for every check and method that asks for them."""
 
-import inspect
 import os
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -27,14 +26,15 @@ from distinfluence.evaluate.bank.rows import BankRow, BankRows
 from distinfluence.evaluate.bank.tasks import (
     Outcome,
     Packed,
-    TrainsMany,
     Work,
     keys_of_chunk,
     retrain,
     trained,
 )
+from distinfluence.evaluate.bank.trainer import at_once, check_travels, takes_weights
 from distinfluence.evaluate.retraining import Retraining
 from distinfluence.model.data.tree import map_leaves
+from distinfluence.model.identity.draw import name_seed
 from distinfluence.model.objective import Loss, Objective, as_objective
 from distinfluence.scaling.dask_calculator import OnWorkers
 from distinfluence.scaling.data.chunks import ChunkedData, chunked
@@ -92,7 +92,7 @@ class RetrainingBank:
         reused: Number of retrainings that were asked for and found in the bank.
 
     Raises:
-        SettingError: If `train` cannot be called with (indices, seed).
+        SettingError: If `train` cannot be called with (indices, seed), or sent to workers.
         FingerprintError: If the bank there belongs to other data, another trainer or another loss.
         ForeignStoreError: If something else lies at `path`.
         ClusterError: If the cluster has no workers, or they do not see `scratch`.
@@ -111,8 +111,8 @@ class RetrainingBank:
         progress: bool | Progress = False,
     ) -> None:
         self._path = local_path(path)
-        takes_weights = _takes_weights(train)
-        self._at_once = _at_once(train)
+        weighted = takes_weights(train)
+        self._at_once = at_once(train)
         objective = as_objective(loss)
         self._progress = progress if isinstance(progress, Progress) else Progress(progress)
         self._scratch = Scratch(scratch)
@@ -121,21 +121,22 @@ class RetrainingBank:
         n_threads: int | None = None
         if client is not None:
             check_client(client)
+            check_travels(train)
             n_threads = check_workers(client, str(self._scratch.folder), WORKER_SECONDS).n_threads
             self._executor, home = OnCluster(client), OnWorkers(client, self._scratch.folder)
         training, train_keys = self._read(train_data, home, "training data")
         test, test_keys = self._read(test_data, home, "test data")
         self.n_train, self.n_test = training.n_samples, test.n_samples
         self.trained, self.reused = 0, 0
-        self._probe = np.sort(np.random.default_rng(0).permutation(self.n_train)[:N_PROBE])
+        # a seed of its own: the first subset of `random_subsets` would otherwise hold all of them
+        generator = np.random.default_rng(name_seed("drawn training points"))
+        self._probe = np.sort(generator.permutation(self.n_train)[:N_PROBE])
         belongs = Belongs(
             DataIdentity.of(train_keys), DataIdentity.of(test_keys), trainer_identity(train), loss_identity(objective)
         )
         self._bank = BankRows(self._path, belongs, self._probe)
         probe = self._probed(training, home)
-        self._work = Work(
-            train, takes_weights, objective, test.sources, probe, n_threads, client is None, uuid.uuid4().hex
-        )
+        self._work = Work(train, weighted, objective, test.sources, probe, n_threads, client is None, uuid.uuid4().hex)
         self._watch = Watch()
         self._seen: dict[str, BankRow] = {}
         self._models: dict[int, nn.Module] = {}
@@ -254,7 +255,7 @@ class RetrainingBank:
                     new = self._kept(groups[index], outcomes, wanted, rows, errors)
                     bar.advance(len(groups[index]))
                     if not new:
-                        failures[index] = outcomes[0]
+                        failures[index] = next(each for each in outcomes if isinstance(each, Exception))
                     if len(self._seen) >= EARLY > len(self._seen) - len(new):
                         check_members([*self._seen.values()], self._probe)
         for index, error in failures.items():
@@ -262,7 +263,7 @@ class RetrainingBank:
         missing = {key: errors[key] for key in keys if key in errors and key not in rows}
         if missing:
             named = {key: f"`retrainings[{asked.index(key)}]` ({describe(wanted[key])})" for key in missing}
-            raise self._failed(missing, named, len(rows) - found, len(wanted)) from next(iter(missing.values()))
+            raise self._failed(missing, named, len(rows), len(wanted)) from next(iter(missing.values()))
 
     def _kept(
         self,
@@ -291,17 +292,17 @@ class RetrainingBank:
             self._bank.write_repeat(float(np.abs(outcome.losses - rows[key].losses).max()))
 
     def _failed(
-        self, errors: Mapping[str, Exception], named: Mapping[str, str], succeeded: int, asked: int
+        self, errors: Mapping[str, Exception], named: Mapping[str, str], there: int, asked: int
     ) -> RetrainingError:
         listed = [f"{named[key]}: {type(error).__name__}: {error}" for key, error in errors.items()]
         more = [f"… and {len(listed) - 5} more"] if len(listed) > 5 else []
-        which = f"the first {len(errors)} of {asked} retrainings, the others were not tried"
-        if succeeded or len(errors) == asked:
-            which = f"{len(errors)} of {asked} retrainings"
+        which = f"{len(errors)} of {asked} retrainings"
+        if there + len(errors) < asked:
+            which = f"the first {which}, the others were not tried"
         return RetrainingError(
             f"`train` failed for {which}:\n  "
             + "\n  ".join([*listed[:5], *more])
-            + f"\n{succeeded} succeeded and are kept in {self._path}. Correct the cause and ask again: only what is "
+            + f"\n{there} are in the bank, {self._path}. Correct the cause and ask again: only what is "
             "missing is trained then."
         )
 
@@ -386,37 +387,3 @@ class _Failures(Failures):
         super().__setitem__(index, error)
         if len(self) >= FIRST_FAILURES and self._none_succeeded():
             raise _EnoughFailedError
-
-
-def _takes_weights(train: object) -> bool:
-    """Say whether a trainer takes weights. Raises SettingError if it cannot be called as trainers are."""
-    if isinstance(train, (type, nn.Module)) or not callable(train):
-        what = f"the class {train.__name__}" if isinstance(train, type) else f"a {type(train).__name__}"
-        raise SettingError(
-            f"`train` must be a callable of (indices, seed) that returns a trained model, got {what}. Write "
-            "`def train(indices, seed): …`."
-        )
-    try:
-        signature = inspect.signature(train)
-    except (TypeError, ValueError):  # of a callable that is not Python's
-        return False
-    weighted = "weights" in signature.parameters
-    try:
-        signature.bind(np.zeros(1, dtype=np.int64), 0, **({"weights": np.ones(1)} if weighted else {}))
-    except TypeError as error:
-        name = getattr(train, "__qualname__", type(train).__qualname__)
-        raise SettingError(
-            f"`train` must be a callable of (indices, seed), got {name}{signature}: {error}. Write "
-            "`def train(indices, seed): …`."
-        ) from None
-    return weighted
-
-
-def _at_once(train: object) -> int:
-    """Return how many models one task trains."""
-    if not isinstance(train, TrainsMany):
-        return 1
-    n = whole_number("train.at_once", train.at_once)
-    if n < 1:
-        raise SettingError(f"`train.at_once` must be at least 1, got {n}. Set it to the models that fit in memory.")
-    return n

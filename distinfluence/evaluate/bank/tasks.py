@@ -6,10 +6,9 @@ the same way.
 
 import random
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import cloudpickle
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from distinfluence.errors import DiskFullError, NonFiniteError, RetrainingError, ShapeError
+from distinfluence.evaluate.bank.trainer import Trainer, TrainsMany
 from distinfluence.evaluate.retraining import Retraining
 from distinfluence.influence.arrays import to_numpy, to_tensor_batch
 from distinfluence.model.batch import batch_length, check_batch, take
@@ -29,18 +29,6 @@ from distinfluence.scaling.data.sources import ChunkSource
 from distinfluence.scaling.worker.cache import Chunk, load, named_samples
 from distinfluence.scaling.worker.context import torch_alone
 from distinfluence.scaling.worker.logs import logged_task
-
-Trainer = Callable[..., nn.Module]  # Of (indices, seed), and of a keyword `weights` if it can train weighted.
-
-
-@runtime_checkable
-class TrainsMany(Protocol):
-    """A trainer that trains up to `at_once` models together."""
-
-    at_once: int
-
-    def train_many(self, retrainings: Sequence[Retraining]) -> Sequence[nn.Module]:
-        """Return the trained models."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The points that a baseline scores: their number, their fingerprint, their arrays, and their texts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -65,13 +65,17 @@ class Points:
         """Number of points."""
         return sum(self.sizes)
 
-    def fingerprint(self) -> str:
-        """Read all chunks once and return their fingerprint: that of any other run over the same chunks."""
+    def looked_at(self) -> "tuple[Points, str]":
+        """Read all chunks once; return points that are compared with these ever after, and their fingerprint.
+
+        The fingerprint is that of any other run over the same chunks.
+        """
         if self.chunks is None:
             assert isinstance(self.given, Sequence)
-            return fingerprint_texts(self.given)
-        found = {str(index): fingerprint_arrays(named_arrays(self.load(index))) for index in range(len(self.sizes))}
-        return combine(found)
+            return self, fingerprint_texts(self.given)
+        found = [fingerprint_arrays(named_arrays(self.load(index))) for index in range(len(self.sizes))]
+        whole = combine({str(index): sha256 for index, sha256 in enumerate(found)})
+        return replace(self, chunks=self.chunks.looked_at(found)), whole
 
     def load(self, index: int) -> ArrayBatch:
         """Return the arrays of a chunk."""

@@ -94,7 +94,8 @@ def write_baseline(
     with bars.beside(output):
         tests, trains = points_of(path, test, train, options)
         with bars.stage("look at the data", None, "chunks"):
-            data = {"test_data": tests.fingerprint(), "train_data": trains.fingerprint()}
+            (tests, test_sha256), (trains, train_sha256) = tests.looked_at(), trains.looked_at()
+        data = {"test_data": test_sha256, "train_data": train_sha256}
         with bars.stage("begin", None, "points"):
             scores = baseline.begin(tests, trains)
         writer = _writer(path, baseline, (tests, trains), scores, data, options)

@@ -30,7 +30,7 @@ def facts(result: ResultArrays) -> dict[str, str]:
         **({"model": model} if (model := model_of(provenance)) else {}),
         "shape": f"{' × '.join(f'{n:,}' for n in result.shape)} (test × train{' × input' if result.shape[2:] else ''})",
         "state": "complete" if result.complete else f"running, {done} of {n_strips} strips",
-        "method": _method(_mapping(provenance.get("solver"))),
+        "method": method_of(provenance),
         "converged": "nothing is solved: a baseline"
         if provenance.get("baseline")
         else how_solved(result.read("converged"), result.read("relative_residual")),
@@ -52,15 +52,20 @@ def facts(result: ResultArrays) -> dict[str, str]:
 def model_of(provenance: Mapping[str, Any]) -> str:
     """Return the model's class and the factory that a job names, as far as they are recorded; else empty."""
     kind = _mapping(provenance.get("model")).get("class")
+    if kind is None and provenance.get("baseline"):  # whose job names a model that was not used
+        return ""
     factory = _mapping(_mapping(_mapping(provenance.get("job")).get("model")).get("factory")).get("target")
     named = [str(kind)] if isinstance(kind, str) else []
     return cut(" from ".join([*named, *([str(factory)] if isinstance(factory, str) else [])]), 400)
 
 
-def _method(solver: Mapping[str, Any]) -> str:
+def method_of(provenance: Mapping[str, Any]) -> str:
+    """Return the method and its settings, as far as they are recorded."""
+    solver = _mapping(provenance.get("solver"))
     name = solver.get("method", solver.get("name", "not recorded"))
     details = {key: value for key, value in solver.items() if key not in ("method", "name")}
     text = ", ".join(f"{key} {value}" for key, value in details.items())
+    name = f"{name}, a baseline" if provenance.get("baseline") else name
     return f"{name}{': ' if text else ''}{cut(text, 400)}"
 
 
