@@ -52,7 +52,7 @@ class RemovalSection(Section):
         controls: Random sets of the same size.
     """
 
-    fractions: tuple[Fraction, ...] = (0.01, 0.05)
+    fractions: list[Fraction] = Field(default=[0.01, 0.05], min_length=1)
     queries: PositiveInt = 20
     seeds: PositiveInt = 2
     controls: PositiveInt = 5

@@ -23,6 +23,9 @@ from distinfluence.evaluate.planted import PlantedRecall, planted_recall
 from distinfluence.evaluate.removal import LossRises, QueryLossDifference
 from distinfluence.evaluate.retraining import Retrainer, Retraining, random_subsets, retrainings_of
 from distinfluence.evaluate.statistics import Estimate, PerQuery, remarks_on_baselines
+from distinfluence.evaluate.trainers.script import ScriptTrainer
+from distinfluence.evaluate.trainers.small_networks import SmallNetworks
+from distinfluence.evaluate.trainers.to_minimum import ToMinimum
 from distinfluence.evaluate.verify import Verification, verify, verify_entries
 from distinfluence.evaluate.weight_steps import WeightSteps
 

@@ -130,8 +130,9 @@ def evaluate(
         recalls = {name: planted_recall(own, planted) for name, own in scores.items()}
         remarks = remarks_on_baselines({name: one.recall for name, one in recalls.items()}, baselines)
         figures += [figure for name, one in recalls.items() for figure in one.figures(name, remarks[name])]
-    if len(scores) > 1:
-        figures += [figure for one in rank_agreement(scores) for figure in one.figures()]
+    methods = {name: own for name, own in scores.items() if name not in baselines}
+    if len(methods) > 1:
+        figures += [figure for one in rank_agreement(methods) for figure in one.figures()]
     return Evaluation(tuple(figures))
 
 
