@@ -92,6 +92,7 @@ LAYERS = {
         files=(r"evaluate(\..*)?",),
         sees=(*_CORE, "store", "scaling"),
         top=frozenset({"numpy", "torch"}),
+        lazily=frozenset({"safetensors"}),
     ),
     "testing": Layer(
         about="contracts of solvers and operators, for tests",
