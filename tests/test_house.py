@@ -21,7 +21,7 @@ PEERS = ("distinfluence/solvers", "distinfluence/influence")  # folders whose fi
 MOST_FILES, MOST_PEERS = 16, 24
 MOST_LINES = 450
 MOST_PARAMETERS = 8
-MOST_LEVELS = 10
+MOST_LEVELS = 11
 
 Graph = Mapping[str, set[str]]
 
