@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from distinfluence import DirectInfluence
 from distinfluence.errors import (
     RecipeError,
     RetrainingError,
@@ -132,7 +133,8 @@ def test_networks_trained_at_once_are_those_of_a_loop(factory: Callable[[], nn.M
     # 13 and 16 points make 2 batches, 33 make 5 with one that is almost empty, 5 make less than one
     runs = [retraining(16, 1), retraining(33, 2), retraining(13, 1, True), retraining(16, 3, True), retraining(5, 4)]
     before = torch.get_rng_state()
-    models = networks(factory, schedule).train_many(runs)
+    with torch.no_grad():
+        models = networks(factory, schedule).train_many(runs)
     assert torch.equal(torch.get_rng_state(), before)
     for model, run in zip(models, runs, strict=True):
         assert not model.training
@@ -297,6 +299,25 @@ def test_retrainings_begin_at_the_minimum_of_all_the_data(monkeypatch: pytest.Mo
 
 def linear() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(20, N_CLASSES))
+
+
+def test_small_steps_of_weights_do_what_influences_say() -> None:
+    x, y = data()
+    trainer = ToMinimum(linear, (x, y), nn.CrossEntropyLoss(), l2=L2)
+    test, step = (x[:3] + 0.1, y[:3]), 1e-4
+    exact = DirectInfluence(trainer(np.arange(N), 0), nn.CrossEntropyLoss(), L2).fit((x, y))
+    influences = exact.influences(*test, x, y).detach().numpy()
+
+    def losses(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        with torch.no_grad():
+            model = trainer(np.arange(N), 0, weights=weights)
+            found: NDArray[np.float64] = nn.functional.cross_entropy(model(test[0]), test[1], reduction="none").numpy()
+        return found
+
+    for j in range(4):
+        one = step * (np.arange(N) == j)
+        measured = (losses(1 - one) - losses(1 + one)) / (2 * step) * N
+        np.testing.assert_allclose(measured, influences[:, j], atol=1e-6 * np.abs(influences).max())
 
 
 def test_a_loss_without_a_minimum_is_named() -> None:

@@ -172,6 +172,7 @@ class ToMinimum:
             self._starts = {seed: self._minimum(module, ones, _Minimum(flat, None, 0.0))}
         return self._starts[seed]
 
+    @torch.enable_grad()
     def _minimum(self, module: nn.Module, weights: Tensor, start: _Minimum) -> _Minimum:
         loss = _Loss(module, self.objective, self._data.placed(torch.float64), weights, self.l2)
         flat, factor = start.flat, start.factor
