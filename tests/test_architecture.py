@@ -91,8 +91,13 @@ LAYERS = {
         about="what the scores are worth",
         files=(r"evaluate(\..*)?",),
         sees=(*_CORE, "store", "scaling"),
+<<<<<<< HEAD
         top=frozenset({"cloudpickle", "distributed", "numpy", "torch", "zarr"}),
         lazily=frozenset({"bm25s"}),
+=======
+        top=frozenset({"numpy", "torch"}),
+        lazily=frozenset({"safetensors"}),
+>>>>>>> trainers
     ),
     "testing": Layer(
         about="contracts of solvers and operators, for tests",
