@@ -164,8 +164,8 @@ def check_members(rows: Sequence[BankRow], probe: NDArray[np.int64]) -> str:
 def agree(rows: Sequence[BankRow]) -> bool | None:
     """Say whether models of one subset are more alike than models of different subsets, beyond chance.
 
-    The part of the variance between subsets is compared with its values for rows that are permuted; what a seed does
-    to all subsets alike is taken out before.
+    The variance between subsets is compared with its values for rows of the same seed that are exchanged; what a seed
+    does to all subsets alike is taken out before.
 
     Args:
         rows: Retrained models.
@@ -180,9 +180,11 @@ def agree(rows: Sequence[BankRow]) -> bool | None:
     columns = np.linspace(0, len(rows[0].losses) - 1, min(QUERIES, len(rows[0].losses))).astype(int)
     losses = np.stack([rows[i].losses[columns] for i in order])
     seeds = np.array([rows[i].retraining.seed for i in order])
-    for seed in np.unique(seeds):
-        if (seeds == seed).sum() > 1:
-            losses[seeds == seed] -= losses[seeds == seed].mean(axis=0)
+    # rows that chance may exchange: those of one seed, and those whose seed no other row has
+    repeated = [np.flatnonzero(seeds == seed) for seed in np.unique(seeds) if (seeds == seed).sum() > 1]
+    alone = np.setdiff1d(np.arange(len(seeds)), np.concatenate([*repeated, np.zeros(0, dtype=np.int64)]))
+    for own in repeated:
+        losses[own] -= losses[own].mean(axis=0)
     losses = _standardised(losses)
     sizes = np.array([len(group) for group in groups])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -190,9 +192,14 @@ def agree(rows: Sequence[BankRow]) -> bool | None:
     def between(values: NDArray[np.float64]) -> float:
         return float((np.add.reduceat(values, starts, axis=0) ** 2 / sizes[:, None]).sum())
 
+    def exchanged() -> NDArray[np.float64]:
+        order = np.arange(len(losses))
+        for own in (*repeated, alone):
+            order[own] = generator.permutation(own)
+        return losses[order]
+
     generator = np.random.default_rng(0)
-    chance = max(between(losses[generator.permutation(len(losses))]) for _ in range(PERMUTATIONS))
-    return between(losses) > chance
+    return between(losses) > max(between(exchanged()) for _ in range(PERMUTATIONS))
 
 
 def seeds_are_equal(rows: Sequence[BankRow]) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from distinfluence.errors import CorruptStoreError
 from distinfluence.model.identity.structure import identity
 from distinfluence.model.objective import Objective
+from distinfluence.scaling.data.recipe import Recipe
 from distinfluence.store.format.fingerprint import Json, canonical_json, fingerprint_array, to_json
 
 DEPTH = 4  # Levels of names that a difference is told by.
@@ -110,15 +111,22 @@ def differences(bank: Belongs, here: Belongs) -> list[str]:
 
 def trainer_identity(train: object) -> dict[str, str]:
     """Return what fixes a trainer: what its method `settings` returns if it has one, else its code and attributes."""
-    settings = getattr(train, "settings", None)
+    return digests(_known(train, DEPTH))
+
+
+def _known(value: object, depth: int) -> Json:
+    """Return the identity of a value; objects of this package, which `identity` knows by name alone, by attributes."""
+    settings = None if isinstance(value, type) else getattr(value, "settings", None)
     if callable(settings):
-        return digests({"class": identity(type(train)), "settings": to_json(settings(), "settings")})
-    found = identity(train)
-    if isinstance(found, str) and hasattr(train, "__dict__") and not hasattr(train, "__qualname__"):
-        # an instance of a library's class, which is known by its name alone; its settings are the user's
-        own = {name: identity(value) for name, value in vars(train).items() if not name.startswith("_")}
-        return digests({"class": found, **own})
-    return digests(found)
+        return {"class": identity(type(value)), "settings": to_json(settings(), "settings")}
+    if isinstance(value, Recipe):
+        return {"recipe": value.target, "arguments": identity(value.arguments), "code": identity(value.resolve())}
+    found = identity(value)
+    ours = type(value).__module__.partition(".")[0] == "distinfluence"
+    if isinstance(found, str) and ours and depth and hasattr(value, "__dict__"):
+        own = {name: _known(inner, depth - 1) for name, inner in vars(value).items() if not name.startswith("_")}
+        return {"class": found, **own}
+    return found
 
 
 def loss_identity(objective: Objective) -> dict[str, str]:
