@@ -87,8 +87,7 @@ def bits(result: InfluenceResult) -> bytes:
     return values.tobytes()
 
 
-@pytest.mark.parametrize("settings", [{}, {"k1": 0.9, "b": 0.4}, {"k1": 0, "b": 1}])
-@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize(("settings", "chunk"), [({}, None), ({"k1": 0.9, "b": 0.4}, 3), ({"k1": 0, "b": 1}, None)])
 def test_bm25_is_that_of_the_textbook(tmp_path: Path, settings: dict[str, float], chunk: int | None) -> None:
     result = write_baseline(tmp_path / "bm25", Bm25(**settings), TEST, TRAIN, chunk_size=chunk)
     expected = textbook(TEST, TRAIN, **settings)
@@ -243,7 +242,7 @@ def baseline_of(method: str) -> tuple[Baseline, Any, Any]:
     return (Bm25() if method == "bm25" else RandomScores()), TEST, TRAIN
 
 
-@pytest.mark.parametrize("method", ["bm25", "loss", "random"])
+@pytest.mark.parametrize("method", ["bm25", "loss"])
 def test_an_interrupted_baseline_is_resumed_to_the_same_bits_and_nothing_is_made_twice(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,9 +408,8 @@ def test_a_mistake_in_a_baselines_job_is_named(changes: dict[str, Any], message:
     assert message in " ".join(outcome.output.split())
 
 
-@pytest.mark.parametrize("name", ["gradient_dot", "gradient_cosine"])
-def test_a_job_of_gradient_products_is_run_and_verified(name: str, tmp_path: Path) -> None:
-    job = job_file(tmp_path, method={"name": name}, chunks={"train": 7, "test": 4, "panel": 6})
+def test_a_job_of_gradient_products_is_run_and_verified(tmp_path: Path) -> None:
+    job = job_file(tmp_path, method={"name": "gradient_cosine"}, chunks={"train": 7, "test": 4, "panel": 6})
     done = command("run", job, "--quiet", "--part", "0/1")
     assert done.exit_code == 0, done.output
     assert "without curvature, 43 of 43 parameters covered" in done.output

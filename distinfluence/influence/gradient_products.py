@@ -68,7 +68,7 @@ class GradientProducts(InfluenceFunctionModel, ABC):
 
     @override
     def solve(self, gradients: Tensor) -> tuple[Tensor, SolveReport]:
-        # bounds are of the error of solves, of which there is none; what rounding does to gradients they do not know
+        # Bounds cover the error of solves, and there is none; they do not cover the rounding of the gradients.
         factors, report = super().solve(gradients)
         return factors, _unbounded(report)
 
