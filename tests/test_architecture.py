@@ -91,13 +91,8 @@ LAYERS = {
         about="what the scores are worth",
         files=(r"evaluate(\..*)?",),
         sees=(*_CORE, "store", "scaling"),
-<<<<<<< HEAD
         top=frozenset({"cloudpickle", "distributed", "numpy", "torch", "zarr"}),
-        lazily=frozenset({"bm25s"}),
-=======
-        top=frozenset({"numpy", "torch"}),
-        lazily=frozenset({"safetensors"}),
->>>>>>> trainers
+        lazily=frozenset({"bm25s", "safetensors"}),
     ),
     "testing": Layer(
         about="contracts of solvers and operators, for tests",

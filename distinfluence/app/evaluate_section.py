@@ -79,7 +79,7 @@ class WeightStepsSection(Section):
     """
 
     points: PositiveInt = 10
-    step: float | None = Field(default=None, gt=0)
+    step: float = Field(default=1e-2, gt=0, lt=1)
 
 
 class EvaluateSection(Section):

@@ -39,7 +39,7 @@ from distinfluence.evaluate import (
     WeightSteps,
     evaluate,
 )
-from distinfluence.model.identity.structure import Json, identity
+from distinfluence.evaluate.bank.identity import trainer_identity
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.scaling import ExistingResult, Progress, Recipe, connected
 from distinfluence.store import InfluenceResult
@@ -256,10 +256,9 @@ class _Imported:
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Imported, (self.recipe,))
 
-    def settings(self) -> Json:
+    def settings(self) -> dict[str, str]:
         """Return what fixes the trainer: what it says of itself, or its code and attributes."""
-        own = getattr(self.__wrapped__, "settings", None)
-        return cast(Json, own()) if callable(own) else identity(self.__wrapped__)
+        return trainer_identity(self.__wrapped__)
 
 
 def _trainer(job: Job, section: TrainSection, loss: Loss | Objective) -> Trainer:
@@ -271,6 +270,7 @@ def _trainer(job: Job, section: TrainSection, loss: Loss | Objective) -> Trainer
             return SmallNetworks(factory, data, loss, **cast(Any, section.small_networks))
         if section.to_minimum is not None:
             return ToMinimum(factory, data, loss, **cast(Any, section.to_minimum))
-        return ScriptTrainer(factory=factory, **cast(Any, section.script))
+        beside = {"folder": str(job.path(Path()))}
+        return ScriptTrainer(factory=factory, **cast(Any, beside | (section.script or {})))
     except TypeError as error:
         raise ConfigError(f"{error}. Correct the settings.") from error

@@ -6,12 +6,14 @@ from distinfluence.evaluate.bank.retraining_bank import RetrainingBank
 from distinfluence.evaluate.baselines.bm25 import Bm25
 from distinfluence.evaluate.baselines.rules import Baseline, PlainLoss, RandomScores
 from distinfluence.evaluate.baselines.write import write_baseline
-from distinfluence.evaluate.effects import Effects
+from distinfluence.evaluate.checks.effects import Effects
+from distinfluence.evaluate.checks.leave_one_out import LeaveOneOut
+from distinfluence.evaluate.checks.linear_datamodeling import LinearDatamodeling
+from distinfluence.evaluate.checks.removal import LossRises, QueryLossDifference
+from distinfluence.evaluate.checks.weight_steps import WeightSteps
 from distinfluence.evaluate.evaluation import Check, Evaluation, evaluate
 from distinfluence.evaluate.figure import Figure
 from distinfluence.evaluate.lds import LinearDatamodelingScore, linear_datamodeling_score, seed_matched_score
-from distinfluence.evaluate.leave_one_out import LeaveOneOut
-from distinfluence.evaluate.linear_datamodeling import LinearDatamodeling
 from distinfluence.evaluate.mislabel import (
     MislabelDetection,
     MislabelRecall,
@@ -20,14 +22,12 @@ from distinfluence.evaluate.mislabel import (
     net_harm,
 )
 from distinfluence.evaluate.planted import PlantedRecall, planted_recall
-from distinfluence.evaluate.removal import LossRises, QueryLossDifference
 from distinfluence.evaluate.retraining import Retrainer, Retraining, random_subsets, retrainings_of
 from distinfluence.evaluate.statistics import Estimate, PerQuery, remarks_on_baselines
 from distinfluence.evaluate.trainers.script import ScriptTrainer
 from distinfluence.evaluate.trainers.small_networks import SmallNetworks
 from distinfluence.evaluate.trainers.to_minimum import ToMinimum
 from distinfluence.evaluate.verify import Verification, verify, verify_entries
-from distinfluence.evaluate.weight_steps import WeightSteps
 
 __all__ = [
     "Agreement",

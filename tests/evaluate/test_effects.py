@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from distinfluence.evaluate import Figure
-from distinfluence.evaluate.effects import Comparison, interval, split_half_spearman, spread_points
+from distinfluence.evaluate.checks.effects import Comparison, interval, split_half_spearman, spread_points
 
 GENERATOR = np.random.default_rng(0)
 PREDICTED = GENERATOR.normal(size=(7, 11)).round(1)  # some are equal

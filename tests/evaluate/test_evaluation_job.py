@@ -37,7 +37,7 @@ def content(folder: Path, train: Any = None, **evaluate: Any) -> dict[str, Any]:
         "output": "influences.zarr",
         "cluster": {"kind": "local", "workers": 2},
         "evaluate": {
-            "train": train or {"target": f"{HERE}:train", "arguments": log},
+            "train": train if train is not None else {"target": f"{HERE}:train", "arguments": log},
             "output": "evaluation",
             "methods": {"exact": EXACT},
             "subsets": SUBSETS,
@@ -171,7 +171,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a subset that fails": (
         {"train": {"target": f"{HERE}:train", "arguments": {"bad": 3}}},
         RetrainingError,
-        r"failed for \d+ of 24 retrainings:\n  number \d+ \(32 of 40 points, seed 1\): .*cannot train with point 3",
+        r"failed for \d+ of 24 retrainings:\n  `retrainings\[\d+\]` \(32 of 40 points, seed 1\): .*cannot train with",
     ),
     "other data": (
         {"data": {"train": {"target": f"{HERE}:train_data", "arguments": {"seed": 9}}, "test": f"{HERE}:test_data"}},
@@ -179,7 +179,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "the training data differ",
     ),
     "another trainer": ({"train": f"{HERE}:train"}, FingerprintError, "`train` differs"),
-    "too few subsets": ({"subsets": 5}, SettingError, "`n_subsets` must be at least 8"),
+    "too few subsets": (
+        {"subsets": 5},
+        SettingError,
+        "`n_subsets` must hold at least 8 subsets for an interval, got 5",
+    ),
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from distinfluence.errors import IncompleteResultError, NonFiniteError, ShapeError
 from distinfluence.evaluate import LeaveOneOut, QueryLossDifference, Retraining
-from distinfluence.evaluate.score_tiles import read_scores
+from distinfluence.evaluate.checks.score_tiles import read_scores
 from distinfluence.store import InfluenceResult, InfluenceWriter, Layout, open_influences
 from tests.store.conftest import ATTRIBUTES, matrix, write_all
 

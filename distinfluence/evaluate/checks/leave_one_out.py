@@ -15,10 +15,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from distinfluence.evaluate.effects import Comparison, Effects, seed_remark, split_half_spearman, spread_points
-from distinfluence.evaluate.figure import Figure
-from distinfluence.evaluate.retraining import Retrainer, Retraining
-from distinfluence.evaluate.score_tiles import (
+from distinfluence.evaluate.checks.effects import Comparison, Effects, seed_remark, split_half_spearman, spread_points
+from distinfluence.evaluate.checks.score_tiles import (
     Chosen,
     RetrainedLosses,
     check_chosen,
@@ -27,6 +25,8 @@ from distinfluence.evaluate.score_tiles import (
     distinct_retrainings,
     read_scores,
 )
+from distinfluence.evaluate.figure import Figure
+from distinfluence.evaluate.retraining import Retrainer, Retraining
 from distinfluence.evaluate.tiles import Scores
 
 

@@ -20,10 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.errors import SettingError
-from distinfluence.evaluate.effects import FEWEST, counts_of_draws, depends_on_seed, interval, split_half_spearman
-from distinfluence.evaluate.figure import Figure
-from distinfluence.evaluate.retraining import Retrainer, Retraining
-from distinfluence.evaluate.score_tiles import (
+from distinfluence.evaluate.checks.effects import (
+    FEWEST,
+    counts_of_draws,
+    depends_on_seed,
+    interval,
+    split_half_spearman,
+)
+from distinfluence.evaluate.checks.score_tiles import (
     Chosen,
     RetrainedLosses,
     check_chosen,
@@ -32,6 +36,8 @@ from distinfluence.evaluate.score_tiles import (
     distinct_retrainings,
     read_scores,
 )
+from distinfluence.evaluate.figure import Figure
+from distinfluence.evaluate.retraining import Retrainer, Retraining
 from distinfluence.evaluate.statistics import PerQuery, remarks_on_baselines
 from distinfluence.evaluate.tiles import Scores
 

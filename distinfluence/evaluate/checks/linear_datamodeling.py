@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from distinfluence.evaluate.checks.score_tiles import check_seeds
 from distinfluence.evaluate.figure import Figure
 from distinfluence.evaluate.lds import linear_datamodeling_score, seed_matched_score
 from distinfluence.evaluate.retraining import Retrainer, random_subsets, retrainings_of
-from distinfluence.evaluate.score_tiles import check_seeds
 from distinfluence.evaluate.statistics import check_subsets, remarks_on_baselines
 from distinfluence.evaluate.tiles import Scores
 

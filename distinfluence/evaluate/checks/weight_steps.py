@@ -35,11 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distinfluence.errors import SettingError
-from distinfluence.evaluate.effects import Comparison, Effects
-from distinfluence.evaluate.figure import Figure
-from distinfluence.evaluate.leave_one_out import chosen_points, figures_at_same_points, rank_and_slope, weighted
-from distinfluence.evaluate.retraining import Retrainer, Retraining
-from distinfluence.evaluate.score_tiles import (
+from distinfluence.evaluate.checks.effects import Comparison, Effects
+from distinfluence.evaluate.checks.leave_one_out import chosen_points, figures_at_same_points, rank_and_slope, weighted
+from distinfluence.evaluate.checks.score_tiles import (
     Chosen,
     RetrainedLosses,
     check_chosen,
@@ -48,6 +46,8 @@ from distinfluence.evaluate.score_tiles import (
     distinct_retrainings,
     read_scores,
 )
+from distinfluence.evaluate.figure import Figure
+from distinfluence.evaluate.retraining import Retrainer, Retraining
 from distinfluence.evaluate.tiles import Scores
 
 

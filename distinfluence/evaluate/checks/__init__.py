@@ -1,0 +1,1 @@
+"""Checks of scores against models that are trained again."""
