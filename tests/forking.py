@@ -22,15 +22,8 @@ def forking() -> Any:
 
 @contextmanager
 def forked_workers() -> Iterator[None]:
-    """Have Dask fork the workers of local clusters while the block lasts, which do little while they wait."""
+    """Have Dask fork the workers of local clusters while the block lasts."""
     forking()
     distributed.utils._forkserver_preload_set = True  # or Dask says what is imported
-    with dask.config.set(
-        {
-            "distributed.worker.multiprocessing-method": "forkserver",
-            # an idle cluster takes 8 % of a core otherwise, and each process of the tests has one
-            "distributed.worker.profile.enabled": False,
-            "distributed.admin.tick.interval": "500ms",
-        }
-    ):
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
         yield
