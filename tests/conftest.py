@@ -1,5 +1,6 @@
 """Set-up for all tests."""
 
+import gc
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
@@ -17,6 +19,14 @@ from tests.preloaded import Preloaded
 # A torchvision that another package brings may be built for another torch than the one installed here; transformers
 # imports it wherever it finds it. No test needs it.
 sys.modules.setdefault("torchvision", None)
+
+# Clusters do little while they wait: an idle one of two workers takes 8 % of a core otherwise, by profiles of idle
+# workers and looks at the time, and each process of the tests has one.
+os.environ.update(
+    DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED="False",
+    DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL="500ms",
+)
+dask.config.refresh()
 
 # Who starts the tests in the background of a shell, or with nohup, has them ignore these signals, and with them every
 # command that they start and then interrupt.
@@ -61,6 +71,17 @@ class ByFile(LoadScopeScheduling):  # type: ignore[misc]
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "ByFile | None":
     """Share the tests of `--dist loadfile` between processes."""
     return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Make thousands of tests without the garbage collector, which would go through them again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Workers of local clusters are forked from a process that has imported everything, so that they start at once.
+"""Workers of local clusters are forked from a process that has what `tests.imported` names: they start at once.
 
 A worker that is spawned, as users have it, takes three seconds of CPU before its first derivative. Tests that call the
 command line in a process of its own have such workers.
@@ -12,21 +12,11 @@ from typing import Any
 import dask
 import distributed.utils
 
-IMPORTED = [
-    "torch",
-    "torch._dynamo",  # the first derivative of a process imports it
-    "distributed",
-    "distinfluence",
-    "distinfluence.scaling",
-    "tests.scaling.sources",
-    "tests.zoo",
-]
-
 
 def forking() -> Any:
     """Return the context of `multiprocessing` whose processes are forked so."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload(["tests.imported"])
     return context
 
 

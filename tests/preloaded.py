@@ -10,7 +10,6 @@ SLURM and tests deal with a process of their own, and `sys.executable` is this p
 import atexit
 import contextlib
 import fcntl
-import gc
 import importlib
 import json
 import os
@@ -28,15 +27,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-IMPORTED = (
-    "torch",
-    "torch._dynamo",
-    "torch._decomp.decompositions_for_jvp",
-    "distributed",
-    "distinfluence.app.job",
-    "distinfluence.cli",
-    "tests.zoo",
-)
 SPARE = 400  # File descriptors from here on are free in every process.
 
 CLIENT = """#!{real} -IS
@@ -254,10 +244,7 @@ def _status(code: object) -> int:
 
 def main() -> None:
     """The server, by the address of its socket and the path of the program that calls it."""
-    for name in IMPORTED:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
+    importlib.import_module("tests.imported")
     server = _Server(*sys.argv[1:])
     os.write(1, b"ready\n")
     server.run()

@@ -340,7 +340,7 @@ def test_the_command_serves_until_it_is_stopped(tmp_path: Path, sent: signal.Sig
         deadline = time.monotonic() + 60
         while True:
             try:
-                connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+                connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
                 connection.request("GET", f"/api/summary?token={token}")
                 assert json.loads(connection.getresponse().read())["n_train"] == 8
                 break

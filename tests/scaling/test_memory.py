@@ -110,7 +110,8 @@ def test_workers_hold_as_many_partial_sums_as_the_plan_says(what: str, tmp_path:
     shape, method = SUMS[what]
     plan, most = measured(shape, tmp_path, method, "data", chunk_size=4)
     assert sum(stage.parts.get("sums", 0) for stage in plan.stages) > 0.3 * at_most(plan)
-    assert abs(most - at_most(plan)) <= 0.25 * at_most(plan)
+    # how many are there at once depends on who is faster; with none of them it would be less than 0.65
+    assert 0.65 * at_most(plan) <= most <= 1.25 * at_most(plan)
 
 
 @pytest.mark.parametrize("n_train", [4_096, pytest.param(40_960, marks=pytest.mark.soak)])

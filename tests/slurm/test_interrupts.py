@@ -37,7 +37,7 @@ def interrupted(slurm: SlurmHost, signum: signal.Signals, result: Path, *argumen
     before = strips_done(result)
     with running(slurm, *arguments) as process:
         wait_for(lambda: strips_done(result) > before, "more strips", process)
-        assert len(jobs_in(slurm, "PENDING")) == 2
+        wait_for(lambda: len(jobs_in(slurm, "PENDING")) == 2, "the two jobs that find no room", process)
         process.send_signal(signum)
         output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 130, output

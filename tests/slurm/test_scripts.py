@@ -63,7 +63,7 @@ def test_a_driver_job_that_is_cancelled_does_not_come_back_and_takes_its_workers
     cluster = cluster_file(tmp_path, workers=4, cores=4, job_extra_directives=["--nodelist=n1"])
     number = submitted(slurm, tmp_path, "driver.sbatch", job, cluster, options=("--nodelist=n2",))
     wait_for(lambda: strips_done(result) > 0, "strips")
-    assert len(jobs_in(slurm, "PENDING")) == 2
+    wait_for(lambda: len(jobs_in(slurm, "PENDING")) == 2, "the two jobs that find no room")
     slurm("scancel", number)
     wait_for(lambda: queue(slurm) == [], "the end of all jobs")
     found = states(slurm)
