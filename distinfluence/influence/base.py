@@ -107,7 +107,8 @@ class InfluenceFunctionModel(CurvatureSystems):
         """Bracket the influence of each sample's training loss on itself, ⟨(A + λI)⁻¹ g, g⟩.
 
         Gauss and Gauss–Radau quadrature need one pass over the training data for each step, whatever the method of this
-        model, and the memory of four rows [p] for each sample.
+        model, and the memory of four rows [p] for each sample. A model that makes a matrix of its own (EKFAC) needs no
+        pass: both bounds are the value by that matrix.
 
         Args:
             x: The inputs [n, ...], or data that have the targets, as for `fit`.
@@ -122,7 +123,8 @@ class InfluenceFunctionModel(CurvatureSystems):
             SettingError: If A + λI is not known to be positive definite (for a Hessian, call `spectrum` first), or in
                 mixed precision.
         """
-        check_exact(self._autocast)
+        if self.brackets_self_influence:
+            check_exact(self._autocast)
         rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
         return self._fitted().self_influences(rows, rtol=rtol, maxiter=maxiter)
 

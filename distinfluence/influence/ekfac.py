@@ -7,14 +7,13 @@ layer from inputs and output gradients, without matrices of samples × parameter
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from distinfluence.curvature import KroneckerOperator, SecondOrderMode
-from distinfluence.curvature.base import PlannedWork
 from distinfluence.curvature.fisher_sums import FisherKind, LayoutOf
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.kronecker import Eigenbasis, KroneckerInverse, fitted_bases
@@ -22,8 +21,7 @@ from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
 from distinfluence.influence.fitted import Curvature
 from distinfluence.influence.layer_scoring import LayerScorer
-from distinfluence.influence.self_influence import SelfInfluences
-from distinfluence.influence.settings import EkfacSettings
+from distinfluence.influence.settings import KroneckerFactored
 from distinfluence.layers.layout import MOST_DENSE, LayerLayout
 from distinfluence.layers.queries import UnitQueries
 from distinfluence.layers.units import Unit
@@ -32,11 +30,7 @@ from distinfluence.model.blocks import BlockMode, ParameterBlocks
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.risk import EmpiricalRisk
-from distinfluence.solvers.demand import DECOMPOSING, EIGEN_FLOPS, USUAL_SAMPLES, Demand, SolveWork
-from distinfluence.solvers.ekfac import Ekfac, ExactSystem
-from distinfluence.solvers.residuals import (
-    rows_to_measure,
-)
+from distinfluence.solvers.ekfac import ExactSystem
 
 
 class EkfacInfluence(InfluenceFunctionModel):
@@ -79,7 +73,7 @@ class EkfacInfluence(InfluenceFunctionModel):
     tensor([1., 1.], dtype=torch.float64)
     """
 
-    brackets_self_influence = False
+    _template: KroneckerFactored
 
     def __init__(
         self,
@@ -98,19 +92,19 @@ class EkfacInfluence(InfluenceFunctionModel):
         most_dense: int = MOST_DENSE,
         recognise: bool = True,
     ) -> None:
-        self._ekfac = EkfacSettings(
-            update_diagonal,
-            fisher,
-            n_draws,
-            seed,
-            weight_sharing,
-            cg_iterations,
-            residual_rows,
-            query_energy,
-            most_dense,
-            recognise,
+        solver = functools.partial(
+            KroneckerFactored,
+            update_diagonal=update_diagonal,
+            fisher=fisher,
+            n_draws=n_draws,
+            seed=seed,
+            weight_sharing=weight_sharing,
+            cg_iterations=cg_iterations,
+            residual_rows=residual_rows,
+            query_energy=query_energy,
+            most_dense=most_dense,
+            recognise=recognise,
         )
-        solver = functools.partial(Ekfac)
         super().__init__(
             model,
             nn.CrossEntropyLoss() if loss is None else loss,
@@ -119,45 +113,6 @@ class EkfacInfluence(InfluenceFunctionModel):
             BlockMode.LAYER_WISE,
             SecondOrderMode.GGN,
         )
-
-    @property
-    @override
-    def solves_over_data(self) -> bool:  # only for conjugate gradients and residuals
-        return self._ekfac.cg_iterations > 0 or self._measured > 0
-
-    @property
-    def _measured(self) -> int:
-        return rows_to_measure(self._ekfac.residual_rows, own=0)
-
-    @property
-    def _products(self) -> SecondOrderMode | None:
-        return self.second_order_mode if self.solves_over_data else None
-
-    @override
-    def demand(self, n_samples: int = USUAL_SAMPLES, sample_flops: float = 0.0) -> Demand:
-        # Two factors for each weight matrix, in float64 in the fit, and what the largest takes to be decomposed.
-        squares, largest, p = 0, 0, self.risk.size
-        cubes = row_flops = 0.0
-        for shape in self.risk.blocks.shapes.values():
-            sides = (shape[0], shape.numel() // shape[0] + 1) if len(shape) > 1 else (1, 1)
-            squares += sum(side * side for side in sides)
-            cubes += sum(EIGEN_FLOPS * side**3 for side in sides)
-            row_flops += 4.0 * sides[0] * sides[1] * sum(sides)
-            largest = max(largest, *sides)
-        state = squares * self.risk.dtype.itemsize + 8 * p  # eigenvectors, and eigenvalues in float64
-        fit = 8 * squares + DECOMPOSING * largest**2 + 8 * p
-        passes, steps = 2 if self._ekfac.update_diagonal else 1, self._ekfac.cg_iterations
-        vectors = self._ekfac.vectors_guessed(sum(shape[:1]))
-        work = PlannedWork(passes, derivatives=passes * vectors, flops=cubes)
-        solve = SolveWork(steps, None if steps else self._measured, row_flops=row_flops)
-        return Demand(fit, state, 4.5, 0, work, solve, True, sum_bytes=state)
-
-    @override
-    def settings(self) -> dict[str, object]:
-        return self._common_settings() | asdict(self._ekfac)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items() if k != 'method')})"
 
     @property
     def layout(self) -> LayerLayout:
@@ -179,7 +134,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         """One sum over the data, two with `update_diagonal`; none with arrays."""
         if arrays is not None:
             return self._restored(reducer, arrays)
-        settings = self._ekfac
+        settings = self._template
         bytes_, n_vectors = reducer.one(0, LayoutOf(settings.most_dense, settings.recognise))
         layout, vectors = LayerLayout.from_tensor(bytes_), settings.vectors(int(n_vectors))
         reduce = settings.weight_sharing == "reduce"
@@ -222,10 +177,10 @@ class EkfacInfluence(InfluenceFunctionModel):
         exact = ExactSystem(
             GGNOperator(EmpiricalRisk.over(reducer)),
             blocks.columns,
-            self._ekfac.cg_iterations,
-            self._measured,
+            self._template.cg_iterations,
+            self._template.measured,
         )
-        scorer = LayerScorer(self.risk, layout, self._ekfac.query_energy)
+        scorer = LayerScorer(self.risk, layout, self._template.query_energy)
         return Curvature(operators, scorer, exact=exact, arrays=_arrays(layout, bases))
 
     def kronecker_inverse(self) -> KroneckerInverse:
@@ -247,24 +202,10 @@ class EkfacInfluence(InfluenceFunctionModel):
             order = torch.cat([columns[name] for name in full.shapes])
         return KroneckerInverse(self._kronecker(), order, repr(self))
 
-    @override
-    def self_influences(
-        self, x: object, y: object | None = None, *, rtol: float = 1e-3, maxiter: int = 500
-    ) -> SelfInfluences:
-        # No pass. Both bounds are the value: they are of this matrix, not of the curvature that it approximates.
-        rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
-        total = torch.zeros(next(iter(rows.values())).shape[0], dtype=torch.float64, device=self.risk.device)
-        for block, operator in self._kronecker().items():
-            total += operator.quadratic_forms(
-                rows[block], self._fitted().states[block].inverse_values(self.damping[block])
-            )
-        total = total.cpu()
-        return SelfInfluences(total, total, total, torch.zeros(total.shape[0], dtype=torch.int64), False)
-
     @property
     @override
     def _is_factorless(self) -> bool:  # a query that is one outer product in a layer needs none
-        return self._ekfac.cg_iterations == 0 and self._ekfac.query_energy is None and self._layers.measures_loss
+        return self._template.cg_iterations == 0 and self._template.query_energy is None and self._layers.measures_loss
 
     @override
     def _between(self, tests: Batch, trains: Batch) -> Tensor:
@@ -276,7 +217,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         units = self.layout.units
         inverses = [self._fitted().states[unit.block].inverse_values(self.damping[unit.block]) for unit in units]
         in_order = [bases[unit.parameters] for unit in units]
-        return self._layers.queries_in(in_order, inverses, batch, separate=not self._ekfac.update_diagonal)
+        return self._layers.queries_in(in_order, inverses, batch, separate=not self._template.update_diagonal)
 
     def _bases(self) -> list[Eigenbasis]:
         return [basis for operator in self._kronecker().values() for basis in operator.bases]

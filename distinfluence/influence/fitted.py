@@ -12,7 +12,11 @@ from distinfluence.curvature import CurvatureOperator
 from distinfluence.influence.bounds import ROUNDING, LowerBound, lower_bound
 from distinfluence.influence.report import FitReport, SolveReport, named_by_block
 from distinfluence.influence.scores import Scorer
-from distinfluence.influence.self_influence import SelfInfluences, self_influences_of
+from distinfluence.influence.self_influence import (
+    SelfInfluences,
+    self_influences_in_eigenbases,
+    self_influences_of,
+)
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.solvers.base import Solution, Solver, SolverState, row_norms
@@ -165,6 +169,8 @@ class Fitted:
 
     def self_influences(self, rows: Rows, *, rtol: float, maxiter: int) -> SelfInfluences:
         """Brackets of each row's quadratic form, over all blocks."""
+        if self.curvature.exact is not None:
+            return self_influences_in_eigenbases(rows, self.states, self.damping)
         bounds = self.lower_bounds(self.damping)
         return self_influences_of(rows, self.operators, self.damping, bounds, rtol=rtol, maxiter=maxiter)
 

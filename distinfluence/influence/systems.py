@@ -39,7 +39,6 @@ class CurvatureSystems:
     """The systems (A + λI) x = g of a model and a loss; arguments as for `InfluenceFunctionModel`."""
 
     is_thread_safe = False
-    brackets_self_influence = True  # whether `self_influences` has bounds on the curvature's own values
     _autocast: torch.dtype | None = None  # what the model's passes run in, if not in the risk's own dtype
 
     def __init__(
@@ -95,6 +94,14 @@ class CurvatureSystems:
         """Whether a solve sweeps over the training data."""
         return self._template.solves_over_data
 
+    @property
+    def brackets_self_influence(self) -> bool:
+        """Whether `self_influences` bounds the values of the curvature itself, not of a matrix in its place."""
+        return not self._template.makes_matrix
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items() if k != 'method')})"
+
     def settings(self) -> dict[str, object]:
         """Return what fixes the numbers besides model, loss and data, for provenance and fingerprints.
 
@@ -123,8 +130,11 @@ class CurvatureSystems:
         """
         unread = self._operators(Unread(self.risk, n_samples, sample_flops))
         blocks = tuple(System.of(operator) for operator in unread.values())
-        demand = self._demand(Systems(blocks, self.risk.dtype, self.risk.device))
-        return replace(demand, solve=replace(demand.solve, blocks=len(blocks)))
+        shapes = tuple(self.risk.blocks.shapes.values())
+        demand = self._demand(Systems(blocks, self.risk.dtype, self.risk.device, shapes))
+        return (
+            demand if self._template.makes_matrix else replace(demand, solve=replace(demand.solve, blocks=len(blocks)))
+        )
 
     def _demand(self, systems: Systems) -> Demand:
         return self._template.demand(systems)
@@ -252,7 +262,7 @@ class CurvatureSystems:
     @property
     def _products(self) -> SecondOrderMode | None:
         """The matrix whose products with rows the fit or the solves will use."""
-        return self.second_order_mode
+        return None if self._template.makes_matrix and not self.solves_over_data else self.second_order_mode
 
     def _solvers(self, damping: Mapping[str, float]) -> dict[str, Solver[Any]]:
         return {block: self.block_solver(block, value) for block, value in damping.items()}
