@@ -7,7 +7,7 @@ layer from inputs and output gradients, without matrices of samples × parameter
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,16 @@ from distinfluence.curvature import KroneckerOperator, SecondOrderMode
 from distinfluence.curvature.fisher_sums import FisherKind, LayoutOf
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.kronecker import Eigenbasis, KroneckerInverse, fitted_bases
+from distinfluence.curvature.queries import joined_queries, query_of
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.fitted import Curvature
+from distinfluence.influence.fitted import Curvature, Fitted
 from distinfluence.influence.layer_scoring import LayerScorer
+from distinfluence.influence.scores import layer_tile
 from distinfluence.influence.settings import KroneckerFactored
+from distinfluence.layers.gradients import layer_gradients
 from distinfluence.layers.layout import MOST_DENSE, LayerLayout
-from distinfluence.layers.queries import UnitQueries
+from distinfluence.layers.queries import RankOne, UnitQueries
 from distinfluence.layers.units import Unit
 from distinfluence.model.batch import Batch
 from distinfluence.model.blocks import BlockMode, ParameterBlocks
@@ -165,7 +168,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         return f"{kind} Fisher matrix, parameters by treatment: {shares}"
 
     def _of_bases(self, reducer: ChunkReducer, layout: LayerLayout, bases: Sequence[Eigenbasis]) -> Curvature:
-        blocks = self.risk.blocks
+        blocks, settings = self.risk.blocks, self._template
         operators = {
             block: KroneckerOperator(
                 [basis for basis in bases if basis.unit.block == block],
@@ -174,14 +177,12 @@ class EkfacInfluence(InfluenceFunctionModel):
             )
             for block, names in blocks.names.items()
         }
-        exact = ExactSystem(
-            GGNOperator(EmpiricalRisk.over(reducer)),
-            blocks.columns,
-            self._template.cg_iterations,
-            self._template.measured,
-        )
-        scorer = LayerScorer(self.risk, layout, self._template.query_energy)
-        return Curvature(operators, scorer, exact=exact, arrays=_arrays(layout, bases))
+        gauss_newton = GGNOperator(EmpiricalRisk.over(reducer))
+        exact = ExactSystem(gauss_newton, blocks.columns, settings.cg_iterations, settings.measured)
+        scorer = LayerScorer(self.risk, layout, settings.query_energy)
+        factorless = settings.cg_iterations == 0 and settings.query_energy is None and scorer.measures_loss
+        direct = _FromQueries(scorer, bases, not settings.update_diagonal) if factorless else None
+        return Curvature(operators, scorer, exact=exact, arrays=_arrays(layout, bases), direct=direct)
 
     def kronecker_inverse(self) -> KroneckerInverse:
         """Return (A + λI)⁻¹ without model and data.
@@ -192,6 +193,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         Raises:
             NotFittedError: If the model is not fitted.
         """
+        blocks = {b: o for b, o in self._fitted().operators.items() if isinstance(o, KroneckerOperator)}
         layers, full = self.risk.blocks, ParameterBlocks.of(self.risk.module)
         order = None
         if list(layers.shapes) != list(full.shapes):
@@ -200,30 +202,7 @@ class EkfacInfluence(InfluenceFunctionModel):
                 columns[name] = torch.arange(start, start + shape.numel(), device=self.risk.device)
                 start += shape.numel()
             order = torch.cat([columns[name] for name in full.shapes])
-        return KroneckerInverse(self._kronecker(), order, repr(self))
-
-    @property
-    @override
-    def _is_factorless(self) -> bool:  # a query that is one outer product in a layer needs none
-        return self._template.cg_iterations == 0 and self._template.query_energy is None and self._layers.measures_loss
-
-    @override
-    def _between(self, tests: Batch, trains: Batch) -> Tensor:
-        return self._layers.tile_of_queries(self._coordinates(tests), trains).values
-
-    def _coordinates(self, batch: Batch) -> Sequence[UnitQueries]:
-        """Return the batch as queries, unit by unit: as outer products in the eigenbasis, or as factors."""
-        bases = {basis.unit.parameters: basis for basis in self._bases()}
-        units = self.layout.units
-        inverses = [self._fitted().states[unit.block].inverse_values(self.damping[unit.block]) for unit in units]
-        in_order = [bases[unit.parameters] for unit in units]
-        return self._layers.queries_in(in_order, inverses, batch, separate=not self._template.update_diagonal)
-
-    def _bases(self) -> list[Eigenbasis]:
-        return [basis for operator in self._kronecker().values() for basis in operator.bases]
-
-    def _kronecker(self) -> dict[str, KroneckerOperator]:
-        return {b: o for b, o in self._fitted().operators.items() if isinstance(o, KroneckerOperator)}
+        return KroneckerInverse(blocks, order, repr(self))
 
     def influences_by_token(
         self, x_test: object, y_test: object | None = None, x: object | None = None, y: object | None = None
@@ -273,6 +252,33 @@ class EkfacInfluence(InfluenceFunctionModel):
             ‖M − M̃‖ / ‖M‖ of each query's factor, [n_test].
         """
         return self._layers.error(self._layers.checked(factors))
+
+
+@dataclass(frozen=True)
+class _FromQueries:
+    """Influences without factors: a query that is one outer product in a layer needs none.
+
+    bases: of each unit, in the order of the layout. separate: whether to look for weights that are separable.
+    """
+
+    scorer: LayerScorer
+    bases: Sequence[Eigenbasis]
+    separate: bool
+
+    def __call__(self, fitted: Fitted, tests: Batch, trains: Batch) -> Tensor:
+        """[n_test, n_train], for the damping of the fit."""
+        return layer_tile(self.scorer.risk, self.scorer.layout, self.queries(fitted, tests), trains).values
+
+    def queries(self, fitted: Fitted, batch: Batch) -> Sequence[UnitQueries]:
+        """Return the batch as queries, unit by unit: as outer products in the eigenbasis, or as factors."""
+        parts: list[list[Tensor | RankOne]] = [[] for _ in self.bases]
+        for gradients in layer_gradients(self.scorer.risk, self.scorer.layout, batch):
+            for basis, made in zip(self.bases, parts, strict=True):
+                block = basis.unit.block
+                inverse = fitted.states[block].inverse_values(fitted.damping[block])
+                made.append(query_of(basis, inverse, gradients))
+        shapes, joined = self.scorer.risk.blocks.shapes, zip(self.bases, parts, strict=True)
+        return [joined_queries(basis, made, shapes, separate=self.separate) for basis, made in joined]
 
 
 def _arrays(layout: LayerLayout, bases: Sequence[Eigenbasis]) -> dict[str, Tensor]:

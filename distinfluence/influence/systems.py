@@ -94,14 +94,6 @@ class CurvatureSystems:
         """Whether a solve sweeps over the training data."""
         return self._template.solves_over_data
 
-    @property
-    def brackets_self_influence(self) -> bool:
-        """Whether `self_influences` bounds the values of the curvature itself, not of a matrix in its place."""
-        return not self._template.makes_matrix
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items() if k != 'method')})"
-
     def settings(self) -> dict[str, object]:
         """Return what fixes the numbers besides model, loss and data, for provenance and fingerprints.
 
@@ -128,13 +120,10 @@ class CurvatureSystems:
         Returns:
             Bytes, passes over the training data, and other work.
         """
-        unread = self._operators(Unread(self.risk, n_samples, sample_flops))
-        blocks = tuple(System.of(operator) for operator in unread.values())
-        shapes = tuple(self.risk.blocks.shapes.values())
-        demand = self._demand(Systems(blocks, self.risk.dtype, self.risk.device, shapes))
-        return (
-            demand if self._template.makes_matrix else replace(demand, solve=replace(demand.solve, blocks=len(blocks)))
-        )
+        blocks = tuple(System.of(o) for o in self._operators(Unread(self.risk, n_samples, sample_flops)).values())
+        risk, n_solved = self.risk, 1 if self._template.makes_matrix else len(blocks)
+        demand = self._demand(Systems(blocks, risk.dtype, risk.device, tuple(risk.blocks.shapes.values())))
+        return replace(demand, solve=replace(demand.solve, blocks=n_solved))
 
     def _demand(self, systems: Systems) -> Demand:
         return self._template.demand(systems)
