@@ -5,7 +5,8 @@ of n samples. Another damping costs nothing.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -16,11 +17,13 @@ from typing_extensions import override
 from distinfluence.curvature import SecondOrderMode
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
+from distinfluence.influence.fitted import Curvature, Fitted
 from distinfluence.influence.scores import InfluenceMode, influence_mode
 from distinfluence.model.batch import Batch
 from distinfluence.model.blocks import BlockMode, BlockStructure
 from distinfluence.model.gradients import SampleGradients, micro_batches
 from distinfluence.model.objective import Loss, Objective
+from distinfluence.model.reducer import ChunkReducer
 from distinfluence.solvers.arnoldi import Arnoldi
 
 ByBlock = OrderedDict[str, Tensor]
@@ -92,15 +95,10 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         super().__init__(model, loss, hessian_regularization, solver, block_structure, second_order_mode)
         self._complement = complement
 
-    @property
     @override
-    def _is_factorless(self) -> bool:
-        return not self._complement  # then all happens in the projected space
-
-    @override
-    def _between(self, tests: Batch, trains: Batch) -> Tensor:
-        by_block = list(self._projected(tests, trains).values())
-        return torch.stack(by_block).sum(dim=0) if len(by_block) > 1 else by_block[0]
+    def _curvature(self, reducer: ChunkReducer, arrays: Mapping[str, Tensor] | None = None) -> Curvature:
+        # without the complement, all happens in the projected space
+        return replace(super()._curvature(reducer, arrays), direct=None if self._complement else _between)
 
     @override
     def influences_by_block(
@@ -115,25 +113,31 @@ class ArnoldiInfluence(InfluenceFunctionModel):
         if influence_mode(mode) is not InfluenceMode.UP or self._complement or refused:
             return super().influences_by_block(x_test, y_test, x, y, mode)
         tests = self.place(x_test, y_test)
-        return self._projected(tests, tests if x is None else self.place(x, y))
+        return _projected(self._fitted(), tests, tests if x is None else self.place(x, y))
 
-    def _projected(self, tests: Batch, trains: Batch) -> ByBlock:
-        """(g_test Vᵀ)(D + λ)⁻¹(g_train Vᵀ)ᵀ, block by block: [n_test, n_train] each."""
-        fitted = self._fitted()
-        left = self._coordinates(tests, self.measurement_gradients)
-        right = self._coordinates(trains, self.loss_gradients)
-        return OrderedDict(
-            (block, left[block] * solver.inverse_values(fitted.states[block]).to(self.risk.dtype) @ right[block].T)
-            for block, solver in fitted.solvers.items()
-            if isinstance(solver, Arnoldi)
-        )
 
-    def _coordinates(self, batch: Batch, gradients_of: Callable[[Batch], SampleGradients]) -> dict[str, Tensor]:
-        """Gradients of samples in the space of each block's eigenvectors: block → [n, rank]."""
-        columns, states = self.risk.blocks.columns, self._fitted().states
-        parts: list[dict[str, Tensor]] = []
-        for part in micro_batches(self.risk, batch):
-            rows = gradients_of(part).rows
-            parts.append({block: rows[:, own] @ states[block].vectors.T for block, own in columns.items()})
-            del rows  # or they are held while the next are made
-        return {block: torch.cat([part[block] for part in parts]) for block in columns}
+def _between(fitted: Fitted, tests: Batch, trains: Batch) -> Tensor:
+    by_block = list(_projected(fitted, tests, trains).values())
+    return torch.stack(by_block).sum(dim=0) if len(by_block) > 1 else by_block[0]
+
+
+def _projected(fitted: Fitted, tests: Batch, trains: Batch) -> ByBlock:
+    """(g_test Vᵀ)(D + λ)⁻¹(g_train Vᵀ)ᵀ, block by block: [n_test, n_train] each."""
+    left = _coordinates(fitted, tests, fitted.scorer.measurement_gradients)
+    right = _coordinates(fitted, trains, fitted.scorer.loss_gradients)
+    return OrderedDict(
+        (block, left[block] * solver.inverse_values(fitted.states[block]).to(fitted.scorer.risk.dtype) @ right[block].T)
+        for block, solver in fitted.solvers.items()
+        if isinstance(solver, Arnoldi)
+    )
+
+
+def _coordinates(fitted: Fitted, batch: Batch, gradients_of: Callable[[Batch], SampleGradients]) -> dict[str, Tensor]:
+    """Gradients of samples in the space of each block's eigenvectors: block → [n, rank]."""
+    columns, states = fitted.scorer.risk.blocks.columns, fitted.states
+    parts: list[dict[str, Tensor]] = []
+    for part in micro_batches(fitted.scorer.risk, batch):
+        rows = gradients_of(part).rows
+        parts.append({block: rows[:, c] @ states[block].vectors.T for block, c in columns.items()})
+        del rows  # or they are held while the next are made
+    return {block: torch.cat([each[block] for each in parts]) for block in columns}

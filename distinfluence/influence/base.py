@@ -18,7 +18,6 @@ from distinfluence.influence.damping import Regularization
 from distinfluence.influence.report import SolveReport
 from distinfluence.influence.scores import InfluenceMode, Scorer, Tile, trains_or_tests
 from distinfluence.influence.self_influence import SelfInfluences, self_influences_by_factors
-from distinfluence.influence.settings import check_exact
 from distinfluence.influence.systems import CurvatureSystems
 from distinfluence.model.batch import Batch
 from distinfluence.model.gradients import SampleGradients
@@ -42,6 +41,14 @@ class InfluenceFunctionModel(CurvatureSystems):
     """
 
     normalised = False  # whether scores are divided by the norms of factors and gradients
+
+    @property
+    def brackets_self_influence(self) -> bool:
+        """Whether `self_influences` bounds the values of the curvature itself, not of a matrix in its place."""
+        return not self._template.makes_matrix
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items() if k != 'method')})"
 
     @property
     def _scorer(self) -> Scorer:
@@ -109,7 +116,8 @@ class InfluenceFunctionModel(CurvatureSystems):
         """Bracket the influence of each sample's training loss on itself, ⟨(A + λI)⁻¹ g, g⟩.
 
         Gauss and Gauss–Radau quadrature need one pass over the training data for each step, whatever the method of this
-        model, and the memory of four rows [p] for each sample.
+        model, and the memory of four rows [p] for each sample. A model that makes a matrix of its own (EKFAC) needs no
+        pass: both bounds are the value by that matrix.
 
         Args:
             x: The inputs [n, ...], or data that have the targets, as for `fit`.
@@ -124,7 +132,6 @@ class InfluenceFunctionModel(CurvatureSystems):
             SettingError: If A + λI is not known to be positive definite (for a Hessian, call `spectrum` first), or in
                 mixed precision.
         """
-        check_exact(self._autocast)
         rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
         return self._fitted().self_influences(rows, rtol=rtol, maxiter=maxiter)
 
@@ -171,20 +178,12 @@ class InfluenceFunctionModel(CurvatureSystems):
             SettingError: If the mode is unknown, or `y` comes without `x`.
         """
         train, mode = trains_or_tests(x_test, y_test, x, y), self.checked_mode(mode)  # before anything is solved
-        if mode is InfluenceMode.UP and self._is_factorless:
+        fitted = self._fitted()
+        if mode is InfluenceMode.UP and fitted.curvature.direct is not None:
             tests = self.place(x_test, y_test)
-            return self._between(tests, tests if x is None else self.place(x, y))
+            return fitted.curvature.direct(fitted, tests, tests if x is None else self.place(x, y))
         factors = self.influence_factors(x_test, y_test)
         return self.influences_from_factors(factors, *train, mode)
-
-    @property
-    def _is_factorless(self) -> bool:
-        """Whether `_between` gives influences with less work than factors take."""
-        return False
-
-    def _between(self, tests: Batch, trains: Batch) -> Tensor:
-        """Influences [n_test, n_train] of placed samples, without factors."""
-        raise NotImplementedError
 
     def influences_by_block(
         self,

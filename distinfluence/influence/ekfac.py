@@ -7,36 +7,33 @@ layer from inputs and output gradients, without matrices of samples × parameter
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from distinfluence.curvature import KroneckerOperator, SecondOrderMode
-from distinfluence.curvature.base import PlannedWork
 from distinfluence.curvature.fisher_sums import FisherKind, LayoutOf
 from distinfluence.curvature.ggn import GGNOperator
 from distinfluence.curvature.kronecker import Eigenbasis, KroneckerInverse, fitted_bases
+from distinfluence.curvature.queries import joined_queries, query_of
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.damping import Regularization
-from distinfluence.influence.fitted import Curvature
+from distinfluence.influence.fitted import Curvature, Fitted
 from distinfluence.influence.layer_scoring import LayerScorer
-from distinfluence.influence.self_influence import SelfInfluences
-from distinfluence.influence.settings import EkfacSettings
+from distinfluence.influence.scores import layer_tile
+from distinfluence.influence.settings import KroneckerFactored
+from distinfluence.layers.gradients import layer_gradients
 from distinfluence.layers.layout import MOST_DENSE, LayerLayout
-from distinfluence.layers.queries import UnitQueries
+from distinfluence.layers.queries import RankOne, UnitQueries
 from distinfluence.layers.units import Unit
 from distinfluence.model.batch import Batch
 from distinfluence.model.blocks import BlockMode, ParameterBlocks
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.risk import EmpiricalRisk
-from distinfluence.solvers.demand import DECOMPOSING, EIGEN_FLOPS, USUAL_SAMPLES, Demand, SolveWork
-from distinfluence.solvers.ekfac import Ekfac, ExactSystem
-from distinfluence.solvers.residuals import (
-    rows_to_measure,
-)
+from distinfluence.solvers.ekfac import ExactSystem
 
 
 class EkfacInfluence(InfluenceFunctionModel):
@@ -79,7 +76,7 @@ class EkfacInfluence(InfluenceFunctionModel):
     tensor([1., 1.], dtype=torch.float64)
     """
 
-    brackets_self_influence = False
+    _template: KroneckerFactored
 
     def __init__(
         self,
@@ -98,19 +95,19 @@ class EkfacInfluence(InfluenceFunctionModel):
         most_dense: int = MOST_DENSE,
         recognise: bool = True,
     ) -> None:
-        self._ekfac = EkfacSettings(
-            update_diagonal,
-            fisher,
-            n_draws,
-            seed,
-            weight_sharing,
-            cg_iterations,
-            residual_rows,
-            query_energy,
-            most_dense,
-            recognise,
+        solver = functools.partial(
+            KroneckerFactored,
+            update_diagonal=update_diagonal,
+            fisher=fisher,
+            n_draws=n_draws,
+            seed=seed,
+            weight_sharing=weight_sharing,
+            cg_iterations=cg_iterations,
+            residual_rows=residual_rows,
+            query_energy=query_energy,
+            most_dense=most_dense,
+            recognise=recognise,
         )
-        solver = functools.partial(Ekfac)
         super().__init__(
             model,
             nn.CrossEntropyLoss() if loss is None else loss,
@@ -119,45 +116,6 @@ class EkfacInfluence(InfluenceFunctionModel):
             BlockMode.LAYER_WISE,
             SecondOrderMode.GGN,
         )
-
-    @property
-    @override
-    def solves_over_data(self) -> bool:  # only for conjugate gradients and residuals
-        return self._ekfac.cg_iterations > 0 or self._measured > 0
-
-    @property
-    def _measured(self) -> int:
-        return rows_to_measure(self._ekfac.residual_rows, own=0)
-
-    @property
-    def _products(self) -> SecondOrderMode | None:
-        return self.second_order_mode if self.solves_over_data else None
-
-    @override
-    def demand(self, n_samples: int = USUAL_SAMPLES, sample_flops: float = 0.0) -> Demand:
-        # Two factors for each weight matrix, in float64 in the fit, and what the largest takes to be decomposed.
-        squares, largest, p = 0, 0, self.risk.size
-        cubes = row_flops = 0.0
-        for shape in self.risk.blocks.shapes.values():
-            sides = (shape[0], shape.numel() // shape[0] + 1) if len(shape) > 1 else (1, 1)
-            squares += sum(side * side for side in sides)
-            cubes += sum(EIGEN_FLOPS * side**3 for side in sides)
-            row_flops += 4.0 * sides[0] * sides[1] * sum(sides)
-            largest = max(largest, *sides)
-        state = squares * self.risk.dtype.itemsize + 8 * p  # eigenvectors, and eigenvalues in float64
-        fit = 8 * squares + DECOMPOSING * largest**2 + 8 * p
-        passes, steps = 2 if self._ekfac.update_diagonal else 1, self._ekfac.cg_iterations
-        vectors = self._ekfac.vectors_guessed(sum(shape[:1]))
-        work = PlannedWork(passes, derivatives=passes * vectors, flops=cubes)
-        solve = SolveWork(steps, None if steps else self._measured, row_flops=row_flops)
-        return Demand(fit, state, 4.5, 0, work, solve, True, sum_bytes=state)
-
-    @override
-    def settings(self) -> dict[str, object]:
-        return self._common_settings() | asdict(self._ekfac)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items() if k != 'method')})"
 
     @property
     def layout(self) -> LayerLayout:
@@ -179,7 +137,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         """One sum over the data, two with `update_diagonal`; none with arrays."""
         if arrays is not None:
             return self._restored(reducer, arrays)
-        settings = self._ekfac
+        settings = self._template
         bytes_, n_vectors = reducer.one(0, LayoutOf(settings.most_dense, settings.recognise))
         layout, vectors = LayerLayout.from_tensor(bytes_), settings.vectors(int(n_vectors))
         reduce = settings.weight_sharing == "reduce"
@@ -210,7 +168,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         return f"{kind} Fisher matrix, parameters by treatment: {shares}"
 
     def _of_bases(self, reducer: ChunkReducer, layout: LayerLayout, bases: Sequence[Eigenbasis]) -> Curvature:
-        blocks = self.risk.blocks
+        blocks, settings = self.risk.blocks, self._template
         operators = {
             block: KroneckerOperator(
                 [basis for basis in bases if basis.unit.block == block],
@@ -219,14 +177,12 @@ class EkfacInfluence(InfluenceFunctionModel):
             )
             for block, names in blocks.names.items()
         }
-        exact = ExactSystem(
-            GGNOperator(EmpiricalRisk.over(reducer)),
-            blocks.columns,
-            self._ekfac.cg_iterations,
-            self._measured,
-        )
-        scorer = LayerScorer(self.risk, layout, self._ekfac.query_energy)
-        return Curvature(operators, scorer, exact=exact, arrays=_arrays(layout, bases))
+        gauss_newton = GGNOperator(EmpiricalRisk.over(reducer))
+        exact = ExactSystem(gauss_newton, blocks.columns, settings.cg_iterations, settings.measured)
+        scorer = LayerScorer(self.risk, layout, settings.query_energy)
+        factorless = settings.cg_iterations == 0 and settings.query_energy is None and scorer.measures_loss
+        direct = _FromQueries(scorer, bases, not settings.update_diagonal) if factorless else None
+        return Curvature(operators, scorer, exact=exact, arrays=_arrays(layout, bases), direct=direct)
 
     def kronecker_inverse(self) -> KroneckerInverse:
         """Return (A + λI)⁻¹ without model and data.
@@ -237,6 +193,7 @@ class EkfacInfluence(InfluenceFunctionModel):
         Raises:
             NotFittedError: If the model is not fitted.
         """
+        blocks = {b: o for b, o in self._fitted().operators.items() if isinstance(o, KroneckerOperator)}
         layers, full = self.risk.blocks, ParameterBlocks.of(self.risk.module)
         order = None
         if list(layers.shapes) != list(full.shapes):
@@ -245,44 +202,7 @@ class EkfacInfluence(InfluenceFunctionModel):
                 columns[name] = torch.arange(start, start + shape.numel(), device=self.risk.device)
                 start += shape.numel()
             order = torch.cat([columns[name] for name in full.shapes])
-        return KroneckerInverse(self._kronecker(), order, repr(self))
-
-    @override
-    def self_influences(
-        self, x: object, y: object | None = None, *, rtol: float = 1e-3, maxiter: int = 500
-    ) -> SelfInfluences:
-        # No pass. Both bounds are the value: they are of this matrix, not of the curvature that it approximates.
-        rows = self._by_block(self.loss_gradients(self.place(x, y)).rows)
-        total = torch.zeros(next(iter(rows.values())).shape[0], dtype=torch.float64, device=self.risk.device)
-        for block, operator in self._kronecker().items():
-            total += operator.quadratic_forms(
-                rows[block], self._fitted().states[block].inverse_values(self.damping[block])
-            )
-        total = total.cpu()
-        return SelfInfluences(total, total, total, torch.zeros(total.shape[0], dtype=torch.int64), False)
-
-    @property
-    @override
-    def _is_factorless(self) -> bool:  # a query that is one outer product in a layer needs none
-        return self._ekfac.cg_iterations == 0 and self._ekfac.query_energy is None and self._layers.measures_loss
-
-    @override
-    def _between(self, tests: Batch, trains: Batch) -> Tensor:
-        return self._layers.tile_of_queries(self._coordinates(tests), trains).values
-
-    def _coordinates(self, batch: Batch) -> Sequence[UnitQueries]:
-        """Return the batch as queries, unit by unit: as outer products in the eigenbasis, or as factors."""
-        bases = {basis.unit.parameters: basis for basis in self._bases()}
-        units = self.layout.units
-        inverses = [self._fitted().states[unit.block].inverse_values(self.damping[unit.block]) for unit in units]
-        in_order = [bases[unit.parameters] for unit in units]
-        return self._layers.queries_in(in_order, inverses, batch, separate=not self._ekfac.update_diagonal)
-
-    def _bases(self) -> list[Eigenbasis]:
-        return [basis for operator in self._kronecker().values() for basis in operator.bases]
-
-    def _kronecker(self) -> dict[str, KroneckerOperator]:
-        return {b: o for b, o in self._fitted().operators.items() if isinstance(o, KroneckerOperator)}
+        return KroneckerInverse(blocks, order, repr(self))
 
     def influences_by_token(
         self, x_test: object, y_test: object | None = None, x: object | None = None, y: object | None = None
@@ -332,6 +252,33 @@ class EkfacInfluence(InfluenceFunctionModel):
             ‖M − M̃‖ / ‖M‖ of each query's factor, [n_test].
         """
         return self._layers.error(self._layers.checked(factors))
+
+
+@dataclass(frozen=True)
+class _FromQueries:
+    """Influences without factors: a query that is one outer product in a layer needs none.
+
+    bases: of each unit, in the order of the layout. separate: whether to look for weights that are separable.
+    """
+
+    scorer: LayerScorer
+    bases: Sequence[Eigenbasis]
+    separate: bool
+
+    def __call__(self, fitted: Fitted, tests: Batch, trains: Batch) -> Tensor:
+        """[n_test, n_train], for the damping of the fit."""
+        return layer_tile(self.scorer.risk, self.scorer.layout, self.queries(fitted, tests), trains).values
+
+    def queries(self, fitted: Fitted, batch: Batch) -> Sequence[UnitQueries]:
+        """Return the batch as queries, unit by unit: as outer products in the eigenbasis, or as factors."""
+        parts: list[list[Tensor | RankOne]] = [[] for _ in self.bases]
+        for gradients in layer_gradients(self.scorer.risk, self.scorer.layout, batch):
+            for basis, made in zip(self.bases, parts, strict=True):
+                block = basis.unit.block
+                inverse = fitted.states[block].inverse_values(fitted.damping[block])
+                made.append(query_of(basis, inverse, gradients))
+        shapes, joined = self.scorer.risk.blocks.shapes, zip(self.bases, parts, strict=True)
+        return [joined_queries(basis, made, shapes, separate=self.separate) for basis, made in joined]
 
 
 def _arrays(layout: LayerLayout, bases: Sequence[Eigenbasis]) -> dict[str, Tensor]:

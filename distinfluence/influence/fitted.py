@@ -1,7 +1,7 @@
 """A fit: block by block a curvature operator, the solver with its damping, and what the solver keeps."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -12,7 +12,13 @@ from distinfluence.curvature import CurvatureOperator
 from distinfluence.influence.bounds import ROUNDING, LowerBound, lower_bound
 from distinfluence.influence.report import FitReport, SolveReport, named_by_block
 from distinfluence.influence.scores import Scorer
-from distinfluence.influence.self_influence import SelfInfluences, self_influences_of
+from distinfluence.influence.self_influence import (
+    SelfInfluences,
+    self_influences_in_eigenbases,
+    self_influences_of,
+)
+from distinfluence.influence.settings import check_exact
+from distinfluence.model.batch import Batch
 from distinfluence.model.reducer import ChunkReducer
 from distinfluence.model.sample_risk import SampleRisk
 from distinfluence.solvers.base import Solution, Solver, SolverState, row_norms
@@ -29,7 +35,8 @@ class Curvature:
 
     operators: block → A. scorer: for scores and gradients from now on. remarks, treatments: for the fit report.
     exact: the system over all blocks, where the operators only approximate it. arrays: what the curvature is made
-    of again elsewhere, beside the data.
+    of again elsewhere, beside the data. direct: influences [n_test, n_train] of placed samples by a fit, without
+    factors; None where factors are less work.
     """
 
     operators: Mapping[str, CurvatureOperator]
@@ -38,6 +45,7 @@ class Curvature:
     treatments: Mapping[str, str] = field(default_factory=dict)
     exact: ExactSystem | None = None
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    direct: "Callable[[Fitted, Batch, Batch], Tensor] | None" = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,9 @@ class Fitted:
 
     def self_influences(self, rows: Rows, *, rtol: float, maxiter: int) -> SelfInfluences:
         """Brackets of each row's quadratic form, over all blocks."""
+        if self.curvature.exact is not None:
+            return self_influences_in_eigenbases(rows, self.states, self.damping)
+        check_exact(self.reducer.risk.autocast)
         bounds = self.lower_bounds(self.damping)
         return self_influences_of(rows, self.operators, self.damping, bounds, rtol=rtol, maxiter=maxiter)
 

@@ -5,20 +5,18 @@ sums over parts of the parameters, whatever the blocks of the curvature.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distinfluence.curvature.kronecker import Eigenbasis
-from distinfluence.curvature.queries import joined_queries, query_of
 from distinfluence.influence.base import InfluenceFunctionModel
 from distinfluence.influence.scores import InfluenceMode, Scorer, Tile, influence_mode, layer_tile
-from distinfluence.layers.gradients import layer_gradients, sample_gradients
+from distinfluence.layers.gradients import sample_gradients
 from distinfluence.layers.layout import LayerLayout
-from distinfluence.layers.queries import LowRank, RankOne, UnitQueries, unit_queries
+from distinfluence.layers.queries import LowRank, UnitQueries, unit_queries
 from distinfluence.layers.scores import layer_scores, token_scores
 from distinfluence.model.batch import Batch
 from distinfluence.model.gradients import SampleGradients
@@ -60,11 +58,7 @@ class LayerScorer(Scorer):
     def tile(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str = InfluenceMode.UP) -> Tile:
         if influence_mode(mode) is not InfluenceMode.UP:
             return super().tile(factors, batch, mode)
-        return self.tile_of_queries(self.queries(factors), batch)
-
-    def tile_of_queries(self, queries: Sequence[UnitQueries], batch: Batch) -> Tile:
-        """Return the influences of the batch's samples on these queries, with losses and gradient norms."""
-        return layer_tile(layer_scores(self.risk, self.layout, queries, batch))
+        return layer_tile(self.risk, self.layout, self.queries(factors), batch)
 
     @override
     def by_block(self, factors: Tensor, batch: Batch, mode: InfluenceMode | str) -> "OrderedDict[str, Tensor]":
@@ -95,24 +89,6 @@ class LayerScorer(Scorer):
         whole = factors.double().square().sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
         lost = [unit.lost for unit in self.queries(factors) if isinstance(unit, LowRank)]
         return (sum(lost, torch.zeros_like(whole)) / whole) ** 0.5
-
-    def queries_in(
-        self, bases: Sequence[Eigenbasis], inverses: Sequence[Callable[[Tensor], Tensor]], batch: Batch, separate: bool
-    ) -> Sequence[UnitQueries]:
-        """Return the batch's samples as queries, unit by unit: as outer products in the eigenbasis, or as factors.
-
-        Args:
-            bases: The eigenbasis of each unit.
-            inverses: What is done to the eigenvalues of each unit.
-            batch: The samples.
-            separate: Whether to look for weights that are separable.
-        """
-        parts: list[list[Tensor | RankOne]] = [[] for _ in bases]
-        for gradients in layer_gradients(self.risk, self.layout, batch):
-            for basis, inverse, made in zip(bases, inverses, parts, strict=True):
-                made.append(query_of(basis, inverse, gradients))
-        joined = zip(bases, parts, strict=True)
-        return [joined_queries(basis, made, self.risk.blocks.shapes, separate=separate) for basis, made in joined]
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ of a model instead.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from weakref import WeakKeyDictionary
@@ -16,8 +16,8 @@ from torch import Tensor
 from distinfluence.errors import NonFiniteError, SettingError, ShapeError
 from distinfluence.influence.checks.mixed import check_mixed
 from distinfluence.layers.layout import LayerLayout, layout_of
-from distinfluence.layers.queries import unit_queries
-from distinfluence.layers.scores import LayerScores, layer_scores
+from distinfluence.layers.queries import UnitQueries, unit_queries
+from distinfluence.layers.scores import layer_scores
 from distinfluence.model.batch import Batch, batch_length, take
 from distinfluence.model.gradients import (
     SampleGradients,
@@ -97,9 +97,9 @@ def tile_of(risk: SampleRisk, factors: Tensor, batch: Batch, mode: InfluenceMode
     return Tile(torch.cat(values, dim=1), torch.cat(losses), torch.cat(norms))
 
 
-def layer_tile(parts: Iterable[LayerScores]) -> Tile:
-    """Put the scores of a batch's micro-batches together, with all blocks in one."""
-    done = list(parts)
+def layer_tile(risk: SampleRisk, layout: LayerLayout, queries: Sequence[UnitQueries], batch: Batch) -> Tile:
+    """Return the scores of a batch's samples on queries, from the layers, with all blocks in one."""
+    done = list(layer_scores(risk, layout, queries, batch))
     return Tile(
         torch.cat([part.by_block[""] for part in done], dim=1),
         torch.cat([part.losses for part in done]),
@@ -129,7 +129,7 @@ def _by_layers(risk: SampleRisk, factors: Tensor, batch: Batch) -> Tile | None:
     try:
         tensors = risk.blocks.unflatten(factors)
         queries = [unit_queries(unit, tensors) for unit in layout.units]
-        tile = layer_tile(layer_scores(risk, layout, queries, batch))
+        tile = layer_tile(risk, layout, queries, batch)
     except (torch.OutOfMemoryError, NonFiniteError):
         raise
     except (RuntimeError, ValueError, IndexError):  # a layout that is not this batch's, shapes that do not go together

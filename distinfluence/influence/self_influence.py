@@ -1,7 +1,9 @@
 """Self-influence: what a training point does to its own loss, with certified bounds."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,18 @@ def self_influences_by_factors(gradients: SampleGradients, factors: Tensor, repo
     bound = unknown if report.error_bound is None else report.error_bound.nan_to_num(nan=torch.inf)
     half = bound * gradients.norms.double().cpu()
     return SelfInfluences(values, values - half, values + half, report.iterations, report.rigorous)
+
+
+def self_influences_in_eigenbases(
+    rows: Mapping[str, Tensor], states: Mapping[str, Any], damping: Mapping[str, float]
+) -> SelfInfluences:
+    """Sum over blocks of bᵀ M⁻¹ b, for matrices M with known eigenvectors; rows: block → gradients [n, p_block].
+
+    No pass. Both bounds are the value: they are of these matrices, not of the curvature that they approximate.
+    """
+    forms = (s.operator.quadratic_forms(rows[b], s.inverse_values(damping[b])) for b, s in states.items())
+    total = functools.reduce(torch.add, forms).cpu()
+    return SelfInfluences(total, total, total, torch.zeros(total.shape[0], dtype=torch.int64), False)
 
 
 def self_influences_of(

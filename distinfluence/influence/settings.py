@@ -4,19 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
 from distinfluence.curvature import SecondOrderMode
+from distinfluence.curvature.base import PlannedWork
 from distinfluence.curvature.fisher_sums import MOST_EXACT, FisherKind, FisherVectors
 from distinfluence.errors import SettingError
 from distinfluence.influence.damping import RelativeDamping
 from distinfluence.model.blocks import BlockStructure
-from distinfluence.solvers.base import (
-    check_count,
-    hold_plain,
-)
-from distinfluence.solvers.residuals import (
-    check_residual_rows,
-)
+from distinfluence.solvers.base import check_count
+from distinfluence.solvers.demand import DECOMPOSING, EIGEN_FLOPS, Demand, SolveWork, Systems
+from distinfluence.solvers.ekfac import Ekfac
+from distinfluence.solvers.residuals import check_residual_rows, rows_to_measure
 
 
 def checked_mode(mode: SecondOrderMode | str) -> SecondOrderMode:
@@ -71,10 +70,11 @@ def common_settings(
     return common | mixed | ({"damping_rule": rules} if rules else {})
 
 
-@dataclass(frozen=True)
-class EkfacSettings:
-    """The hyperparameters of `EkfacInfluence`, which says what they mean."""
+@dataclass(frozen=True, kw_only=True)
+class KroneckerFactored(Ekfac):
+    """EKFAC with the hyperparameters of its matrix and of its refinement; `EkfacInfluence` says what they mean."""
 
+    makes_matrix = True
     update_diagonal: bool
     fisher: FisherKind | str
     n_draws: int
@@ -87,7 +87,7 @@ class EkfacSettings:
     recognise: bool
 
     def __post_init__(self) -> None:
-        hold_plain(self)
+        super().__post_init__()
         for name in ("update_diagonal", "recognise"):
             if not isinstance(getattr(self, name), bool):
                 got = type(getattr(self, name)).__name__
@@ -100,6 +100,35 @@ class EkfacSettings:
             check_count(name, getattr(self, name), 0)
         if self.query_energy is not None and not 0 < self.query_energy <= 1:
             raise SettingError(f"`query_energy` must be above 0 and at most 1, or None, got {self.query_energy!r}.")
+
+    @property
+    def measured(self) -> int:
+        """For how many rows of a solve the residual is measured."""
+        return rows_to_measure(self.residual_rows, own=0)
+
+    @property
+    @override
+    def solves_over_data(self) -> bool:  # only for conjugate gradients and residuals
+        return self.cg_iterations > 0 or self.measured > 0
+
+    @override
+    def demand(self, systems: Systems) -> Demand:
+        # Two factors for each weight matrix, in float64 in the fit, and what the largest takes to be decomposed.
+        squares, largest, p = 0, 0, sum(systems.sizes)
+        cubes = row_flops = 0.0
+        for shape in systems.shapes:
+            sides = (shape[0], shape.numel() // shape[0] + 1) if len(shape) > 1 else (1, 1)
+            squares += sum(side * side for side in sides)
+            cubes += sum(EIGEN_FLOPS * side**3 for side in sides)
+            row_flops += 4.0 * sides[0] * sides[1] * sum(sides)
+            largest = max(largest, *sides)
+        state = squares * systems.itemsize + 8 * p  # eigenvectors, and eigenvalues in float64
+        fit = 8 * squares + DECOMPOSING * largest**2 + 8 * p
+        passes, steps = 2 if self.update_diagonal else 1, self.cg_iterations
+        vectors = self.vectors_guessed(sum(systems.shapes[-1][:1]))
+        work = PlannedWork(passes, derivatives=passes * vectors, flops=cubes)
+        solve = SolveWork(steps, None if steps else self.measured, row_flops=row_flops)
+        return Demand(fit, state, 4.5, 0, work, solve, True, sum_bytes=state)
 
     def vectors_guessed(self, width: int) -> int:
         """Return the reverse derivatives of a sample before its outputs are known. width: outputs of the last layer."""

@@ -39,7 +39,6 @@ class CurvatureSystems:
     """The systems (A + λI) x = g of a model and a loss; arguments as for `InfluenceFunctionModel`."""
 
     is_thread_safe = False
-    brackets_self_influence = True  # whether `self_influences` has bounds on the curvature's own values
     _autocast: torch.dtype | None = None  # what the model's passes run in, if not in the risk's own dtype
 
     def __init__(
@@ -121,10 +120,10 @@ class CurvatureSystems:
         Returns:
             Bytes, passes over the training data, and other work.
         """
-        unread = self._operators(Unread(self.risk, n_samples, sample_flops))
-        blocks = tuple(System.of(operator) for operator in unread.values())
-        demand = self._demand(Systems(blocks, self.risk.dtype, self.risk.device))
-        return replace(demand, solve=replace(demand.solve, blocks=len(blocks)))
+        blocks = tuple(System.of(o) for o in self._operators(Unread(self.risk, n_samples, sample_flops)).values())
+        risk, n_solved = self.risk, 1 if self._template.makes_matrix else len(blocks)
+        demand = self._demand(Systems(blocks, risk.dtype, risk.device, tuple(risk.blocks.shapes.values())))
+        return replace(demand, solve=replace(demand.solve, blocks=n_solved))
 
     def _demand(self, systems: Systems) -> Demand:
         return self._template.demand(systems)
@@ -252,7 +251,7 @@ class CurvatureSystems:
     @property
     def _products(self) -> SecondOrderMode | None:
         """The matrix whose products with rows the fit or the solves will use."""
-        return self.second_order_mode
+        return None if self._template.makes_matrix and not self.solves_over_data else self.second_order_mode
 
     def _solvers(self, damping: Mapping[str, float]) -> dict[str, Solver[Any]]:
         return {block: self.block_solver(block, value) for block, value in damping.items()}

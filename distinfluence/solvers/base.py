@@ -127,6 +127,7 @@ class Solver(ABC, Generic[StateT]):
     """Solves (A + λI) x = rhs for each row. Subclasses are frozen dataclasses; `StateT` is what their `fit` returns."""
 
     damping: float
+    makes_matrix = False  # whether a fit sums a matrix of its own over the data, in place of products with A
 
     def __post_init__(self) -> None:
         """Hold Python's numbers, whatever kind of numbers were given. Subclasses check them after that."""

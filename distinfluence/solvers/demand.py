@@ -45,11 +45,15 @@ class System:
 
 @dataclass(frozen=True)
 class Systems:
-    """The systems of an influence model, one for each block, with the dtype and the device of their vectors."""
+    """The systems of an influence model, one for each block, with the dtype and the device of their vectors.
+
+    shapes: of all parameters, where they are known.
+    """
 
     blocks: tuple[System, ...]
     dtype: torch.dtype
     device: torch.device
+    shapes: tuple[torch.Size, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:

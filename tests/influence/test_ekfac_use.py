@@ -254,7 +254,8 @@ def test_scores_of_kfac_separate_into_few_products() -> None:
     model = nn.Sequential(nn.Linear(200, 160), nn.Tanh(), nn.Linear(160, 3)).double()
     x, y = torch.randn(40, 200).double(), torch.randint(3, (40,))
     influence = EkfacInfluence(model, False, RelativeDamping(0.1)).fit((x, y))
-    query = influence._coordinates(influence.place(x[:4], y[:4]))[0]
+    fit = influence._fitted()
+    query = fit.curvature.direct.queries(fit, influence.place(x[:4], y[:4]))[0]
     assert isinstance(query, RankOne) and query.separated is not None
     assert query.separated[0].shape[2] < 160 * 201 / (2 * (160 + 201))
     found = influence.influences(x[:4], y[:4], x, y)
