@@ -95,7 +95,7 @@ def test_a_wheel_is_for_every_platform_and_says_what_it_is(wheel: Path) -> None:
     assert found["Name"] == "distinfluence"
     assert found["Requires-Python"] == ">=3.11"
     assert found["License-Expression"] == "Apache-2.0"
-    assert set(found.get_all("Provides-Extra", [])) == {"browse", "cuda", "demo", "docs", "slurm", "test"}
+    assert set(found.get_all("Provides-Extra", [])) == {"browse", "cuda", "demo", "docs", "slurm", "test", "texts"}
     assert "# distinfluence" in str(found.get_payload())
     with ZipFile(wheel) as files:
         (name,) = (name for name in files.namelist() if name.endswith("entry_points.txt"))
