@@ -53,7 +53,7 @@ class RemovalSection(Section):
     """
 
     fractions: list[Fraction] = Field(default=[0.01, 0.05], min_length=1)
-    queries: PositiveInt = 20
+    queries: Annotated[int, Field(ge=2)] = 20
     seeds: PositiveInt = 2
     controls: PositiveInt = 5
 
@@ -89,8 +89,8 @@ class EvaluateSection(Section):
         train: How a model is trained on a part of the training data.
         output: The folder of the bank, the scores and the table.
         methods: Name in the table → method; the job's own method if empty.
-        baselines: Name in the table → method; gradient dot product, training loss and random scores if empty.
-        subsets: Random subsets for the linear datamodeling score; 0 for none.
+        baselines: Name in the table → method, in addition to gradient dot product and cosine, plain loss and random.
+        subsets: Random subsets for the linear datamodeling score, at least 8; 0 for none.
         fraction: Part of the training set that a subset holds.
         seeds: Seeds that each subset is trained from.
         seed: Seed of every draw: subsets, queries, bootstrap.
@@ -116,6 +116,18 @@ class EvaluateSection(Section):
     weight_steps: WeightStepsSection | None = None
     mislabelled: Referenced | list[int] | None = None
     planted: Referenced | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> "EvaluateSection":
+        if self.seed_matched > (self.seeds if self.subsets else 0):
+            raise ValueError(
+                f"`seed_matched` must be at most `seeds`, and needs `subsets`; got {self.seed_matched} of {self.seeds} "
+                f"seeds and {self.subsets} subsets. Correct one of them."
+            )
+        others = (self.removal, self.leave_one_out, self.weight_steps, self.mislabelled, self.planted)
+        if not self.subsets and all(each is None for each in others):
+            raise ValueError("`subsets` must not be 0 where no other check is asked for. Add for instance `removal:`.")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -1,14 +1,14 @@
 """Evaluating a job's methods: models trained again, scores of each method, the table.
 
-Everything lies in one folder: `bank.zarr` (losses of retrained models), `models/` (trained on all points), a result
-for each method, and the table as `evaluation.txt` and `evaluation.json`. What is there is used again.
+Everything lies in one folder: `bank.zarr` (losses of retrained models), `models/` (trained on all points), `scores/` (a
+result for each method), and the table as `evaluation.txt` and `evaluation.json`. What is there is used again.
 """
 
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,13 @@ from distributed import Client
 from torch import nn
 
 from distinfluence.app.baseline_job import run_baseline
+from distinfluence.app.complete import complete_result
 from distinfluence.app.config import Job
 from distinfluence.app.evaluate_section import EvaluateSection, TrainSection
 from distinfluence.app.job import run_on
 from distinfluence.app.sections import Reference
 from distinfluence.atomic import appearing
-from distinfluence.errors import ConfigError, FingerprintError, SettingError
+from distinfluence.errors import ConfigError, FingerprintError, RecipeError, SettingError
 from distinfluence.evaluate import (
     Check,
     Evaluation,
@@ -40,9 +41,11 @@ from distinfluence.evaluate import (
     evaluate,
 )
 from distinfluence.evaluate.bank.identity import trainer_identity
+from distinfluence.evaluate.bank.trainer import takes_weights
 from distinfluence.model.objective import Loss, Objective
 from distinfluence.scaling import ExistingResult, Progress, Recipe, connected
 from distinfluence.store import InfluenceResult
+from distinfluence.store.format.fingerprint import fingerprint_settings
 
 MODEL_SEED = 0  # Of the model whose scores are evaluated, where the job has no checkpoint; subsets start at 1.
 BASELINES: Mapping[str, dict[str, Any]] = {
@@ -96,9 +99,10 @@ class _Run:
     def __init__(self, job: Job, section: EvaluateSection, progress: Progress) -> None:
         self.job, self.section, self.progress = job, section, progress
         self.folder = job.path(section.output)
-        self.scratch = self.folder / ".scratch"
+        hidden = f".{self.folder.name}.scratch"
+        self.scratch = self.folder / ".scratch" if job.scratch is None else job.path(job.scratch) / hidden
         self.methods = dict(section.methods) or {str(job.method["name"]): job.method}
-        self.baselines = dict(section.baselines) or dict(BASELINES)
+        self.baselines = {**BASELINES, **section.baselines}
         if both := sorted(set(self.methods) & set(self.baselines)):
             raise ConfigError(f"`evaluate.baselines` must have other names than `methods`, got {both} in both.")
         self.seeds = [1 + i for i in range(section.seeds)]
@@ -106,6 +110,13 @@ class _Run:
             self.loss = job.loss_or_objective()
         with job.mistakes_of("evaluate", "train"):
             self.trainer = _trainer(job, section.train, self.loss)
+        with job.mistakes_of("evaluate"):  # settings are refused before anything is trained
+            self._checks({})
+            if section.weight_steps is not None and not takes_weights(self.trainer):
+                raise SettingError(
+                    "`weight_steps` needs a `train` that takes a keyword `weights`. Add it, or omit this."
+                )
+        self.mislabelled, self.planted = self._mislabelled(), self._planted()
 
     def evaluation(self, client: Client) -> Evaluation:
         """Do it on a cluster."""
@@ -133,9 +144,9 @@ class _Run:
             baselines=list(self.baselines),
             retrainer=bank,
             checks=self._checks(matched),
-            mislabelled=self._mislabelled(),
+            mislabelled=self.mislabelled,
             losses=None if section.mislabelled is None else _train_losses(scores),
-            planted=self._planted(),
+            planted=self.planted,
         )
         counts = f"{bank.trained} models were trained, {bank.reused} were in the bank"
         self.progress.say(counts)
@@ -172,13 +183,21 @@ class _Run:
 
     def _trained(self, bank: RetrainingBank, seed: int) -> Path:
         """Return the checkpoint of the model that was trained on all points, which is made if it is not there."""
-        file = self.folder / "models" / f"seed-{seed}.pt"
+        file = self.folder / "models" / f"seed-{seed}-{bank.fingerprint[:12]}.pt"
         file.parent.mkdir(exist_ok=True)
         if not file.exists():
             self.progress.say(f"training on all {bank.n_train} points from seed {seed}")
+            own = cast(nn.Module, self.job.recipe(self.job.model.factory).build()).state_dict()
+            state = {
+                name: value.to(own[name].dtype) if name in own else value for name, value in self._state(bank, seed)
+            }
             with appearing(file) as new:
-                torch.save(bank.model(seed).state_dict(), new)
+                torch.save(state, new)
         return file
+
+    @staticmethod
+    def _state(bank: RetrainingBank, seed: int) -> Iterable[tuple[str, torch.Tensor]]:
+        return bank.model(seed).state_dict().items()
 
     def _scores(self, client: Client, name: str, method: dict[str, Any], model: Path | None) -> InfluenceResult:
         """Return the scores of a method, computed unless they are there."""
@@ -187,7 +206,8 @@ class _Run:
             update={
                 "method": method,
                 "model": named,
-                "output": self.folder / f"{_file_name(name)}.zarr",
+                "output": self.folder / "scores" / f"{_file_name(name)}.zarr",
+                "mode": "up",
                 "scratch": self.scratch / _file_name(name),
                 "evaluate": None,
                 "self_influence": False,
@@ -204,15 +224,16 @@ class _Run:
     def _written(self, client: Client, job: Job, existing: ExistingResult) -> InfluenceResult:
         if job.is_baseline:
             return run_baseline(job, existing, self.progress)
-        result, _ = run_on(client, job, job.influence_model(), job.options(existing), self.progress)
-        return result
+        built, options = job.influence_model(), job.options(existing)
+        done = complete_result(job, built[0], options) if options.resumes else None
+        return done or run_on(client, job, built, options, self.progress)[0]
 
     def _mislabelled(self) -> np.ndarray[Any, Any] | None:
         named = self.section.mislabelled
         if named is None:
             return None
         found = self._built("mislabelled", named) if isinstance(named, Reference) else named
-        return np.asarray(found, dtype=np.int64)
+        return np.asarray(found) if len(found) else np.zeros(0, dtype=np.int64)
 
     def _planted(self) -> Any:
         named = self.section.planted
@@ -240,10 +261,17 @@ def _file_name(name: str) -> str:
 class _Imported:
     """A trainer of the job's folder, which workers import for themselves. Of a class, an instance."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, expected: str = "") -> None:
         self.recipe = recipe
         found = cast(Trainer, recipe.resolve())
-        self.__wrapped__ = recipe.build() if isinstance(found, type) else partial(found, **recipe.arguments)
+        called = partial(found, **recipe.arguments) if recipe.arguments else found
+        self.__wrapped__ = recipe.build() if isinstance(found, type) else called
+        self.fingerprint = fingerprint_settings(self.settings())
+        if expected not in ("", self.fingerprint):
+            raise RecipeError(
+                f"`{recipe.target}` must be the same on the workers, got other code there. Restart the workers: they "
+                "have imported an earlier version, or another module of that name."
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
         return cast(Trainer, self.__wrapped__)(*args, **kwargs)
@@ -254,7 +282,7 @@ class _Imported:
         return getattr(self.__wrapped__, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Imported, (self.recipe,))
+        return (_Imported, (self.recipe, self.fingerprint))
 
     def settings(self) -> dict[str, str]:
         """Return what fixes the trainer: what it says of itself, or its code and attributes."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from numpy.typing import ArrayLike
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from distinfluence.errors import SettingError
 from distinfluence.evaluate.agreement import rank_agreement
 from distinfluence.evaluate.figure import Figure
-from distinfluence.evaluate.mislabel import detect_mislabelled, net_harm
+from distinfluence.evaluate.mislabel import PLAIN_LOSS, detect_mislabelled, net_harm
 from distinfluence.evaluate.planted import planted_recall
 from distinfluence.evaluate.retraining import Retrainer
 from distinfluence.evaluate.statistics import remarks_on_baselines
@@ -123,9 +123,10 @@ def evaluate(
     if retrainer is not None and checks:
         figures += [figure for check in checks for figure in check.figures(scores, baselines, retrainer)]
     if mislabelled is not None and losses is not None:
-        suspicions = {name: net_harm(own) for name, own in scores.items()}
-        found = detect_mislabelled(suspicions, mislabelled, losses)
-        figures += [figure for one in found for figure in one.figures()]
+        suspicions = {name: net_harm(own) for name, own in scores.items() if name != PLAIN_LOSS}
+        for one in detect_mislabelled(suspicions, mislabelled, losses):
+            own = one.figures()
+            figures += [replace(each, remark="baseline") for each in own] if one.method in baselines else own
     if planted is not None:
         recalls = {name: planted_recall(own, planted) for name, own in scores.items()}
         remarks = remarks_on_baselines({name: one.recall for name, one in recalls.items()}, baselines)

@@ -11,7 +11,7 @@ from distinfluence.evaluate.figure import Figure
 from distinfluence.evaluate.statistics import N_DRAWS, Estimate, check_draws, not_beaten, resampled_counts
 from distinfluence.evaluate.tiles import ScoreMatrix, Scores, checked_points
 
-BASELINE = "plain loss"  # Name of the baseline that every detection is compared with.
+PLAIN_LOSS = "plain loss"  # Name of the baseline that every detection is compared with.
 MIN_POINTS = 2  # Mislabelled points, and others, without which a bootstrap has no spread.
 
 
@@ -148,19 +148,21 @@ def detect_mislabelled(
     ['plain loss: 0.58', 'harm: 1.00']
     """
     check_draws(n_draws)
-    if BASELINE in suspicions:
-        raise SettingError(f"`suspicions` must not be called {BASELINE!r}, which is the baseline. Choose another name.")
+    if PLAIN_LOSS in suspicions:
+        raise SettingError(
+            f"`suspicions` must not be called {PLAIN_LOSS!r}, which is the baseline. Choose another name."
+        )
     loss = _checked_scores("losses", losses, None)
     wrong = _checked_mask(mislabelled, loss.size)
     inspected = _n_inspected(inspect, wrong)
-    levels = {BASELINE: _Levels.of(loss, wrong)}
+    levels = {PLAIN_LOSS: _Levels.of(loss, wrong)}
     for name, scores in suspicions.items():
         levels[name] = _Levels.of(_checked_scores(f"suspicions[{name!r}]", scores, loss.size), wrong)
     estimates = _bootstrapped(levels, inspected, n_draws, seed)
-    auc_of_loss, recall_of_loss = estimates[BASELINE]
+    auc_of_loss, recall_of_loss = estimates[PLAIN_LOSS]
     found = []
     for name, (auc, recall) in estimates.items():
-        gains = None if name == BASELINE else (auc.minus(auc_of_loss), recall.minus(recall_of_loss))
+        gains = None if name == PLAIN_LOSS else (auc.minus(auc_of_loss), recall.minus(recall_of_loss))
         found.append(MislabelDetection(name, auc, recall, gains, inspected, inspected / loss.size))
     return found
 
@@ -193,7 +195,7 @@ def _bootstrapped(
     levels: Mapping[str, _Levels], inspected: int, n_draws: int, seed: int
 ) -> dict[str, tuple[Estimate, Estimate]]:
     """Return AUC and recall of each method, all from the same draws of points."""
-    sizes = [points.size for points in (levels[BASELINE].of_wrong, levels[BASELINE].of_others)]
+    sizes = [points.size for points in (levels[PLAIN_LOSS].of_wrong, levels[PLAIN_LOSS].of_others)]
     blocks = (resampled_counts(n, n_draws, (seed, group)) for group, n in enumerate(sizes))
     drawn = ((row for _, counts in each for row in counts) for each in blocks)
     draws = {name: np.empty((n_draws, 2)) for name in levels}
@@ -209,7 +211,7 @@ def _bootstrapped(
 
 
 def _remark(gain: Estimate) -> str:
-    return not_beaten({f"the {BASELINE}": gain})
+    return not_beaten({f"the {PLAIN_LOSS}": gain})
 
 
 def _n_inspected(inspect: float | None, wrong: NDArray[np.bool_]) -> int:

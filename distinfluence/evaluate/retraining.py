@@ -99,4 +99,5 @@ def retrainings_of(subsets: ArrayLike, seeds: "list[int]") -> list[Retraining]:
     Returns:
         The s·r runs, all seeds of the first subset first.
     """
-    return [Retraining(row.astype(np.float64), seed) for row in np.asarray(subsets, dtype=bool) for seed in seeds]
+    rows = (row.astype(np.float64) for row in np.asarray(subsets, dtype=bool))
+    return [Retraining(row, seed) for row in rows for seed in seeds]  # seeds share the weights of their subset

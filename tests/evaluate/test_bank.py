@@ -508,3 +508,17 @@ def test_a_killed_worker_costs_only_its_tasks_and_errors_come_back(tmp_path: Pat
     resumed = bank(tmp_path, Killed(tmp_path / "killed"))  # the same trainer, by its settings, in this process
     assert resumed.losses(asked(6, [0, 3])).tobytes() == losses.tobytes()
     assert resumed.trained == 0
+
+
+def test_a_kill_while_the_arrays_grow_costs_nothing(tmp_path: Path) -> None:
+    """The arrays are made longer one by one, the keys last."""
+    retrainings = asked(3, [0])
+    before = bank(tmp_path).losses(retrainings)
+    group = zarr.open_group(str(tmp_path / "bank.zarr"), mode="r+")
+    for name in ("weights", "seed"):
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        array.resize((2 * array.shape[0], *array.shape[1:]))
+    again = bank(tmp_path)
+    np.testing.assert_array_equal(again.losses(retrainings), before)
+    assert again.trained == 0

@@ -91,7 +91,7 @@ def test_the_table_is_that_of_a_loop_in_plain_torch(made: Path) -> None:
     figures = {
         (f["check"], f["method"]): f for f in json.loads((made / "evaluation/evaluation.json").read_text())["figures"]
     }
-    scores = np.asarray(open_influences(made / "evaluation/exact.zarr")[:], dtype=np.float64)
+    scores = np.asarray(open_influences(made / "evaluation/scores/exact.zarr")[:], dtype=np.float64)
     assert figures["LDS", "exact"]["value"] == pytest.approx(predicted(scores, made), abs=1e-9)
     assert figures["LDS", "exact"]["value"] > 0.8
     for name in ("gradient dot product", "gradient cosine", "plain loss", "random"):

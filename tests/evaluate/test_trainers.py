@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -25,6 +26,7 @@ from distinfluence.errors import (
     UnsupportedModelError,
 )
 from distinfluence.evaluate import Retraining, ScriptTrainer, SmallNetworks, ToMinimum
+from distinfluence.evaluate.bank.identity import trainer_identity
 from distinfluence.evaluate.trainers.to_minimum import _Loss
 from distinfluence.scaling import Recipe
 
@@ -429,3 +431,24 @@ def test_commands_that_lack_a_word_are_refused() -> None:
         ScriptTrainer("true {indices} {seed} {checkpoint}", linear)([0], 0, weights=[2.0])
     with pytest.raises(RetrainingError, match="cannot be started"):
         ScriptTrainer(f"{os.sep}no/such/program {{indices}} {{seed}} {{checkpoint}}", linear)([0], 0)
+
+
+def test_a_bank_sees_what_a_trainer_is_made_of_and_not_how_long_it_may_take(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("print(1)")
+    command = "python train.py {indices} {seed} {checkpoint}"
+
+    def script(**settings: Any) -> dict[str, str]:
+        return trainer_identity(ScriptTrainer(command, "torch.nn:Identity", folder=str(tmp_path), **settings))
+
+    before = script()
+    assert script(timeout=5.0) == before
+    assert script(environment={"A": "1"}) != before
+    (tmp_path / "train.py").write_text("print(2)")
+    assert script() != before
+    data = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
+
+    def small(**settings: Any) -> dict[str, str]:
+        return trainer_identity(SmallNetworks("torch.nn:Identity", data, nn.CrossEntropyLoss(), **settings))
+
+    assert small(at_once=3) == small()
+    assert small(epochs=3) != small()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distinfluence import ArnoldiInfluence, InfluenceFunctionModel, NystroemSketchInfluence
 from distinfluence.errors import SettingError
+from distinfluence.influence.scores import Scorer
 from distinfluence.model import gradients as gradients_module
 from distinfluence.model.gradients import SampleGradients
 from distinfluence.solvers import Outcome
@@ -196,17 +197,17 @@ def test_gradients_are_projected_as_soon_as_they_are_made(monkeypatch: pytest.Mo
     made: list[int] = []
 
     def spied(kind: str) -> Any:
-        original = getattr(model, kind)
+        original = getattr(Scorer, kind)
 
-        def counted(batch: Any) -> SampleGradients:
-            gradients: SampleGradients = original(batch)
+        def counted(self: Scorer, batch: Any) -> SampleGradients:
+            gradients: SampleGradients = original(self, batch)
             made.append(len(gradients.rows))
             return gradients
 
         return counted
 
     for kind in ("loss_gradients", "measurement_gradients"):
-        monkeypatch.setattr(model, kind, spied(kind))
+        monkeypatch.setattr(Scorer, kind, spied(kind))
     held: list[int] = []
     monkeypatch.setattr(torch, "cat", _recording(torch.cat, held))
     influences = model.influences(*case.test, *case.train)

@@ -124,7 +124,12 @@ def _known(value: object, depth: int) -> Json:
     found = identity(value)
     ours = type(value).__module__.partition(".")[0] == "distinfluence"
     if isinstance(found, str) and ours and depth and hasattr(value, "__dict__"):
-        own = {name: _known(inner, depth - 1) for name, inner in vars(value).items() if not name.startswith("_")}
+        unchanging = getattr(type(value), "UNCHANGING", ())
+
+        def relevant(name: str) -> bool:
+            return not name.startswith("_") and name not in unchanging
+
+        own = {name: _known(inner, depth - 1) for name, inner in vars(value).items() if relevant(name)}
         return {"class": found, **own}
     return found
 

@@ -47,6 +47,7 @@ from distinfluence.scaling.scratch import Scratch
 from distinfluence.scaling.stages.inspect import read_again
 from distinfluence.scaling.stages.materialise import stored
 from distinfluence.scaling.worker.context import torch_alone
+from distinfluence.store.format.fingerprint import fingerprint_settings
 from distinfluence.store.format.folder import local_path
 from distinfluence.store.format.layout import whole_number
 from distinfluence.store.run_state import read_runs
@@ -90,6 +91,7 @@ class RetrainingBank:
         n_test: Number of test points.
         trained: Number of models trained by this object.
         reused: Number of retrainings that were asked for and found in the bank.
+        fingerprint: The sha256 of data, trainer and loss: another one, other models.
 
     Raises:
         SettingError: If `train` cannot be called with (indices, seed), or sent to workers.
@@ -134,6 +136,7 @@ class RetrainingBank:
         belongs = Belongs(
             DataIdentity.of(train_keys), DataIdentity.of(test_keys), trainer_identity(train), loss_identity(objective)
         )
+        self.fingerprint = fingerprint_settings(belongs.to_json())
         self._bank = BankRows(self._path, belongs, self._probe)
         probe = self._probed(training, home)
         self._work = Work(train, weighted, objective, test.sources, probe, n_threads, client is None, uuid.uuid4().hex)
@@ -303,7 +306,7 @@ class RetrainingBank:
             f"`train` failed for {which}:\n  "
             + "\n  ".join([*listed[:5], *more])
             + f"\n{there} are in the bank, {self._path}. Correct the cause and ask again: only what is "
-            "missing is trained then."
+            "missing is trained then. A `train` that is changed needs a bank of its own."
         )
 
     def _look_at_members(self) -> None:

@@ -142,13 +142,19 @@ class BankRows:
         group = zarr.open_group(store, mode="r+" if write else "r", zarr_format=3, use_consolidated=False)
         key = group.get("key")
         self._capacity = key.shape[0] if isinstance(key, zarr.Array) else 0
-        arrays = {spec.name: checked(group.get(spec.name), spec, self.path) for spec in self._specs(self._capacity)}
+        arrays = {spec.name: self._checked(group.get(spec.name), spec) for spec in self._specs(self._capacity)}
         for name, array in arrays.items():
             if not is_bounded(array):
                 raise CorruptStoreError(
                     f"`{name}` of {self.path} has codecs that no bank has: {array.compressors}. Delete the bank."
                 )
         return arrays
+
+    def _checked(self, array: object, spec: ArraySpec) -> zarr.Array[Any]:
+        """Check an array, which may be longer than the keys: who made it longer was killed before the keys were."""
+        length = array.shape[0] if isinstance(array, zarr.Array) and array.ndim else 0
+        spec = spec._replace(shape=(max(length, spec.shape[0]), *spec.shape[1:]))
+        return checked(array, spec, self.path)
 
     def refresh(self) -> None:
         """Read which rows are there: another process may have written some."""

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -75,13 +76,14 @@ def _weights(indices: ArrayLike, weights: ArrayLike | None, n: int) -> NDArray[n
     return found
 
 
-def check_factory(factory: object) -> None:
-    """Raise SettingError if this builds no network."""
+def checked_factory(factory: Factory) -> Factory:
+    """Return the factory, a name as a `Recipe`, whose code banks compare. Raises SettingError if it is none."""
     if isinstance(factory, nn.Module) or not (isinstance(factory, Recipe | str) or callable(factory)):
         raise SettingError(
             "`factory` must be a callable that returns a new network, a `Recipe` or 'module:callable', got "
             f"{type(factory).__name__}. Pass for instance `lambda: torch.nn.Linear(64, 10)`."
         )
+    return Recipe(factory) if isinstance(factory, str) else factory
 
 
 def built(factory: Factory, seed: int) -> nn.Module:
@@ -94,8 +96,7 @@ def built(factory: Factory, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        recipe = Recipe(factory) if isinstance(factory, str) else factory
-        module = recipe.build() if isinstance(recipe, Recipe) else recipe()
+        module = factory.build() if isinstance(factory, Recipe) else cast(Callable[[], nn.Module], factory)()
     if not isinstance(module, nn.Module):
         raise RecipeError(f"`factory` must return a torch.nn.Module, got {type(module).__name__}.")
     return module

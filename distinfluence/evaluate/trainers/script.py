@@ -1,6 +1,7 @@
 """Training by a script in a process of its own, whatever library it uses."""
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import shlex
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from distinfluence.errors import RetrainingError, SettingError
-from distinfluence.evaluate.trainers.ingredients import Factory, built, check_factory
+from distinfluence.evaluate.trainers.ingredients import Factory, built, checked_factory
 from distinfluence.scaling.data.recipe import assign, read_checkpoint
 
 NEEDED = ("{indices}", "{seed}", "{checkpoint}")
@@ -50,6 +51,8 @@ class ScriptTrainer:
         SettingError: If the command lacks a word that is replaced, or another argument is out of its range.
     """
 
+    UNCHANGING = ("timeout", "folder")  # attributes that change no model, which no bank compares
+
     def __init__(
         self,
         command: str | Sequence[str],
@@ -69,12 +72,13 @@ class ScriptTrainer:
             )
         if timeout is not None and not timeout > 0:
             raise SettingError(f"`timeout` must be positive, in seconds, or None, got {timeout}.")
-        check_factory(factory)
         self.command = tuple(words)
-        self.factory = factory
+        self.factory = checked_factory(factory)
         self.timeout = timeout
         self.folder = folder
         self.environment = dict(environment or {})
+        files = [Path(folder or ".") / word for word in words]
+        self.contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
     def __call__(self, indices: ArrayLike, seed: int, *, weights: ArrayLike | None = None) -> nn.Module:
         """Run the script and read the model that it leaves.

@@ -25,7 +25,7 @@ from distinfluence.evaluate.trainers.ingredients import (
     Factory,
     TrainingData,
     built,
-    check_factory,
+    checked_factory,
     filled,
     fixed,
     trainable,
@@ -75,6 +75,8 @@ class SmallNetworks:
         SettingError: If an argument is out of its range.
     """
 
+    UNCHANGING = ("at_once",)  # attributes that change no model beyond rounding, which no bank compares
+
     def __init__(
         self,
         factory: Factory,
@@ -89,7 +91,6 @@ class SmallNetworks:
         schedule: str = "one_cycle",
         at_once: int = 50,
     ) -> None:
-        check_factory(factory)
         for name, count in (("epochs", epochs), ("batch_size", batch_size), ("at_once", at_once)):
             if count < 1:
                 raise SettingError(f"`{name}` must be at least 1, got {count}.")
@@ -100,7 +101,7 @@ class SmallNetworks:
             )
         if schedule not in SCHEDULES:
             raise SettingError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
-        self.factory = factory
+        self.factory = checked_factory(factory)
         self.objective = as_objective(loss)
         self.epochs = epochs
         self.batch_size = batch_size

@@ -19,7 +19,7 @@ from distinfluence.evaluate.trainers.ingredients import (
     Factory,
     TrainingData,
     built,
-    check_factory,
+    checked_factory,
     filled,
     fixed,
     trainable,
@@ -116,6 +116,8 @@ class ToMinimum:
         SettingError: If an argument is out of its range.
     """
 
+    UNCHANGING = ("maxiter",)  # attributes that change no model, which no bank compares
+
     def __init__(
         self,
         factory: Factory,
@@ -126,13 +128,12 @@ class ToMinimum:
         tolerance: float = 1e-11,
         maxiter: int = 200,
     ) -> None:
-        check_factory(factory)
         if not (0 <= l2 < math.inf and 0 < tolerance < 1 and maxiter >= 1):
             raise SettingError(
                 "`l2` must not be negative, `tolerance` between 0 and 1 and `maxiter` at least 1, got "
                 f"{l2}, {tolerance} and {maxiter}."
             )
-        self.factory = factory
+        self.factory = checked_factory(factory)
         self.objective = as_objective(loss)
         self.l2 = l2
         self.tolerance = tolerance
