@@ -56,7 +56,7 @@ BENCHES = (
     Bench("removal", "removal", 6),
     Bench("reading", "reading", 5, ("--memmap",)),
     Bench("scale", "scale", 15),
-    Bench("soak", "soak", 20),
+    Bench("soak", "soak", 7),
     Bench("dispatch", "dispatch", 3),
     Bench("kronecker", "kronecker", 10, ("--repeats", "2")),
     Bench("cluster", "cluster", 4, ("--models", "mlp", "--limit", "150")),
