@@ -105,13 +105,21 @@ SUMS: dict[str, tuple[Shape, Method]] = {
 }
 
 
+ATTEMPTS = 3  # How many sums are there at once depends on who is faster: the plan is for the most.
+
+
 @pytest.mark.parametrize("what", SUMS)
 def test_workers_hold_as_many_partial_sums_as_the_plan_says(what: str, tmp_path: Path) -> None:
     shape, method = SUMS[what]
-    plan, most = measured(shape, tmp_path, method, "data", chunk_size=4)
-    assert sum(stage.parts.get("sums", 0) for stage in plan.stages) > 0.3 * at_most(plan)
-    # how many are there at once depends on who is faster; with none of them it would be less than 0.65
-    assert 0.65 * at_most(plan) <= most <= 1.25 * at_most(plan)
+    held = 0.0
+    for attempt in range(ATTEMPTS):
+        plan, most = measured(shape, tmp_path / str(attempt), method, "data", chunk_size=4)
+        assert sum(stage.parts.get("sums", 0) for stage in plan.stages) > 0.3 * at_most(plan)
+        assert most <= 1.25 * at_most(plan)
+        held = max(held, most / at_most(plan))
+        if held >= 0.75:
+            break
+    assert held >= 0.75
 
 
 @pytest.mark.parametrize("n_train", [4_096, pytest.param(40_960, marks=pytest.mark.soak)])

@@ -2,8 +2,7 @@
 
 Scores are compared with retraining by Spearman's rank correlation over training points, for each query, and by the
 slope of the measured rises over the predicted ones. For a network, one retraining differs from another by its path as
-much as
-by the point that is missing: take several seeds, and read the ceiling.
+much as by the point that is missing: take several seeds, and read the ceiling.
 
 Cost: m points from r seeds are (m + 1)·r retrainings. They serve every method that is asked about the same points.
 """
