@@ -169,7 +169,7 @@ class _Run:
             checks.append(LeaveOneOut(one.points, None, self._first(one.seeds), seed))
         if section.weight_steps is not None:
             steps = section.weight_steps
-            checks.append(WeightSteps(steps.points, None, self._first(1), steps.step, draw_seed=seed))
+            checks.append(WeightSteps(steps.points, None, self._first(1), seed, step=steps.step))
         return checks
 
     def _first(self, n: int) -> list[int]:

@@ -7,20 +7,18 @@ much as by the point that is missing: take several seeds, and read the ceiling.
 Cost: m points from r seeds are (m + 1)·r retrainings. They serve every method that is asked about the same points.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
-from distinfluence.evaluate.checks.effects import Comparison, Effects, seed_remark, split_half_spearman, spread_points
+from distinfluence.evaluate.checks.effects import Comparison, Effects, seed_remark, split_half_spearman
+from distinfluence.evaluate.checks.point_check import PointCheck
 from distinfluence.evaluate.checks.score_tiles import (
     Chosen,
     RetrainedLosses,
-    check_chosen,
-    check_seeds,
-    chosen_indices,
     distinct_retrainings,
     read_scores,
 )
@@ -30,7 +28,7 @@ from distinfluence.evaluate.tiles import Scores
 
 
 @dataclass(frozen=True)
-class LeaveOneOut:
+class LeaveOneOut(PointCheck):
     """A check of scores by leaving out single training points.
 
     Attributes:
@@ -50,45 +48,7 @@ class LeaveOneOut:
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     draw_seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_chosen("points", self.points)
-        check_chosen("queries", self.queries)
-        check_seeds(self.seeds)
-
-    def chosen_points(self, influences: Scores, retrainer: Retrainer) -> NDArray[np.int64]:
-        """Return the training points that are left out.
-
-        Args:
-            influences: Scores, [n_test, n_train]. Rows of the queries are read if `points` is a number.
-            retrainer: The retrainer whose data the scores are about.
-
-        Returns:
-            The points, sorted.
-
-        Raises:
-            IndexRangeError: If there is no such point or query.
-            ShapeError: If the scores are not about the data of the retrainer.
-            NonFiniteError: If a score is not finite.
-        """
-        return chosen_points(self.points, influences, retrainer, self._queries(retrainer))
-
-    def retrainings(self, influences: Scores, retrainer: Retrainer) -> list[Retraining]:
-        """List all retrainings that `measure` asks for. Nothing is trained.
-
-        Args:
-            influences: Scores, [n_test, n_train].
-            retrainer: The retrainer whose data the scores are about.
-
-        Returns:
-            The retrainings, each once.
-
-        Raises:
-            IndexRangeError: If there is no such point or query.
-            ShapeError: If the scores are not about the data of the retrainer.
-            NonFiniteError: If a score is not finite.
-        """
-        return self._retrainings(self.chosen_points(influences, retrainer), retrainer.n_train)
-
+    @override
     def measure(self, method: str, influences: Scores, retrainer: Retrainer) -> Effects:
         """Measure how much losses rise without each point, and compare with the scores.
 
@@ -116,76 +76,9 @@ class LeaveOneOut:
         described = Figure("leave-one-out", method, 0.0, n_queries=len(queries), n_retrainings=len(runs))
         return Effects(queries, points, predicted, measured, rank_and_slope(comparison, described, measured))
 
-    def figures(
-        self, scores: Mapping[str, Scores], baselines: Collection[str], retrainer: Retrainer
-    ) -> tuple[Figure, ...]:
-        """Measure all methods, on the same points.
-
-        Args:
-            scores: Method or baseline → scores, [n_test, n_train].
-            baselines: The names in `scores` that are baselines.
-            retrainer: What trains.
-
-        Returns:
-            The figures of `measure` for each method.
-
-        Raises:
-            IndexRangeError: If there is no such point or query.
-            ShapeError: If scores are not about the data of the retrainer.
-            NonFiniteError: If scores or losses are not finite.
-        """
-        return figures_at_same_points(self, scores, retrainer)
-
-    def _queries(self, retrainer: Retrainer) -> NDArray[np.int64]:
-        return chosen_indices("queries", self.queries, retrainer.n_test, self.draw_seed)
-
+    @override
     def _retrainings(self, points: NDArray[np.int64], n_train: int) -> list[Retraining]:
         return distinct_retrainings([np.ones(n_train), *(weighted(n_train, j, 0.0) for j in points)], self.seeds)
-
-
-class PointCheck(Protocol):
-    """A check at single training points."""
-
-    @property
-    def points(self) -> Chosen:
-        """How many, which ones, or None for all."""
-
-    def chosen_points(self, influences: Scores, retrainer: Retrainer) -> NDArray[np.int64]:
-        """Return the training points."""
-
-    def measure(self, method: str, influences: Scores, retrainer: Retrainer) -> Effects:
-        """Measure one method."""
-
-
-CheckT = TypeVar("CheckT", bound=PointCheck)
-
-
-def figures_at_same_points(check: CheckT, scores: Mapping[str, Scores], retrainer: Retrainer) -> tuple[Figure, ...]:
-    """Return the figures of several methods at the points that the first of them chooses."""
-    first = next(iter(scores.values()))
-    points = check.chosen_points(first, retrainer).tolist()
-    same = replace(check, points=points)  # type: ignore[type-var]
-    return tuple(figure for name, own in scores.items() for figure in same.measure(name, own, retrainer).figures)
-
-
-def chosen_points(
-    points: Chosen, influences: Scores, retrainer: Retrainer, queries: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Return the training points that a choice stands for: some that cover the range of scores, or the named ones.
-
-    Args:
-        points: How many, which ones, or None for all.
-        influences: Scores, [n_test, n_train].
-        retrainer: The retrainer whose data the scores are about.
-        queries: The test points whose scores are summed.
-
-    Returns:
-        The points, sorted.
-    """
-    if points is None or np.ndim(points) == 1:
-        return chosen_indices("points", points, retrainer.n_train, 0)
-    totals = read_scores(influences, retrainer, queries).sum(axis=0)
-    return spread_points(totals, int(np.asarray(points)))
 
 
 def weighted(n_train: int, point: int, weight: float) -> NDArray[np.float64]:

@@ -28,21 +28,20 @@ For a network trained by stochastic gradient descent, the difference is the deri
 seed. The influence only approximates it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from distinfluence.errors import SettingError
 from distinfluence.evaluate.checks.effects import Comparison, Effects
-from distinfluence.evaluate.checks.leave_one_out import chosen_points, figures_at_same_points, rank_and_slope, weighted
+from distinfluence.evaluate.checks.leave_one_out import rank_and_slope, weighted
+from distinfluence.evaluate.checks.point_check import PointCheck
 from distinfluence.evaluate.checks.score_tiles import (
     Chosen,
     RetrainedLosses,
-    check_chosen,
-    check_seeds,
-    chosen_indices,
     distinct_retrainings,
     read_scores,
 )
@@ -52,7 +51,7 @@ from distinfluence.evaluate.tiles import Scores
 
 
 @dataclass(frozen=True)
-class WeightSteps:
+class WeightSteps(PointCheck):
     """A check of scores by a little more and a little less weight on single training points.
 
     Attributes:
@@ -76,48 +75,13 @@ class WeightSteps:
     draw_seed: int = 0
 
     def __post_init__(self) -> None:
-        check_chosen("points", self.points)
-        check_chosen("queries", self.queries)
-        check_seeds(self.seeds)
+        super().__post_init__()
         if not 1e-8 <= self.step < 1:
             raise SettingError(
                 f"`step` must be from 1e-8 to less than 1, got {self.step}. Take 0.01 for losses in float64."
             )
 
-    def chosen_points(self, influences: Scores, retrainer: Retrainer) -> NDArray[np.int64]:
-        """Return the training points whose weight is changed.
-
-        Args:
-            influences: Scores, [n_test, n_train]. Rows of the queries are read if `points` is a number.
-            retrainer: The retrainer whose data the scores are about.
-
-        Returns:
-            The points, sorted.
-
-        Raises:
-            IndexRangeError: If there is no such point or query.
-            ShapeError: If the scores are not about the data of the retrainer.
-            NonFiniteError: If a score is not finite.
-        """
-        return chosen_points(self.points, influences, retrainer, self._queries(retrainer))
-
-    def retrainings(self, influences: Scores, retrainer: Retrainer) -> list[Retraining]:
-        """List all retrainings that `measure` asks for. Nothing is trained.
-
-        Args:
-            influences: Scores, [n_test, n_train].
-            retrainer: The retrainer whose data the scores are about; it must train with weights.
-
-        Returns:
-            The retrainings, each once.
-
-        Raises:
-            IndexRangeError: If there is no such point or query.
-            ShapeError: If the scores are not about the data of the retrainer.
-            NonFiniteError: If a score is not finite.
-        """
-        return self._retrainings(self.chosen_points(influences, retrainer), retrainer.n_train)
-
+    @override
     def measure(self, method: str, influences: Scores, retrainer: Retrainer) -> Effects:
         """Measure the derivatives of losses by the weights of points, and compare with the scores.
 
@@ -157,33 +121,11 @@ class WeightSteps:
         )
         return Effects(queries, points, predicted, measured, figures)
 
-    def figures(
-        self, scores: Mapping[str, Scores], baselines: Collection[str], retrainer: Retrainer
-    ) -> tuple[Figure, ...]:
-        """Measure all methods, on the same points.
-
-        Args:
-            scores: Method or baseline → scores, [n_test, n_train].
-            baselines: The names in `scores` that are baselines.
-            retrainer: What trains.
-
-        Returns:
-            The figures of `measure` for each method.
-
-        Raises:
-            IndexRangeError: If there is no such point or query.
-            ShapeError: If scores are not about the data of the retrainer.
-            NonFiniteError: If scores or losses are not finite.
-        """
-        return figures_at_same_points(self, scores, retrainer)
-
     @property
     def _steps(self) -> tuple[float, ...]:
         return (self.step, self.step / 2) if self.richardson else (self.step,)
 
-    def _queries(self, retrainer: Retrainer) -> NDArray[np.int64]:
-        return chosen_indices("queries", self.queries, retrainer.n_test, self.draw_seed)
-
+    @override
     def _retrainings(self, points: NDArray[np.int64], n_train: int) -> list[Retraining]:
         signed = [sign * step for step in self._steps for sign in (1, -1)]
         return distinct_retrainings([weighted(n_train, j, 1 + step) for j in points for step in signed], self.seeds)
